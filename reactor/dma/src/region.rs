@@ -1,0 +1,272 @@
+//! [`Region`]: one mapping of shared memory, kept alive by whoever may still touch it.
+//!
+//! Made by control code, before traffic starts; accessed from any thread. The mapping goes away
+//! when the last `Arc` does, so each queue holds the regions it was told about.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags};
+
+use crate::Seg;
+
+/// Names a region within this process; small, and free for reuse once the region is gone.
+///
+/// A queue indexes its table of registered regions by it, and keeps the region itself in that
+/// table: so an id found there can never mean another region.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RegionId(u16);
+
+impl RegionId {
+    /// How many regions may exist at a time.
+    pub const MAX: usize = 1024;
+
+    /// Index into a table of [`RegionId::MAX`] entries at most.
+    #[inline]
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+
+    fn take() -> Result<RegionId, Error> {
+        for (i, word) in IDS.iter().enumerate() {
+            let mut seen = word.load(Ordering::Relaxed);
+            while seen != u64::MAX {
+                let bit = seen.trailing_ones();
+                match word.compare_exchange_weak(
+                    seen,
+                    seen | 1 << bit,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                ) {
+                    Ok(_) => return Ok(RegionId((i * 64) as u16 + bit as u16)),
+                    Err(now) => seen = now,
+                }
+            }
+        }
+        Err(Error::TooMany)
+    }
+
+    fn give_back(self) {
+        IDS[self.index() / 64].fetch_and(!(1 << (self.0 % 64)), Ordering::Release);
+    }
+}
+
+/// One bit per id that is taken.
+static IDS: [AtomicU64; RegionId::MAX / 64] = [const { AtomicU64::new(0) }; RegionId::MAX / 64];
+
+/// The pages that a region is made of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum PageSize {
+    /// Ordinary 4 KiB pages.
+    Small,
+    /// Huge pages of 2 MiB.
+    Huge2M,
+    /// Huge pages of 1 GiB.
+    Huge1G,
+}
+
+impl PageSize {
+    /// Size of a page in bytes.
+    pub fn bytes(self) -> usize {
+        match self {
+            PageSize::Small => 4 << 10,
+            PageSize::Huge2M => 2 << 20,
+            PageSize::Huge1G => 1 << 30,
+        }
+    }
+}
+
+/// Why a region could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused; `what` names the call.
+    #[error("cannot get {len} bytes of DMA memory: {what}: {source}")]
+    Os {
+        /// The call that failed.
+        what: &'static str,
+        /// Bytes asked for.
+        len: usize,
+        /// The kernel's answer.
+        source: nix::Error,
+    },
+    /// [`RegionId::MAX`] regions exist.
+    #[error("{} DMA regions exist already, which is the limit", RegionId::MAX)]
+    TooMany,
+    /// A region of no bytes, or of more than the address space holds.
+    #[error("a DMA region of {0} bytes is not possible")]
+    Length(usize),
+}
+
+/// A mapping of shared memory that devices, guests and other processes may access.
+///
+/// Backed by a memfd, so that it can be passed to a peer process and outlive a crash of this one.
+/// All accesses are bounds-checked copies or single atomic words.
+#[derive(Debug)]
+pub struct Region {
+    id: RegionId,
+    base: NonNull<u8>,
+    len: usize,
+    page: PageSize,
+    fd: OwnedFd,
+}
+
+// SAFETY: the mapping is valid for the life of the value and every access through it is an opaque
+// copy or an atomic, so no thread can make a data race that Rust would call undefined.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `len` bytes, rounded up to whole pages of the kind asked for, zeroed and resident.
+    ///
+    /// # Errors
+    /// What the kernel says, e.g. that there are not enough huge pages.
+    pub fn new(len: usize, page: PageSize) -> Result<Arc<Region>, Error> {
+        let size = page.bytes();
+        let len = len.checked_next_multiple_of(size).filter(|&l| l > 0 && l <= isize::MAX as usize);
+        let len = len.ok_or(Error::Length(len.unwrap_or(0)))?;
+        let os = |what| move |source| Error::Os { what, len, source };
+        let kind = match page {
+            PageSize::Small => MFdFlags::empty(),
+            PageSize::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+            PageSize::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+        };
+        let fd = memfd_create("polldisk", MFdFlags::MFD_CLOEXEC | kind).map_err(os("memfd_create"))?;
+        nix::unistd::ftruncate(&fd, len as i64).map_err(os("ftruncate"))?;
+        Region::map(fd, len, page)
+    }
+
+    /// As [`Region::new`] with the largest pages that the host has free for it.
+    ///
+    /// # Errors
+    /// Only if not even ordinary pages can be had.
+    pub fn new_best(len: usize) -> Result<Arc<Region>, Error> {
+        for page in [PageSize::Huge1G, PageSize::Huge2M] {
+            // A page that would stay more than half empty is a waste of a scarce thing.
+            if len >= page.bytes() / 2
+                && let Ok(region) = Region::new(len, page)
+            {
+                return Ok(region);
+            }
+        }
+        Region::new(len, PageSize::Small)
+    }
+
+    fn map(fd: OwnedFd, len: usize, page: PageSize) -> Result<Arc<Region>, Error> {
+        let id = RegionId::take()?;
+        let length = std::num::NonZeroUsize::new(len).ok_or(Error::Length(len))?;
+        // SAFETY: a fresh shared mapping at an address that the kernel chooses; it overlaps nothing.
+        let mapped = unsafe {
+            nix::sys::mman::mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                &fd,
+                0,
+            )
+        };
+        match mapped {
+            Ok(base) => Ok(Arc::new(Region { id, base: base.cast(), len, page, fd })),
+            Err(source) => {
+                id.give_back();
+                Err(Error::Os { what: "mmap", len, source })
+            }
+        }
+    }
+
+    /// The region's name within this process.
+    #[inline]
+    pub fn id(&self) -> RegionId {
+        self.id
+    }
+
+    /// Length in bytes, a multiple of the page size.
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The pages it is made of.
+    pub fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    /// The memfd behind it, for a peer that maps the same memory.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Where it lies in this process: for a leaf that hands addresses to a kernel or a device, and
+    /// keeps the region alive while it does. Dereferencing needs `unsafe` as for any raw pointer.
+    #[inline]
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// The segment `[offset, offset + len)`, or `None` if it does not lie inside.
+    ///
+    /// For the owner of the whole region; a shared region is cut by a [`crate::Pool`].
+    pub fn seg(&self, offset: u64, len: u32) -> Option<Seg> {
+        let end = offset.checked_add(u64::from(len))?;
+        (end <= self.len as u64).then_some(Seg { region: self.id, len, offset })
+    }
+
+    /// Pointer to `[offset, offset + len)`. Panics if that is not inside, since offsets come from
+    /// our own segments and layouts, never from a guest or device unchecked.
+    #[inline]
+    pub(crate) fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(offset <= self.len && len <= self.len - offset, "access outside a DMA region");
+        // SAFETY: the offset was just found to lie within the mapping.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length, and nobody holds the region.
+        let done = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+        debug_assert!(done.is_ok());
+        self.id.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_distinct_and_come_back() {
+        let a = Region::new(1, PageSize::Small).unwrap();
+        let b = Region::new(4097, PageSize::Small).unwrap();
+        assert_ne!(a.id(), b.id());
+        assert_eq!((a.len(), b.len()), (4096, 8192));
+    }
+
+    #[test]
+    fn absurd_lengths_are_refused() {
+        assert!(matches!(Region::new(0, PageSize::Small), Err(Error::Length(_))));
+        assert!(matches!(Region::new(usize::MAX, PageSize::Small), Err(Error::Length(_))));
+    }
+
+    #[test]
+    fn best_falls_back_to_small_pages() {
+        let region = Region::new_best(3 << 20).unwrap();
+        region.write(region.len() - 1, &[7]);
+        let mut last = [0];
+        region.read(region.len() - 1, &mut last);
+        assert_eq!(last, [7]);
+    }
+
+    #[test]
+    fn segments_lie_inside() {
+        let region = Region::new(4096, PageSize::Small).unwrap();
+        assert!(region.seg(0, 4096).is_some());
+        assert!(region.seg(1, 4096).is_none());
+        assert!(region.seg(u64::MAX, 1).is_none());
+    }
+}
