@@ -1,1 +1,34 @@
-//! (in work)
+//! The one vocabulary in which frontends, images and devices talk: requests and completions.
+//!
+//! A request goes down by [`Submit::submit`], its completion comes back from
+//! [`BlockQueue::poll`], never from inside `submit`. Everything here belongs to one reactor thread
+//! and is never shared, so there is no lock to leave out.
+//!
+//! - [`Tag`] says to whom a completion goes; [`Request`], [`Completion`], [`Status`] are what moves.
+//! - [`Submit`] is what a frontend sees (an image); [`BlockQueue`] is a leaf: a device's queue.
+//! - [`Frontend`] brings requests in: a guest ring, a portal to another thread.
+//! - [`Layer`] is translation: an image that is lent the reactor's leaf queues at each call.
+//! - [`Storage`] is the control path's view of a device: blocking reads and writes of bytes.
+//! - [`MemQueue`] is a leaf in memory.
+
+#![forbid(unsafe_code)]
+
+mod blocking;
+mod completions;
+mod frontend;
+mod info;
+mod layer;
+mod mem;
+mod request;
+mod status;
+mod storage;
+
+pub use blocking::{Blocking, LeafAccess};
+pub use completions::{Completion, Completions};
+pub use frontend::Frontend;
+pub use info::DeviceInfo;
+pub use layer::{Layer, Port};
+pub use mem::MemQueue;
+pub use request::{BlockQueue, Flags, Full, HasWork, MAX_SEGS, Op, Request, Submit, Tag};
+pub use status::Status;
+pub use storage::{Storage, StorageError};

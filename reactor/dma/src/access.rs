@@ -78,13 +78,19 @@ impl Region {
 
     /// Copies the bytes of `seg` (which must be of this region) into private memory of its length.
     pub fn read_seg(&self, seg: &Seg, into: &mut [u8]) {
-        assert!(seg.region == self.id() && seg.len as usize == into.len(), "segment of another region");
+        assert!(
+            seg.region == self.id() && seg.len as usize == into.len(),
+            "segment of another region"
+        );
         self.read(seg.offset as usize, into);
     }
 
     /// Copies private memory into the bytes of `seg` (which must be of this region).
     pub fn write_seg(&self, seg: &Seg, from: &[u8]) {
-        assert!(seg.region == self.id() && seg.len as usize == from.len(), "segment of another region");
+        assert!(
+            seg.region == self.id() && seg.len as usize == from.len(),
+            "segment of another region"
+        );
         self.write(seg.offset as usize, from);
     }
 

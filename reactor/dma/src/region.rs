@@ -134,7 +134,8 @@ impl Region {
             PageSize::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
             PageSize::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
         };
-        let fd = memfd_create("polldisk", MFdFlags::MFD_CLOEXEC | kind).map_err(os("memfd_create"))?;
+        let fd =
+            memfd_create("polldisk", MFdFlags::MFD_CLOEXEC | kind).map_err(os("memfd_create"))?;
         nix::unistd::ftruncate(&fd, len as i64).map_err(os("ftruncate"))?;
         Region::map(fd, len, page)
     }

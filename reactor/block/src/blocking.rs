@@ -1,0 +1,254 @@
+//! [`Blocking`]: a leaf queue used as [`Storage`], one request at a time, by spinning on it.
+//!
+//! For the control path only. Unaligned ranges become whole blocks around them.
+
+use std::sync::Arc;
+
+use dma::Region;
+
+use crate::{BlockQueue, Completions, Flags, Op, Request, Status, Storage, StorageError, Tag};
+
+/// What a leaf can say and do about a unit besides requests: length and cutting of files.
+pub trait LeafAccess: BlockQueue {
+    /// Bytes that hold something: a file's length; a device's size.
+    fn unit_len(&self, unit: u16) -> u64;
+
+    /// Sets a file's length; nothing on a device.
+    ///
+    /// # Errors
+    /// If the length cannot be changed.
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status>;
+}
+
+/// Size of the bounce buffer, and so of one request.
+const BOUNCE: usize = 1 << 20;
+
+/// A unit of a leaf queue, used blockingly. Holds the queue for itself.
+pub struct Blocking<L> {
+    leaf: L,
+    unit: u16,
+    bounce: Arc<Region>,
+    done: Completions,
+    generation: u32,
+}
+
+impl<L: LeafAccess> Blocking<L> {
+    /// Takes the queue over.
+    ///
+    /// # Errors
+    /// If there is no memory for the bounce buffer or no such unit.
+    pub fn new(mut leaf: L, unit: u16) -> Result<Blocking<L>, String> {
+        if leaf.info(unit).is_none() {
+            return Err(format!("the device has no unit {unit}"));
+        }
+        let bounce = Region::new_best(BOUNCE).map_err(|e| e.to_string())?;
+        leaf.register(&bounce)?;
+        Ok(Blocking { leaf, unit, bounce, done: Completions::new(), generation: 0 })
+    }
+
+    /// Gives the queue back.
+    pub fn into_leaf(self) -> L {
+        self.leaf
+    }
+
+    /// The queue.
+    pub fn leaf(&self) -> &L {
+        &self.leaf
+    }
+
+    fn info(&self) -> &crate::DeviceInfo {
+        self.leaf.info(self.unit).expect("the unit was there when this was made")
+    }
+
+    /// Sends one aligned request over the first `len` bytes of the bounce buffer and waits.
+    fn run(
+        &mut self,
+        what: &'static str,
+        op: Op,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), StorageError> {
+        self.generation = self.generation.wrapping_add(1);
+        let tag = Tag::new(u16::MAX, 0, self.generation);
+        let seg = match op {
+            Op::Read | Op::Write => u32::try_from(len).ok().and_then(|n| self.bounce.seg(0, n)),
+            _ => None,
+        };
+        let request = Request {
+            tag,
+            op,
+            flags: Flags::NONE,
+            unit: self.unit,
+            offset,
+            len,
+            segs: seg.as_slice(),
+        };
+        let fail = |status, detail| StorageError { what, offset, len, status, detail };
+        while self.leaf.submit(&request).is_err() {
+            self.done.clear();
+            self.leaf.poll(&mut self.done);
+        }
+        loop {
+            self.done.clear();
+            self.leaf.poll(&mut self.done);
+            for c in self.done.iter() {
+                if c.tag == tag {
+                    return match c.status {
+                        Status::Ok => Ok(()),
+                        status => Err(fail(status, c.detail)),
+                    };
+                }
+            }
+            if self.leaf.arm() == crate::HasWork::Yes {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Calls `f(bounce offset, position in the caller's buffer, bytes)` for each part of the range,
+    /// with whole blocks around it: (block-aligned offset, aligned length, skipped head, bytes).
+    fn parts(&self, offset: u64, len: u64) -> impl Iterator<Item = Part> + use<L> {
+        let block = u64::from(self.info().block_size);
+        let most = (BOUNCE as u64).min(u64::from(self.info().max_transfer)) & !(block - 1);
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let from = at & !(block - 1);
+            let to = end.min(from + most);
+            let part = Part {
+                from,
+                len: (to - from).next_multiple_of(block),
+                skip: (at - from) as usize,
+                bytes: (to - at) as usize,
+            };
+            at = to;
+            Some(part)
+        })
+    }
+}
+
+/// One request's worth of a range.
+struct Part {
+    from: u64,
+    len: u64,
+    skip: usize,
+    bytes: usize,
+}
+
+impl Part {
+    /// Whether the part is whole blocks.
+    fn whole(&self) -> bool {
+        self.bytes as u64 == self.len
+    }
+}
+
+impl<L: LeafAccess> Storage for Blocking<L> {
+    fn len(&self) -> u64 {
+        self.leaf.unit_len(self.unit)
+    }
+
+    fn capacity(&self) -> u64 {
+        self.info().size
+    }
+
+    fn read_only(&self) -> bool {
+        self.info().read_only
+    }
+
+    fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        let mut done = 0;
+        for part in self.parts(offset, into.len() as u64) {
+            self.run("read", Op::Read, part.from, part.len)?;
+            self.bounce.read(part.skip, &mut into[done..done + part.bytes]);
+            done += part.bytes;
+        }
+        Ok(())
+    }
+
+    fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        let mut done = 0;
+        for part in self.parts(offset, from.len() as u64) {
+            if !part.whole() {
+                self.run("read", Op::Read, part.from, part.len)?;
+            }
+            self.bounce.write(part.skip, &from[done..done + part.bytes]);
+            self.run("write", Op::Write, part.from, part.len)?;
+            done += part.bytes;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        let block = u64::from(self.info().block_size);
+        if self.info().write_zeroes && (offset | len) & (block - 1) == 0 {
+            // Bounded per request, so that one command never holds a device for long.
+            const STEP: u64 = 1 << 30;
+            let mut at = 0;
+            while at < len {
+                let n = STEP.min(len - at);
+                self.run("write zeroes", Op::WriteZeroes, offset + at, n)?;
+                at += n;
+            }
+            return Ok(());
+        }
+        for part in self.parts(offset, len) {
+            if !part.whole() {
+                self.run("read", Op::Read, part.from, part.len)?;
+            }
+            self.bounce.zero(part.skip, part.bytes);
+            self.run("write", Op::Write, part.from, part.len)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        self.run("flush", Op::Flush, 0, 0)
+    }
+
+    fn set_len(&mut self, len: u64) -> Result<(), StorageError> {
+        self.leaf.set_unit_len(self.unit, len).map_err(|status| StorageError {
+            what: "set length",
+            offset: len,
+            len: 0,
+            status,
+            detail: 0,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemQueue;
+
+    #[test]
+    fn unaligned_ranges_read_back_and_spare_their_neighbours() {
+        for block in [512, 4096] {
+            let mut s = Blocking::new(MemQueue::new(4 << 20, block).unwrap(), 0).unwrap();
+            s.write_at(0, &vec![0x11; 4 << 20]).unwrap();
+            let data: Vec<u8> = (0..1_500_000u32).map(|i| (i % 251) as u8).collect();
+            s.write_at(4097, &data).unwrap();
+            let mut back = vec![0; data.len() + 2];
+            s.read_at(4096, &mut back).unwrap();
+            assert_eq!(back[0], 0x11);
+            assert!(back[1..=data.len()] == data[..]);
+            assert_eq!(back[data.len() + 1], 0x11);
+            s.write_zeroes_at(100, 5000).unwrap();
+            let mut z = vec![9; 5002];
+            s.read_at(99, &mut z).unwrap();
+            assert_eq!((z[0], z[5001]), (0x11, data[5100 - 4097]));
+            assert!(z[1..5001].iter().all(|&b| b == 0));
+        }
+    }
+
+    #[test]
+    fn outside_is_an_error_that_says_where() {
+        let mut s = Blocking::new(MemQueue::new(1 << 20, 512).unwrap(), 0).unwrap();
+        let e = s.read_at(1 << 20, &mut [0; 512]).unwrap_err();
+        assert_eq!(e.status, Status::Invalid);
+        assert_eq!(e.to_string(), "read of 512 bytes at offset 0x100000: invalid request");
+    }
+}

@@ -1,0 +1,104 @@
+//! Completions and the fixed array in which a queue hands them out.
+
+use crate::{Status, Tag};
+
+/// A request's end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Completion {
+    /// The tag of the request.
+    pub tag: Tag,
+    /// How it ended.
+    pub status: Status,
+    /// What the device itself said, for logs: an NVMe status field or an errno; 0 if nothing.
+    pub detail: u16,
+}
+
+/// A fixed array that [`crate::BlockQueue::poll`] fills. Made once per reactor.
+#[derive(Debug)]
+pub struct Completions {
+    items: Box<[Completion; Completions::CAPACITY]>,
+    len: usize,
+}
+
+impl Completions {
+    /// How many completions one poll hands out at most.
+    pub const CAPACITY: usize = 128;
+
+    /// An empty array.
+    pub fn new() -> Completions {
+        let none = Completion { tag: Tag::new(0, 0, 0), status: Status::Ok, detail: 0 };
+        Completions { items: Box::new([none; Completions::CAPACITY]), len: 0 }
+    }
+
+    /// How many more fit.
+    #[inline]
+    pub fn room(&self) -> usize {
+        Completions::CAPACITY - self.len
+    }
+
+    /// How many are there.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether none is there.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds one. Panics if there is no room: whoever fills asks [`Completions::room`] first.
+    #[inline]
+    pub fn push(&mut self, c: Completion) {
+        self.items[self.len] = c;
+        self.len += 1;
+    }
+
+    /// Adds one that succeeded.
+    #[inline]
+    pub fn ok(&mut self, tag: Tag) {
+        self.push(Completion { tag, status: Status::Ok, detail: 0 });
+    }
+
+    /// The `index`th one.
+    #[inline]
+    pub fn get(&self, index: usize) -> Completion {
+        self.items[..self.len][index]
+    }
+
+    /// All of them.
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = Completion> + '_ {
+        self.items[..self.len].iter().copied()
+    }
+
+    /// Empties the array.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+}
+
+impl Default for Completions {
+    fn default() -> Completions {
+        Completions::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fills_and_empties() {
+        let mut c = Completions::new();
+        for i in 0..Completions::CAPACITY {
+            c.ok(Tag::new(1, i as u16, 0));
+        }
+        assert_eq!((c.room(), c.len()), (0, Completions::CAPACITY));
+        assert_eq!(c.get(5).tag.slot(), 5);
+        c.clear();
+        assert!(c.is_empty());
+    }
+}

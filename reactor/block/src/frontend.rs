@@ -1,0 +1,33 @@
+//! [`Frontend`]: what brings guest requests in and carries answers out: a blkif ring, a portal to
+//! another thread.
+
+use std::sync::Arc;
+
+use dma::Region;
+
+use crate::{Completion, HasWork, Submit};
+
+/// A source of requests on a reactor.
+///
+/// In each turn the reactor first hands out completions ([`Frontend::complete`]), then calls
+/// [`Frontend::poll`] once. Requests carry the owner number that the frontend was attached with.
+pub trait Frontend {
+    /// Memory that the frontend's requests may name, to be registered with every leaf queue.
+    fn regions(&self) -> Vec<Arc<Region>>;
+
+    /// One of the frontend's requests ended. Only notes it; answers leave in `poll`.
+    fn complete(&mut self, done: Completion);
+
+    /// Takes new requests as far as there is room for them (a bounded number, so that other
+    /// frontends do not starve), submits them, then publishes all answers that are ready, at once.
+    /// `now` is the reactor's clock in nanoseconds, read once in this turn. Returns whether
+    /// anything was done.
+    fn poll<D: Submit>(&mut self, disk: &mut D, now: u64) -> bool;
+
+    /// The final check before the reactor sleeps: asks the other side for a wake-up, then looks
+    /// once more. Cancelled by the next `poll`.
+    fn arm(&mut self) -> HasWork;
+
+    /// Requests submitted and not yet completed. A frontend is dropped only when it is 0.
+    fn in_flight(&self) -> usize;
+}

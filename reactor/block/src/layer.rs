@@ -1,0 +1,41 @@
+//! [`Layer`]: an image format between a frontend and the leaf queues of a reactor.
+
+use crate::{BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Request};
+
+/// Where a node's bytes lie: which of the reactor's leaf queues, and which unit of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Port {
+    /// Index into the reactor's leaf queues.
+    pub leaf: u16,
+    /// Namespace, file or memory within that queue.
+    pub unit: u16,
+}
+
+/// Translation without a queue of its own: it is lent the reactor's leaf queues at each call.
+///
+/// Requests of a frontend go to [`Layer::submit`]; their completions appear in `out` of a later
+/// [`Layer::complete`] or [`Layer::poll`], under the frontend's tag. Requests that the layer makes
+/// itself carry the owner number that it was attached with.
+pub trait Layer<L: BlockQueue> {
+    /// What the image is like from above.
+    fn info(&self) -> &DeviceInfo;
+
+    /// How many requests will certainly be taken now.
+    fn room(&self, leaves: &[L]) -> usize;
+
+    /// As [`crate::Submit::submit`].
+    ///
+    /// # Errors
+    /// [`Full`] if there is no place; never while [`Layer::room`] is not 0.
+    fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full>;
+
+    /// One of the layer's own requests ended. Adds at most one completion to `out`.
+    fn complete(&mut self, leaves: &mut [L], done: Completion, out: &mut Completions);
+
+    /// Goes on with what waits for something else than a completion, as far as `out` has room.
+    /// Called once in each turn of the reactor. Returns whether anything was done.
+    fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool;
+
+    /// Whether the layer has work that no completion will wake: asked before the reactor sleeps.
+    fn arm(&mut self) -> HasWork;
+}
