@@ -30,4 +30,7 @@ pub trait Frontend {
 
     /// Requests submitted and not yet completed. A frontend is dropped only when it is 0.
     fn in_flight(&self) -> usize;
+
+    /// The other side has gone and nothing is in flight: the reactor may drop the frontend.
+    fn closed(&self) -> bool;
 }

@@ -1,6 +1,6 @@
 //! [`Layer`]: an image format between a frontend and the leaf queues of a reactor.
 
-use crate::{BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Request};
+use crate::{BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Request, Status};
 
 /// Where a node's bytes lie: which of the reactor's leaf queues, and which unit of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -13,8 +13,8 @@ pub struct Port {
 
 /// Translation without a queue of its own: it is lent the reactor's leaf queues at each call.
 ///
-/// Requests of a frontend go to [`Layer::submit`]; their completions appear in `out` of a later
-/// [`Layer::complete`] or [`Layer::poll`], under the frontend's tag. Requests that the layer makes
+/// Requests of a frontend go to [`Layer::submit`]; each is answered by one completion under the
+/// frontend's tag, from [`Layer::complete`] or [`Layer::poll`]. Requests that the layer makes
 /// itself carry the owner number that it was attached with.
 pub trait Layer<L: BlockQueue> {
     /// What the image is like from above.
@@ -29,8 +29,8 @@ pub trait Layer<L: BlockQueue> {
     /// [`Full`] if there is no place; never while [`Layer::room`] is not 0.
     fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full>;
 
-    /// One of the layer's own requests ended. Adds at most one completion to `out`.
-    fn complete(&mut self, leaves: &mut [L], done: Completion, out: &mut Completions);
+    /// One of the layer's own requests ended. Returns the frontend's completion if that ends one.
+    fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion>;
 
     /// Goes on with what waits for something else than a completion, as far as `out` has room.
     /// Called once in each turn of the reactor. Returns whether anything was done.
@@ -38,4 +38,11 @@ pub trait Layer<L: BlockQueue> {
 
     /// Whether the layer has work that no completion will wake: asked before the reactor sleeps.
     fn arm(&mut self) -> HasWork;
+
+    /// Begins the clean close: what is in memory only goes to disk. No request is submitted from
+    /// now on; the reactor goes on calling `complete` and `poll` until [`Layer::closed`].
+    fn close(&mut self);
+
+    /// How the close ended; `None` while it has not.
+    fn closed(&self) -> Option<Status>;
 }

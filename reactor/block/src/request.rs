@@ -1,6 +1,7 @@
 //! Requests: what is asked, of which unit, with which data, and to whom the answer goes.
 
 use dma::{Region, Seg};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::{Completions, DeviceInfo};
@@ -186,6 +187,15 @@ pub trait BlockQueue: Submit {
     /// says whether there is work after all. A leaf without a wake-up says [`HasWork::Yes`] while
     /// anything is in flight.
     fn arm(&mut self) -> HasWork;
+
+    /// A descriptor that becomes readable when a completion waits, for a reactor that sleeps with
+    /// requests in flight (the leaf clears it itself); `None` if the leaf must be polled.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Tells the queue the reactor's time, in nanoseconds, once in each turn: for deadlines.
+    fn set_now(&mut self, _now: u64) {}
 }
 
 #[cfg(test)]

@@ -1,0 +1,104 @@
+//! [`Clock`]: nanoseconds since the reactor began, from the TSC, or from a test's hand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// A source of time. Read once in each turn and passed down.
+#[derive(Clone, Debug)]
+pub enum Clock {
+    /// The processor's time stamp counter (invariant on every x86-64 server processor).
+    Tsc {
+        /// The counter at time 0.
+        zero: u64,
+        /// Nanoseconds per tick, as a fraction of 2^32.
+        scale: u64,
+    },
+    /// Where there is no usable counter: the kernel's monotonic clock.
+    Monotonic(Instant),
+    /// A time that somebody sets: tests and simulation.
+    Virtual(Arc<AtomicU64>),
+}
+
+impl Clock {
+    /// The real clock; takes 10 ms to measure the counter's rate.
+    pub fn real() -> Clock {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(clock) = Clock::calibrate() {
+            return clock;
+        }
+        Clock::Monotonic(instant())
+    }
+
+    /// A clock that stands still at 0 until somebody stores another time in the returned word.
+    pub fn virtual_clock() -> (Clock, Arc<AtomicU64>) {
+        let word = Arc::new(AtomicU64::new(0));
+        (Clock::Virtual(word.clone()), word)
+    }
+
+    /// Nanoseconds since the clock was made.
+    #[inline]
+    pub fn now(&self) -> u64 {
+        match self {
+            Clock::Tsc { zero, scale } => {
+                let ticks = u128::from(tsc().wrapping_sub(*zero));
+                ((ticks * u128::from(*scale)) >> 32) as u64
+            }
+            Clock::Monotonic(zero) => zero.elapsed().as_nanos() as u64,
+            Clock::Virtual(word) => word.load(Ordering::Relaxed),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn calibrate() -> Option<Clock> {
+        // The kernel uses the TSC as its clock source only where it found it stable.
+        let source = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
+        if !std::fs::read_to_string(source).ok()?.split_whitespace().any(|s| s == "tsc") {
+            return None;
+        }
+        let (t0, c0) = (instant(), tsc());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        let (nanos, ticks) = (t0.elapsed().as_nanos(), u128::from(tsc().wrapping_sub(c0)));
+        let scale = u64::try_from((nanos << 32).checked_div(ticks)?).ok()?;
+        Some(Clock::Tsc { zero: tsc(), scale })
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the clock that others use instead")]
+fn instant() -> Instant {
+    Instant::now()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn tsc() -> u64 {
+    // SAFETY: the instruction is part of every x86-64 processor and has no precondition.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tsc() -> u64 {
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_time_runs_at_the_right_rate() {
+        let clock = Clock::real();
+        let (a, t) = (clock.now(), instant());
+        std::thread::sleep(std::time::Duration::from_millis(40));
+        let (ours, kernels) = (clock.now() - a, t.elapsed().as_nanos() as u64);
+        assert!(ours.abs_diff(kernels) < kernels / 10, "{ours} against {kernels}");
+    }
+
+    #[test]
+    fn virtual_time_is_set() {
+        let (clock, word) = Clock::virtual_clock();
+        assert_eq!(clock.now(), 0);
+        word.store(77, Ordering::Relaxed);
+        assert_eq!(clock.now(), 77);
+    }
+}

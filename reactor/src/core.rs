@@ -1,0 +1,364 @@
+//! [`Core`]: what one reactor owns, and one turn of its loop.
+
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Layer, Request,
+    Status, Submit,
+};
+
+use crate::{Clock, Mailbox, Stats, Wake};
+
+/// To whom completions of an owner number go.
+#[derive(Clone, Copy, Debug)]
+enum Owner {
+    Nobody,
+    Image(usize),
+    Frontend(usize),
+}
+
+struct Attached<F> {
+    frontend: F,
+    image: usize,
+    owner: u16,
+}
+
+/// Leaf queues, images and frontends of one reactor. Built and used on the reactor's thread, or
+/// turned by hand on any thread in tests and measurements.
+pub struct Core<L, I, F> {
+    leaves: Vec<L>,
+    images: Vec<Option<(u16, I)>>,
+    frontends: Vec<Option<Attached<F>>>,
+    owners: Vec<Owner>,
+    done: Completions,
+    out: Completions,
+    clock: Clock,
+    now: u64,
+    stats: Arc<Stats>,
+    mailbox: Mailbox<Core<L, I, F>>,
+    wake: Wake,
+    stop: bool,
+}
+
+/// An image with the leaf queues lent to it: what a frontend sees.
+struct Bound<'a, L, I> {
+    image: &'a mut I,
+    leaves: &'a mut [L],
+}
+
+impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
+    #[inline]
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        (unit == 0).then(|| self.image.info())
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        self.image.room(self.leaves)
+    }
+
+    #[inline]
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        self.image.submit(self.leaves, request)
+    }
+}
+
+impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
+    /// An empty core.
+    ///
+    /// # Errors
+    /// If the process has no descriptor left for the wake-up.
+    pub fn new(clock: Clock) -> Result<Self, nix::Error> {
+        let wake = Wake::new()?;
+        Ok(Core {
+            leaves: Vec::new(),
+            images: Vec::new(),
+            frontends: Vec::new(),
+            owners: Vec::new(),
+            done: Completions::new(),
+            out: Completions::new(),
+            clock,
+            now: 0,
+            stats: Arc::default(),
+            mailbox: Mailbox::new(wake.clone()),
+            wake,
+            stop: false,
+        })
+    }
+
+    /// The way in for other threads.
+    pub fn mailbox(&self) -> Mailbox<Self> {
+        self.mailbox.clone()
+    }
+
+    /// What wakes this reactor.
+    pub fn wake(&self) -> Wake {
+        self.wake.clone()
+    }
+
+    /// Counters, readable from any thread.
+    pub fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
+    }
+
+    /// The reactor's time of this turn, in nanoseconds.
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// Takes a leaf queue in; returns its index for [`block::Port::leaf`].
+    ///
+    /// # Errors
+    /// If it cannot reach the memory of a frontend that is already attached.
+    pub fn add_leaf(&mut self, mut leaf: L) -> Result<u16, String> {
+        let index = u16::try_from(self.leaves.len()).map_err(|_| "too many leaf queues")?;
+        for f in self.frontends.iter().flatten() {
+            for region in f.frontend.regions() {
+                leaf.register(&region)?;
+            }
+        }
+        self.leaves.push(leaf);
+        Ok(index)
+    }
+
+    /// The leaf queues.
+    pub fn leaves(&mut self) -> &mut [L] {
+        &mut self.leaves
+    }
+
+    /// Takes an image in; `make` is given its owner number and the leaf queues. Returns its index.
+    ///
+    /// # Errors
+    /// What `make` says.
+    pub fn add_image<E>(
+        &mut self,
+        make: impl FnOnce(u16, &mut [L]) -> Result<I, E>,
+    ) -> Result<usize, E> {
+        let index = free_place(&mut self.images);
+        let owner = self.owner(Owner::Image(index));
+        match make(owner, &mut self.leaves) {
+            Ok(image) => {
+                self.images[index] = Some((owner, image));
+                Ok(index)
+            }
+            Err(e) => {
+                self.owners[usize::from(owner)] = Owner::Nobody;
+                Err(e)
+            }
+        }
+    }
+
+    /// An image.
+    pub fn image(&mut self, index: usize) -> Option<&mut I> {
+        self.images.get_mut(index)?.as_mut().map(|(_, i)| i)
+    }
+
+    /// Attaches a frontend to an image; `make` is given its owner number. Returns its index.
+    ///
+    /// # Errors
+    /// If a leaf cannot reach the frontend's memory, or there is no such image.
+    pub fn add_frontend(
+        &mut self,
+        image: usize,
+        make: impl FnOnce(u16, &DeviceInfo) -> F,
+    ) -> Result<usize, String> {
+        let index = free_place(&mut self.frontends);
+        let owner = self.owner(Owner::Frontend(index));
+        let Some(Some((_, of))) = self.images.get(image) else {
+            self.owners[usize::from(owner)] = Owner::Nobody;
+            return Err(format!("there is no image {image}"));
+        };
+        let frontend = make(owner, of.info());
+        for region in frontend.regions() {
+            for leaf in &mut self.leaves {
+                leaf.register(&region)?;
+            }
+        }
+        self.frontends[index] = Some(Attached { frontend, image, owner });
+        Ok(index)
+    }
+
+    /// A frontend.
+    pub fn frontend(&mut self, index: usize) -> Option<&mut F> {
+        self.frontends.get_mut(index)?.as_mut().map(|a| &mut a.frontend)
+    }
+
+    /// Takes a frontend out; only when nothing of it is in flight, else it stays (`None`).
+    pub fn remove_frontend(&mut self, index: usize) -> Option<F> {
+        let place = self.frontends.get_mut(index)?;
+        if place.as_ref()?.frontend.in_flight() > 0 {
+            return None;
+        }
+        let a = place.take()?;
+        self.owners[usize::from(a.owner)] = Owner::Nobody;
+        Some(a.frontend)
+    }
+
+    /// Takes a closed image out, with how its close ended; `None` while it is not closed.
+    pub fn remove_closed_image(&mut self, index: usize) -> Option<(I, Status)> {
+        let place = self.images.get_mut(index)?;
+        let status = place.as_ref()?.1.closed()?;
+        let (owner, image) = place.take()?;
+        self.owners[usize::from(owner)] = Owner::Nobody;
+        Some((image, status))
+    }
+
+    /// Takes the leaf queues out, to be closed by whoever opened them.
+    pub fn take_leaves(&mut self) -> Vec<L> {
+        std::mem::take(&mut self.leaves)
+    }
+
+    /// Has the loop of [`crate::Reactor`] end after this turn.
+    pub fn stop(&mut self) {
+        self.stop = true;
+    }
+
+    /// Whether [`Core::stop`] was called.
+    pub fn stopping(&self) -> bool {
+        self.stop
+    }
+
+    fn owner(&mut self, of: Owner) -> u16 {
+        let free = self.owners.iter().position(|o| matches!(o, Owner::Nobody));
+        let number = free.unwrap_or_else(|| {
+            self.owners.push(Owner::Nobody);
+            self.owners.len() - 1
+        });
+        self.owners[number] = of;
+        // Each owner holds memory and descriptors; the process is out of both long before this.
+        u16::try_from(number).expect("fewer than 65,536 images and frontends")
+    }
+
+    /// One turn: polls everything once. Returns whether there was anything to do.
+    #[inline]
+    pub fn turn(&mut self) -> bool {
+        let began = self.now;
+        self.now = self.clock.now();
+        let mut busy = false;
+        if !self.mailbox.is_empty() {
+            self.run_calls();
+            busy = true;
+        }
+        for l in 0..self.leaves.len() {
+            self.leaves[l].set_now(self.now);
+            let n = self.leaves[l].poll(&mut self.done);
+            if n > 0 {
+                busy = true;
+                self.dispatch();
+            }
+        }
+        for image in self.images.iter_mut().flatten() {
+            busy |= image.1.poll(&mut self.leaves, &mut self.out);
+            if !self.out.is_empty() {
+                answer(&mut self.out, &self.owners, &mut self.frontends, &self.stats);
+            }
+        }
+        for place in &mut self.frontends {
+            let Some(a) = place else { continue };
+            let Some(Some((_, image))) = self.images.get_mut(a.image) else { continue };
+            let mut bound = Bound { image, leaves: &mut self.leaves[..] };
+            busy |= a.frontend.poll(&mut bound, self.now);
+        }
+        self.stats.turns.add(1);
+        if busy {
+            self.stats.busy_ns.add(self.now - began);
+        } else {
+            self.stats.idle_turns.add(1);
+            self.stats.idle_ns.add(self.now - began);
+            self.drop_closed();
+        }
+        busy
+    }
+
+    /// Hands what a leaf completed to its owners.
+    #[inline]
+    fn dispatch(&mut self) {
+        self.stats.completions.add(self.done.len() as u64);
+        for i in 0..self.done.len() {
+            let c = self.done.get(i);
+            match self.owners.get(usize::from(c.tag.owner())) {
+                Some(&Owner::Image(at)) => {
+                    if let Some(Some((_, image))) = self.images.get_mut(at)
+                        && let Some(up) = image.complete(&mut self.leaves, c)
+                    {
+                        to_frontend(up, &self.owners, &mut self.frontends, &self.stats);
+                    }
+                }
+                _ => to_frontend(c, &self.owners, &mut self.frontends, &self.stats),
+            }
+        }
+        self.done.clear();
+    }
+
+    #[cold]
+    fn run_calls(&mut self) {
+        // Bounded, so that a flood of calls does not starve the rings.
+        for _ in 0..16 {
+            let Some(call) = self.mailbox.take() else { break };
+            self.stats.calls.add(1);
+            call(self);
+        }
+    }
+
+    /// Forgets frontends whose other side has gone. Only in idle turns: nothing is urgent here.
+    fn drop_closed(&mut self) {
+        for i in 0..self.frontends.len() {
+            if self.frontends[i].as_ref().is_some_and(|a| a.frontend.closed()) {
+                drop(self.remove_frontend(i));
+            }
+        }
+    }
+
+    /// The final check before sleep: whether anything at all wants another turn.
+    pub fn arm(&mut self) -> HasWork {
+        let mut work = !self.mailbox.is_empty() || self.stop;
+        for leaf in &mut self.leaves {
+            // A device command in flight is polled for, never slept over, unless the leaf can wake.
+            work |=
+                leaf.arm() == HasWork::Yes || (leaf.in_flight() > 0 && leaf.wake_fd().is_none());
+        }
+        for (_, image) in self.images.iter_mut().flatten() {
+            work |= image.arm() == HasWork::Yes;
+        }
+        for a in self.frontends.iter_mut().flatten() {
+            work |= a.frontend.arm() == HasWork::Yes;
+        }
+        if work { HasWork::Yes } else { HasWork::No }
+    }
+}
+
+/// A free place in a list, made if there is none.
+fn free_place<T>(list: &mut Vec<Option<T>>) -> usize {
+    list.iter().position(Option::is_none).unwrap_or_else(|| {
+        list.push(None);
+        list.len() - 1
+    })
+}
+
+#[inline]
+fn to_frontend<F: Frontend>(
+    c: Completion,
+    owners: &[Owner],
+    frontends: &mut [Option<Attached<F>>],
+    stats: &Stats,
+) {
+    if let Some(&Owner::Frontend(at)) = owners.get(usize::from(c.tag.owner()))
+        && let Some(Some(a)) = frontends.get_mut(at)
+    {
+        a.frontend.complete(c);
+    } else {
+        stats.strays.add(1);
+    }
+}
+
+fn answer<F: Frontend>(
+    out: &mut Completions,
+    owners: &[Owner],
+    frontends: &mut [Option<Attached<F>>],
+    stats: &Stats,
+) {
+    for c in out.iter() {
+        to_frontend(c, owners, frontends, stats);
+    }
+    out.clear();
+}
