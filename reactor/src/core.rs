@@ -164,12 +164,13 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     ) -> Result<usize, String> {
         let index = free_place(&mut self.frontends);
         let owner = self.owner(Owner::Frontend(index));
-        let Some(Some((_, of))) = self.images.get(image) else {
+        let Some(Some((_, of))) = self.images.get_mut(image) else {
             self.owners[usize::from(owner)] = Owner::Nobody;
             return Err(format!("there is no image {image}"));
         };
         let frontend = make(owner, of.info());
         for region in frontend.regions() {
+            of.register(&region);
             for leaf in &mut self.leaves {
                 leaf.register(&region)?;
             }

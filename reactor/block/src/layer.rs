@@ -1,5 +1,9 @@
 //! [`Layer`]: an image format between a frontend and the leaf queues of a reactor.
 
+use std::sync::Arc;
+
+use dma::Region;
+
 use crate::{BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Request, Status};
 
 /// Where a node's bytes lie: which of the reactor's leaf queues, and which unit of it.
@@ -19,6 +23,10 @@ pub struct Port {
 pub trait Layer<L: BlockQueue> {
     /// What the image is like from above.
     fn info(&self) -> &DeviceInfo;
+
+    /// Makes memory known that requests may name, for what the layer does with data itself
+    /// (zeroes, decompression). Control path; the leaves are told separately.
+    fn register(&mut self, region: &Arc<Region>);
 
     /// How many requests will certainly be taken now.
     fn room(&self, leaves: &[L]) -> usize;

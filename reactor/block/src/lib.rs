@@ -21,6 +21,7 @@ mod layer;
 mod mem;
 mod raw;
 mod request;
+mod seglist;
 mod status;
 mod storage;
 
@@ -31,6 +32,9 @@ pub use info::DeviceInfo;
 pub use layer::{Layer, Port};
 pub use mem::MemQueue;
 pub use raw::RawImage;
-pub use request::{BlockQueue, Flags, Full, HasWork, MAX_SEGS, Op, Request, Submit, Tag};
+pub use request::{
+    BlockQueue, Flags, Full, HasWork, MAX_GUEST_SEGS, MAX_SEGS, Op, Request, Submit, Tag,
+};
+pub use seglist::SegList;
 pub use status::Status;
 pub use storage::{Storage, StorageError};

@@ -1,5 +1,9 @@
 //! [`RawImage`]: the image format that is none: offsets go through unchanged.
 
+use std::sync::Arc;
+
+use dma::Region;
+
 use crate::{
     BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, Layer, Op, Port,
     Request, Status, Tag,
@@ -37,6 +41,8 @@ impl<L: BlockQueue> Layer<L> for RawImage {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
+
+    fn register(&mut self, _region: &Arc<Region>) {}
 
     #[inline]
     fn room(&self, leaves: &[L]) -> usize {

@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use crate::{Completions, DeviceInfo};
 
-/// Most segments that a request may have: a 128 KiB guest request of 32 pages, and one to spare
-/// for data that begins within a page.
-pub const MAX_SEGS: usize = 33;
+/// Most segments that a request to a leaf may have: a guest's 128 KiB of 32 pages that begin within
+/// a page ([`MAX_GUEST_SEGS`]), and what an image puts before and behind it to fill a cluster.
+pub const MAX_SEGS: usize = 36;
+
+/// Most segments that a frontend may put into a request.
+pub const MAX_GUEST_SEGS: usize = 33;
 
 /// Says to whom a completion goes: owner, the owner's slot, and the slot's generation.
 ///

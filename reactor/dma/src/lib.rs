@@ -35,6 +35,9 @@ pub struct Seg {
 }
 
 impl Seg {
+    /// A segment of no bytes, to fill places of a list that are not in use.
+    pub const NONE: Seg = Seg { region: RegionId::FIRST, len: 0, offset: 0 };
+
     /// The region that the bytes lie in.
     #[inline]
     pub fn region(&self) -> RegionId {

@@ -24,6 +24,8 @@ impl RegionId {
     /// How many regions may exist at a time.
     pub const MAX: usize = 1024;
 
+    pub(crate) const FIRST: RegionId = RegionId(0);
+
     /// Index into a table of [`RegionId::MAX`] entries at most.
     #[inline]
     pub fn index(self) -> usize {
