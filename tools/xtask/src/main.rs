@@ -1,2 +1,75 @@
-//! (in work)
-fn main() {}
+//! `cargo xtask`: the repository's own commands: the test command, the house checks, and the lab
+//! that feeds real input to a built `polldisk`.
+//!
+//! Runs on one thread of an ordinary process, on a developer's machine or in CI. Nothing here is
+//! part of the product, and no other crate imports it.
+#![forbid(unsafe_code)]
+
+mod cmd;
+mod layers;
+mod lexer;
+mod qemu;
+mod real_input;
+mod suite;
+mod tidy;
+mod tools;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The commands of the repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// The test command: unit and integration tests, house checks, then real input.
+    Test(suite::Args),
+    /// Real images, clients and a Linux kernel against `polldisk nbd`.
+    RealInput(real_input::Args),
+    /// Check the direction of imports between our crates.
+    Layers,
+    /// Check the house rules that no compiler lint knows.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        Task::Test(args) => suite::run(&args),
+        Task::RealInput(args) => real_input::command(&args),
+        Task::Layers => layers::command(),
+        Task::Tidy => tidy::command(),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root folder.
+fn root() -> PathBuf {
+    let here = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    here.ancestors().nth(2).unwrap_or(Path::new(".")).to_path_buf()
+}
+
+/// The folder for what is fetched or made once and used again. Git ignores it.
+fn cache() -> PathBuf {
+    root().join(".cache")
+}
+
+/// Whether this is a CI run, where a skipped part is a failure.
+fn in_ci() -> bool {
+    std::env::var("CI").is_ok_and(|value| value == "true")
+}

@@ -1,0 +1,200 @@
+//! `cargo xtask test`: the README's test command. Runs the steps one after another, goes on after
+//! a failed one, and ends with one line of counts.
+
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cmd::{self, now, say};
+use crate::{layers, real_input, tidy};
+
+/// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
+const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// What the command can be told.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only what gates each commit: unit and integration tests, house checks.
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Counts of tests.
+#[derive(Default, Debug, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl Tally {
+    /// One check that passed or failed.
+    fn one(passed: bool) -> Self {
+        Self { passed: u64::from(passed), failed: u64::from(!passed), skipped: 0 }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
+    /// Whether this is a success: something ran, nothing failed, and in CI nothing was skipped.
+    pub(crate) fn good(&self) -> bool {
+        self.passed > 0 && self.failed == 0 && (self.skipped == 0 || !crate::in_ci())
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "{} passed, {} failed", self.passed, self.failed)?;
+        if self.skipped > 0 {
+            write!(to, ", {} skipped", self.skipped)?;
+        }
+        Ok(())
+    }
+}
+
+/// One part of the test command.
+struct Step {
+    name: &'static str,
+    /// Whether `--quick` runs it too.
+    quick: bool,
+    run: fn() -> Result<Tally>,
+}
+
+/// All parts, cheap ones first. Another gate (counts of instructions, say) is one more line here.
+const STEPS: [Step; 4] = [
+    Step { name: "layers", quick: true, run: || layers::command().map(Tally::one) },
+    Step { name: "tidy", quick: true, run: || tidy::command().map(Tally::one) },
+    Step { name: "tests", quick: true, run: cargo_test },
+    Step {
+        name: "real-input",
+        quick: false,
+        run: || real_input::run(&real_input::Args::default()),
+    },
+];
+
+/// Runs the command; false when something failed.
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let mut total = Tally::default();
+    let mut bad = Vec::new();
+    for step in STEPS.iter().filter(|step| step.quick || !args.quick) {
+        say(&format!("test: {}", step.name));
+        let start = now();
+        let tally = (step.run)().unwrap_or_else(|error| {
+            println!("{}: {error:#}", step.name);
+            Tally::one(false)
+        });
+        say(&format!("test: {}: {tally} in {:.1} s", step.name, start.elapsed().as_secs_f64()));
+        if !tally.good() {
+            bad.push(step.name);
+        }
+        total.add(&tally);
+    }
+    if !bad.is_empty() {
+        println!("not good: {}", bad.join(", "));
+    }
+    println!("{total}");
+    Ok(bad.is_empty())
+}
+
+/// The cargo that runs this command.
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(crate::root());
+    command
+}
+
+/// Unit, integration and documentation tests of all crates; their output is shown and counted.
+fn cargo_test() -> Result<Tally> {
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let output = child.stdout.take().context("no output")?;
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        let mut tally = Tally::default();
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if let Some(counts) = count(&line) {
+                tally.add(&counts);
+            }
+            // A test that passed is one word too many here.
+            if !line.ends_with(" ... ok") && !line.is_empty() {
+                println!("{line}");
+            }
+        }
+        let _ = sender.send(tally);
+    });
+    let status = cmd::wait(&mut child, TESTS_LIMIT)?;
+    let mut tally =
+        receiver.recv_timeout(Duration::from_secs(10)).context("output of the tests")?;
+    match status {
+        Some(status) if status.success() => {}
+        // A crate that does not compile, or a test that ended its process, has no count of its own.
+        Some(_) if tally.failed > 0 => {}
+        Some(_) | None => tally.failed += 1,
+    }
+    if tally.passed == 0 {
+        bail!("no test ran");
+    }
+    Ok(tally)
+}
+
+/// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+fn count(line: &str) -> Option<Tally> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut tally = Tally::default();
+    for part in counts.split("; ") {
+        let (number, what) = part.split_once(' ')?;
+        match what {
+            "passed" => tally.passed = number.parse().ok()?,
+            "failed" => tally.failed = number.parse().ok()?,
+            "ignored" => tally.skipped = number.parse().ok()?,
+            _ => {}
+        }
+    }
+    Some(tally)
+}
+
+/// Builds `polldisk` for release and returns the binary's path.
+pub(crate) fn build_polldisk() -> Result<PathBuf> {
+    say("building polldisk for release");
+    let status = cargo().args(["build", "--release", "--package", "polldisk"]).status()?;
+    if !status.success() {
+        bail!("polldisk does not build");
+    }
+    let text = cmd::ok(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&text)?;
+    let target = metadata["target_directory"].as_str().context("no target folder")?;
+    Ok(PathBuf::from(target).join("release/polldisk"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted() {
+        let line = "test result: FAILED. 12 passed; 2 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.01s";
+        assert_eq!(count(line), Some(Tally { passed: 12, failed: 2, skipped: 1 }));
+        assert_eq!(count("test a::b ... ok"), None);
+    }
+
+    #[test]
+    fn the_closing_line() {
+        let mut tally = Tally::one(true);
+        assert_eq!(tally.to_string(), "1 passed, 0 failed");
+        assert!(tally.good());
+        tally.add(&Tally { passed: 1, failed: 1, skipped: 2 });
+        assert_eq!(tally.to_string(), "2 passed, 1 failed, 2 skipped");
+        assert!(!tally.good());
+        assert!(!Tally::default().good());
+    }
+}
