@@ -1,1 +1,66 @@
-//! (in work)
+//! Files and kernel block devices as a leaf: [`FileQueue`], one per reactor for all of its files.
+//!
+//! I/O is `O_DIRECT` where the file takes it. The kernel is reached through one io_uring, or through
+//! Linux AIO where there is none (Linux 4.19, or a host that forbids it). Requests are queued by
+//! `submit` and sent by `poll` in one system call; completions are read from memory that the kernel
+//! shares with us, without one. A queue with nothing queued and nothing in flight makes no call.
+//!
+//! - [`FileQueue`]: the queue. Belongs to a reactor thread, or to a control thread before that.
+//!
+//! `unsafe` stands in four small files: `os` (system calls that have no safe wrapper), `uring`,
+//! `aio` and `kernel` (which keeps memory in place while the kernel may use it).
+
+mod aio;
+mod helper;
+mod kernel;
+mod memory;
+mod os;
+mod queue;
+#[cfg(test)]
+mod tests;
+mod unit;
+mod uring;
+
+pub use queue::FileQueue;
+
+/// The kernel's interface for asynchronous file I/O.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Engine {
+    /// io_uring if the kernel has it and lets us, else Linux AIO.
+    Auto,
+    /// io_uring (Linux 5.6 or later).
+    IoUring,
+    /// Linux AIO (any kernel), with one helper thread for what it cannot do.
+    Aio,
+}
+
+/// Why a queue could not be made or a file not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused a call; `what` names it.
+    #[error("{what}: {source}")]
+    Os {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// Memory for bounce buffers could not be had.
+    #[error(transparent)]
+    Memory(#[from] dma::Error),
+    /// Neither a regular file nor a block device.
+    #[error("neither a regular file nor a block device")]
+    Kind,
+    /// The file was not opened for reading.
+    #[error("the file is not open for reading")]
+    NotReadable,
+    /// A queue holds at most 65536 files.
+    #[error("too many files")]
+    TooMany,
+}
+
+impl Error {
+    fn os(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        move |source| Error::Os { what, source }
+    }
+}

@@ -1,0 +1,162 @@
+//! [`Kernel`]: starts requests with the kernel and gets their results, by whichever interface.
+//!
+//! Owns what the kernel reads and writes behind our back: the address lists, one per slot, and the
+//! regions that they point into. While a slot is with the kernel its list cannot be touched, and
+//! dropping the whole waits for every request: so the safe methods here are safe.
+
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use dma::Region;
+
+use crate::aio::Aio;
+use crate::memory::{IoVec, Memory, Vecs};
+use crate::uring::Uring;
+use crate::{Engine, Error};
+
+/// What the kernel is asked to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Io {
+    /// File to memory.
+    Read,
+    /// Memory to file; `dsync`: durable before it completes.
+    Write { dsync: bool },
+    /// `fdatasync`.
+    Sync,
+    /// `fallocate` with this mode over `len` bytes.
+    Allocate { mode: i32, len: u64 },
+}
+
+/// A request as the interfaces take it.
+pub(crate) struct Start<'a> {
+    pub(crate) file: &'a Arc<File>,
+    pub(crate) io: Io,
+    pub(crate) offset: u64,
+    pub(crate) vecs: &'a [IoVec],
+}
+
+enum Via {
+    Uring(Uring),
+    Aio(Aio),
+}
+
+/// The kernel's side of a queue.
+pub(crate) struct Kernel {
+    // First, so that it is dropped (and has waited) before the memory that the kernel uses.
+    via: Via,
+    vecs: Box<[Vecs]>,
+    busy: Box<[bool]>,
+    memory: Memory,
+}
+
+impl Kernel {
+    /// For `depth` slots.
+    pub(crate) fn new(engine: Engine, depth: u16) -> Result<Kernel, Error> {
+        let via = match engine {
+            Engine::IoUring => {
+                Via::Uring(Uring::new(u32::from(depth)).map_err(Error::os("io_uring"))?)
+            }
+            Engine::Aio => Via::Aio(Aio::new(depth)?),
+            Engine::Auto => match Uring::new(u32::from(depth)) {
+                Ok(ring) => Via::Uring(ring),
+                Err(e) => {
+                    log::info!("no io_uring on this host ({e}): using Linux AIO");
+                    Via::Aio(Aio::new(depth)?)
+                }
+            },
+        };
+        Ok(Kernel {
+            via,
+            vecs: vec![Vecs::EMPTY; usize::from(depth)].into_boxed_slice(),
+            busy: vec![false; usize::from(depth)].into_boxed_slice(),
+            memory: Memory::new(),
+        })
+    }
+
+    pub(crate) fn engine(&self) -> Engine {
+        match self.via {
+            Via::Uring(_) => Engine::IoUring,
+            Via::Aio(_) => Engine::Aio,
+        }
+    }
+
+    pub(crate) fn register(&mut self, region: &Arc<Region>) {
+        self.memory.register(region);
+    }
+
+    /// The table of regions, and the list of a slot that is not with the kernel.
+    #[inline]
+    pub(crate) fn data(&mut self, slot: u16) -> (&Memory, &mut Vecs) {
+        let slot = usize::from(slot);
+        assert!(!self.busy[slot], "the kernel is reading this slot's list");
+        (&self.memory, &mut self.vecs[slot])
+    }
+
+    /// Queues a request for the data in the slot's list. Nothing is sent before [`Kernel::send`].
+    #[inline]
+    pub(crate) fn start(&mut self, slot: u16, file: &Arc<File>, io: Io, offset: u64) {
+        let at = usize::from(slot);
+        assert!(!self.busy[at], "one request per slot at a time");
+        self.busy[at] = true;
+        let start = Start { file, io, offset, vecs: self.vecs[at].as_slice() };
+        match &mut self.via {
+            // SAFETY: the list lies in a box that lives longer than the ring, and `busy` keeps
+            // everyone off it; what it names is held by the table, which only grows.
+            Via::Uring(ring) => unsafe { ring.push(u32::from(slot), &start) },
+            // SAFETY: as above.
+            Via::Aio(aio) => unsafe { aio.push(slot, &start) },
+        }
+    }
+
+    /// Sends what was queued: one system call, or none if nothing was.
+    #[inline]
+    pub(crate) fn send(&mut self) {
+        match &mut self.via {
+            Via::Uring(ring) if ring.queued() => ring.send(),
+            Via::Aio(aio) if aio.queued() => aio.send(),
+            _ => {}
+        }
+    }
+
+    /// The next result: the slot, and a count or a negative errno. No system call.
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<(u16, i64)> {
+        let (slot, result) = match &mut self.via {
+            Via::Uring(ring) => ring.next(),
+            Via::Aio(aio) => aio.next(),
+        }?;
+        self.busy[slot as usize] = false;
+        Some((slot as u16, result))
+    }
+
+    /// Prepares for sleep on [`Kernel::wake_fd`]: whether a result waits or something is unsent.
+    pub(crate) fn arm(&mut self) -> bool {
+        match &mut self.via {
+            Via::Uring(ring) => ring.queued() || ring.ready(),
+            Via::Aio(aio) => aio.queued() || aio.arm(),
+        }
+    }
+
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        match &self.via {
+            Via::Uring(ring) => ring.wake_fd(),
+            Via::Aio(aio) => aio.wake_fd(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cripple(&mut self) {
+        if let Via::Aio(aio) = &mut self.via {
+            aio.cripple();
+        }
+    }
+
+    /// System calls made to send requests (and, where AIO's ring cannot be read, to reap them).
+    pub(crate) fn calls(&self) -> u64 {
+        match &self.via {
+            Via::Uring(ring) => ring.calls(),
+            Via::Aio(aio) => aio.calls(),
+        }
+    }
+}

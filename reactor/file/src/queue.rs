@@ -1,0 +1,477 @@
+//! [`FileQueue`]: one reactor's requests to all of its files.
+//!
+//! A request takes a slot, which names it to the kernel, and keeps it until its completion is handed
+//! out. A transfer that the kernel cuts short goes on from the same slot; a request whose memory
+//! direct I/O cannot take goes through a bounce buffer, and waits for one if none is free.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op, Request,
+    Status, Submit, Tag,
+};
+use dma::{Buf, Pool, Region};
+
+use crate::kernel::{Io, Kernel};
+use crate::memory::Vecs;
+use crate::unit::{MAX_TRANSFER, Unit};
+use crate::{Engine, Error, os};
+
+/// How many requests may be in flight.
+const DEPTH: u16 = 512;
+
+/// How many requests may be bounced at a time. Bouncing is for the rare frontend or device whose
+/// alignments do not match, so a few buffers are enough to keep the device busy.
+const BOUNCES: u32 = 8;
+
+/// How often a request that the kernel says to try again is tried again.
+const TRIES: u8 = 16;
+
+/// A request that was taken.
+#[derive(Debug)]
+struct Slot {
+    tag: Tag,
+    op: Op,
+    unit: u16,
+    step: Step,
+    /// Durability was asked for and the kernel's one-step way is not there: flush afterwards.
+    flush_after: bool,
+    /// Times that the kernel said "again".
+    tries: u8,
+    /// How it ended, once it is in `done`.
+    status: Status,
+    detail: u16,
+    /// What is left of the range.
+    offset: u64,
+    len: u64,
+    bounce: Option<Bounce>,
+}
+
+/// What the kernel is doing for a slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Transfer,
+    Punch,
+    Zero,
+    Flush,
+}
+
+/// A borrowed buffer, and the list of the memory that it stands for.
+#[derive(Debug)]
+struct Bounce {
+    buf: Buf,
+    real: Vecs,
+}
+
+/// The leaf queue of one reactor to any number of files and kernel block devices; a unit is a file.
+///
+/// Dropping it waits until the kernel is done with every request that it was given.
+pub struct FileQueue {
+    // Dropped first: waits for the kernel.
+    kernel: Kernel,
+    units: Vec<Unit>,
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    /// Ended and not handed out.
+    done: VecDeque<u16>,
+    /// Waiting for a bounce buffer.
+    waiting: VecDeque<u16>,
+    bounces: Option<Pool>,
+}
+
+impl FileQueue {
+    /// A queue without files yet.
+    ///
+    /// # Errors
+    /// If the kernel does not have or not allow the engine.
+    pub fn new(engine: Engine) -> Result<FileQueue, Error> {
+        os::survive_file_size_limit();
+        let slot = |_| Slot {
+            tag: Tag::new(0, 0, 0),
+            op: Op::Flush,
+            unit: 0,
+            step: Step::Flush,
+            flush_after: false,
+            tries: 0,
+            status: Status::Ok,
+            detail: 0,
+            offset: 0,
+            len: 0,
+            bounce: None,
+        };
+        Ok(FileQueue {
+            kernel: Kernel::new(engine, DEPTH)?,
+            units: Vec::new(),
+            slots: (0..DEPTH).map(slot).collect(),
+            free: (0..DEPTH).rev().collect(),
+            done: VecDeque::with_capacity(DEPTH.into()),
+            waiting: VecDeque::with_capacity(DEPTH.into()),
+            bounces: None,
+        })
+    }
+
+    /// Adds a file that is open for reading, or for reading and writing; returns its unit. The
+    /// queue switches O_DIRECT on for it where the file takes that.
+    ///
+    /// # Errors
+    /// If it is no regular file or block device, or cannot be looked at.
+    pub fn add(&mut self, file: File) -> Result<u16, Error> {
+        let at = u16::try_from(self.units.len()).map_err(|_| Error::TooMany)?;
+        let unit = Unit::new(file)?;
+        if unit.direct && self.bounces.is_none() {
+            let pool = Pool::new(BOUNCES, MAX_TRANSFER)?;
+            self.kernel.register(pool.region());
+            self.bounces = Some(pool);
+        }
+        self.units.push(unit);
+        Ok(at)
+    }
+
+    /// The engine in use; never [`Engine::Auto`].
+    pub fn engine(&self) -> Engine {
+        self.kernel.engine()
+    }
+
+    /// Whether a unit is accessed without the page cache; `false` if there is no such unit.
+    pub fn is_direct(&self, unit: u16) -> bool {
+        self.units.get(usize::from(unit)).is_some_and(|u| u.direct)
+    }
+
+    /// System calls made for requests so far.
+    pub fn calls(&self) -> u64 {
+        self.kernel.calls()
+    }
+
+    /// Makes the AIO engine do without what old kernels lack.
+    #[cfg(test)]
+    pub(crate) fn cripple(&mut self) {
+        self.kernel.cripple();
+    }
+
+    /// Checks a request and starts it, or says how it ended.
+    #[inline]
+    fn begin(&mut self, slot: u16, r: &Request<'_>) -> Option<Status> {
+        let Some(unit) = self.units.get(usize::from(r.unit)) else {
+            return Some(Status::Invalid);
+        };
+        if !unit.info.contains(r.offset, r.len) || !r.segs_fit() {
+            return Some(Status::Invalid);
+        }
+        if unit.info.read_only && r.op != Op::Read {
+            // Nothing was written, so nothing is left to make durable.
+            return Some(if r.op == Op::Flush { Status::Ok } else { Status::ReadOnly });
+        }
+        let s = &mut self.slots[usize::from(slot)];
+        s.flush_after = r.flags.has(Flags::FUA) && r.op != Op::Read && r.op != Op::Flush;
+        match r.op {
+            Op::Read | Op::Write => {
+                if r.len > u64::from(MAX_TRANSFER) {
+                    return Some(Status::Invalid);
+                }
+                let (memory, vecs) = self.kernel.data(slot);
+                if !memory.resolve(r.segs, vecs) {
+                    return Some(Status::Invalid);
+                }
+                s.step = Step::Transfer;
+                if !vecs.aligned(unit.memory_align, unit.offset_align) {
+                    self.waiting.push_back(slot);
+                    return None;
+                }
+            }
+            Op::Flush => s.step = Step::Flush,
+            Op::WriteZeroes | Op::Discard if r.len == 0 => return Some(Status::Ok),
+            Op::WriteZeroes => match zeroing(unit, r) {
+                Some(step) => s.step = step,
+                None => return Some(Status::Unsupported),
+            },
+            Op::Discard if unit.punch => s.step = Step::Punch,
+            Op::Discard => return Some(Status::Unsupported),
+        }
+        self.start(slot);
+        None
+    }
+
+    /// Asks the kernel for the slot's step.
+    #[inline]
+    fn start(&mut self, slot: u16) {
+        let s = &mut self.slots[usize::from(slot)];
+        let unit = &self.units[usize::from(s.unit)];
+        let io = match (s.step, s.op) {
+            (Step::Transfer, Op::Read) => Io::Read,
+            (Step::Transfer, _) => {
+                let dsync = s.flush_after && unit.dsync;
+                Io::Write { dsync }
+            }
+            (Step::Punch, _) => Io::Allocate {
+                mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                len: s.len,
+            },
+            (Step::Zero, _) => Io::Allocate { mode: libc::FALLOC_FL_ZERO_RANGE, len: s.len },
+            (Step::Flush, _) => Io::Sync,
+        };
+        self.kernel.start(slot, &unit.file, io, s.offset);
+    }
+
+    /// Starts requests that wait for a bounce buffer, as far as there are any.
+    #[cold]
+    fn start_waiting(&mut self) {
+        while let Some(&slot) = self.waiting.front() {
+            let Some(pool) = &mut self.bounces else { return };
+            let Some(buf) = pool.take() else { return };
+            self.waiting.pop_front();
+            let s = &mut self.slots[usize::from(slot)];
+            let (memory, vecs) = self.kernel.data(slot);
+            let real = *vecs;
+            if s.op == Op::Write {
+                memory.gather(&real, pool.region(), buf.seg().offset() as usize);
+            }
+            let whole = buf.head(s.len as u32).expect("a bounce buffer holds the longest request");
+            assert!(memory.resolve(&[whole], vecs), "the bounce pool is registered");
+            s.bounce = Some(Bounce { buf, real });
+            self.start(slot);
+        }
+    }
+
+    /// Takes a result from the kernel: how the request ended, or `None` if it goes on.
+    fn result(&mut self, slot: u16, result: i64) -> Option<(Status, u16)> {
+        let s = &mut self.slots[usize::from(slot)];
+        let unit = &mut self.units[usize::from(s.unit)];
+        if result < 0 {
+            let errno = i32::try_from(-result).unwrap_or(libc::EIO);
+            return self.failed(slot, errno);
+        }
+        match s.step {
+            Step::Transfer => {
+                let n = result as u64;
+                if n < s.len {
+                    return self.short(slot, n);
+                }
+                if s.op == Op::Write {
+                    unit.len = unit.len.max(s.offset + s.len);
+                }
+                if s.flush_after && !unit.dsync {
+                    return self.flush_now(slot);
+                }
+            }
+            Step::Punch | Step::Zero => {
+                if s.step == Step::Zero {
+                    unit.len = unit.len.max(s.offset + s.len);
+                }
+                if s.flush_after {
+                    return self.flush_now(slot);
+                }
+            }
+            Step::Flush if unit.lost != 0 => return Some((Status::Medium, unit.lost)),
+            Step::Flush => {}
+        }
+        Some((Status::Ok, 0))
+    }
+
+    #[cold]
+    fn flush_now(&mut self, slot: u16) -> Option<(Status, u16)> {
+        let s = &mut self.slots[usize::from(slot)];
+        s.step = Step::Flush;
+        s.tries = 0;
+        self.start(slot);
+        None
+    }
+
+    /// A transfer ended after `n` bytes, fewer than were asked for.
+    #[cold]
+    fn short(&mut self, slot: u16, n: u64) -> Option<(Status, u16)> {
+        let s = &mut self.slots[usize::from(slot)];
+        let unit = &self.units[usize::from(s.unit)];
+        s.offset += n;
+        s.len -= n;
+        let (memory, vecs) = self.kernel.data(slot);
+        vecs.advance(n as usize);
+        if s.op == Op::Read {
+            // Direct reads stop within a block only at the end of the file.
+            let at_end = n == 0 || s.offset & (u64::from(unit.offset_align) - 1) != 0;
+            if at_end && unit.block_device {
+                return Some((Status::Gone, 0));
+            }
+            if at_end {
+                memory.zero(vecs);
+                return Some((Status::Ok, 0));
+            }
+        } else if n == 0 {
+            return Some((Status::Medium, libc::EIO as u16));
+        }
+        self.start(slot);
+        None
+    }
+
+    /// The kernel refused or failed.
+    #[cold]
+    fn failed(&mut self, slot: u16, errno: i32) -> Option<(Status, u16)> {
+        let s = &mut self.slots[usize::from(slot)];
+        let unit = &mut self.units[usize::from(s.unit)];
+        let detail = errno as u16;
+        let unsupported = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY);
+        if matches!(errno, libc::EINTR | libc::EAGAIN) && s.tries < TRIES {
+            s.tries += 1;
+            self.start(slot);
+            return None;
+        }
+        match s.step {
+            Step::Transfer if unsupported && s.flush_after && unit.dsync => {
+                unit.dsync = false;
+                self.start(slot);
+                return None;
+            }
+            // A write across the process's file size limit is cut to it, and the cut is unaligned.
+            Step::Transfer if errno == libc::EINVAL && s.op == Op::Write && past_limit(s) => {
+                return Some((Status::NoSpace, libc::EFBIG as u16));
+            }
+            Step::Punch if unsupported => unit.punch = false,
+            Step::Zero if unsupported => unit.zero_range = false,
+            Step::Flush if !unit.direct => unit.lost = detail,
+            _ => {}
+        }
+        Some((if unsupported { Status::Unsupported } else { Status::from_errno(errno) }, detail))
+    }
+
+    /// Gives back what a request that ended holds, and makes its completion.
+    #[inline]
+    fn finish(&mut self, slot: u16, status: Status, detail: u16) -> Completion {
+        let s = &mut self.slots[usize::from(slot)];
+        if let Some(bounce) = s.bounce.take()
+            && let Some(pool) = &mut self.bounces
+        {
+            if s.op == Op::Read && status.is_ok() {
+                let (memory, _) = self.kernel.data(slot);
+                memory.scatter(pool.region(), bounce.buf.seg().offset() as usize, &bounce.real);
+            }
+            pool.give(bounce.buf);
+        }
+        self.free.push(slot);
+        Completion { tag: s.tag, status, detail }
+    }
+}
+
+/// How a range can be zeroed, if at all.
+fn zeroing(unit: &Unit, r: &Request<'_>) -> Option<Step> {
+    // A hole does not make the file longer, as other writes do.
+    let inside = unit.block_device || r.offset + r.len <= unit.len;
+    if unit.punch && inside && !r.flags.has(Flags::NO_UNMAP) {
+        Some(Step::Punch)
+    } else {
+        unit.zero_range.then_some(Step::Zero)
+    }
+}
+
+/// Whether the range reaches beyond the process's file size limit.
+fn past_limit(s: &Slot) -> bool {
+    use nix::sys::resource::{Resource, getrlimit};
+    getrlimit(Resource::RLIMIT_FSIZE).is_ok_and(|(soft, _)| s.offset + s.len > soft)
+}
+
+impl Submit for FileQueue {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        self.units.get(usize::from(unit)).map(|u| &u.info)
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    #[inline]
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        let slot = self.free.pop().ok_or(Full)?;
+        let s = &mut self.slots[usize::from(slot)];
+        s.tag = request.tag;
+        s.op = request.op;
+        s.unit = request.unit;
+        s.tries = 0;
+        s.offset = request.offset;
+        s.len = request.len;
+        if let Some(status) = self.begin(slot, request) {
+            let s = &mut self.slots[usize::from(slot)];
+            (s.status, s.detail) = (status, 0);
+            self.done.push_back(slot);
+        }
+        Ok(())
+    }
+}
+
+impl BlockQueue for FileQueue {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.kernel.register(region);
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        if self.free.len() == usize::from(DEPTH) {
+            return 0;
+        }
+        if !self.waiting.is_empty() {
+            self.start_waiting();
+        }
+        self.kernel.send();
+        let before = out.len();
+        while out.room() > 0 {
+            if let Some((slot, result)) = self.kernel.next() {
+                if let Some((status, detail)) = self.result(slot, result) {
+                    let c = self.finish(slot, status, detail);
+                    out.push(c);
+                }
+            } else if let Some(slot) = self.done.pop_front() {
+                let s = &self.slots[usize::from(slot)];
+                let c = self.finish(slot, s.status, s.detail);
+                out.push(c);
+            } else {
+                break;
+            }
+        }
+        out.len() - before
+    }
+
+    fn in_flight(&self) -> usize {
+        usize::from(DEPTH) - self.free.len()
+    }
+
+    fn arm(&mut self) -> HasWork {
+        // One that waits for a bounce buffer can go on only after a completion, unless one is free.
+        let bounce = !self.waiting.is_empty()
+            && self.bounces.as_ref().is_some_and(|pool| pool.available() > 0);
+        if bounce || !self.done.is_empty() || self.kernel.arm() {
+            HasWork::Yes
+        } else {
+            HasWork::No
+        }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.kernel.wake_fd())
+    }
+}
+
+impl LeafAccess for FileQueue {
+    fn unit_len(&self, unit: u16) -> u64 {
+        let Some(u) = self.units.get(usize::from(unit)) else { return 0 };
+        if u.block_device {
+            return u.len;
+        }
+        u.file.metadata().map_or(u.len, |m| m.len())
+    }
+
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        let u = self.units.get_mut(usize::from(unit)).ok_or(Status::Invalid)?;
+        if u.info.read_only {
+            return Err(Status::ReadOnly);
+        }
+        if u.block_device {
+            return Ok(());
+        }
+        u.file
+            .set_len(len)
+            .map_err(|e| Status::from_errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
+        u.len = len;
+        Ok(())
+    }
+}

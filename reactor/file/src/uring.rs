@@ -1,0 +1,150 @@
+//! [`Uring`]: requests to the kernel through one io_uring.
+//!
+//! The ring is made without SQPOLL (a kernel thread's whole core) and without deferred task work
+//! (which would cost a system call to see a completion): a completion appears in the ring by itself.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::with_exposed_provenance_mut;
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+
+use crate::kernel::Start;
+
+/// One ring.
+pub(crate) struct Uring {
+    ring: IoUring,
+    /// Entries in the ring that the kernel has not been told of.
+    queued: usize,
+    /// Entries that the kernel has taken and not answered.
+    running: usize,
+    calls: u64,
+    /// Whether a refused call was already logged.
+    complained: bool,
+}
+
+impl Uring {
+    /// A ring for `depth` requests at a time.
+    pub(crate) fn new(depth: u32) -> io::Result<Uring> {
+        // A forked child must not get the rings: it could never use them, and its copy of the
+        // process would keep them alive. The completion ring is twice as long, so never overflows.
+        let ring = IoUring::builder().dontfork().build(depth)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        for code in [opcode::Read::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE] {
+            if !probe.is_supported(code) {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+        }
+        Ok(Uring { ring, queued: 0, running: 0, calls: 0, complained: false })
+    }
+
+    /// Queues a request.
+    ///
+    /// # Safety
+    /// `start.vecs` must stay where it is, and the memory that it names stay mapped, until
+    /// [`Uring::next`] returns `slot` or the ring is dropped.
+    pub(crate) unsafe fn push(&mut self, slot: u32, start: &Start<'_>) {
+        let entry = entry(start).user_data(u64::from(slot));
+        // SAFETY: the caller keeps the memory; the entry's other fields are plain values.
+        let done = unsafe { self.ring.submission().push(&entry) };
+        done.expect("the ring has as many entries as there are slots");
+        self.queued += 1;
+    }
+
+    /// Whether [`Uring::send`] has something to send.
+    #[inline]
+    pub(crate) fn queued(&self) -> bool {
+        self.queued > 0
+    }
+
+    /// Tells the kernel of all queued requests: one call. What it cannot take now stays queued.
+    pub(crate) fn send(&mut self) {
+        self.calls += 1;
+        match self.ring.submit() {
+            Ok(n) => {
+                self.queued -= n;
+                self.running += n;
+            }
+            // Interrupted, or short of memory: the next turn tries again.
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) => {
+                if !self.complained {
+                    log::error!("io_uring_enter fails, trying on: {e}");
+                    self.complained = true;
+                }
+            }
+        }
+    }
+
+    /// The next completion: slot and result (a count, or a negative errno).
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<(u32, i64)> {
+        let e = self.ring.completion().next()?;
+        self.running -= 1;
+        Some((e.user_data() as u32, i64::from(e.result())))
+    }
+
+    /// Whether a completion waits.
+    pub(crate) fn ready(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
+    /// Readable while a completion waits in the ring.
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+
+    /// System calls made for I/O so far.
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel writes into the requests' memory until it has answered them. What was only
+        // queued dies with the ring.
+        while self.running > 0 {
+            if self.next().is_none() {
+                // SAFETY: no entries are submitted (the count is 0) and no argument is passed.
+                let waited =
+                    unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 1, GETEVENTS, None) };
+                if waited.is_err() {
+                    std::thread::yield_now();
+                }
+            }
+        }
+    }
+}
+
+/// `IORING_ENTER_GETEVENTS`.
+const GETEVENTS: u32 = 1;
+
+fn entry(start: &Start<'_>) -> squeue::Entry {
+    use crate::kernel::Io;
+    let fd = types::Fd(start.file.as_raw_fd());
+    let at = start.offset;
+    let (ptr, count) = (start.vecs.as_ptr().cast::<libc::iovec>(), start.vecs.len() as u32);
+    let flags = if start.io == (Io::Write { dsync: true }) { libc::RWF_DSYNC } else { 0 };
+    match (start.io, start.vecs) {
+        // One piece needs no list that the kernel would have to copy in.
+        (Io::Read, [v]) => {
+            let to = with_exposed_provenance_mut(v.base());
+            opcode::Read::new(fd, to, v.len() as u32).offset(at).build()
+        }
+        (Io::Read, _) => opcode::Readv::new(fd, ptr, count).offset(at).build(),
+        (Io::Write { .. }, [v]) => {
+            let from = with_exposed_provenance_mut::<u8>(v.base());
+            opcode::Write::new(fd, from, v.len() as u32).offset(at).rw_flags(flags).build()
+        }
+        (Io::Write { .. }, _) => {
+            opcode::Writev::new(fd, ptr, count).offset(at).rw_flags(flags).build()
+        }
+        (Io::Sync, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        (Io::Allocate { mode, len }, _) => {
+            opcode::Fallocate::new(fd, len).offset(at).mode(mode).build()
+        }
+    }
+}
