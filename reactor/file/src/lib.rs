@@ -6,6 +6,7 @@
 //! shares with us, without one. A queue with nothing queued and nothing in flight makes no call.
 //!
 //! - [`FileQueue`]: the queue. Belongs to a reactor thread, or to a control thread before that.
+//! - [`ImageLock`]: QEMU's lock bytes on an image file. Control path.
 //!
 //! `unsafe` stands in four small files: `os` (system calls that have no safe wrapper), `uring`,
 //! `aio` and `kernel` (which keeps memory in place while the kernel may use it).
@@ -13,6 +14,7 @@
 mod aio;
 mod helper;
 mod kernel;
+mod lock;
 mod memory;
 mod os;
 mod queue;
@@ -21,6 +23,7 @@ mod tests;
 mod unit;
 mod uring;
 
+pub use lock::{ImageLock, LockError};
 pub use queue::FileQueue;
 
 /// The kernel's interface for asynchronous file I/O.
