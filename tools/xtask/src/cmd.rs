@@ -110,7 +110,12 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<Finished> {
 
 /// Runs a program that must exit with 0; its standard output is returned.
 pub(crate) fn ok(command: &mut Command) -> Result<String> {
-    let done = run(command, LIMIT)?;
+    ok_within(command, LIMIT)
+}
+
+/// [`ok`] with another limit.
+pub(crate) fn ok_within(command: &mut Command, limit: Duration) -> Result<String> {
+    let done = run(command, limit)?;
     if !done.status.success() {
         bail!("`{}` failed ({})\n{}", show(command), done.status, done.tail());
     }

@@ -45,9 +45,13 @@ impl Tally {
         self.skipped += other.skipped;
     }
 
-    /// Whether this is a success: something ran, nothing failed, and in CI nothing was skipped.
+    /// Whether this is a success: nothing failed, something was there, and in CI nothing skipped.
     pub(crate) fn good(&self) -> bool {
-        self.passed > 0 && self.failed == 0 && (self.skipped == 0 || !crate::in_ci())
+        self.good_where(crate::in_ci())
+    }
+
+    fn good_where(&self, ci: bool) -> bool {
+        self.failed == 0 && self.passed + self.skipped > 0 && (self.skipped == 0 || !ci)
     }
 }
 
@@ -191,10 +195,12 @@ mod tests {
     fn the_closing_line() {
         let mut tally = Tally::one(true);
         assert_eq!(tally.to_string(), "1 passed, 0 failed");
-        assert!(tally.good());
-        tally.add(&Tally { passed: 1, failed: 1, skipped: 2 });
+        assert!(tally.good_where(true) && tally.good_where(false));
+        tally.add(&Tally { passed: 1, failed: 0, skipped: 2 });
+        assert_eq!(tally.to_string(), "2 passed, 0 failed, 2 skipped");
+        assert!(!tally.good_where(true) && tally.good_where(false));
+        tally.add(&Tally::one(false));
         assert_eq!(tally.to_string(), "2 passed, 1 failed, 2 skipped");
-        assert!(!tally.good());
-        assert!(!Tally::default().good());
+        assert!(!tally.good_where(false) && !Tally::default().good_where(false));
     }
 }

@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -23,6 +24,9 @@ const PACKAGES: [(&str, &str); 10] = [
     ("dpkg-deb", "dpkg"),
     ("valgrind", "valgrind"),
 ];
+
+/// Limit for one step of apt, which may have to wait for a slow mirror or another installation.
+const APT: Duration = Duration::from_secs(600);
 
 /// Something outside the repository is missing, so that a part cannot run here.
 #[derive(Debug)]
@@ -77,7 +81,7 @@ pub(crate) fn need(names: &[&str]) -> Result<()> {
             ["install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"],
         );
         apt.args(&packages).env("DEBIAN_FRONTEND", "noninteractive");
-        cmd::ok(&mut apt)
+        cmd::ok_within(&mut apt, APT)
     };
     with_update(install).map_err(|error| Missing(format!("{wanted}: {error:#}")))?;
     match absent.iter().find(|name| find(name).is_none()) {
@@ -97,7 +101,7 @@ fn with_update<T>(action: impl Fn() -> Result<T>) -> Result<T> {
         return Err(first);
     }
     say("refreshing the package lists");
-    cmd::ok(&mut program("apt-get", ["update", "-q"]))?;
+    cmd::ok_within(&mut program("apt-get", ["update", "-q"]), APT)?;
     action()
 }
 
@@ -123,14 +127,12 @@ pub(crate) fn unpack(name: &str, choose: impl Fn() -> Result<Vec<String>>) -> Re
     }
     with_update(|| {
         let packages = choose()?;
-        cmd::ok(program("apt-get", ["download", "-q"]).args(&packages).current_dir(&debs))
+        let mut apt = program("apt-get", ["download", "-q"]);
+        cmd::ok_within(apt.args(&packages).current_dir(&debs), APT)
     })
     .map_err(|error| Missing(format!("packages for {name}: {error:#}")))?;
     for deb in fs::read_dir(&debs)? {
-        cmd::ok(
-            program("dpkg-deb", ["-x".as_ref(), deb?.path().as_os_str(), making.as_os_str()])
-                .current_dir(&debs),
-        )?;
+        cmd::ok(program("dpkg-deb", ["-x"]).arg(deb?.path()).arg(&making))?;
     }
     fs::remove_dir_all(&debs)?;
     fs::rename(&making, &folder)?;

@@ -28,10 +28,10 @@ use crate::tools;
 pub(crate) const IMAGES: [&str; 4] = ["plain", "deflate", "zstd", "chain"];
 
 /// A changed recipe needs new files: part of the cache key.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// Options of the chain's layers above the lowest: other cluster sizes, another refcount width.
-const LAYERS: [&str; 3] = ["cluster_size=2M", "cluster_size=4k,refcount_bits=64", ""];
+const LAYERS: [&str; 3] = ["cluster_size=512k", "cluster_size=4k,refcount_bits=64", ""];
 
 /// Places put right by each layer.
 const PLACES: u64 = 60;

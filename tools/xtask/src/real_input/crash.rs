@@ -21,9 +21,12 @@ const ROUNDS: u64 = 6;
 /// Most requests in flight.
 const DEPTH: usize = 24;
 
-/// The part of the disk that is worked on, in sectors: small enough that places are hit again, and
-/// at the disk's start, where the chain below has data.
-const AREA: u64 = (24 << 20) / SECTOR as u64;
+/// The part of the disk that is worked on, in sectors: large enough that new clusters are needed
+/// all the time, and at the disk's start, where the chain below has data.
+const AREA: u64 = (192 << 20) / SECTOR as u64;
+
+/// The part of it that every second request goes to: small enough that places are hit again.
+const HOT: u64 = (6 << 20) / SECTOR as u64;
 
 /// What one request makes of a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,7 +142,8 @@ pub(crate) fn case(room: &Room<'_>, name: &str) -> Result<String> {
     Ok(format!("{ROUNDS} kills in {requests} requests, {flushed} flushed; leaks after {leaks}"))
 }
 
-/// Keeps requests in flight until so many were answered, and leaves the rest unanswered.
+/// Keeps requests in flight until so many were answered, and leaves the rest unanswered. Every
+/// second round ends right behind an answered flush, where the least has had time to settle.
 fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -> Result<History> {
     if client.size < AREA * SECTOR as u64 || !(SECTOR as u64).is_multiple_of(client.granule) {
         bail!("size {} and block size {} do not fit", client.size, client.granule);
@@ -147,7 +151,7 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
     let mut history = History::default();
     // What is in flight: cookie, then the step or, for a flush, the answers when it was sent.
     let mut flying: Vec<(u64, std::result::Result<usize, u64>)> = Vec::new();
-    let mut cookie = 0;
+    let (mut cookie, mut just_flushed) = (0, false);
     loop {
         while flying.len() < DEPTH {
             cookie += 1;
@@ -173,7 +177,7 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
             flying.push((cookie, Ok(history.steps.len())));
             history.steps.push(Step { first, count, content, fua, answered: None });
         }
-        if history.answers >= kill_after {
+        if history.answers >= kill_after && (just_flushed || round % 2 == 0) {
             // Let the server get into the middle of what was just sent.
             thread::sleep(Duration::from_micros(random.below(3000)));
             return Ok(history);
@@ -182,7 +186,9 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
         let Some(index) = flying.iter().position(|(cookie, _)| *cookie == answered) else {
             bail!("an answer to request {answered}, which is not in flight");
         };
-        match flying.swap_remove(index).1 {
+        let what = flying.swap_remove(index).1;
+        just_flushed = what.is_err();
+        match what {
             Ok(step) => history.answer(step),
             Err(answers_when_sent) => history.flushed(answers_when_sent),
         }
@@ -191,12 +197,12 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
 
 /// The next command that the server can do.
 fn choose(client: &Client, random: &mut Random) -> Command {
-    let command = match random.below(20) {
-        0 | 1 => Command::Flush,
-        2 => Command::Write { fua: true },
-        3 => Command::Zero { no_hole: true },
-        4 => Command::Zero { no_hole: false },
-        5 | 6 => Command::Trim,
+    let command = match random.below(60) {
+        0..3 => Command::Flush,
+        3 => Command::Write { fua: true },
+        4..7 => Command::Zero { no_hole: true },
+        7..10 => Command::Zero { no_hole: false },
+        10..16 => Command::Trim,
         _ => Command::Write { fua: false },
     };
     if client.can(command) { command } else { Command::Write { fua: false } }
@@ -215,7 +221,8 @@ fn place(
         4 => (128, 128),
         _ => (1 + random.below(400), 1),
     };
-    let first = random.below((AREA - count) / align) * align;
+    let area = if random.below(2) == 0 { HOT } else { AREA };
+    let first = random.below((area - count) / align) * align;
     let free = flying.iter().filter_map(|(_, what)| what.as_ref().ok()).all(|step| {
         let step = &history.steps[*step];
         first + count <= step.first || step.first + step.count <= first
