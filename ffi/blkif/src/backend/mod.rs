@@ -1,0 +1,489 @@
+//! [`Backend`]: serves one ring from a disk. Owned by one reactor, which calls it through
+//! [`block::Frontend`].
+//!
+//! This file is the straight path of a read or write of one segment, from ring slot to disk and
+//! back. Everything else has a slot of the same kind and goes through a list of things to do:
+//! `request` takes and checks it, `data` moves its bytes, `steps` brings it to its end.
+
+mod data;
+mod request;
+mod slot;
+mod steps;
+
+use std::sync::Arc;
+
+use block::{Completion, Flags, HasWork, Op, Request, Submit, Tag};
+use dma::Region;
+
+use crate::abi::{
+    Abi, DIRECT_SEGMENTS, INDIRECT_PAGES, MAX_ORDER, OKAY, PAGE, READ, SECTOR, WRITE,
+};
+use crate::abi::{Head, Response, SEGMENTS_PER_PAGE, Segment};
+use crate::pages::{AGE_SHIFT, PageTable};
+use crate::{BackRing, EventChannel, Grants, RingMemory, Runaway, Stats};
+use data::Batch;
+use slot::{NO_BUFFER, Slot, Stage};
+
+/// What a ring is served with: what was agreed with the frontend, and what it was offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The owner number that the reactor gave.
+    pub owner: u16,
+    /// Layout of the slots.
+    pub abi: Abi,
+    /// Pages of the ring, as a power of two: 0 to 4.
+    pub order: u8,
+    /// How many pages may stay mapped (persistent grants); 0 if that was not agreed.
+    pub persistent_pages: u32,
+    /// Most segments of an indirect request, as offered; 0 if there are none.
+    pub max_indirect_segments: u16,
+    /// Requests of more than one segment that can be under way at a time. While all are, the ring
+    /// is not read further.
+    pub large_buffers: u16,
+    /// What `sector-size` says: 512 or 4096.
+    pub sector_size: u32,
+    /// Refuse all that would change the disk.
+    pub read_only: bool,
+    /// `feature-flush-cache` was offered.
+    pub flush: bool,
+    /// `feature-barrier` was offered.
+    pub barrier: bool,
+    /// `feature-discard` was offered.
+    pub discard: bool,
+    /// How long a write may wait for space, in nanoseconds, before it fails; `None` for ever.
+    pub no_space_timeout: Option<u64>,
+}
+
+impl Config {
+    /// The defaults for a ring: everything but barriers, 32 indirect segments, no persistent
+    /// grants. A flush is offered, and without a barrier no guest ever needs the ring drained.
+    pub fn new(owner: u16, abi: Abi, order: u8) -> Config {
+        Config {
+            owner,
+            abi,
+            order,
+            persistent_pages: 0,
+            max_indirect_segments: 32,
+            large_buffers: 32,
+            sector_size: SECTOR,
+            read_only: false,
+            flush: true,
+            barrier: false,
+            discard: true,
+            no_space_timeout: None,
+        }
+    }
+
+    /// Enough persistent pages for a frontend that fills the ring with the largest requests and
+    /// keeps a page for every segment, up to a limit that a full table of grants can bear.
+    pub fn usual_persistent_pages(&self) -> u32 {
+        let each = u32::from(self.max_indirect_segments).max(DIRECT_SEGMENTS as u32) + 1;
+        (self.abi.slots(self.order.min(MAX_ORDER)) * each).min(4224)
+    }
+
+    /// Bytes of a buffer for requests of more than one segment.
+    fn large_size(&self) -> usize {
+        usize::from(self.max_indirect_segments).max(DIRECT_SEGMENTS) * PAGE
+    }
+}
+
+/// Why a ring cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The configuration contradicts itself or a limit; says which part.
+    #[error("ring configuration: {0}")]
+    Config(&'static str),
+    /// There is no memory for the buffers.
+    #[error("buffers of the ring: {0}")]
+    Memory(#[from] dma::Error),
+    /// The ring is broken from the start.
+    #[error("ring: {0}")]
+    Ring(#[from] Runaway),
+}
+
+// Why the ring is not read now; any number of these.
+/// The guest broke the protocol.
+const GATE_BROKEN: u8 = 1;
+/// The owner asked for an end.
+const GATE_STOPPING: u8 = 2;
+/// A barrier waits for what was before it.
+const GATE_BARRIER: u8 = 4;
+/// Writes wait for space.
+const GATE_NO_SPACE: u8 = 8;
+
+/// Serves one ring. `M` is the ring's memory, `G` and `E` the way to the guest's pages and ears.
+#[derive(Debug)]
+pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
+    ring: BackRing<M>,
+    grants: G,
+    events: E,
+    pages: PageTable,
+    bounce: Arc<Region>,
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    stats: Arc<Stats>,
+    /// Requests at the disk.
+    at_disk: u32,
+    /// Time of this turn in units of 2^27 ns.
+    stamp: u32,
+    owner: u16,
+    gates: u8,
+    armed: bool,
+    failed: bool,
+    /// Data is durable before it is answered: for a guest that was offered no way to flush.
+    write_flags: Flags,
+    /// Sectors below `sector-size`, as a mask.
+    align: u64,
+    now: u64,
+    swept: u32,
+    /// Slots with something to do, oldest first.
+    todo: Vec<u16>,
+    batch: Batch,
+    large: Vec<u16>,
+    /// Segments of the request in each large buffer.
+    lists: Box<[Segment]>,
+    /// Pages of segments of the request in each large buffer.
+    list_pages: Box<[[u32; INDIRECT_PAGES]]>,
+    held_no_space: u32,
+    held_flushes: u32,
+    config: Config,
+}
+
+/// What the disk allows in this turn.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    sectors: u64,
+    align: u64,
+    read_only: bool,
+}
+
+impl Limits {
+    /// Whether `count` sectors at `sector` exist, are whole blocks and may be accessed so.
+    #[inline]
+    fn allow(&self, write: bool, sector: u64, count: u64) -> bool {
+        count <= self.sectors
+            && sector <= self.sectors - count
+            && (sector | count) & self.align == 0
+            && !(write && self.read_only)
+    }
+}
+
+impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
+    /// Connects to a ring. All memory that it will ever use is taken here.
+    ///
+    /// # Errors
+    /// If the configuration is not possible, there is no memory, or the ring is broken already.
+    pub fn new(config: Config, memory: M, grants: G, events: E) -> Result<Self, ConnectError> {
+        let bad = |what| Err(ConnectError::Config(what));
+        if config.order > MAX_ORDER || memory.bytes() < PAGE << config.order {
+            return bad("ring order");
+        }
+        if usize::from(config.max_indirect_segments) > INDIRECT_PAGES * SEGMENTS_PER_PAGE {
+            return bad("more indirect segments than the protocol has");
+        }
+        if !matches!(config.sector_size, 512 | 4096) {
+            return bad("sector size");
+        }
+        let ring = BackRing::attach(memory, config.abi, config.order)?;
+        let (slots, large) = (ring.slots() as usize, usize::from(config.large_buffers));
+        if !(1..=slots).contains(&large) {
+            return bad("large buffers: at least 1, at most one per slot");
+        }
+        let large_segments = config.large_size() / PAGE;
+        let bytes = slots * PAGE + large * config.large_size();
+        if u32::try_from(bytes).is_err() {
+            return bad("buffers of 4 GiB and more");
+        }
+        let durable = !config.flush && !config.barrier;
+        Ok(Backend {
+            ring,
+            grants,
+            events,
+            pages: PageTable::new(config.persistent_pages),
+            bounce: Region::new_best(bytes)?,
+            slots: vec![Slot::FREE; slots].into_boxed_slice(),
+            free: (0..slots as u16).rev().collect(),
+            stats: Arc::default(),
+            at_disk: 0,
+            stamp: 0,
+            owner: config.owner,
+            gates: 0,
+            armed: false,
+            failed: false,
+            write_flags: if durable { Flags::FUA } else { Flags::NONE },
+            align: u64::from(config.sector_size / SECTOR) - 1,
+            now: 0,
+            swept: 0,
+            // A slot may be entered again in the moment before its old entry is dropped.
+            todo: Vec::with_capacity(2 * slots),
+            batch: Batch::new(slots, large * (large_segments + INDIRECT_PAGES)),
+            large: (0..config.large_buffers).rev().collect(),
+            lists: vec![Segment::default(); large * large_segments].into_boxed_slice(),
+            list_pages: vec![[0; INDIRECT_PAGES]; large].into_boxed_slice(),
+            held_no_space: 0,
+            held_flushes: 0,
+            config,
+        })
+    }
+
+    /// Counters, readable from any thread, also after the backend is gone.
+    pub fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
+    }
+
+    /// Takes no more requests; those taken come to their end in later polls, and then
+    /// [`block::Frontend::closed`] says so. A write that waits for space fails.
+    pub fn stop(&mut self) {
+        self.gates |= GATE_STOPPING;
+    }
+
+    /// Whether the ring was given up because the guest broke the protocol.
+    pub fn broken(&self) -> bool {
+        self.gates & GATE_BROKEN != 0
+    }
+
+    /// Whether nothing that was taken waits for anything, but for flushes that are held for ever.
+    pub fn drained(&self) -> bool {
+        self.at_disk == 0
+            && self.todo.is_empty()
+            && self.batch.is_empty()
+            && self.pages.pending() == 0
+            && self.ring.unpublished() == 0
+    }
+
+    #[inline]
+    fn limits<D: Submit>(&self, disk: &D) -> Limits {
+        let none = Limits { sectors: 0, align: 0, read_only: true };
+        // A disk that has failed is one without sectors: everything is out of range.
+        if self.failed {
+            return none;
+        }
+        disk.info(0).map_or(none, |info| Limits {
+            sectors: info.size / u64::from(SECTOR),
+            align: self.align,
+            read_only: info.read_only || self.config.read_only,
+        })
+    }
+
+    /// Takes the `waiting` requests, as far as the disk has room.
+    fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
+        let limits = self.limits(disk);
+        for _ in 0..(waiting as usize).min(disk.room()) {
+            let head = self.ring.head();
+            if head.is_one_segment() {
+                self.take_one_segment(disk, head, limits);
+            } else if !self.take_other(disk, head, limits) {
+                break;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn take_one_segment<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) {
+        let segment = Segment(head.word);
+        let write = head.operation() == WRITE;
+        let Some(sectors) =
+            segment.sectors().filter(|&n| limits.allow(write, head.sector, u64::from(n)))
+        else {
+            return self.refuse_data(head.id, head.operation());
+        };
+        self.ring.advance();
+        let index = self.free_slot();
+        let len = sectors * SECTOR;
+        let slot = &mut self.slots[usize::from(index)];
+        slot.id = head.id;
+        slot.offset = head.sector * u64::from(SECTOR);
+        slot.word = head.word;
+        slot.len = len;
+        slot.at = u32::from(index) * PAGE as u32;
+        slot.segments = 1;
+        slot.operation = head.operation();
+        let at = slot.at as usize;
+        if write {
+            self.stats.writes.add(1);
+            let Some(page) = self.pages.find(segment.gref(), self.stamp) else {
+                return self.gather(disk, index);
+            };
+            self.stats.page_hits.add(1);
+            self.grants.read_page(page, segment.offset(), &self.bounce, at, len);
+        } else {
+            self.stats.reads.add(1);
+        }
+        self.put_data(disk, index);
+    }
+
+    /// A slot for a request that was just taken: there are as many as the ring has.
+    #[inline]
+    fn free_slot(&mut self) -> u16 {
+        self.free.pop().expect("no more requests are taken than the ring has slots")
+    }
+
+    /// Sends a request's read or write to the disk.
+    #[inline(always)]
+    fn put_data<D: Submit>(&mut self, disk: &mut D, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        slot.generation = slot.generation.wrapping_add(1);
+        let seg = self.bounce.seg(u64::from(slot.at), slot.len);
+        let (op, flags) = match slot.operation {
+            READ => (Op::Read, Flags::NONE),
+            WRITE => (Op::Write, self.write_flags),
+            operation => (Op::Write, steps::payload_flags(operation, self.write_flags)),
+        };
+        let request = Request {
+            tag: Tag::new(self.owner, index, slot.generation),
+            op,
+            flags,
+            unit: 0,
+            offset: slot.offset,
+            len: u64::from(slot.len),
+            segs: seg.as_slice(),
+        };
+        if disk.submit(&request).is_ok() {
+            slot.stage = Stage::AtData;
+            self.at_disk += 1;
+            if op == Op::Write {
+                self.stats.written_bytes.add(u64::from(slot.len));
+            }
+        } else {
+            self.again(index, Stage::PutData);
+        }
+    }
+
+    /// Answers a request without a large buffer and frees its slot.
+    #[inline(always)]
+    fn respond(&mut self, index: u16, status: i16) {
+        let slot = &mut self.slots[usize::from(index)];
+        self.ring.respond(Response { id: slot.id, operation: slot.operation, status });
+        slot.stage = Stage::Free;
+        self.free.push(index);
+    }
+
+    #[inline]
+    fn publish(&mut self) {
+        self.stats.publishes.add(1);
+        if self.ring.publish() {
+            self.stats.events.add(1);
+            self.events.notify();
+        }
+    }
+
+    #[cold]
+    fn give_up(&mut self, why: Runaway) {
+        // Once per ring, so a guest cannot fill a log with it.
+        log::warn!("a guest broke its ring, which is given up: {why}");
+        self.gates |= GATE_BROKEN;
+        self.stats.ring_stops.add(1);
+    }
+
+    #[cold]
+    fn sweep(&mut self) {
+        self.swept = self.stamp;
+        let (grants, stats) = (&mut self.grants, &self.stats);
+        self.pages.sweep(self.stamp, |page| {
+            grants.unmap(page);
+            stats.pages_evicted.add(1);
+        });
+    }
+}
+
+impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G, E> {
+    fn regions(&self) -> Vec<Arc<Region>> {
+        vec![self.bounce.clone()]
+    }
+
+    #[inline]
+    fn complete(&mut self, done: Completion) {
+        let index = done.tag.slot();
+        let Some(slot) = self.slots.get(usize::from(index)) else {
+            return self.stats.strays.add(1);
+        };
+        let plain = slot.stage == Stage::AtData
+            && slot.generation == done.tag.generation()
+            && done.status.is_ok()
+            && slot.operation <= WRITE
+            && slot.large == NO_BUFFER
+            && !slot.mapping;
+        if !plain {
+            return self.complete_slow(done);
+        }
+        if slot.operation == READ {
+            let segment = Segment(slot.word);
+            let (at, len) = (slot.at as usize, slot.len);
+            let Some(page) = self.pages.find(segment.gref(), self.stamp) else {
+                return self.complete_slow(done);
+            };
+            self.grants.write_page(page, segment.offset(), &self.bounce, at, len);
+            self.stats.page_hits.add(1);
+            self.stats.read_bytes.add(u64::from(len));
+        }
+        self.at_disk -= 1;
+        self.respond(index, OKAY);
+    }
+
+    #[inline]
+    fn poll<D: Submit>(&mut self, disk: &mut D, now: u64) -> bool {
+        self.now = now;
+        self.stamp = (now >> AGE_SHIFT) as u32;
+        if self.stamp != self.swept {
+            self.sweep();
+        }
+        let mut busy = false;
+        if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
+            busy = self.do_todo(disk);
+        }
+        if self.gates == 0 {
+            match self.ring.waiting() {
+                Ok(0) => {}
+                Ok(waiting) => {
+                    self.take(disk, waiting);
+                    busy = true;
+                }
+                Err(why) => self.give_up(why),
+            }
+        }
+        if !self.batch.is_empty() {
+            self.run_batch(disk);
+            busy = true;
+        }
+        if self.ring.unpublished() > 0 {
+            self.publish();
+            busy = true;
+        }
+        busy
+    }
+
+    fn arm(&mut self) -> HasWork {
+        // What waits for a clock or for a mapping has nobody to wake the reactor for it.
+        if !self.todo.is_empty() || !self.batch.is_empty() || self.pages.pending() > 0 {
+            return HasWork::Yes;
+        }
+        if self.gates != 0 {
+            return HasWork::No;
+        }
+        self.armed = true;
+        match self.ring.arm() {
+            Ok(work) => work,
+            Err(why) => {
+                self.give_up(why);
+                HasWork::No
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.at_disk as usize
+    }
+
+    fn closed(&self) -> bool {
+        self.gates & GATE_STOPPING != 0 && self.drained()
+    }
+}
+
+impl<M: RingMemory, G: Grants, E: EventChannel> Drop for Backend<M, G, E> {
+    fn drop(&mut self) {
+        let grants = &mut self.grants;
+        self.pages.clear(|page| grants.unmap(page));
+        self.grants.settle();
+        self.stats.detached.store(true, std::sync::atomic::Ordering::Release);
+    }
+}

@@ -1,0 +1,253 @@
+//! Taking requests other than a read or write of one segment, and checking them. What is wrong is
+//! answered at once and takes no slot.
+
+use block::Submit;
+
+use super::{
+    Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, PAGE, Response, SECTOR, Segment, Slot, Stage,
+};
+use crate::abi::{
+    DIRECT_SEGMENTS, DISCARD, EOPNOTSUPP, ERROR, FLUSH_DISKCACHE, INDIRECT, INDIRECT_PAGES, OKAY,
+    READ, SEGMENTS_PER_PAGE, WRITE, WRITE_BARRIER,
+};
+use crate::{EventChannel, Grants, RingMemory};
+
+/// Bytes of the data that `segments` describe, or `None` if one is wrong or the whole is not
+/// allowed.
+pub(super) fn data_len(
+    segments: &[Segment],
+    write: bool,
+    sector: u64,
+    limits: Limits,
+) -> Option<u32> {
+    let mut sectors = 0;
+    for s in segments {
+        // At most 4096 segments of at most 8 sectors.
+        sectors += s.sectors()?;
+    }
+    limits.allow(write, sector, u64::from(sectors)).then_some(sectors * SECTOR)
+}
+
+impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
+    /// Takes the next request, of any kind. Returns false if the ring is not to be read further
+    /// now; the request was then taken or left, as may be.
+    #[inline(never)]
+    pub(super) fn take_other<D: Submit>(
+        &mut self,
+        disk: &mut D,
+        head: Head,
+        limits: Limits,
+    ) -> bool {
+        match head.operation() {
+            READ | WRITE => self.take_direct(disk, head, limits),
+            INDIRECT => self.take_indirect(disk, head, limits),
+            FLUSH_DISKCACHE if self.config.flush => self.take_flush(disk, head, limits),
+            WRITE_BARRIER if self.config.barrier => self.take_flush(disk, head, limits),
+            DISCARD if self.config.discard => self.take_discard(disk, head, limits),
+            operation => {
+                self.refuse(head.id, operation, EOPNOTSUPP);
+                true
+            }
+        }
+    }
+
+    /// Answers the next request at once.
+    #[cold]
+    fn refuse(&mut self, id: u64, operation: u8, status: i16) {
+        self.ring.advance();
+        if status != OKAY {
+            self.count_refusal();
+            self.stats.errors.add(1);
+        }
+        self.ring.respond(Response { id, operation, status });
+    }
+
+    pub(super) fn count_refusal(&mut self) {
+        let counter = if self.failed { &self.stats.refused } else { &self.stats.bad_requests };
+        counter.add(1);
+    }
+
+    #[cold]
+    pub(super) fn refuse_data(&mut self, id: u64, operation: u8) {
+        self.refuse(id, operation, ERROR);
+    }
+
+    /// Copies the segments in the slot, of which there are `count`.
+    fn direct_segments(&self, head: Head, count: usize) -> [Segment; DIRECT_SEGMENTS] {
+        let mut all = [Segment(head.word); DIRECT_SEGMENTS];
+        if count > 1 {
+            for (to, from) in all[1..].iter_mut().zip(self.ring.tail()) {
+                *to = Segment(from);
+            }
+        }
+        all
+    }
+
+    /// Puts a request whose segments are known and right into a slot, with a buffer. `None` if all
+    /// large buffers are in use: the request is then left in the ring.
+    fn take_slot(&mut self, head: Head, segments: &[Segment], len: u32) -> Option<u16> {
+        let large = if segments.len() > 1 { self.large.pop()? } else { NO_BUFFER };
+        self.ring.advance();
+        let index = self.free_slot();
+        let at = if large == NO_BUFFER {
+            usize::from(index) * PAGE
+        } else {
+            let list = self.list_at(large);
+            self.lists[list..list + segments.len()].copy_from_slice(segments);
+            self.large_at(large)
+        };
+        let slot = &mut self.slots[usize::from(index)];
+        *slot = Slot {
+            id: head.id,
+            offset: head.sector.wrapping_mul(u64::from(SECTOR)),
+            word: segments.first().map_or(0, |s| s.0),
+            len,
+            at: at as u32,
+            generation: slot.generation,
+            segments: segments.len() as u16,
+            large,
+            operation: head.operation(),
+            ..Slot::FREE
+        };
+        Some(index)
+    }
+
+    /// Where a large buffer lies in the bounce region: behind one page for each slot.
+    fn large_at(&self, large: u16) -> usize {
+        self.slots.len() * PAGE + usize::from(large) * self.config.large_size()
+    }
+
+    fn take_direct<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
+        let (count, write) = (usize::from(head.second()), head.operation() == WRITE);
+        let segments = self.direct_segments(head, count);
+        let len = (1..=DIRECT_SEGMENTS)
+            .contains(&count)
+            .then(|| data_len(&segments[..count], write, head.sector, limits))
+            .flatten();
+        let Some(len) = len else {
+            self.refuse_data(head.id, head.operation());
+            return true;
+        };
+        let Some(index) = self.take_slot(head, &segments[..count], len) else { return false };
+        if write {
+            self.stats.writes.add(1);
+            self.gather(disk, index);
+        } else {
+            self.stats.reads.add(1);
+            self.put_data(disk, index);
+        }
+        true
+    }
+
+    fn take_indirect<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
+        let (operation, count) = (head.second(), usize::from(head.indirect_segments()));
+        let (most, write) = (usize::from(self.config.max_indirect_segments), operation == WRITE);
+        if most == 0 {
+            self.refuse(head.id, operation, EOPNOTSUPP);
+            return true;
+        }
+        // The rest is checked when the segments are there.
+        let possible = operation <= WRITE
+            && (1..=most).contains(&count)
+            && limits.allow(write, head.sector, 0)
+            && head.sector < limits.sectors;
+        if !possible {
+            self.refuse_data(head.id, operation);
+            return true;
+        }
+        let Some(large) = self.large.pop() else { return false };
+        let pages = count.div_ceil(SEGMENTS_PER_PAGE);
+        let mut grefs = [head.indirect_page(); INDIRECT_PAGES];
+        if pages > 1 {
+            let tail = self.ring.tail();
+            for (i, gref) in grefs.iter_mut().skip(1).enumerate() {
+                *gref = (tail[i / 2] >> (32 * (i % 2))) as u32;
+            }
+        }
+        self.ring.advance();
+        let index = self.free_slot();
+        let at = self.large_at(large) as u32;
+        self.list_pages[usize::from(large)] = grefs;
+        let slot = &mut self.slots[usize::from(index)];
+        *slot = Slot {
+            id: head.id,
+            offset: head.sector * u64::from(SECTOR),
+            at,
+            generation: slot.generation,
+            segments: count as u16,
+            large,
+            operation,
+            pages: pages as u8,
+            ..Slot::FREE
+        };
+        self.stats.indirect.add(1);
+        if write {
+            self.stats.writes.add(1)
+        } else {
+            self.stats.reads.add(1)
+        }
+        self.fetch(disk, index);
+        true
+    }
+
+    /// Takes a flush or a barrier, with or without data.
+    fn take_flush<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
+        let (operation, count) = (head.operation(), usize::from(head.second()));
+        let barrier = operation == WRITE_BARRIER;
+        let segments = self.direct_segments(head, count);
+        let len = match count {
+            0 if barrier && limits.read_only && !self.failed => None,
+            0 => Some(0),
+            1..=DIRECT_SEGMENTS => data_len(&segments[..count], true, head.sector, limits),
+            _ => None,
+        };
+        let Some(len) = len else {
+            self.refuse_data(head.id, operation);
+            return true;
+        };
+        let Some(index) = self.take_slot(head, &segments[..count], len) else { return false };
+        if barrier {
+            self.stats.barriers.add(1);
+        } else {
+            self.stats.flushes.add(1);
+        }
+        if self.failed {
+            // Only an empty one comes here: see `Stage::Held`.
+            self.hold_for_ever(index);
+            return true;
+        }
+        if barrier {
+            self.gates |= GATE_BARRIER;
+            self.again(index, Stage::Barrier);
+            return false;
+        }
+        self.put_flush(disk, index);
+        true
+    }
+
+    fn take_discard<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
+        let (sector, count) = (head.sector, head.word);
+        if !(Limits { align: 0, ..limits }).allow(true, sector, count) {
+            self.refuse_data(head.id, DISCARD);
+            return true;
+        }
+        self.stats.discards.add(1);
+        // A discard is a hint: what does not fill the disk's unit is left alone.
+        let least = self.config.sector_size;
+        let unit = disk.info(0).map_or(least, |i| i.discard_granularity.max(least));
+        let (unit, bytes) = (u64::from(unit), u64::from(SECTOR));
+        let from = (sector * bytes).checked_next_multiple_of(unit);
+        let end = (sector + count) * bytes / unit * unit;
+        match from {
+            Some(from) if from < end => {
+                let Some(index) = self.take_slot(head, &[], 0) else { return false };
+                let slot = &mut self.slots[usize::from(index)];
+                slot.offset = from;
+                slot.mark = end;
+                self.put_discard(disk, index);
+            }
+            _ => self.refuse(head.id, DISCARD, OKAY),
+        }
+        true
+    }
+}

@@ -1,0 +1,96 @@
+//! [`Slot`]: a request of the guest that was taken and not yet answered.
+
+/// No large buffer.
+pub(super) const NO_BUFFER: u16 = u16::MAX;
+
+/// Where a request is on its way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    /// No request here.
+    Free,
+    /// At the disk: its read or write.
+    AtData,
+    /// At the disk: its flush, alone or before its write.
+    AtFlush,
+    /// At the disk: a part of its discard.
+    AtDiscard,
+    /// Its pages of segments are to be copied in, or are in the batch.
+    Fetch,
+    /// Its data is to be copied in, or is in the batch.
+    Gather,
+    /// Its data is to be copied out, or is in the batch.
+    Scatter,
+    /// Its read or write is to be sent to the disk.
+    PutData,
+    /// Its flush is to be sent to the disk.
+    PutFlush,
+    /// The next part of its discard is to be sent to the disk.
+    PutDiscard,
+    /// A barrier that waits for all before it.
+    Barrier,
+    /// Its answer waits for mappings to end.
+    Maps,
+    /// An empty flush that failed for good: never answered, since every answer that says so would
+    /// be reported as success by the guest.
+    Held,
+}
+
+/// A request of the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    /// The guest's name for it.
+    pub(super) id: u64,
+    /// First byte on the disk.
+    pub(super) offset: u64,
+    /// The one segment of a request that has one.
+    pub(super) word: u64,
+    /// Bytes of data; of a discard, of the part at the disk.
+    pub(super) len: u32,
+    /// Where its buffer begins in the bounce region.
+    pub(super) at: u32,
+    /// Counts what was sent to the disk from this slot.
+    pub(super) generation: u32,
+    /// How many segments.
+    pub(super) segments: u16,
+    /// Its large buffer, if it has more than one segment or an indirect list.
+    pub(super) large: u16,
+    /// What its answer names.
+    pub(super) operation: u8,
+    pub(super) stage: Stage,
+    /// Some page of it is being mapped: its answer must wait for that.
+    pub(super) mapping: bool,
+    /// Counted in the backend's held writes.
+    pub(super) held: bool,
+    /// Failed attempts at the present stage.
+    pub(super) tries: u8,
+    /// Pages of segments.
+    pub(super) pages: u8,
+    /// The answer that waits in [`Stage::Maps`].
+    pub(super) status: i16,
+    /// Nothing is to be done before this time.
+    pub(super) due: u64,
+    /// End of a discard in bytes; or the time since when a write has been held.
+    pub(super) mark: u64,
+}
+
+impl Slot {
+    pub(super) const FREE: Slot = Slot {
+        id: 0,
+        offset: 0,
+        word: 0,
+        len: 0,
+        at: 0,
+        generation: 0,
+        segments: 0,
+        large: NO_BUFFER,
+        operation: 0,
+        stage: Stage::Free,
+        mapping: false,
+        held: false,
+        tries: 0,
+        pages: 0,
+        status: 0,
+        due: 0,
+        mark: 0,
+    };
+}

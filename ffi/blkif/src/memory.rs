@@ -1,0 +1,113 @@
+//! [`RingMemory`]: the shared pages of a ring, as one contiguous range.
+//!
+//! The other side may write any byte at any instant, so there are loads and stores of single
+//! words only, and each happens exactly once.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use dma::Region;
+
+use crate::abi::{MAX_ORDER, PAGE};
+
+/// The pages of a ring. Offsets are in bytes from the first page and come from our own layout
+/// tables, never from the guest; an implementation may panic if one lies outside.
+pub trait RingMemory {
+    /// Length in bytes.
+    fn bytes(&self) -> usize;
+
+    /// Loads a 32-bit word. `offset` is a multiple of 4.
+    fn load32(&self, offset: usize, order: Ordering) -> u32;
+
+    /// Stores a 32-bit word. `offset` is a multiple of 4.
+    fn store32(&self, offset: usize, value: u32, order: Ordering);
+
+    /// Loads 64-bit words, each once. `offset` is a multiple of 8.
+    fn load64s<const N: usize>(&self, offset: usize) -> [u64; N];
+
+    /// Stores 64-bit words. `offset` is a multiple of 8.
+    fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]);
+
+    /// Loads 32-bit words, each once. `offset` is a multiple of 4.
+    #[inline]
+    fn load32s<const N: usize>(&self, offset: usize) -> [u32; N] {
+        core::array::from_fn(|i| self.load32(offset + 4 * i, Ordering::Relaxed))
+    }
+
+    /// Stores 32-bit words. `offset` is a multiple of 4.
+    #[inline]
+    fn store32s<const N: usize>(&self, offset: usize, words: &[u32; N]) {
+        for (i, &w) in words.iter().enumerate() {
+            self.store32(offset + 4 * i, w, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Ring pages that lie in a [`Region`].
+#[derive(Clone, Debug)]
+pub struct RegionRing {
+    region: Arc<Region>,
+    offset: usize,
+    bytes: usize,
+}
+
+impl RegionRing {
+    /// `1 << order` pages at `offset` (a multiple of the page size), or `None` if they do not lie
+    /// inside the region or the order is not possible.
+    pub fn new(region: Arc<Region>, offset: usize, order: u8) -> Option<RegionRing> {
+        let bytes = PAGE << order.min(MAX_ORDER);
+        let inside = offset.checked_add(bytes)? <= region.len();
+        (inside && order <= MAX_ORDER && offset.is_multiple_of(PAGE)).then_some(RegionRing {
+            region,
+            offset,
+            bytes,
+        })
+    }
+
+    /// The region.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+}
+
+impl RingMemory for RegionRing {
+    #[inline]
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    #[inline]
+    fn load32(&self, offset: usize, order: Ordering) -> u32 {
+        self.region.load32(self.offset + offset, order)
+    }
+
+    #[inline]
+    fn store32(&self, offset: usize, value: u32, order: Ordering) {
+        self.region.store32(self.offset + offset, value, order);
+    }
+
+    #[inline]
+    fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
+        self.region.read_words(self.offset + offset)
+    }
+
+    #[inline]
+    fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]) {
+        self.region.write_words(self.offset + offset, words);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_lie_inside_their_region() {
+        let region = Region::new(4 * PAGE, dma::PageSize::Small).unwrap();
+        assert!(RegionRing::new(region.clone(), PAGE, 1).is_some());
+        assert!(RegionRing::new(region.clone(), 3 * PAGE, 1).is_none());
+        assert!(RegionRing::new(region.clone(), 0, 5).is_none());
+        assert!(RegionRing::new(region.clone(), 64, 0).is_none());
+        assert!(RegionRing::new(region, usize::MAX - 4095, 0).is_none());
+    }
+}

@@ -1,0 +1,277 @@
+//! [`BackRing`]: the backend's end of a ring: private indices, one look at each slot, answers
+//! published once in a turn, and the notification rule (ring.h).
+//!
+//! Belongs to one reactor. The truth about indices is private; of the shared ones only `req_prod`
+//! and `rsp_event` are ever read after the start, and both are only compared.
+
+use std::sync::atomic::{Ordering, fence};
+
+use block::HasWork;
+
+use crate::RingMemory;
+use crate::abi::{Abi, Head, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, Response};
+
+/// The frontend's producer index went backwards or beyond the ring: nothing in the ring can be
+/// believed any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("request producer {producer} outside {consumer}..={consumer} + {room}")]
+pub struct Runaway {
+    /// What the frontend wrote.
+    pub producer: u32,
+    /// Requests taken so far.
+    pub consumer: u32,
+    /// How far the producer may be ahead of that.
+    pub room: u32,
+}
+
+/// The backend's end of a ring.
+#[derive(Debug)]
+pub struct BackRing<M> {
+    memory: M,
+    abi: Abi,
+    slots: u32,
+    req_cons: u32,
+    rsp_prod: u32,
+    /// `rsp_prod` as the frontend sees it.
+    published: u32,
+    /// The producer index was wrong once. Nothing is taken or published after that.
+    broken: bool,
+}
+
+impl<M: RingMemory> BackRing<M> {
+    /// Attaches to a ring that a frontend made. Starts where its responses end, so that a ring
+    /// which another backend served and drained goes on.
+    ///
+    /// # Errors
+    /// If more requests wait than the ring holds.
+    pub fn attach(memory: M, abi: Abi, order: u8) -> Result<BackRing<M>, Runaway> {
+        let slots = abi.slots(order);
+        assert!(memory.bytes() >= abi.slot_at(slots), "ring memory is smaller than its order says");
+        let start = memory.load32(RSP_PROD, Ordering::Acquire);
+        let mut ring = BackRing {
+            memory,
+            abi,
+            slots,
+            req_cons: start,
+            rsp_prod: start,
+            published: start,
+            broken: false,
+        };
+        ring.waiting()?;
+        Ok(ring)
+    }
+
+    /// Slots in the ring.
+    #[inline]
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// Requests taken and not yet answered.
+    #[inline]
+    pub fn unanswered(&self) -> u32 {
+        self.req_cons.wrapping_sub(self.rsp_prod)
+    }
+
+    /// How many requests wait: one look at the producer index, with which the slots before it
+    /// become readable.
+    ///
+    /// # Errors
+    /// If the index cannot be right. The ring publishes nothing from then on.
+    #[inline]
+    pub fn waiting(&mut self) -> Result<u32, Runaway> {
+        let producer = self.memory.load32(REQ_PROD, Ordering::Acquire);
+        let waiting = producer.wrapping_sub(self.req_cons);
+        // An index that went backwards is a huge step forwards.
+        if waiting > self.slots - self.unanswered() {
+            return Err(self.runaway(producer));
+        }
+        Ok(waiting)
+    }
+
+    #[cold]
+    fn runaway(&mut self, producer: u32) -> Runaway {
+        self.broken = true;
+        Runaway { producer, consumer: self.req_cons, room: self.slots - self.unanswered() }
+    }
+
+    /// Copies the head of the next request. The same slot may be looked at again in a later turn
+    /// if nothing is kept of this look.
+    #[inline]
+    pub fn head(&self) -> Head {
+        self.abi.load_head(&self.memory, self.req_cons & (self.slots - 1))
+    }
+
+    /// Copies the rest of the next request.
+    #[inline]
+    pub fn tail(&self) -> [u64; 10] {
+        self.abi.load_tail(&self.memory, self.req_cons & (self.slots - 1))
+    }
+
+    /// Takes the next request: from now on its slot may be overwritten by an answer.
+    #[inline]
+    pub fn advance(&mut self) {
+        self.req_cons = self.req_cons.wrapping_add(1);
+    }
+
+    /// Writes an answer; the frontend does not see it before [`BackRing::publish`].
+    #[inline]
+    pub fn respond(&mut self, response: Response) {
+        debug_assert!(self.unanswered() > 0);
+        self.abi.store_response(&self.memory, self.rsp_prod & (self.slots - 1), response);
+        self.rsp_prod = self.rsp_prod.wrapping_add(1);
+    }
+
+    /// Answers written and not yet published.
+    #[inline]
+    pub fn unpublished(&self) -> u32 {
+        self.rsp_prod.wrapping_sub(self.published)
+    }
+
+    /// Publishes all answers. Returns whether the frontend asked to be told.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        let old = self.published;
+        self.published = self.rsp_prod;
+        if self.broken {
+            return false;
+        }
+        self.memory.store32(RSP_PROD, self.rsp_prod, Ordering::Release);
+        // Either the frontend sees the answers in its last look, or its wish for an event is seen
+        // here: a full fence on both sides.
+        fence(Ordering::SeqCst);
+        let event = self.memory.load32(RSP_EVENT, Ordering::Relaxed);
+        notify(old, self.rsp_prod, event)
+    }
+
+    /// The final check before sleep: asks for an event at the next request, then looks once more.
+    ///
+    /// # Errors
+    /// As [`BackRing::waiting`].
+    pub fn arm(&mut self) -> Result<HasWork, Runaway> {
+        self.memory.store32(REQ_EVENT, self.req_cons.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        Ok(if self.waiting()? > 0 { HasWork::Yes } else { HasWork::No })
+    }
+
+    /// Asks for no event: an index that the producer has passed already.
+    pub fn disarm(&mut self) {
+        self.memory.store32(REQ_EVENT, self.req_cons, Ordering::Relaxed);
+    }
+}
+
+/// Whether whoever moves a producer index from `old` to `new` must send an event to the other side,
+/// which asked for one at `event`: iff that lies in (old, new], modulo 2^32.
+#[inline]
+pub fn notify(old: u32, new: u32, event: u32) -> bool {
+    new.wrapping_sub(event) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RegionRing;
+    use crate::abi::{OKAY, PAGE};
+
+    fn ring(abi: Abi, order: u8, start: u32) -> (RegionRing, BackRing<RegionRing>) {
+        let region = dma::Region::new(PAGE << order, dma::PageSize::Small).unwrap();
+        let m = RegionRing::new(region, 0, order).unwrap();
+        m.store32(REQ_PROD, start, Ordering::Relaxed);
+        m.store32(RSP_PROD, start, Ordering::Relaxed);
+        m.store32(REQ_EVENT, start.wrapping_add(1), Ordering::Relaxed);
+        m.store32(RSP_EVENT, start.wrapping_add(1), Ordering::Relaxed);
+        let back = BackRing::attach(m.clone(), abi, order).unwrap();
+        (m, back)
+    }
+
+    #[test]
+    fn events_are_sent_for_the_half_open_range() {
+        for old in [0u32, 1, 31, u32::MAX - 2, u32::MAX] {
+            for step in 0..6u32 {
+                let new = old.wrapping_add(step);
+                for d in 0..10u32 {
+                    let event = old.wrapping_sub(2).wrapping_add(d);
+                    let inside = (1..=step).any(|k| old.wrapping_add(k) == event);
+                    assert_eq!(notify(old, new, event), inside, "{old} {new} {event}");
+                }
+            }
+        }
+        // The frontend's initial event index gives one event for the first push, then none.
+        assert!(notify(0, 3, 1));
+        assert!(!notify(3, 5, 1));
+        // A stale one is crossed again when the indices wrap.
+        assert!(notify(u32::MAX, 2, 1));
+    }
+
+    #[test]
+    fn the_producer_may_fill_the_ring_and_not_more() {
+        for start in [0, u32::MAX - 3] {
+            let (m, mut b) = ring(Abi::NATIVE, 0, start);
+            m.store32(REQ_PROD, start.wrapping_add(32), Ordering::Relaxed);
+            assert_eq!(b.waiting(), Ok(32));
+            m.store32(REQ_PROD, start.wrapping_add(33), Ordering::Relaxed);
+            let e = b.waiting().unwrap_err();
+            assert_eq!((e.producer, e.consumer, e.room), (start.wrapping_add(33), start, 32));
+            // Backwards.
+            m.store32(REQ_PROD, start.wrapping_sub(1), Ordering::Relaxed);
+            assert!(b.waiting().is_err());
+            // Requests that are taken but not answered still take their slots.
+            m.store32(REQ_PROD, start.wrapping_add(10), Ordering::Relaxed);
+            for _ in 0..10 {
+                b.advance();
+            }
+            m.store32(REQ_PROD, start.wrapping_add(33), Ordering::Relaxed);
+            assert!(b.waiting().is_err());
+            b.respond(Response { id: 1, operation: 0, status: OKAY });
+            assert_eq!(b.waiting(), Ok(23));
+            // Below what was taken already.
+            m.store32(REQ_PROD, start.wrapping_add(9), Ordering::Relaxed);
+            assert!(b.waiting().is_err());
+        }
+    }
+
+    #[test]
+    fn attach_goes_on_where_responses_end_and_refuses_nonsense() {
+        let (m, _) = ring(Abi::NATIVE, 0, 1000);
+        m.store32(REQ_PROD, 1005, Ordering::Relaxed);
+        let mut b = BackRing::attach(m.clone(), Abi::NATIVE, 0).unwrap();
+        assert_eq!(b.waiting(), Ok(5));
+        m.store32(REQ_PROD, 1033, Ordering::Relaxed);
+        assert!(BackRing::attach(m, Abi::NATIVE, 0).is_err());
+    }
+
+    #[test]
+    fn answers_wrap_and_are_seen_only_when_published() {
+        for abi in Abi::ALL {
+            let start = u32::MAX - 40;
+            let (m, mut b) = ring(abi, 0, start);
+            for i in 0..100u32 {
+                let at = start.wrapping_add(i);
+                m.store32(REQ_PROD, at.wrapping_add(1), Ordering::Relaxed);
+                assert_eq!(b.waiting(), Ok(1));
+                b.advance();
+                let r = Response { id: u64::from(i) << 40 | 7, operation: 1, status: OKAY };
+                b.respond(r);
+                assert_eq!(m.load32(RSP_PROD, Ordering::Relaxed), at);
+                m.store32(RSP_EVENT, at.wrapping_add(1), Ordering::Relaxed);
+                assert!(b.publish(), "the frontend asked for it");
+                assert_eq!(m.load32(RSP_PROD, Ordering::Relaxed), at.wrapping_add(1));
+                assert_eq!(abi.load_response(&m, at & 31), r);
+                assert_eq!(b.unpublished(), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn arming_asks_for_the_next_request_and_disarming_for_none() {
+        let (m, mut b) = ring(Abi::NATIVE, 0, 0);
+        assert_eq!(b.arm(), Ok(HasWork::No));
+        assert!(notify(0, 1, m.load32(REQ_EVENT, Ordering::Relaxed)));
+        b.disarm();
+        assert!(!notify(0, 1, m.load32(REQ_EVENT, Ordering::Relaxed)));
+        m.store32(REQ_PROD, 1, Ordering::Relaxed);
+        assert_eq!(b.arm(), Ok(HasWork::Yes));
+        m.store32(REQ_PROD, 99, Ordering::Relaxed);
+        assert!(b.arm().is_err());
+    }
+}

@@ -1,0 +1,4 @@
+//! A backend against frontends, good and bad, turned by hand on one thread; see each file.
+
+mod common;
+mod data;
