@@ -1,16 +1,35 @@
 //! QCOW2 images, versions 2 and 3: the format, backing chains, creating, checking and repairing.
 //!
 //! - [`format`] is pure: bytes to fields and back, no I/O.
-//! - Everything else here works on blocking [`block::Storage`] and belongs to the control path; no
-//!   reactor that serves a guest calls it.
+//! - [`open`] opens one image ([`ImageMeta`]) or a chain of backing files ([`Chain`]).
+//! - [`ChainReader`] reads a chain slowly and independently of the datapath; [`extents`] lists
+//!   what is allocated where, [`info`] tells about an image, [`create`] makes one, [`check`]
+//!   finds and repairs damage.
+//! - [`run`] is the datapath: an image on a reactor; [`map`] is where it looks clusters up.
+//! - [`Decompressor`] unpacks compressed clusters.
+//!
+//! All of these work on blocking [`block::Storage`] and belong to the control path; no reactor
+//! that serves a guest calls them, except for the entries of [`format`] and the decompressor.
 //!
 //! Whatever stands in an image is treated as hostile: every number is checked before it is used
 //! as a size, a shift or an index, and no memory is taken for a size that the file cannot back.
 
 #![forbid(unsafe_code)]
 
+pub mod check;
+pub mod create;
+pub mod extents;
 pub mod format;
+pub mod info;
+pub mod map;
+pub mod open;
+pub mod run;
 
+mod compress;
 mod error;
+mod reader;
 
+pub use compress::{DecompressError, Decompressor};
 pub use error::{Error, Result};
+pub use open::{Chain, ImageMeta, MetadataSet, Mode};
+pub use reader::{ChainReader, Source, Span};

@@ -1,0 +1,410 @@
+//! The map from guest clusters to where their bytes lie: one atomic word a cluster, flattened over
+//! the whole backing chain, so that a look-up costs the same at any depth.
+//!
+//! Any reactor looks up, by loads alone and without writing a shared line; one owner (see
+//! [`Pages`]) fills pages on demand, publishes new words and evicts. A page that is reused while a
+//! reader is in it is noticed by the reader: the directory entry, which holds the page's
+//! generation, is loaded again behind the word.
+
+use std::collections::VecDeque;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zerocopy::FromZeros;
+
+/// What a word says about its cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Not known: the page is not loaded.
+    Absent,
+    /// Data at [`Word::host`] of [`Word::layer`].
+    Mapped,
+    /// Reads as zeroes by an explicit entry; [`Word::host`] is the kept cluster of layer 0, or 0.
+    Zero,
+    /// In no layer: reads as zeroes.
+    Hole,
+    /// Compressed in [`Word::layer`]; its L2 entry says where.
+    Compressed,
+    /// Different parts of the cluster come from different places: ask the layers.
+    Split,
+    /// The entry on disk makes no sense.
+    Corrupt,
+}
+
+/// One cluster's word: claim (bit 63), kind (62..60), layer (59..52), owned (51), host offset in
+/// units of 512 bytes (46..0).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Word(u64);
+
+const CLAIM: u64 = 1 << 63;
+const KIND_SHIFT: u32 = 60;
+const LAYER_SHIFT: u32 = 52;
+const OWNED: u64 = 1 << 51;
+const HOST: u64 = (1 << 47) - 1;
+/// Bits that must be right for a write to go in place: no claim, mapped, layer 0, owned.
+const IN_PLACE_MASK: u64 = !HOST;
+const IN_PLACE: u64 = ((Kind::Mapped as u64) << KIND_SHIFT) | OWNED;
+/// Bits that must be right for a read to go straight down; the layer may be any.
+const READ_MASK: u64 = 7 << KIND_SHIFT;
+const READ: u64 = (Kind::Mapped as u64) << KIND_SHIFT;
+
+impl Word {
+    /// Nothing known.
+    pub const ABSENT: Word = Word(0);
+
+    fn new(kind: Kind, layer: u8, host: u64) -> Word {
+        debug_assert!(host & 511 == 0 && host >> 9 <= HOST);
+        Word(((kind as u64) << KIND_SHIFT) | (u64::from(layer) << LAYER_SHIFT) | (host >> 9))
+    }
+
+    /// Data at `host` (a multiple of 512, below 2^56) of `layer`; `owned` if it may be written in
+    /// place (layer 0, refcount one).
+    pub fn mapped(layer: u8, host: u64, owned: bool) -> Word {
+        let flag = if owned { OWNED } else { 0 };
+        Word(Word::new(Kind::Mapped, layer, host).0 | flag)
+    }
+
+    /// Explicit zeroes in `layer`, with the kept cluster at `host` if not 0.
+    pub fn zero(layer: u8, host: u64, owned: bool) -> Word {
+        let flag = if owned { OWNED } else { 0 };
+        Word(Word::new(Kind::Zero, layer, host).0 | flag)
+    }
+
+    /// In no layer.
+    pub fn hole() -> Word {
+        Word::new(Kind::Hole, 0, 0)
+    }
+
+    /// Compressed in `layer`.
+    pub fn compressed(layer: u8) -> Word {
+        Word::new(Kind::Compressed, layer, 0)
+    }
+
+    /// Made of parts.
+    pub fn split() -> Word {
+        Word::new(Kind::Split, 0, 0)
+    }
+
+    /// Nonsense on disk.
+    pub fn corrupt() -> Word {
+        Word::new(Kind::Corrupt, 0, 0)
+    }
+
+    /// What it says.
+    #[inline]
+    pub fn kind(self) -> Kind {
+        match (self.0 >> KIND_SHIFT) & 7 {
+            1 => Kind::Mapped,
+            2 => Kind::Zero,
+            3 => Kind::Hole,
+            4 => Kind::Compressed,
+            5 => Kind::Split,
+            6 => Kind::Corrupt,
+            _ => Kind::Absent,
+        }
+    }
+
+    /// Which layer of the chain, 0 being the one written to.
+    #[inline]
+    pub fn layer(self) -> u8 {
+        (self.0 >> LAYER_SHIFT) as u8
+    }
+
+    /// Host offset in bytes.
+    #[inline]
+    pub fn host(self) -> u64 {
+        (self.0 & HOST) << 9
+    }
+
+    /// Whether the cluster's refcount is one, so that it may be written in place.
+    #[inline]
+    pub fn owned(self) -> bool {
+        self.0 & OWNED != 0
+    }
+
+    /// Whether somebody is changing the mapping. The rest of the word is still the old mapping.
+    #[inline]
+    pub fn claimed(self) -> bool {
+        self.0 & CLAIM != 0
+    }
+
+    /// Whether a write may go straight to the device.
+    #[inline]
+    pub fn writable_in_place(self) -> bool {
+        self.0 & IN_PLACE_MASK == IN_PLACE
+    }
+
+    /// Whether a read may go straight to the device.
+    #[inline]
+    pub fn readable(self) -> bool {
+        self.0 & READ_MASK == READ
+    }
+
+    /// The same without the claim.
+    #[inline]
+    pub fn unclaimed(self) -> Word {
+        Word(self.0 & !CLAIM)
+    }
+
+    /// Whether `next` continues this mapped word one cluster of `cluster_size` bytes further on.
+    #[inline]
+    pub fn continued_by(self, next: Word, cluster_size: u64) -> bool {
+        next.0 == self.0.wrapping_add(cluster_size >> 9)
+    }
+}
+
+/// The shared part of the map. See the module's text.
+#[derive(Debug)]
+pub struct Map {
+    page_bits: u32,
+    clusters: u64,
+    /// Per page of clusters: 0, or generation (high half) and page + 1 (low half).
+    directory: Box<[AtomicU64]>,
+    pages: Box<[OnceLock<Box<[AtomicU64]>>]>,
+}
+
+impl Map {
+    /// An empty map of `clusters` clusters in pages of `1 << page_bits`, which keeps at most
+    /// `budget` bytes of words (but never fewer than `least` pages).
+    ///
+    /// # Errors
+    /// If there is no memory for the directory.
+    pub fn new(clusters: u64, page_bits: u32, budget: u64, least: usize) -> Result<Map, String> {
+        let no_memory = || format!("no memory for a map of {clusters} clusters");
+        let entries = usize::try_from(clusters.div_ceil(1 << page_bits)).map_err(|_| no_memory())?;
+        let directory = <[AtomicU64]>::new_box_zeroed_with_elems(entries).map_err(|_| no_memory())?;
+        let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
+        let count = afford.max(least).min(entries).min(u32::MAX as usize - 1);
+        let pages = (0..count).map(|_| OnceLock::new()).collect();
+        Ok(Map { page_bits, clusters, directory, pages })
+    }
+
+    /// How many clusters there are.
+    #[inline]
+    pub fn clusters(&self) -> u64 {
+        self.clusters
+    }
+
+    /// log2 of the clusters in a page.
+    #[inline]
+    pub fn page_bits(&self) -> u32 {
+        self.page_bits
+    }
+
+    /// How many pages can be loaded at a time.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// The word of a cluster; [`Word::ABSENT`] if its page is not loaded or it does not exist.
+    #[inline]
+    pub fn lookup(&self, cluster: u64) -> Word {
+        let Some(entry) = self.directory.get((cluster >> self.page_bits) as usize) else {
+            return Word::ABSENT;
+        };
+        let seen = entry.load(Ordering::Acquire);
+        let Some(word) = self.word(seen, cluster) else { return Word::ABSENT };
+        // Acquire: the directory is looked at again after this load. If the word belongs to the
+        // page's next use, then that use began with emptying this entry, and we see it.
+        let value = word.load(Ordering::Acquire);
+        if entry.load(Ordering::Relaxed) != seen {
+            return Word::ABSENT;
+        }
+        Word(value)
+    }
+
+    #[inline]
+    fn word(&self, entry: u64, cluster: u64) -> Option<&AtomicU64> {
+        let page = self.pages.get((entry as u32 as usize).wrapping_sub(1))?.get()?;
+        page.get(cluster as usize & ((1 << self.page_bits) - 1))
+    }
+
+    /// Replaces a loaded cluster's word if it is `old`. Returns whether it was.
+    pub fn replace(&self, cluster: u64, old: Word, new: Word) -> bool {
+        let Some(entry) = self.directory.get((cluster >> self.page_bits) as usize) else {
+            return false;
+        };
+        let Some(word) = self.word(entry.load(Ordering::Acquire), cluster) else { return false };
+        word.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Claims a loaded cluster whose word is `seen` and unclaimed: from now on nobody else changes
+    /// its mapping or writes to it in place, until [`Map::publish`]. Returns whether it worked.
+    pub fn claim(&self, cluster: u64, seen: Word) -> bool {
+        !seen.claimed() && self.replace(cluster, seen, Word(seen.0 | CLAIM))
+    }
+
+    /// Ends a claim with a new mapping (or the old one). For the holder of the claim.
+    pub fn publish(&self, cluster: u64, word: Word) {
+        let old = self.lookup(cluster);
+        debug_assert!(old.claimed(), "published without a claim");
+        let done = self.replace(cluster, old, word.unclaimed());
+        debug_assert!(done, "a claimed word changed");
+    }
+}
+
+/// The owner's part of the map: which pages are loaded, in which order, and which are held.
+#[derive(Debug)]
+pub struct Pages {
+    /// Loaded pages (numbers in the directory), the oldest first.
+    loaded: VecDeque<(u64, u32)>,
+    free: Vec<u32>,
+    /// Per page place: how many claims hold it.
+    held: Vec<u16>,
+    generation: u32,
+}
+
+impl Pages {
+    /// For a fresh map.
+    pub fn new(map: &Map) -> Pages {
+        let count = map.page_count() as u32;
+        Pages {
+            loaded: VecDeque::new(),
+            free: (0..count).rev().collect(),
+            held: vec![0; count as usize],
+            generation: 0,
+        }
+    }
+
+    /// Loads page `number` with `words` (shorter at the disk's end), evicting another if need be.
+    /// Returns whether there was a place: not if claims hold every page.
+    pub fn load(&mut self, map: &Map, number: u64, words: &[Word]) -> bool {
+        let Some(entry) = map.directory.get(number as usize) else { return false };
+        if entry.load(Ordering::Relaxed) != 0 {
+            return true;
+        }
+        let Some(place) = self.free.pop().or_else(|| self.evict(map)) else { return false };
+        let size = 1usize << map.page_bits;
+        let page = map.pages[place as usize]
+            .get_or_init(|| (0..size).map(|_| AtomicU64::new(0)).collect());
+        for (i, slot) in page.iter().enumerate() {
+            slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);
+        }
+        self.generation = self.generation.wrapping_add(1);
+        let value = u64::from(self.generation) << 32 | u64::from(place + 1);
+        entry.store(value, Ordering::Release);
+        self.loaded.push_back((number, place));
+        true
+    }
+
+    /// Takes the place of the oldest page that no claim holds.
+    fn evict(&mut self, map: &Map) -> Option<u32> {
+        for _ in 0..self.loaded.len() {
+            let (number, place) = self.loaded.pop_front()?;
+            if self.held[place as usize] > 0 {
+                self.loaded.push_back((number, place));
+                continue;
+            }
+            map.directory[number as usize].store(0, Ordering::Release);
+            return Some(place);
+        }
+        None
+    }
+
+    /// Keeps the page of a claimed cluster loaded.
+    pub fn hold(&mut self, map: &Map, cluster: u64) {
+        if let Some(n) = self.place_of(map, cluster) {
+            self.held[n] += 1;
+        }
+    }
+
+    /// Ends [`Pages::hold`].
+    pub fn release(&mut self, map: &Map, cluster: u64) {
+        if let Some(n) = self.place_of(map, cluster) {
+            self.held[n] -= 1;
+        }
+    }
+
+    fn place_of(&self, map: &Map, cluster: u64) -> Option<usize> {
+        let entry = map.directory.get((cluster >> map.page_bits) as usize)?;
+        (entry.load(Ordering::Relaxed) as u32 as usize).checked_sub(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_keep_what_they_say() {
+        let w = Word::mapped(200, 0x00ff_ffff_ffff_fe00, false);
+        assert_eq!((w.kind(), w.layer(), w.host()), (Kind::Mapped, 200, 0x00ff_ffff_ffff_fe00));
+        assert!(w.readable() && !w.writable_in_place() && !w.owned());
+        let own = Word::mapped(0, 1 << 16, true);
+        assert!(own.readable() && own.writable_in_place());
+        assert!(own.continued_by(Word::mapped(0, 2 << 16, true), 1 << 16));
+        assert!(!own.continued_by(Word::mapped(0, 2 << 16, false), 1 << 16));
+        for w in [Word::hole(), Word::split(), Word::corrupt(), Word::compressed(3), Word::ABSENT] {
+            assert!(!w.readable() && !w.writable_in_place());
+        }
+        assert_eq!(Word::zero(0, 512, true).host(), 512);
+        assert_eq!(Word::compressed(3).layer(), 3);
+    }
+
+    #[test]
+    fn claims_exclude_each_other_and_show_the_old_mapping() {
+        let map = Map::new(1000, 4, 1 << 20, 1).unwrap();
+        let mut pages = Pages::new(&map);
+        let old = Word::mapped(1, 512, false);
+        assert!(pages.load(&map, 0, &[old; 16]));
+        assert!(map.claim(3, map.lookup(3)));
+        let seen = map.lookup(3);
+        assert!(seen.claimed() && seen.readable() && !map.claim(3, seen));
+        assert!(!map.lookup(3).writable_in_place());
+        map.publish(3, Word::mapped(0, 1024, true));
+        assert!(map.lookup(3).writable_in_place());
+        assert_eq!(map.lookup(4), old);
+        assert_eq!(map.lookup(16), Word::ABSENT);
+        assert_eq!(map.lookup(u64::MAX), Word::ABSENT);
+    }
+
+    #[test]
+    fn the_oldest_page_goes_unless_held() {
+        let map = Map::new(160, 4, 0, 2).unwrap();
+        let mut pages = Pages::new(&map);
+        let words = |n: u64| vec![Word::mapped(0, n * 512, true); 16];
+        assert!(pages.load(&map, 0, &words(1)) && pages.load(&map, 1, &words(2)));
+        pages.hold(&map, 5);
+        assert!(pages.load(&map, 2, &words(3)));
+        assert_eq!(map.lookup(5).host(), 512);
+        assert_eq!(map.lookup(16), Word::ABSENT);
+        assert_eq!(map.lookup(32).host(), 1536);
+        pages.hold(&map, 32);
+        assert!(!pages.load(&map, 3, &words(4)));
+        pages.release(&map, 5);
+        assert!(pages.load(&map, 3, &words(4)));
+        assert_eq!(map.lookup(0), Word::ABSENT);
+    }
+
+    /// Readers must never see a word of another page than they asked for, however pages change
+    /// places under them.
+    #[test]
+    fn readers_survive_eviction() {
+        let map = std::sync::Arc::new(Map::new(64 * 16, 4, 0, 3).unwrap());
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let reader = {
+            let (map, stop) = (map.clone(), stop.clone());
+            std::thread::spawn(move || {
+                let (mut hits, mut i) = (0u64, 0u64);
+                while !stop.load(Ordering::Relaxed) {
+                    i = (i + 7) % (64 * 16);
+                    let w = map.lookup(i);
+                    if w != Word::ABSENT {
+                        assert_eq!(w.host(), (i + 1) * 512, "a word of another page");
+                        hits += 1;
+                    }
+                }
+                hits
+            })
+        };
+        let mut pages = Pages::new(&map);
+        for round in 0..200_000u64 {
+            let n = (round * 13) % 64;
+            let words: Vec<Word> =
+                (0..16).map(|i| Word::mapped(0, (n * 16 + i + 1) * 512, true)).collect();
+            assert!(pages.load(&map, n, &words));
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(reader.join().unwrap() > 0);
+    }
+}

@@ -1,0 +1,350 @@
+//! [`Image`]: a QCOW2 image on a reactor; its slots, and the path that a hit takes.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, Layer, MAX_GUEST_SEGS,
+    Op, Port, Request, SegList, Status, Tag,
+};
+use dma::Region;
+use reactor::task::Tasks;
+
+use super::alloc::Allocator;
+use super::stack::Stack;
+use super::meta::{Tables, page_bits};
+use super::serve::serve;
+use super::shared::{Job, Shared, What};
+use crate::map::Map;
+
+/// How an image is attached.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Requests in flight at most.
+    pub slots: u16,
+    /// Memory for the map, in bytes; used as far as the image needs it.
+    pub l2_cache: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { slots: 256, l2_cache: 128 << 20 }
+    }
+}
+
+/// What an image has done so far; all but the first two are written on the slow path only.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests that went straight down.
+    pub hits: Cell<u64>,
+    /// Requests served by a slot task.
+    pub slow: Cell<u64>,
+    /// Times that a task waited for another.
+    pub parked: Cell<u64>,
+    /// Completions that belong to nothing in flight.
+    pub stale: Cell<u64>,
+    /// Flushes sent to the device.
+    pub flushes: Cell<u64>,
+    /// Batches of metadata writes.
+    pub batches: Cell<u64>,
+    /// Pages of the map loaded.
+    pub page_loads: Cell<u64>,
+    /// Metadata reads.
+    pub meta_reads: Cell<u64>,
+    /// Metadata writes.
+    pub meta_writes: Cell<u64>,
+    /// Host clusters allocated.
+    pub allocated: Cell<u64>,
+}
+
+/// Who waits for a slot's request.
+#[derive(Clone, Copy)]
+struct Slot {
+    up: Tag,
+    direct: bool,
+}
+
+/// An image on a reactor. Made on the reactor's thread, and never leaves it.
+pub struct Image {
+    map: Arc<Map>,
+    cluster_bits: u32,
+    owner: u16,
+    writable: bool,
+    closing: bool,
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    ports: Box<[Port]>,
+    shared: Rc<Shared>,
+    tasks: Tasks,
+    closed: Option<Status>,
+}
+
+impl Image {
+    /// Attaches an opened stack; `owner` as the reactor gave it. The image's own memory is
+    /// registered with the leaves.
+    ///
+    /// # Errors
+    /// If memory is short or a leaf cannot reach it.
+    pub fn attach<L: BlockQueue>(
+        stack: Stack,
+        owner: u16,
+        leaves: &mut [L],
+        options: Options,
+    ) -> Result<Image, String> {
+        let port_of = |l: &super::stack::StackLayer| usize::from(l.port.leaf);
+        if let Some(l) = stack.layers.iter().find(|l| port_of(l) >= leaves.len()) {
+            return Err(format!("{}: there is no leaf queue {}", l.name, l.port.leaf));
+        }
+        let below = stack.layers[0].port;
+        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
+        let device = device.ok_or("the leaf queue has no such unit")?;
+        let top = &stack.top;
+        let geometry = top.geometry;
+        let slots = options.slots.clamp(1, 1024);
+        let least = 2 * usize::from(slots) + 16;
+        let bits = page_bits(&geometry);
+        let map =
+            Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
+        let tables = Tables::new(top.l1.clone());
+        let alloc = Allocator::new(top, device.size);
+        let info = DeviceInfo {
+            size: geometry.size() & !511,
+            block_size: 512,
+            physical_block_size: 4096,
+            read_only: !stack.writable,
+            volatile_cache: true,
+            write_zeroes: true,
+            discard: stack.writable,
+            discard_granularity: geometry.cluster_size() as u32,
+            max_transfer: 1 << 20,
+        };
+        let ports = stack.layers.iter().map(|l| l.port).collect();
+        let writable = stack.writable;
+        // One slot more than the frontend can use: for the close.
+        let count = usize::from(slots) + 1;
+        let shared =
+            Shared::new(stack, device, geometry, info, map.clone(), tables, alloc, owner, count)
+                .map_err(|e| e.to_string())?;
+        for region in shared.own_regions() {
+            shared.register(&region);
+            for leaf in leaves.iter_mut() {
+                leaf.register(&region)?;
+            }
+        }
+        let tasks = Tasks::new(count, |slot| serve(shared.clone(), slot as u16));
+        let none = Slot { up: Tag::new(0, 0, 0), direct: false };
+        Ok(Image {
+            map,
+            cluster_bits: geometry.cluster_bits(),
+            owner,
+            writable,
+            closing: false,
+            slots: vec![none; count].into_boxed_slice(),
+            free: (0..slots).rev().collect(),
+            ports,
+            shared,
+            tasks,
+            closed: None,
+        })
+    }
+
+    /// What the image has done so far.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// The map, for look-ups from other reactors.
+    pub fn map(&self) -> &Arc<Map> {
+        &self.map
+    }
+
+    /// First byte of layer 0 behind everything that was ever in use: where a file may be cut after
+    /// a clean close.
+    pub fn end(&self) -> u64 {
+        self.shared.alloc.borrow().end()
+    }
+
+    /// Where a request goes if it can go straight down: one mapped run, no change of metadata.
+    #[inline]
+    pub fn translate(&self, r: &Request<'_>) -> Option<(Port, u64)> {
+        let word = self.map.lookup(r.offset >> self.cluster_bits);
+        let direct = match r.op {
+            Op::Read => word.readable(),
+            Op::Write => word.writable_in_place() && self.writable && !r.flags.has(Flags::FUA),
+            _ => false,
+        };
+        if !direct || r.len == 0 || !self.shared.info.contains(r.offset, r.len) {
+            return None;
+        }
+        let last = (r.offset + r.len - 1) >> self.cluster_bits;
+        let mut cluster = r.offset >> self.cluster_bits;
+        if cluster != last {
+            let mut before = word.unclaimed();
+            while cluster < last {
+                cluster += 1;
+                let mut next = self.map.lookup(cluster);
+                if r.op == Op::Read {
+                    next = next.unclaimed();
+                }
+                if !before.continued_by(next, 1 << self.cluster_bits) {
+                    return None;
+                }
+                before = next;
+            }
+        }
+        let port = *self.ports.get(usize::from(word.layer()))?;
+        Some((port, word.host() + (r.offset & ((1 << self.cluster_bits) - 1))))
+    }
+
+    #[cold]
+    fn submit_slow<L: BlockQueue>(&mut self, leaves: &mut [L], r: &Request<'_>) {
+        let Some(at) = self.free.pop() else { return };
+        self.slots[usize::from(at)] = Slot { up: r.tag, direct: false };
+        let c = &self.shared.counters.slow;
+        c.set(c.get() + 1);
+        let flushes = r.op == Op::Flush;
+        let epoch = if flushes { u64::MAX } else { self.shared.epoch.get() };
+        self.shared.work(at).epoch.set(epoch);
+        let segs = SegList::from_slice(r.segs).unwrap_or(SegList::EMPTY);
+        let what = match self.refusal(r) {
+            Some(status) => What::Refuse(status),
+            None => What::Guest(r.op),
+        };
+        let job = Job { what, flags: r.flags, offset: r.offset, len: r.len, segs };
+        self.shared.give_job(at, job);
+        self.tasks.run(usize::from(at));
+        self.shared.send(leaves);
+    }
+
+    /// Why a request is refused, if it is.
+    fn refusal(&self, r: &Request<'_>) -> Option<Status> {
+        let info = &self.shared.info;
+        let data = matches!(r.op, Op::Read | Op::Write);
+        if self.closing {
+            Some(Status::Gone)
+        } else if r.op == Op::Flush {
+            None
+        } else if !info.contains(r.offset, r.len)
+            || !r.segs_fit()
+            || r.segs.len() > MAX_GUEST_SEGS
+            || (data && r.len > u64::from(info.max_transfer))
+        {
+            Some(Status::Invalid)
+        } else if r.op != Op::Read && !self.writable {
+            Some(Status::ReadOnly)
+        } else if r.len == 0 {
+            Some(Status::Ok)
+        } else {
+            None
+        }
+    }
+
+    /// Frees a slot; its tag is stale from now on.
+    #[inline]
+    fn release(&mut self, at: u16) {
+        self.shared.work(at).epoch.set(u64::MAX);
+        self.shared.next_generation(at);
+        self.free.push(at);
+    }
+}
+
+impl<L: BlockQueue> Layer<L> for Image {
+    fn info(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    fn register(&mut self, region: &Arc<Region>) {
+        self.shared.register(region);
+    }
+
+    #[inline]
+    fn room(&self, _leaves: &[L]) -> usize {
+        self.free.len()
+    }
+
+    #[inline]
+    fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
+        let Some(&at) = self.free.last() else { return Err(Full) };
+        if let Some((port, offset)) = self.translate(r)
+            && !self.closing
+        {
+            let tag = Tag::new(self.owner, at, self.shared.generation(at));
+            let below = Request { tag, unit: port.unit, offset, ..*r };
+            if leaves[usize::from(port.leaf)].submit(&below).is_ok() {
+                self.free.pop();
+                self.slots[usize::from(at)] = Slot { up: r.tag, direct: true };
+                self.shared.work(at).epoch.set(self.shared.epoch.get());
+                let c = &self.shared.counters.hits;
+                c.set(c.get() + 1);
+                return Ok(());
+            }
+        }
+        self.submit_slow(leaves, r);
+        Ok(())
+    }
+
+    #[inline]
+    fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
+        let at = done.tag.slot();
+        let slot = self.slots.get_mut(usize::from(at))?;
+        if slot.direct && done.tag.generation() == self.shared.generation(at) {
+            slot.direct = false;
+            let up = Completion { tag: slot.up, ..done };
+            self.release(at);
+            return Some(up);
+        }
+        if self.shared.child_done(done) {
+            self.tasks.run(usize::from(at));
+        }
+        self.shared.send(leaves);
+        None
+    }
+
+    fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
+        if self.shared.is_quiet() {
+            return false;
+        }
+        for _ in 0..self.shared.ready_count() {
+            if let Some(slot) = self.shared.take_ready() {
+                self.tasks.run(usize::from(slot));
+            }
+        }
+        while out.room() > 0
+            && let Some((at, status)) = self.shared.take_finished()
+        {
+            if usize::from(at) == self.slots.len() - 1 {
+                self.closed = Some(status);
+            } else {
+                out.push(Completion { tag: self.slots[usize::from(at)].up, status, detail: 0 });
+                self.release(at);
+            }
+        }
+        self.shared.send(leaves);
+        true
+    }
+
+    fn arm(&mut self) -> HasWork {
+        if self.shared.is_quiet() { HasWork::No } else { HasWork::Yes }
+    }
+
+    fn close(&mut self) {
+        if !self.closing {
+            self.closing = true;
+            let at = self.slots.len() as u16 - 1;
+            let job = Job {
+                what: What::Close,
+                flags: Flags::NONE,
+                offset: 0,
+                len: 0,
+                segs: SegList::EMPTY,
+            };
+            self.shared.give_job(at, job);
+            self.shared.make_ready(at);
+        }
+    }
+
+    fn closed(&self) -> Option<Status> {
+        self.closed
+    }
+}

@@ -1,0 +1,236 @@
+//! [`Tables`]: L1 and L2 tables of layer 0 that are being changed.
+//!
+//! Each table part has an *image*, which holds only what may go to disk in the batch that is
+//! being written, and a list of *pending* changes, which wait for the next one: so an entry whose
+//! data is not durable yet is never written along by chance. See [`super::flush`] for the order.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use super::shared::META;
+use crate::format::Geometry;
+
+/// L1 entries in one metadata buffer.
+pub(super) const L1_PART: usize = META / 8;
+
+/// A part of an L2 table, as many entries as a page of the map has.
+pub(super) struct Slice {
+    image: Box<[u64]>,
+    pending: Vec<(u16, u64)>,
+    /// The image differs from what is on disk.
+    dirty: bool,
+    /// Tasks that are about to change it: it must stay in memory.
+    users: u32,
+}
+
+/// See the module's text.
+pub(super) struct Tables {
+    /// The L1 table with all changes.
+    l1: Vec<u64>,
+    l1_image: Vec<u64>,
+    l1_pending: Vec<(usize, u64)>,
+    l1_dirty: BTreeSet<usize>,
+    slices: BTreeMap<u64, Slice>,
+    /// L2 tables being made, by L1 index, and pages being loaded.
+    pub(super) making: HashSet<usize>,
+    pub(super) loading: HashSet<u64>,
+}
+
+impl Tables {
+    pub(super) fn new(l1: Vec<u64>) -> Tables {
+        Tables {
+            l1_image: l1.clone(),
+            l1,
+            l1_pending: Vec::new(),
+            l1_dirty: BTreeSet::new(),
+            slices: BTreeMap::new(),
+            making: HashSet::new(),
+            loading: HashSet::new(),
+        }
+    }
+
+    pub(super) fn l1(&self, index: u64) -> u64 {
+        self.l1.get(index as usize).copied().unwrap_or(0)
+    }
+
+    pub(super) fn set_l1(&mut self, index: usize, raw: u64) {
+        self.l1[index] = raw;
+        self.l1_pending.push((index, raw));
+    }
+
+    pub(super) fn has_slice(&self, page: u64) -> bool {
+        self.slices.contains_key(&page)
+    }
+
+    pub(super) fn insert(&mut self, page: u64, entries: Vec<u64>) {
+        let slice =
+            Slice { image: entries.into(), pending: Vec::new(), dirty: false, users: 0 };
+        self.slices.entry(page).or_insert(slice);
+    }
+
+    /// Keeps a slice in memory until [`Tables::unuse`].
+    pub(super) fn hold(&mut self, page: u64) {
+        if let Some(s) = self.slices.get_mut(&page) {
+            s.users += 1;
+        }
+    }
+
+    pub(super) fn unuse(&mut self, page: u64) {
+        if let Some(s) = self.slices.get_mut(&page) {
+            s.users -= 1;
+        }
+    }
+
+    /// An entry with all changes, if its slice is in memory.
+    pub(super) fn entry(&self, page: u64, index: usize) -> Option<u64> {
+        let slice = self.slices.get(&page)?;
+        let late = slice.pending.iter().rev().find(|&&(i, _)| usize::from(i) == index);
+        late.map(|&(_, raw)| raw).or_else(|| slice.image.get(index).copied())
+    }
+
+    /// Changes an entry of a held slice, from the next batch on.
+    pub(super) fn stage(&mut self, page: u64, index: usize, raw: u64) {
+        if let Some(s) = self.slices.get_mut(&page) {
+            s.pending.push((index as u16, raw));
+        }
+    }
+
+    /// Lets pending changes into the images: the start of a batch. What they rely on has completed
+    /// on the device before this call.
+    pub(super) fn seal(&mut self) -> Vec<u64> {
+        for (index, raw) in self.l1_pending.drain(..) {
+            self.l1_image[index] = raw;
+            self.l1_dirty.insert(index / L1_PART);
+        }
+        let mut dirty = Vec::new();
+        for (&page, s) in &mut self.slices {
+            for (index, raw) in s.pending.drain(..) {
+                if let Some(entry) = s.image.get_mut(usize::from(index)) {
+                    s.dirty |= *entry != raw;
+                    *entry = raw;
+                }
+            }
+            if s.dirty {
+                dirty.push(page);
+            }
+        }
+        dirty
+    }
+
+    /// The sealed parts of the L1 table that differ from the disk.
+    pub(super) fn dirty_l1_parts(&self) -> Vec<usize> {
+        self.l1_dirty.iter().copied().collect()
+    }
+
+    /// A part of the L1 table as it shall stand on disk.
+    pub(super) fn l1_bytes(&self, part: usize) -> Vec<u8> {
+        let first = part * L1_PART;
+        let last = (first + L1_PART).min(self.l1_image.len());
+        let mut bytes: Vec<u8> =
+            self.l1_image[first..last].iter().flat_map(|e| e.to_be_bytes()).collect();
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes
+    }
+
+    /// A slice as it shall stand on disk.
+    pub(super) fn slice_bytes(&self, page: u64) -> Vec<u8> {
+        let image = self.slices.get(&page).map_or(&[][..], |s| &s.image);
+        image.iter().flat_map(|e| e.to_be_bytes()).collect()
+    }
+
+    pub(super) fn slice_written(&mut self, page: u64, done: bool) {
+        if let Some(s) = self.slices.get_mut(&page) {
+            s.dirty = !done;
+        }
+    }
+
+    pub(super) fn l1_written(&mut self, part: usize, done: bool) {
+        if done {
+            self.l1_dirty.remove(&part);
+        }
+    }
+
+    /// A part of the L1 table whose write may have been lost.
+    pub(super) fn l1_again(&mut self, part: usize) {
+        self.l1_dirty.insert(part);
+    }
+
+    /// Whether anything is not on disk.
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.l1_pending.is_empty()
+            || !self.l1_dirty.is_empty()
+            || self.slices.values().any(|s| s.dirty || !s.pending.is_empty())
+    }
+
+    /// Whether a slice, or the way to it, is not on disk.
+    pub(super) fn page_is_dirty(&self, page: u64) -> bool {
+        !self.l1_pending.is_empty()
+            || !self.l1_dirty.is_empty()
+            || self.slices.get(&page).is_some_and(|s| s.dirty || !s.pending.is_empty())
+    }
+
+    pub(super) fn slice_count(&self) -> usize {
+        self.slices.len()
+    }
+
+    /// Forgets clean slices that nobody uses, if there are more than `keep`.
+    pub(super) fn trim(&mut self, keep: usize) {
+        if self.slices.len() > keep {
+            self.slices.retain(|_, s| s.dirty || s.users > 0 || !s.pending.is_empty());
+        }
+    }
+}
+
+/// Entries of a page of the map and of a slice: one metadata buffer's worth, or a whole table.
+pub(super) fn page_bits(geometry: &Geometry) -> u32 {
+    geometry.l2_bits().min((META / 8).trailing_zeros())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_holds_what_was_sealed_and_no_more() {
+        let mut t = Tables::new(vec![0; 600]);
+        t.insert(7, vec![0; 512]);
+        t.stage(7, 3, 11);
+        assert_eq!(t.entry(7, 3), Some(11));
+        assert_eq!(t.seal(), [7]);
+        t.stage(7, 3, 12);
+        t.stage(7, 4, 13);
+        assert_eq!(t.slice_bytes(7)[24..40], [[0; 7].as_slice(), &[11], &[0; 8]].concat());
+        assert_eq!((t.entry(7, 3), t.entry(7, 4)), (Some(12), Some(13)));
+        t.slice_written(7, true);
+        assert!(t.is_dirty() && t.page_is_dirty(7) && !t.page_is_dirty(8));
+        assert_eq!(t.seal(), [7]);
+        t.slice_written(7, false);
+        assert_eq!(t.seal(), [7], "a failed write stays dirty");
+    }
+
+    #[test]
+    fn l1_parts() {
+        let mut t = Tables::new(vec![0; 600]);
+        t.set_l1(599, 0x10000);
+        assert_eq!(t.l1(599), 0x10000);
+        assert!(t.dirty_l1_parts().is_empty());
+        t.seal();
+        assert_eq!(t.dirty_l1_parts(), [1]);
+        let bytes = t.l1_bytes(1);
+        assert_eq!(bytes.len(), 1024);
+        assert_eq!(bytes[87 * 8..88 * 8], 0x10000u64.to_be_bytes());
+        t.l1_written(1, true);
+        assert!(!t.is_dirty());
+    }
+
+    #[test]
+    fn trimming_spares_what_is_needed() {
+        let mut t = Tables::new(vec![]);
+        for p in 0..4 {
+            t.insert(p, vec![0; 8]);
+        }
+        t.hold(1);
+        t.stage(2, 0, 5);
+        t.trim(1);
+        assert!(!t.has_slice(0) && t.has_slice(1) && t.has_slice(2) && !t.has_slice(3));
+    }
+}

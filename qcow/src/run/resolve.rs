@@ -1,0 +1,275 @@
+//! Filling the map: reading L2 entries down the chain, and finding single ranges where a cluster
+//! is made of parts.
+
+use block::{Op, Port, SegList, Status};
+use dma::Seg;
+
+use super::stack::LayerFormat;
+use super::shared::{Key, META, Shared};
+use crate::format::{Geometry, L1Entry, L2Entry};
+use crate::map::{Kind, Word};
+
+/// Where a range of the guest's disk comes from.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) enum Source {
+    /// Data at a host offset of a layer.
+    Data { layer: usize, host: u64 },
+    /// Zeroes.
+    Zero,
+    /// A part of a compressed cluster: `from` bytes into it.
+    Compressed { layer: usize, host: u64, len: u32, from: u64 },
+}
+
+impl Shared {
+    /// The word of a cluster, its page loaded if need be. Never [`Kind::Absent`].
+    pub(super) async fn word(&self, slot: u16, cluster: u64) -> Result<Word, Status> {
+        loop {
+            let word = self.map.lookup(cluster);
+            if word.kind() != Kind::Absent {
+                return Ok(word);
+            }
+            let page = cluster >> self.map.page_bits();
+            if self.tables.borrow().loading.contains(&page) {
+                self.park(slot, Key::Page(page)).await;
+                continue;
+            }
+            self.tables.borrow_mut().loading.insert(page);
+            let words = self.page_words(slot, page).await;
+            self.tables.borrow_mut().loading.remove(&page);
+            self.unpark(Key::Page(page));
+            let loaded = self.pages.borrow_mut().load(&self.map, page, &words?);
+            if !loaded {
+                // Claims hold every page: wait until one ends.
+                self.pause(slot).await;
+            }
+        }
+    }
+
+    /// The words of a page, resolved through the chain.
+    async fn page_words(&self, slot: u16, page: u64) -> Result<Vec<Word>, Status> {
+        self.counters.page_loads.set(self.counters.page_loads.get() + 1);
+        let bits = self.geometry.cluster_bits();
+        let size = self.geometry.cluster_size();
+        let first = page << self.map.page_bits();
+        let count = (self.map.clusters() - first).min(1 << self.map.page_bits());
+        let mut words = vec![Word::ABSENT; count as usize];
+        let mut open = words.len();
+        for (at, layer) in self.stack.layers.iter().enumerate() {
+            if open == 0 {
+                break;
+            }
+            let entries = match &layer.format {
+                LayerFormat::Qcow { geometry, .. } if geometry.cluster_size() >= size => {
+                    self.page_entries(slot, at, geometry, first << bits, count << bits).await?
+                }
+                _ => None,
+            };
+            for (i, word) in words.iter_mut().enumerate() {
+                if *word != Word::ABSENT {
+                    continue;
+                }
+                let guest = (first + i as u64) << bits;
+                let end = (guest + size).min(self.geometry.size());
+                let found = if guest >= layer.size() {
+                    Some(Word::hole())
+                } else if end > layer.size() {
+                    Some(Word::split())
+                } else {
+                    match &layer.format {
+                        LayerFormat::Raw { .. } => Some(Word::mapped(at as u8, guest, false)),
+                        LayerFormat::Qcow { geometry, .. } if geometry.cluster_size() < size => {
+                            Some(Word::split())
+                        }
+                        LayerFormat::Qcow { geometry, .. } => {
+                            self.layer_word(at, geometry, guest, &entries)
+                        }
+                    }
+                };
+                if let Some(found) = found {
+                    *word = found;
+                    open -= 1;
+                }
+            }
+        }
+        for word in &mut words {
+            if *word == Word::ABSENT {
+                *word = Word::hole();
+            }
+        }
+        Ok(words)
+    }
+
+    /// What layer `at` says of the cluster at `guest`; `None`: ask the next one.
+    fn layer_word(
+        &self,
+        at: usize,
+        g: &Geometry,
+        guest: u64,
+        entries: &Option<(u64, Vec<u64>)>,
+    ) -> Option<Word> {
+        let (start, list) = entries.as_ref()?;
+        let index = (guest >> g.cluster_bits()) - (start >> g.cluster_bits());
+        let raw = *list.get(index as usize)?;
+        let inside = g.in_cluster(guest);
+        let top = at == 0;
+        match self.decode(at, g, guest, raw) {
+            Err(_) => Some(Word::corrupt()),
+            Ok(L2Entry::Unallocated) => None,
+            Ok(L2Entry::Normal { host, copied }) => {
+                Some(Word::mapped(at as u8, host + inside, top && copied))
+            }
+            Ok(L2Entry::Zero) => Some(Word::zero(at as u8, 0, false)),
+            Ok(L2Entry::ZeroAllocated { host, copied }) if top => {
+                Some(Word::zero(0, host, copied))
+            }
+            Ok(L2Entry::ZeroAllocated { .. }) => Some(Word::zero(at as u8, 0, false)),
+            Ok(L2Entry::Compressed { .. }) => Some(Word::compressed(at as u8)),
+        }
+    }
+
+    /// Decodes an L2 entry and checks that it does not point at metadata; logs what is wrong.
+    pub(super) fn decode(
+        &self,
+        at: usize,
+        g: &Geometry,
+        guest: u64,
+        raw: u64,
+    ) -> Result<L2Entry, Status> {
+        let name = &self.stack.layers[at].name;
+        let entry = L2Entry::decode(raw, g).map_err(|e| {
+            log::error!("{name}: L2 entry {raw:#018x} of guest offset {guest:#x}: {e}");
+            Status::Corrupt
+        })?;
+        if at == 0
+            && let Some(host) = entry.host_cluster()
+            && self.alloc.borrow().is_metadata(g.cluster(host))
+        {
+            log::error!("{name}: guest offset {guest:#x} is mapped to metadata at {host:#x}");
+            return Err(Status::Corrupt);
+        }
+        Ok(entry)
+    }
+
+    /// L2 entries of a layer for `[guest, guest + len)`, which lies in one L2 table, with the
+    /// guest offset of the first; `None` if there is no table.
+    async fn page_entries(
+        &self,
+        slot: u16,
+        at: usize,
+        g: &Geometry,
+        guest: u64,
+        len: u64,
+    ) -> Result<Option<(u64, Vec<u64>)>, Status> {
+        if guest >= g.size() {
+            return Ok(None);
+        }
+        let Some(table) = self.table_offset(at, g, guest)? else { return Ok(None) };
+        let first = g.l2_index(guest);
+        let last = g.l2_index(guest.saturating_add(len - 1).min(guest | (g.l2_span() - 1)));
+        if at == 0 {
+            // Changes that are not on disk yet count too.
+            let page = g.cluster(guest) >> self.map.page_bits();
+            let tables = self.tables.borrow();
+            if tables.has_slice(page) {
+                let base = page << self.map.page_bits();
+                let low = (g.cluster(guest) - base) as usize;
+                let all = (low..=low + (last - first)).filter_map(|i| tables.entry(page, i));
+                return Ok(Some((g.cluster_start(guest), all.collect())));
+            }
+        }
+        let raw = self.read_entries(slot, self.stack.layers[at].port, table, first, last).await?;
+        Ok(Some((g.cluster_start(guest), raw)))
+    }
+
+    /// Where the L2 table for `guest` stands in a layer, if there is one.
+    fn table_offset(&self, at: usize, g: &Geometry, guest: u64) -> Result<Option<u64>, Status> {
+        let index = g.l1_index(guest);
+        let raw = match at {
+            0 => self.tables.borrow().l1(index),
+            _ => match &self.stack.layers[at].format {
+                LayerFormat::Qcow { l1, .. } => l1.get(index as usize).copied().unwrap_or(0),
+                LayerFormat::Raw { .. } => 0,
+            },
+        };
+        let entry = L1Entry::decode(raw, g).map_err(|e| {
+            log::error!("{}: L1 entry {index} is {raw:#018x}: {e}", self.stack.layers[at].name);
+            Status::Corrupt
+        })?;
+        Ok((entry.offset != 0).then_some(entry.offset))
+    }
+
+    /// Entries `first..=last` of the table at `table`, at most a metadata buffer's worth.
+    pub(super) async fn read_entries(
+        &self,
+        slot: u16,
+        port: Port,
+        table: u64,
+        first: usize,
+        last: usize,
+    ) -> Result<Vec<u64>, Status> {
+        let from = (first as u64 * 8) & !511;
+        let to = ((last as u64 + 1) * 8).next_multiple_of(512);
+        debug_assert!(to - from <= META as u64);
+        let bytes = self.read_meta(slot, port, table + from, (to - from) as usize).await?;
+        let skip = first * 8 - from as usize;
+        let words = bytes[skip..].chunks_exact(8).take(last - first + 1);
+        Ok(words.map(|b| u64::from_be_bytes(b.try_into().unwrap_or([0; 8]))).collect())
+    }
+
+    /// Reads up to a metadata buffer's worth of bytes, a multiple of 512.
+    pub(super) async fn read_meta(
+        &self,
+        slot: u16,
+        port: Port,
+        offset: u64,
+        len: usize,
+    ) -> Result<Vec<u8>, Status> {
+        let buf = self.meta_buf(slot).await;
+        let seg = buf.head(len as u32).unwrap_or(Seg::NONE);
+        let mut segs = SegList::EMPTY;
+        let _one = segs.push(seg);
+        let status = self.io(slot, port, Op::Read, offset, segs).await;
+        let mut bytes = vec![0; len];
+        self.meta_region().read_seg(&seg, &mut bytes);
+        self.give_meta(buf);
+        self.counters.meta_reads.set(self.counters.meta_reads.get() + 1);
+        if status.is_ok() { Ok(bytes) } else { Err(status) }
+    }
+
+    /// Where `[guest, …)` comes from and for how many bytes at most `len` that holds, asked of the
+    /// layers one by one: for clusters made of parts.
+    pub(super) async fn resolve(
+        &self,
+        slot: u16,
+        guest: u64,
+        len: u64,
+    ) -> Result<(Source, u64), Status> {
+        let mut run = len;
+        for (at, layer) in self.stack.layers.iter().enumerate() {
+            if guest >= layer.size() {
+                return Ok((Source::Zero, run));
+            }
+            run = run.min(layer.size() - guest);
+            let LayerFormat::Qcow { geometry: g, .. } = &layer.format else {
+                return Ok((Source::Data { layer: at, host: guest }, run));
+            };
+            let inside = g.in_cluster(guest);
+            run = run.min(g.cluster_size() - inside);
+            let entry = match self.page_entries(slot, at, g, guest, 1).await? {
+                Some((_, list)) => list.first().copied().unwrap_or(0),
+                None => 0,
+            };
+            match self.decode(at, g, guest, entry)? {
+                L2Entry::Unallocated => {}
+                L2Entry::Zero | L2Entry::ZeroAllocated { .. } => return Ok((Source::Zero, run)),
+                L2Entry::Normal { host, .. } => {
+                    return Ok((Source::Data { layer: at, host: host + inside }, run));
+                }
+                L2Entry::Compressed { host, len } => {
+                    return Ok((Source::Compressed { layer: at, host, len, from: inside }, run));
+                }
+            }
+        }
+        Ok((Source::Zero, run))
+    }
+}

@@ -1,0 +1,435 @@
+//! [`Shared`]: what the tasks of one image have in common, and how they wait.
+//!
+//! A task asks for I/O by [`Shared::start`] and waits by [`Shared::wait`]; it waits for another
+//! task's doing by [`Shared::park`] on a [`Key`], until that one calls [`Shared::unpark`]. Requests
+//! to the leaves collect in an outbox, since only the reactor's calls are lent the leaves.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{BlockQueue, Completion, DeviceInfo, Flags, Op, Port, Request, SegList, Status, Tag};
+use dma::{Buf, Pool, Region, RegionId, Seg};
+
+use super::alloc::Allocator;
+use super::stack::Stack;
+use super::flush::Batches;
+use super::meta::Tables;
+use super::read::Decompressed;
+use crate::compress::Decompressor;
+use crate::format::Geometry;
+use crate::map::{Map, Pages};
+
+/// A request of the frontend, or of the image itself, as a task serves it.
+#[derive(Clone, Copy)]
+pub(super) struct Job {
+    pub(super) what: What,
+    pub(super) flags: Flags,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) segs: SegList,
+}
+
+/// What a job is to do.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) enum What {
+    Guest(Op),
+    /// Write everything back and tidy up: the clean close.
+    Close,
+    /// Fail, for a request that was wrong.
+    Refuse(Status),
+}
+
+/// A request to a leaf on behalf of a task.
+pub(super) struct Child {
+    pub(super) port: Port,
+    pub(super) op: Op,
+    pub(super) flags: Flags,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) segs: SegList,
+}
+
+/// What a task may wait for besides I/O.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Key {
+    /// The claim on a cluster.
+    Cluster(u64),
+    /// The loading of a page of the map (or of its L2 slice).
+    Page(u64),
+    /// The making of an L2 table, by L1 index.
+    Table(u64),
+    /// The allocator.
+    Alloc,
+    /// The end of a batch of metadata writes.
+    Batch,
+    /// A buffer.
+    Buffer,
+}
+
+/// A slot as its task sees it.
+pub(super) struct Work {
+    job: RefCell<Option<Job>>,
+    /// Requests to leaves not yet completed, and the first failure among them.
+    pending: Cell<u32>,
+    status: Cell<Status>,
+    woken: Cell<bool>,
+    result: Cell<Option<Status>>,
+    generation: Cell<u32>,
+    /// The image's epoch when the slot's request began; `u64::MAX` when it is idle.
+    pub(super) epoch: Cell<u64>,
+}
+
+/// Bytes of a metadata buffer: the unit in which tables are read and written.
+pub(super) const META: usize = 4096;
+
+/// Metadata buffers of an image.
+const META_BUFS: u32 = 64;
+
+/// See the module's text.
+pub(super) struct Shared {
+    pub(super) stack: Stack,
+    /// What lies below layer 0.
+    pub(super) device: DeviceInfo,
+    /// Of layer 0.
+    pub(super) geometry: Geometry,
+    pub(super) info: DeviceInfo,
+    pub(super) map: Arc<Map>,
+    pub(super) pages: RefCell<Pages>,
+    pub(super) tables: RefCell<Tables>,
+    pub(super) alloc: RefCell<Allocator>,
+    pub(super) batches: RefCell<Batches>,
+    pub(super) decompressed: RefCell<Decompressed>,
+    pub(super) decompressor: RefCell<Decompressor>,
+    pub(super) counters: super::image::Counters,
+    /// Counts changes of mappings that freed clusters (see [`super::alloc`]).
+    pub(super) epoch: Cell<u64>,
+    /// Set when an on-disk contradiction was met while writing: no further writes.
+    pub(super) corrupt: Cell<bool>,
+    owner: u16,
+    works: Box<[Work]>,
+    outbox: RefCell<VecDeque<(u16, Child)>>,
+    parked: RefCell<Vec<(Key, u16)>>,
+    ready: RefCell<VecDeque<u16>>,
+    finished: RefCell<VecDeque<u16>>,
+    meta: RefCell<Pool>,
+    data: RefCell<Pool>,
+    /// Zeroes, never written: one cluster of them.
+    zeroes: Arc<Region>,
+    regions: RefCell<Vec<Option<Arc<Region>>>>,
+}
+
+impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "called once, where all of these are made")]
+    pub(super) fn new(
+        stack: Stack,
+        device: DeviceInfo,
+        geometry: Geometry,
+        info: DeviceInfo,
+        map: Arc<Map>,
+        tables: Tables,
+        alloc: Allocator,
+        owner: u16,
+        slots: usize,
+    ) -> Result<Rc<Shared>, dma::Error> {
+        let cluster = geometry.cluster_size() as usize;
+        let pages = RefCell::new(Pages::new(&map));
+        let work = |_| Work {
+            job: RefCell::new(None),
+            pending: Cell::new(0),
+            status: Cell::new(Status::Ok),
+            woken: Cell::new(false),
+            result: Cell::new(None),
+            generation: Cell::new(0),
+            epoch: Cell::new(u64::MAX),
+        };
+        // Enough data buffers that copy-on-write is not serialised, without taking more than a few
+        // MiB for large clusters.
+        let data_bufs = ((4 << 20) / cluster).clamp(4, 32) as u32;
+        Ok(Rc::new(Shared {
+            stack,
+            device,
+            geometry,
+            info,
+            map,
+            pages,
+            tables: RefCell::new(tables),
+            alloc: RefCell::new(alloc),
+            batches: RefCell::default(),
+            decompressed: RefCell::default(),
+            decompressor: RefCell::default(),
+            counters: super::image::Counters::default(),
+            epoch: Cell::new(0),
+            corrupt: Cell::new(false),
+            owner,
+            works: (0..slots).map(work).collect(),
+            outbox: RefCell::new(VecDeque::with_capacity(slots)),
+            parked: RefCell::new(Vec::with_capacity(slots)),
+            ready: RefCell::new(VecDeque::with_capacity(slots)),
+            finished: RefCell::new(VecDeque::with_capacity(slots)),
+            meta: RefCell::new(Pool::new(META_BUFS, META as u32)?),
+            data: RefCell::new(Pool::new(data_bufs, cluster as u32)?),
+            zeroes: Region::new_best(cluster.max(META))?,
+            regions: RefCell::new(vec![None; RegionId::MAX]),
+        }))
+    }
+
+    /// Memory of the image itself, for the leaves.
+    pub(super) fn own_regions(&self) -> [Arc<Region>; 3] {
+        [
+            self.meta.borrow().region().clone(),
+            self.data.borrow().region().clone(),
+            self.zeroes.clone(),
+        ]
+    }
+
+    pub(super) fn register(&self, region: &Arc<Region>) {
+        self.regions.borrow_mut()[region.id().index()] = Some(region.clone());
+    }
+
+    /// The memory that a segment names, if it was registered.
+    pub(super) fn region(&self, seg: &Seg) -> Option<Arc<Region>> {
+        self.regions.borrow().get(seg.region().index())?.clone()
+    }
+
+    pub(super) fn slots(&self) -> usize {
+        self.works.len()
+    }
+
+    #[inline]
+    pub(super) fn work(&self, slot: u16) -> &Work {
+        &self.works[usize::from(slot)]
+    }
+
+    // ---- jobs ----
+
+    pub(super) fn give_job(&self, slot: u16, job: Job) {
+        *self.work(slot).job.borrow_mut() = Some(job);
+    }
+
+    pub(super) fn take_job(&self, slot: u16) -> Option<Job> {
+        self.work(slot).job.borrow_mut().take()
+    }
+
+    pub(super) fn finish(&self, slot: u16, status: Status) {
+        debug_assert_eq!(self.work(slot).pending.get(), 0, "a job ended with I/O in flight");
+        self.work(slot).result.set(Some(status));
+        self.finished.borrow_mut().push_back(slot);
+    }
+
+    /// The next slot whose job ended, and how.
+    pub(super) fn take_finished(&self) -> Option<(u16, Status)> {
+        let slot = self.finished.borrow_mut().pop_front()?;
+        let status = self.work(slot).result.take().unwrap_or(Status::Corrupt);
+        Some((slot, status))
+    }
+
+    /// Whether no task can go on, nothing waits to be sent and no result to be handed out.
+    #[inline]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.ready.borrow().is_empty()
+            && self.finished.borrow().is_empty()
+            && self.outbox.borrow().is_empty()
+    }
+
+    /// Has a task run in the next turn.
+    pub(super) fn make_ready(&self, slot: u16) {
+        self.ready.borrow_mut().push_back(slot);
+    }
+
+    // ---- I/O ----
+
+    /// Has a request sent to a leaf for `slot`. Its end is counted; see [`Shared::wait`].
+    pub(super) fn start(&self, slot: u16, child: Child) {
+        let work = self.work(slot);
+        work.pending.set(work.pending.get() + 1);
+        self.outbox.borrow_mut().push_back((slot, child));
+    }
+
+    /// Waits until all that was started for `slot` has ended; the first failure, or Ok.
+    pub(super) async fn wait(&self, slot: u16) -> Status {
+        let work = self.work(slot);
+        reactor::task::until(|| (work.pending.get() == 0).then_some(())).await;
+        work.status.replace(Status::Ok)
+    }
+
+    /// Sends what the tasks asked for as far as the leaves have room. Returns whether any went.
+    pub(super) fn send<L: BlockQueue>(&self, leaves: &mut [L]) -> bool {
+        let mut sent = false;
+        let mut outbox = self.outbox.borrow_mut();
+        while let Some((slot, c)) = outbox.front() {
+            let leaf = &mut leaves[usize::from(c.port.leaf)];
+            if leaf.room() == 0 {
+                break;
+            }
+            let request = Request {
+                tag: Tag::new(self.owner, *slot, self.work(*slot).generation.get()),
+                op: c.op,
+                flags: c.flags,
+                unit: c.port.unit,
+                offset: c.offset,
+                len: c.len,
+                segs: c.segs.as_slice(),
+            };
+            if leaf.submit(&request).is_err() {
+                break;
+            }
+            sent = true;
+            outbox.pop_front();
+        }
+        sent
+    }
+
+    /// Notes a completion for a task's slot. Returns whether the task can go on.
+    pub(super) fn child_done(&self, done: Completion) -> bool {
+        let work = self.work(done.tag.slot());
+        if work.generation.get() != done.tag.generation() || work.pending.get() == 0 {
+            self.counters.stale.set(self.counters.stale.get() + 1);
+            return false;
+        }
+        if done.status != Status::Ok && work.status.get() == Status::Ok {
+            work.status.set(done.status);
+        }
+        let left = work.pending.get() - 1;
+        work.pending.set(left);
+        left == 0
+    }
+
+    #[inline]
+    pub(super) fn generation(&self, slot: u16) -> u32 {
+        self.work(slot).generation.get()
+    }
+
+    #[inline]
+    pub(super) fn next_generation(&self, slot: u16) {
+        let g = &self.work(slot).generation;
+        g.set(g.get().wrapping_add(1));
+    }
+
+    // ---- waiting for each other ----
+
+    /// Waits until somebody calls [`Shared::unpark`] with this key.
+    pub(super) async fn park(&self, slot: u16, key: Key) {
+        self.work(slot).woken.set(false);
+        self.parked.borrow_mut().push((key, slot));
+        self.counters.parked.set(self.counters.parked.get() + 1);
+        reactor::task::until(|| self.work(slot).woken.get().then_some(())).await;
+    }
+
+    /// Lets the others of this turn go first.
+    pub(super) async fn pause(&self, slot: u16) {
+        self.ready.borrow_mut().push_back(slot);
+        let mut asked = false;
+        reactor::task::until(|| std::mem::replace(&mut asked, true).then_some(())).await;
+    }
+
+    /// Lets all go on that wait for `key`, in the order in which they came.
+    pub(super) fn unpark(&self, key: Key) {
+        let mut ready = self.ready.borrow_mut();
+        self.parked.borrow_mut().retain(|&(k, slot)| {
+            if k != key {
+                return true;
+            }
+            self.work(slot).woken.set(true);
+            ready.push_back(slot);
+            false
+        });
+    }
+
+    /// The next task that can go on.
+    pub(super) fn take_ready(&self) -> Option<u16> {
+        self.ready.borrow_mut().pop_front()
+    }
+
+    /// How many tasks can go on.
+    pub(super) fn ready_count(&self) -> usize {
+        self.ready.borrow().len()
+    }
+
+    // ---- buffers ----
+
+    /// A metadata buffer, when one is free.
+    pub(super) async fn meta_buf(&self, slot: u16) -> Buf {
+        loop {
+            let free = self.meta.borrow_mut().take();
+            match free {
+                Some(buf) => return buf,
+                None => self.park(slot, Key::Buffer).await,
+            }
+        }
+    }
+
+    /// A metadata buffer if one is free now: for a task that holds others already.
+    pub(super) fn try_meta_buf(&self) -> Option<Buf> {
+        self.meta.borrow_mut().take()
+    }
+
+    pub(super) fn give_meta(&self, buf: Buf) {
+        self.meta.borrow_mut().give(buf);
+        self.unpark(Key::Buffer);
+    }
+
+    /// A buffer of one cluster, when one is free. Whoever holds one waits for I/O only.
+    pub(super) async fn data_buf(&self, slot: u16) -> Buf {
+        loop {
+            let free = self.data.borrow_mut().take();
+            match free {
+                Some(buf) => return buf,
+                None => self.park(slot, Key::Buffer).await,
+            }
+        }
+    }
+
+    pub(super) fn give_data(&self, buf: Buf) {
+        self.data.borrow_mut().give(buf);
+        self.unpark(Key::Buffer);
+    }
+
+    /// The memory of metadata buffers.
+    pub(super) fn meta_region(&self) -> Arc<Region> {
+        self.meta.borrow().region().clone()
+    }
+
+    /// The memory of data buffers.
+    pub(super) fn data_region(&self) -> Arc<Region> {
+        self.data.borrow().region().clone()
+    }
+
+    /// `len` zero bytes, at most a cluster.
+    pub(super) fn zero_seg(&self, len: u64) -> Seg {
+        debug_assert!(len <= self.zeroes.len() as u64);
+        self.zeroes.seg(0, len as u32).unwrap_or(Seg::NONE)
+    }
+
+    // ---- leaves ----
+
+    /// Where layer 0 lies.
+    pub(super) fn top(&self) -> Port {
+        self.stack.layers[0].port
+    }
+
+    /// Reads or writes one run of bytes at `port` and waits.
+    pub(super) async fn io(
+        &self,
+        slot: u16,
+        port: Port,
+        op: Op,
+        offset: u64,
+        segs: SegList,
+    ) -> Status {
+        let len = segs.bytes();
+        self.start(slot, Child { port, op, flags: Flags::NONE, offset, len, segs });
+        self.wait(slot).await
+    }
+
+    /// Has the device of layer 0 make everything durable that was completed; nothing to do where
+    /// it has no volatile cache.
+    pub(super) async fn device_flush(&self, slot: u16) -> Status {
+        if !self.device.volatile_cache {
+            return Status::Ok;
+        }
+        self.counters.flushes.set(self.counters.flushes.get() + 1);
+        self.io(slot, self.top(), Op::Flush, 0, SegList::EMPTY).await
+    }
+}

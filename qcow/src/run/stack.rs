@@ -1,0 +1,130 @@
+//! [`Stack`]: an opened image with its backing files, as the datapath needs it.
+
+use block::{Port, Storage};
+
+use crate::format::{Compression, Geometry, RefcountBlock, decode_refcount_table_entry};
+use crate::open::{Chain, ImageMeta, LayerKind, MetadataSet};
+use crate::{Error, Result};
+
+/// Refcount blocks looked at, from the last one back, for the end of what is in use.
+const END_BLOCKS: usize = 64;
+
+/// The layers of an image, the one that is written to first.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    /// Layer 0, always QCOW2.
+    pub(super) top: Top,
+    /// At least one; at most 255.
+    pub(super) layers: Vec<StackLayer>,
+    /// Layer 0 may be written to.
+    pub(super) writable: bool,
+}
+
+/// What only the layer that is written to has.
+#[derive(Clone, Debug)]
+pub(super) struct Top {
+    pub(super) geometry: Geometry,
+    pub(super) l1: Vec<u64>,
+    pub(super) l1_offset: u64,
+    pub(super) refcount_table: Vec<u64>,
+    pub(super) refcount_table_offset: u64,
+    pub(super) metadata: MetadataSet,
+    /// First host byte behind everything that has a refcount.
+    pub(super) end: u64,
+}
+
+/// One image file of a stack.
+#[derive(Clone, Debug)]
+pub(super) struct StackLayer {
+    pub(super) port: Port,
+    pub(super) name: String,
+    pub(super) format: LayerFormat,
+}
+
+/// The format of a layer.
+#[derive(Clone, Debug)]
+pub(super) enum LayerFormat {
+    Qcow { geometry: Geometry, compression: Compression, l1: Vec<u64> },
+    Raw { size: u64 },
+}
+
+impl StackLayer {
+    /// Size of the layer's guest disk in bytes.
+    pub(super) fn size(&self) -> u64 {
+        match &self.format {
+            LayerFormat::Qcow { geometry, .. } => geometry.size(),
+            LayerFormat::Raw { size } => *size,
+        }
+    }
+}
+
+impl Stack {
+    /// Takes what the datapath needs from an opened chain, whose layers lie at `ports`, and
+    /// prepares the image for writing if it was opened for that.
+    ///
+    /// # Errors
+    /// If layer 0 is not QCOW2, its metadata overlaps, or it cannot be read.
+    pub fn new<S: Storage>(chain: &mut Chain<S>, ports: &[Port]) -> Result<Stack> {
+        let mut layers = Vec::with_capacity(ports.len());
+        for (layer, &port) in chain.layers.iter().zip(ports) {
+            let format = match &layer.kind {
+                LayerKind::Qcow2(image) => LayerFormat::Qcow {
+                    geometry: image.geometry,
+                    compression: image.header.compression,
+                    l1: if layers.is_empty() { Vec::new() } else { image.l1.clone() },
+                },
+                LayerKind::Raw { .. } => LayerFormat::Raw { size: layer.size() },
+            };
+            layers.push(StackLayer { port, name: layer.name.clone(), format });
+        }
+        let first = &mut chain.layers[0];
+        let name = first.name.clone();
+        let LayerKind::Qcow2(image) = &mut first.kind else {
+            return Err(Error::refused(&name, "is not a QCOW2 image"));
+        };
+        if layers.len() != ports.len() || layers.len() > 255 {
+            return Err(Error::refused(&name, "has more layers than can be served"));
+        }
+        let writable = image.mode == crate::Mode::Write;
+        let (mut metadata, mut end) = (MetadataSet::default(), 0);
+        if writable {
+            image.prepare_write(&mut first.storage)?;
+            metadata = MetadataSet::new(image)?;
+            end = image_end(image, &mut first.storage)?;
+        }
+        let top = Top {
+            geometry: image.geometry,
+            l1: image.l1.clone(),
+            l1_offset: image.header.l1_table_offset,
+            refcount_table: image.refcount_table.clone(),
+            refcount_table_offset: image.header.refcount_table_offset,
+            metadata,
+            end,
+        };
+        Ok(Stack { top, layers, writable })
+    }
+
+    /// Names of the layers, the one that is written to first.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.layers.iter().map(|l| l.name.as_str())
+    }
+}
+
+/// The first host byte behind the last cluster with a refcount.
+fn image_end(image: &ImageMeta, storage: &mut dyn Storage) -> Result<u64> {
+    let g = &image.geometry;
+    let mut block = RefcountBlock::new(g);
+    let used = image.refcount_table.iter().enumerate().rev().filter(|&(_, &raw)| raw != 0);
+    for (index, &raw) in used.take(END_BLOCKS) {
+        let Ok(offset) = decode_refcount_table_entry(raw, g) else { continue };
+        let read = storage.read_at(offset, block.bytes_mut());
+        read.map_err(Error::io(&image.name, "refcount block"))?;
+        let last = (0..g.refcount_block_entries()).rev().find(|&i| block.get(i) != 0);
+        if let Some(last) = last {
+            let cluster = ((index as u64) << g.refcount_block_bits()) + last as u64 + 1;
+            return Ok(cluster << g.cluster_bits());
+        }
+    }
+    // Nothing counted near the end: what lies behind it is free to take in any case.
+    Ok(image.host_end(storage))
+}
