@@ -177,7 +177,7 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
             flying.push((cookie, Ok(history.steps.len())));
             history.steps.push(Step { first, count, content, fua, answered: None });
         }
-        if history.answers >= kill_after && (just_flushed || round % 2 == 0) {
+        if history.answers >= kill_after && (just_flushed || round.is_multiple_of(2)) {
             // Let the server get into the middle of what was just sent.
             thread::sleep(Duration::from_micros(random.below(3000)));
             return Ok(history);
