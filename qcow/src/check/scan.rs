@@ -1,0 +1,432 @@
+//! The look at the whole image: references counted, compared with the refcounts on disk, flags
+//! compared with refcounts.
+
+use std::ops::Range;
+
+use super::refs::{InUse, L2Ref};
+use super::window::{WINDOW, Window};
+use super::{Checker, Report};
+use crate::format::{EntryError, L1Entry, L2Entry, RefcountBlock};
+use crate::open::read_word_table;
+use crate::{Error, Result};
+
+/// What a look found.
+#[derive(Debug, Default)]
+pub(super) struct Scan {
+    pub(super) check_errors: u64,
+    pub(super) corruptions: u64,
+    /// Those of the corruptions that are COPIED flags which contradict a refcount.
+    pub(super) flags: u64,
+    pub(super) leaks: u64,
+    /// Whether the refcount structures cannot be repaired in place.
+    pub(super) rebuild: bool,
+    highest: Option<u64>,
+    cluster_size: u64,
+    total: u64,
+    allocated: u64,
+    fragmented: u64,
+    compressed: u64,
+    /// One bit a window: something in it is referred to.
+    touched: u128,
+}
+
+impl Scan {
+    pub(super) fn into_report(self, name: &str) -> Report {
+        Report {
+            filename: name.to_owned(),
+            format: "qcow2",
+            check_errors: self.check_errors,
+            image_end_offset: self.highest.map_or(0, |c| (c + 1) * self.cluster_size),
+            corruptions: self.corruptions,
+            leaks: self.leaks,
+            corruptions_fixed: 0,
+            leaks_fixed: 0,
+            total_clusters: self.total,
+            allocated_clusters: self.allocated,
+            fragmented_clusters: self.fragmented,
+            compressed_clusters: self.compressed,
+        }
+    }
+}
+
+/// Where references are counted.
+pub(super) struct Counting<'w> {
+    pub(super) window: &'w mut Window,
+    pub(super) scan: &'w mut Scan,
+    /// Whether this is the first walk over the tables, which says what is wrong with entries.
+    pub(super) first: bool,
+    /// Whether COPIED flags are compared with the window's refcounts on disk.
+    pub(super) flags: bool,
+}
+
+/// What an L2 entry refers to, however damaged it is.
+pub(super) enum Target {
+    Nothing,
+    /// This range; the flag says whether it is compressed.
+    Range(u64, u64, bool),
+}
+
+/// An L2 entry as check sees it: what it refers to, what is wrong with it, and what repair makes
+/// of it.
+pub(super) struct Judged {
+    pub(super) target: Target,
+    pub(super) wrong: Option<EntryError>,
+    /// The word that repair puts in its place, where it can.
+    pub(super) better: Option<u64>,
+    /// Host cluster offset and COPIED flag of a valid standard entry.
+    pub(super) copied: Option<(u64, bool)>,
+}
+
+/// Bit 63 of L1 and L2 entries.
+pub(super) const COPIED: u64 = 1 << 63;
+
+/// Looks at an L2 entry.
+pub(super) fn judge(raw: u64, g: &crate::format::Geometry) -> Judged {
+    let nothing = |wrong, better| Judged { target: Target::Nothing, wrong, better, copied: None };
+    match L2Entry::decode(raw, g) {
+        Ok(entry) => match entry {
+            L2Entry::Unallocated | L2Entry::Zero => nothing(None, None),
+            L2Entry::ZeroAllocated { host, copied } | L2Entry::Normal { host, copied } => Judged {
+                target: Target::Range(host, g.cluster_size(), false),
+                wrong: None,
+                better: None,
+                copied: Some((host, copied)),
+            },
+            L2Entry::Compressed { host, len } => Judged {
+                target: Target::Range(host, u64::from(len), true),
+                wrong: None,
+                better: None,
+                copied: None,
+            },
+        },
+        Err(e @ EntryError::CopiedWithoutCluster) => nothing(Some(e), Some(raw & !COPIED)),
+        Err(e @ EntryError::CompressedTooHigh(_)) => nothing(Some(e), None),
+        Err(e @ EntryError::CopiedCompressed) => {
+            let mut judged = judge(raw & !COPIED, g);
+            judged.wrong = Some(e);
+            judged.better = Some(raw & !COPIED);
+            judged
+        }
+        Err(e @ EntryError::Reserved(bits)) => {
+            // What the rest says still counts as in use; QEMU, too, leaves such entries alone.
+            let mut judged = judge(raw & !bits, g);
+            judged.wrong = Some(e);
+            judged.better = None;
+            judged
+        }
+        Err(e @ EntryError::Misaligned(host)) => {
+            // A place kept for zeroes can be dropped without loss; data cannot.
+            let zero = raw & 1 != 0 && g.version() >= 3;
+            Judged {
+                target: Target::Range(host, g.cluster_size(), false),
+                wrong: Some(e),
+                better: zero.then_some(1),
+                copied: None,
+            }
+        }
+    }
+}
+
+impl Checker<'_> {
+    /// Looks at everything, changes nothing.
+    pub(super) fn scan(mut self) -> Result<Scan> {
+        let g = self.meta.geometry;
+        let mut scan = Scan {
+            corruptions: self.refs.corruptions,
+            check_errors: self.refs.errors,
+            rebuild: self.refs.rebuild,
+            cluster_size: g.cluster_size(),
+            total: g.guest_clusters(),
+            ..Scan::default()
+        };
+        for (number, range) in self.windows().enumerate() {
+            let first = number == 0;
+            if !first && scan.touched & (1 << number) == 0 && !self.has_blocks(&range) {
+                continue;
+            }
+            let mut window = Window::new(range);
+            self.load_ones(&mut window, &mut scan)?;
+            let into = Counting { window: &mut window, scan: &mut scan, first, flags: true };
+            self.count(into, true)?;
+            self.compare(&window, &mut scan)?;
+        }
+        Ok(scan)
+    }
+
+    /// The ranges of clusters that are counted at a time. One cluster past the file's end is
+    /// counted, too: the last sectors of a compressed cluster may lie there.
+    pub(super) fn windows(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let end = self.clusters + 1;
+        (0..end.div_ceil(WINDOW)).map(move |n| n * WINDOW..((n + 1) * WINDOW).min(end))
+    }
+
+    fn has_blocks(&self, range: &Range<u64>) -> bool {
+        let bits = self.meta.geometry.refcount_block_bits();
+        self.refs
+            .refcount_blocks
+            .iter()
+            .any(|&(index, _)| range.contains(&(u64::from(index) << bits)))
+    }
+
+    /// The refcount blocks of a window: index of the first cluster and offset of the block.
+    pub(super) fn blocks_of(&self, range: Range<u64>) -> Vec<(u64, u64)> {
+        let bits = self.meta.geometry.refcount_block_bits();
+        let blocks = self.refs.refcount_blocks.iter();
+        blocks
+            .map(|&(index, offset)| (u64::from(index) << bits, offset))
+            .filter(|(first, _)| range.contains(first))
+            .collect()
+    }
+
+    pub(super) fn read_block(&mut self, offset: u64, block: &mut RefcountBlock) -> Result<()> {
+        self.storage
+            .read_at(offset, block.bytes_mut())
+            .map_err(Error::io(&self.meta.name, "refcount block"))
+    }
+
+    /// Counts a failed read, or passes other errors on.
+    fn unreadable(&mut self, error: &Error, scan: &mut Scan) {
+        self.say(&format!("ERROR {error}"));
+        scan.check_errors += 1;
+    }
+
+    /// Notes which clusters have a refcount of exactly one on disk.
+    pub(super) fn load_ones(&mut self, window: &mut Window, scan: &mut Scan) -> Result<()> {
+        let g = self.meta.geometry;
+        let mut block = RefcountBlock::new(&g);
+        for (first, offset) in self.blocks_of(window.range()) {
+            if let Err(e) = self.read_block(offset, &mut block) {
+                self.unreadable(&e, scan);
+                continue;
+            }
+            if block.is_zero() {
+                continue;
+            }
+            for index in 0..g.refcount_block_entries() {
+                if block.get(index) == 1 {
+                    window.set_one(first + index as u64);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts all references into the window. With `refcounts`, the refcount structures count as
+    /// in use.
+    pub(super) fn count(&mut self, mut into: Counting<'_>, refcounts: bool) -> Result<()> {
+        let cluster = self.meta.geometry.cluster_size();
+        for i in 0..self.refs.in_use.len() {
+            let place = self.refs.in_use[i];
+            self.add(&mut into, 1, place);
+        }
+        if refcounts {
+            if let Some(place) = self.refs.refcount_table {
+                self.add(&mut into, 1, place);
+            }
+            for i in 0..self.refs.refcount_blocks.len() {
+                let (_, offset) = self.refs.refcount_blocks[i];
+                let block = InUse { what: "refcount block", offset, len: cluster };
+                self.add(&mut into, 1, block);
+            }
+        }
+        for i in 0..self.refs.l2.len() {
+            let table = self.refs.l2[i];
+            let place = InUse { what: "L2 table", offset: table.offset, len: cluster };
+            self.add(&mut into, table.times(), place);
+        }
+        for i in 0..self.refs.l2.len() {
+            let table = self.refs.l2[i];
+            match self.read_l2(&table) {
+                Ok(Some(words)) => self.count_l2(&mut into, &table, &words),
+                Ok(None) => {}
+                // Said once; the windows after the first meet it again.
+                Err(e) if into.first => self.unreadable(&e, into.scan),
+                Err(_) => {}
+            }
+        }
+        if into.flags {
+            self.compare_l1_flags(into.window, into.scan);
+        }
+        Ok(())
+    }
+
+    /// The words of a table; `None` if it lies past the file's end.
+    pub(super) fn read_l2(&mut self, table: &L2Ref) -> Result<Option<Vec<u64>>> {
+        if table.offset >= self.file_len {
+            return Ok(None);
+        }
+        let len = self.meta.geometry.cluster_size();
+        read_word_table(self.storage, &self.meta.name, "L2 table", table.offset, len).map(Some)
+    }
+
+    fn count_l2(&mut self, into: &mut Counting<'_>, table: &L2Ref, words: &[u64]) {
+        let g = self.meta.geometry;
+        let active = u64::from(table.active);
+        let mut expected = None;
+        for (index, &raw) in words.iter().enumerate() {
+            if raw == 0 {
+                continue;
+            }
+            let judged = judge(raw, &g);
+            if into.first
+                && let Some(why) = judged.wrong
+            {
+                self.say(&format!(
+                    "ERROR L2 entry {index} of the table at offset {:#x} is {raw:#x}: {why}",
+                    table.offset
+                ));
+                into.scan.corruptions += 1;
+            }
+            if let Target::Range(host, len, compressed) = judged.target {
+                let what = if compressed { "compressed data" } else { "data cluster" };
+                self.add(into, table.times(), InUse { what, offset: host, len });
+                if into.first {
+                    into.scan.allocated += active;
+                    if compressed {
+                        into.scan.compressed += active;
+                        into.scan.fragmented += active;
+                    } else {
+                        if expected.is_some_and(|e| e != host) {
+                            into.scan.fragmented += active;
+                        }
+                        expected = Some(host + len);
+                    }
+                }
+            }
+            if into.flags
+                && active > 0
+                && let Some((host, copied)) = judged.copied
+                && into.window.is_one(g.cluster(host)).is_some_and(|one| one != copied)
+            {
+                self.say(&format!(
+                    "ERROR COPIED flag of L2 entry {index} of the table at offset {:#x} \
+                     ({raw:#x}) contradicts the refcount of its cluster",
+                    table.offset
+                ));
+                into.scan.corruptions += 1;
+                into.scan.flags += 1;
+            }
+        }
+    }
+
+    /// Compares the COPIED flags of the active L1 table with the refcounts of its L2 tables.
+    fn compare_l1_flags(&mut self, window: &Window, scan: &mut Scan) {
+        let g = self.meta.geometry;
+        for index in 0..self.meta.l1.len() {
+            let raw = self.meta.l1[index];
+            let Ok(L1Entry { offset, copied }) = L1Entry::decode(raw, &g) else { continue };
+            if offset != 0 && window.is_one(g.cluster(offset)).is_some_and(|one| one != copied) {
+                self.say(&format!(
+                    "ERROR COPIED flag of L1 entry {index} ({raw:#x}) contradicts the refcount of \
+                     its L2 table"
+                ));
+                scan.corruptions += 1;
+                scan.flags += 1;
+            }
+        }
+    }
+
+    /// Adds references to all clusters that a range touches.
+    fn add(&mut self, into: &mut Counting<'_>, times: u64, place: InUse) {
+        let InUse { what, offset, len } = place;
+        if len == 0 {
+            return;
+        }
+        let g = self.meta.geometry;
+        let end = offset.checked_add(len);
+        // The end of the last cluster may be missing from the file, but no whole cluster.
+        let most = self.file_len.saturating_add(g.cluster_size() - 1);
+        let Some(end) = end.filter(|&e| e <= most) else {
+            if into.first {
+                self.say(&format!(
+                    "ERROR {what} at offset {offset:#x} ({len} bytes) lies past the file's end at \
+                     {:#x}",
+                    self.file_len
+                ));
+                into.scan.corruptions += 1;
+            }
+            return;
+        };
+        for cluster in g.cluster(offset)..=g.cluster(end - 1) {
+            if into.first {
+                into.scan.touched |= 1 << (cluster / WINDOW);
+            }
+            into.window.add(cluster, times);
+        }
+    }
+
+    /// Compares the counted references with the refcounts on disk.
+    fn compare(&mut self, window: &Window, scan: &mut Scan) -> Result<()> {
+        let g = self.meta.geometry;
+        let range = window.range();
+        for i in 0..self.refs.refcount_blocks.len() {
+            let (index, offset) = self.refs.refcount_blocks[i];
+            let cluster = g.cluster(offset);
+            if range.contains(&cluster) && window.get(cluster) != 1 {
+                self.say(&format!(
+                    "ERROR refcount block {index} at offset {offset:#x} is used {} times",
+                    window.get(cluster)
+                ));
+                scan.corruptions += 1;
+                scan.rebuild = true;
+            }
+        }
+        let per_block = g.refcount_block_entries() as u64;
+        let mut blocks = self.blocks_of(range.clone()).into_iter().peekable();
+        let mut block = RefcountBlock::new(&g);
+        let mut first = range.start;
+        while first < range.end {
+            let next = (first + per_block).min(range.end);
+            let mut present = false;
+            if let Some((_, offset)) = blocks.next_if(|&(at, _)| at == first) {
+                // A failed read was counted when the window was loaded; what the block says is
+                // not known then, so nothing is compared.
+                if self.read_block(offset, &mut block).is_err() {
+                    first = next;
+                    continue;
+                }
+                present = true;
+            } else {
+                block.bytes_mut().fill(0);
+            }
+            for cluster in first..next {
+                let on_disk = block.get((cluster - first) as usize);
+                let counted = window.get(cluster);
+                if on_disk == 0 && counted == 0 {
+                    continue;
+                }
+                // Past the file's end only what is referred to is of interest.
+                if cluster >= self.clusters && counted == 0 {
+                    continue;
+                }
+                scan.highest = scan.highest.max(Some(cluster));
+                if on_disk != counted {
+                    self.mismatch(scan, cluster, on_disk, counted, present);
+                }
+            }
+            first = next;
+        }
+        Ok(())
+    }
+
+    fn mismatch(
+        &mut self,
+        scan: &mut Scan,
+        cluster: u64,
+        on_disk: u64,
+        counted: u64,
+        present: bool,
+    ) {
+        let leak = on_disk > counted;
+        self.say(&format!(
+            "{} cluster {cluster}: refcount {on_disk}, references {counted}",
+            if leak { "Leaked" } else { "ERROR" }
+        ));
+        if leak {
+            scan.leaks += 1;
+        } else {
+            scan.corruptions += 1;
+            scan.rebuild |= !present;
+        }
+    }
+}

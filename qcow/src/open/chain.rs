@@ -1,0 +1,183 @@
+//! [`Chain`]: an image with its backing files.
+
+use std::path::{Path, PathBuf};
+
+use block::Storage;
+
+use super::names::{BackingRef, FileId, Format};
+use super::{ImageMeta, Mode};
+use crate::{Error, Result};
+
+/// Most layers of a chain, the top one included. QEMU has no limit; this one keeps a hostile
+/// chain from taking all file descriptors.
+pub const MAX_DEPTH: usize = 200;
+
+/// A layer's storage, opened by whoever knows what names mean.
+pub struct Opened<S> {
+    /// The bytes.
+    pub storage: S,
+    /// The path under which it was opened: names in it are relative to its directory. `None` if
+    /// it is no file.
+    pub path: Option<PathBuf>,
+    /// What to call it in messages.
+    pub name: String,
+    /// Which file it is, to find cycles. `None` if that cannot be said; then only [`MAX_DEPTH`]
+    /// stops a cycle.
+    pub id: Option<FileId>,
+}
+
+/// How to open a chain.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ChainOptions {
+    /// The top layer's format; QCOW2 if not said.
+    pub format: Option<Format>,
+    /// Whether the top layer may be written. All others are opened for reading.
+    pub writable: bool,
+    /// Format of backing files whose image states none.
+    pub backing_format: Option<Format>,
+    /// Whether backing files stay closed: only the top layer is opened.
+    pub top_only: bool,
+}
+
+/// What a layer is.
+#[derive(Debug)]
+pub enum LayerKind {
+    /// A QCOW2 image.
+    Qcow2(Box<ImageMeta>),
+    /// Bytes as they are, this many.
+    Raw(u64),
+}
+
+/// One layer of a chain.
+pub struct Layer<S> {
+    /// The bytes.
+    pub storage: S,
+    /// What to call it in messages.
+    pub name: String,
+    /// The path under which it was opened.
+    pub path: Option<PathBuf>,
+    /// What it is.
+    pub kind: LayerKind,
+    /// The backing file it names, with the path that leads to.
+    pub backing: Option<BackingRef>,
+}
+
+impl<S> Layer<S> {
+    /// Bytes that a guest sees.
+    pub fn size(&self) -> u64 {
+        match &self.kind {
+            LayerKind::Qcow2(image) => image.geometry.size(),
+            LayerKind::Raw(size) => *size,
+        }
+    }
+
+    /// The QCOW2 image, if it is one.
+    pub fn image(&self) -> Option<&ImageMeta> {
+        match &self.kind {
+            LayerKind::Qcow2(image) => Some(image),
+            LayerKind::Raw(_) => None,
+        }
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        match self.kind {
+            LayerKind::Qcow2(_) => Format::Qcow2,
+            LayerKind::Raw(_) => Format::Raw,
+        }
+    }
+}
+
+/// An opened chain. Layer 0 is the image itself; each next one is the backing file of the one
+/// before. Where a layer ends before the image does, zeroes follow.
+pub struct Chain<S> {
+    /// At least one.
+    pub layers: Vec<Layer<S>>,
+}
+
+impl<S: Storage> Chain<S> {
+    /// Opens an image and its backing files. `open_backing` opens the file that a name leads to
+    /// (see [`super::allowed_host_file`]), for reading only.
+    ///
+    /// # Errors
+    /// If a layer cannot be opened, a name is refused, the chain is a cycle or too deep.
+    pub fn open(
+        top: Opened<S>,
+        options: ChainOptions,
+        open_backing: &mut dyn FnMut(&BackingRef) -> Result<Opened<S>>,
+    ) -> Result<Chain<S>> {
+        let mut ids: Vec<FileId> = Vec::new();
+        let mut layers: Vec<Layer<S>> = Vec::new();
+        let mut next = Some((top, options.format.unwrap_or(Format::Qcow2)));
+        while let Some((opened, format)) = next.take() {
+            if let Some(id) = opened.id {
+                if ids.contains(&id) {
+                    return Err(Error::refused(
+                        &layers[layers.len() - 1].name,
+                        format!("backing chain is a cycle: {} is in it already", opened.name),
+                    ));
+                }
+                ids.push(id);
+            }
+            let mode = if options.writable && layers.is_empty() { Mode::Write } else { Mode::Read };
+            let layer = Self::open_layer(opened, format, mode, options, layers.len())?;
+            if let Some(backing) = layer.backing.as_ref().filter(|_| !options.top_only) {
+                if layers.len() + 1 >= MAX_DEPTH {
+                    return Err(Error::refused(
+                        &layer.name,
+                        format!("backing chain has more than {MAX_DEPTH} layers"),
+                    ));
+                }
+                next = Some((open_backing(backing)?, backing.format));
+            }
+            layers.push(layer);
+        }
+        Ok(Chain { layers })
+    }
+
+    fn open_layer(
+        mut opened: Opened<S>,
+        format: Format,
+        mode: Mode,
+        options: ChainOptions,
+        index: usize,
+    ) -> Result<Layer<S>> {
+        let (kind, backing) = match format {
+            Format::Raw => {
+                if mode == Mode::Write && opened.storage.read_only() {
+                    return Err(Error::refused(
+                        &opened.name,
+                        "cannot be opened for writing: the file or device is read-only",
+                    ));
+                }
+                (LayerKind::Raw(opened.storage.len()), None)
+            }
+            Format::Qcow2 => {
+                let image = ImageMeta::open(&mut opened.storage, &opened.name, mode)?;
+                let backing =
+                    backing_of(&image, opened.path.as_deref(), options.backing_format, index + 1);
+                let backing = if options.top_only { backing.ok().flatten() } else { backing? };
+                (LayerKind::Qcow2(Box::new(image)), backing)
+            }
+        };
+        let Opened { storage, path, name, .. } = opened;
+        Ok(Layer { storage, name, path, kind, backing })
+    }
+
+    /// Bytes that a guest sees.
+    pub fn size(&self) -> u64 {
+        self.layers[0].size()
+    }
+}
+
+/// The backing file that an image names.
+fn backing_of(
+    image: &ImageMeta,
+    path: Option<&Path>,
+    default_format: Option<Format>,
+    depth: usize,
+) -> Result<Option<BackingRef>> {
+    let Some(name) = &image.header.backing_name else { return Ok(None) };
+    let stated = image.header.backing_format();
+    BackingRef::new(&image.name, name, path, stated.as_deref(), default_format, depth).map(Some)
+}

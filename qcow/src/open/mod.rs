@@ -1,0 +1,192 @@
+//! Opening images: one file ([`ImageMeta`]) and backing chains ([`Chain`]).
+//!
+//! Control path. Opening reads the header cluster, the L1 table and the refcount table, nothing
+//! else, so its cost does not depend on how much of the disk is allocated.
+
+mod chain;
+mod metadata;
+mod names;
+mod tables;
+
+pub use chain::{Chain, ChainOptions, Layer, LayerKind, MAX_DEPTH, Opened};
+pub use metadata::MetadataSet;
+pub use names::{BackingRef, FileId, Format, HostFile, allowed_host_file};
+pub(crate) use tables::{read_snapshots, read_word_table};
+
+use block::Storage;
+
+use crate::check;
+use crate::format::{FieldError, Geometry, Header, autoclear, field, incompatible};
+use crate::{Error, Result};
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Reading. Nothing is written, also not to a dirty image.
+    Read,
+    /// Reading and writing. A dirty image's refcounts are repaired first.
+    Write,
+    /// Checking and repairing: a refcount table or snapshot table that cannot be used is not an
+    /// error yet.
+    Check,
+}
+
+/// One QCOW2 file, opened: header and first-level tables in memory.
+#[derive(Clone, Debug)]
+pub struct ImageMeta {
+    /// The file's name, for messages.
+    pub name: String,
+    /// What it was opened for.
+    pub mode: Mode,
+    /// The header.
+    pub header: Header,
+    /// The sizes.
+    pub geometry: Geometry,
+    /// The active L1 table's words in the CPU's byte order; decode with
+    /// [`crate::format::L1Entry::decode`]. `header.l1_size` of them.
+    pub l1: Vec<u64>,
+    /// The refcount table's words in the CPU's byte order; decode with
+    /// [`crate::format::decode_refcount_table_entry`]. Whole clusters of them. In [`Mode::Check`]
+    /// empty if the table cannot be used.
+    pub refcount_table: Vec<u64>,
+    /// In [`Mode::Check`], why the refcount table cannot be used.
+    pub refcount_table_error: Option<FieldError>,
+}
+
+impl ImageMeta {
+    /// Opens one QCOW2 file. `name` is for messages.
+    ///
+    /// # Errors
+    /// If it is not a QCOW2 image, uses what is not done here, holds impossible fields or tables,
+    /// may not be opened in this mode, or cannot be read.
+    pub fn open(storage: &mut dyn Storage, name: &str, mode: Mode) -> Result<ImageMeta> {
+        let header = read_header(storage, name)?;
+        refuse_unsupported(&header, name)?;
+        if mode == Mode::Write {
+            refuse_writing(&header, name, storage.read_only())?;
+            if header.is_dirty() {
+                repair_dirty(storage, name)?;
+                return Self::open(storage, name, mode);
+            }
+        }
+        tables::load(storage, name, mode, header)
+    }
+
+    /// First host offset that cannot hold anything: the file's end, rounded up to a cluster.
+    pub fn host_end(&self, storage: &dyn Storage) -> u64 {
+        self.geometry.round_up(storage.len()).unwrap_or(u64::MAX)
+    }
+
+    /// To be called before the first write to the image: clears the autoclear bits, since
+    /// nothing that they vouch for (bitmaps and what is unknown here) is kept up to date. Durable
+    /// when it returns.
+    ///
+    /// # Errors
+    /// If the header cannot be written.
+    pub fn prepare_write(&mut self, storage: &mut dyn Storage) -> Result<()> {
+        if self.header.autoclear_features == 0 {
+            return Ok(());
+        }
+        if self.header.autoclear_features & autoclear::BITMAPS != 0 {
+            log::warn!("{}: its persistent bitmaps become invalid by writing to it", self.name);
+        }
+        self.write_field(storage, field::AUTOCLEAR, 0)?;
+        self.header.autoclear_features = 0;
+        Ok(())
+    }
+
+    /// Sets or clears incompatible feature bits (dirty, corrupt) on disk; durable when it returns.
+    /// Version 2 has none: nothing happens.
+    ///
+    /// # Errors
+    /// If the header cannot be written.
+    pub fn set_incompatible(
+        &mut self,
+        storage: &mut dyn Storage,
+        set: u64,
+        clear: u64,
+    ) -> Result<()> {
+        let bits = (self.header.incompatible_features | set) & !clear;
+        if self.header.version < 3 || bits == self.header.incompatible_features {
+            return Ok(());
+        }
+        self.write_field(storage, field::INCOMPATIBLE, bits)?;
+        self.header.incompatible_features = bits;
+        Ok(())
+    }
+
+    fn write_field(&self, storage: &mut dyn Storage, offset: u64, value: u64) -> Result<()> {
+        let io = |e| Error::io(&self.name, "header")(e);
+        storage.write_at(offset, &value.to_be_bytes()).map_err(io)?;
+        storage.flush().map_err(io)
+    }
+}
+
+/// Reads and parses the first cluster.
+fn read_header(storage: &mut dyn Storage, name: &str) -> Result<Header> {
+    let io = Error::io(name, "header");
+    let field = |e| Error::field(name, e);
+    let len = storage.len();
+    let mut start = [0; Header::PEEK];
+    let have = len.min(start.len() as u64) as usize;
+    storage.read_at(0, &mut start[..have]).map_err(io)?;
+    let bits = Header::peek_cluster_bits(&start[..have]).map_err(field)?;
+    let mut cluster = vec![0; len.min(1 << bits) as usize];
+    storage.read_at(0, &mut cluster).map_err(Error::io(name, "header"))?;
+    Header::parse(&cluster).map_err(field)
+}
+
+/// Refuses what is not done here, by name.
+fn refuse_unsupported(header: &Header, name: &str) -> Result<()> {
+    let unknown = header.unknown_incompatible();
+    let bits = header.incompatible_features;
+    let feature = if !unknown.is_empty() {
+        format!("unknown incompatible features {} are", unknown.join(", "))
+    } else if bits & incompatible::EXTENDED_L2 != 0 {
+        "extended L2 entries (subclusters) are".to_owned()
+    } else if bits & incompatible::DATA_FILE != 0 {
+        "an external data file is".to_owned()
+    } else if header.crypt_method == 1 {
+        "AES encryption is".to_owned()
+    } else if header.crypt_method == 2 {
+        "LUKS encryption is".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::unsupported(name, feature))
+}
+
+fn refuse_writing(header: &Header, name: &str, read_only: bool) -> Result<()> {
+    let reason = if read_only {
+        "cannot be opened for writing: the file or device is read-only".to_owned()
+    } else if header.is_corrupt() {
+        "is marked corrupt; it can be read, but not be written before \
+         `image check --repair all` has brought it back"
+            .to_owned()
+    } else if header.nb_snapshots > 0 {
+        format!(
+            "has {} internal snapshots; it can be read, but writing such images is not supported",
+            header.nb_snapshots
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::refused(name, reason))
+}
+
+/// Rebuilds the refcounts of an image that was not closed cleanly, as QEMU does on opening.
+fn repair_dirty(storage: &mut dyn Storage, name: &str) -> Result<()> {
+    log::warn!("{name}: was not closed cleanly; repairing its refcounts");
+    let report = check::run(storage, name, check::Repair::All, &mut |line| log::warn!("{line}"))?;
+    if report.check_errors > 0 || report.corruptions > 0 {
+        return Err(Error::refused(
+            name,
+            format!(
+                "was not closed cleanly, and repairing its refcounts left {} errors and {} \
+                 corruptions; it can be read, but not be written",
+                report.check_errors, report.corruptions
+            ),
+        ));
+    }
+    Ok(())
+}
