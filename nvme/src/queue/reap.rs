@@ -1,0 +1,122 @@
+//! Completions become answers.
+
+use block::{Completions, Op, Status as Outcome};
+use nvme_spec::Status;
+
+use super::QueuePair;
+use super::tracker::{NO_BOUNCE, NO_PARENT, Tracker, slot_of};
+use crate::bar::Bar;
+use crate::ring::LastDword;
+use crate::status;
+
+impl<B: Bar> QueuePair<B> {
+    /// Takes completions as far as `out` has room (so at most [`Completions::CAPACITY`] a poll),
+    /// then tells the device once. There is one at least.
+    #[inline]
+    pub(super) fn reap(&mut self, out: &mut Completions) {
+        let mut budget = out.room();
+        let full = budget;
+        while budget > 0 {
+            let Some(entry) = self.cq.peek() else { break };
+            self.cq.advance();
+            budget -= 1;
+            let slot = slot_of(entry.cid());
+            match self.trackers.get_mut(slot) {
+                // In flight under this CID, with nothing special about it, and it succeeded.
+                Some(t)
+                    if t.live == u32::from(entry.cid())
+                        && t.parent == NO_PARENT
+                        && entry.status() == 0 =>
+                {
+                    out.ok(t.tag);
+                    self.trackers.free(slot);
+                    self.in_flight -= 1;
+                    self.stats.completed += 1;
+                }
+                _ => self.reap_other(entry),
+            }
+        }
+        if budget < full {
+            self.cq.ring();
+            self.stats.cq_doorbells += 1;
+            self.busy_polls += 1;
+        }
+    }
+
+    /// Errors, parts of long requests, overdue commands, and completions that name none.
+    #[cold]
+    fn reap_other(&mut self, entry: LastDword) {
+        let slot = slot_of(entry.cid());
+        let Some(t) = self.trackers.get_mut(slot) else {
+            self.stats.stale_cids += 1;
+            return;
+        };
+        if t.live & !Tracker::LATE != u32::from(entry.cid()) {
+            self.stats.stale_cids += 1;
+            return;
+        }
+        self.stats.completed += 1;
+        let status = Status::from_raw(entry.status());
+        if t.is(Tracker::LATE) {
+            t.live &= !Tracker::LATE;
+            self.no_longer_late(entry.cid());
+        } else if status::retryable(status) && t.retries < status::MAX_RETRIES {
+            t.retries += 1;
+            t.renew(Tracker::WAITS);
+            let delay = self.retry_delays[usize::from(status.crd())];
+            let due = self.now.saturating_add(delay);
+            // Never grows: one entry per tracker at most.
+            self.retries.push((due, slot as u16));
+            self.next_timer = self.next_timer.min(due);
+            return;
+        }
+        self.end(slot, status::outcome(status), status.raw());
+    }
+
+    /// Ends a command, and with it the request, or its part in a long one.
+    pub(super) fn end(&mut self, slot: usize, outcome: Outcome, detail: u16) {
+        let Some(t) = self.trackers.get_mut(slot) else { return };
+        let (tag, parent, bounce, at) = (t.tag, t.parent, t.bounce, t.at);
+        let blocks = (t.command().cdw12 & 0xffff) + 1;
+        self.trackers.free(slot);
+        if parent == NO_PARENT {
+            self.answer(tag, outcome, detail);
+            return;
+        }
+        let long = self.longs.get_mut(parent);
+        long.outstanding -= 1;
+        if !outcome.is_ok() {
+            long.fail(outcome, detail);
+        }
+        if bounce != NO_BOUNCE {
+            if long.op == Op::Read && outcome.is_ok() {
+                let len = blocks << self.units[usize::from(long.unit)].block_shift;
+                let at = u64::from(at);
+                if !self.bounces.copy(&self.table, &long.segs, at, len, bounce, false) {
+                    long.fail(Outcome::Invalid, 0);
+                }
+            }
+            self.bounces.give(bounce);
+        }
+        self.end_long(parent);
+    }
+
+    /// Answers a long request if nothing of it is left.
+    pub(super) fn end_long(&mut self, index: u16) {
+        let long = self.longs.get_mut(index);
+        if long.left == 0 && long.outstanding == 0 && !long.queued {
+            let (tag, status, detail) = (long.tag, long.status, long.detail);
+            self.longs.remove(index);
+            self.answer(tag, status, detail);
+        }
+    }
+
+    /// The rest of a poll that has more to do than rings and completions.
+    #[cold]
+    pub(super) fn go_on(&mut self, out: &mut Completions) {
+        if !self.longs.waiting.is_empty() {
+            self.send_longs();
+        }
+        self.drain(out);
+    }
+}

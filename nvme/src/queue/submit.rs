@@ -1,0 +1,271 @@
+//! Requests become commands.
+
+use block::{Flags, Full, Op, Request, Status, Tag};
+use nvme_spec::{DsmRange, IoOpcode, Sqe};
+
+use super::long::{BOUNCE_BYTES, PIPELINE};
+use super::tracker::{Command, NO_BOUNCE};
+use super::{Mode, QueuePair};
+use crate::bar::Bar;
+use crate::prp::{self, ListSlot, PrpError, Prps};
+use crate::units::Unit;
+
+const NO_DATA: Prps = Prps { prp1: 0, prp2: 0 };
+
+/// Read or Write of `len` bytes (whole blocks, at most 64 Ki of them).
+#[inline]
+fn transfer(unit: &Unit, op: Op, flags: Flags, offset: u64, len: u32, prps: Prps) -> Command {
+    let opcode = if op == Op::Read { IoOpcode::Read } else { IoOpcode::Write };
+    blocks(unit, opcode, fua(flags), offset, u64::from(len), prps)
+}
+
+#[inline]
+fn fua(flags: Flags) -> u32 {
+    if flags.has(Flags::FUA) { Sqe::FUA } else { 0 }
+}
+
+#[inline]
+fn blocks(unit: &Unit, op: IoOpcode, bits: u32, offset: u64, len: u64, prps: Prps) -> Command {
+    Command {
+        opcode: op.code(),
+        nsid: unit.nsid,
+        prps,
+        cdw10_11: offset >> unit.block_shift,
+        cdw12: (((len >> unit.block_shift) as u32 - 1) & 0xffff) | bits,
+    }
+}
+
+fn zeroes(unit: &Unit, flags: Flags, offset: u64, len: u64) -> Command {
+    let deac = unit.zeroes_deallocate && !flags.has(Flags::NO_UNMAP);
+    let bits = fua(flags) | if deac { Sqe::DEAC } else { 0 };
+    blocks(unit, IoOpcode::WriteZeroes, bits, offset, len, NO_DATA)
+}
+
+impl<B: Bar> QueuePair<B> {
+    /// [`block::Submit::submit`].
+    #[inline]
+    pub(super) fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        if self.mode != Mode::Running {
+            return self.take_stopped(r);
+        }
+        let Some(unit) = self.units.get(usize::from(r.unit)) else {
+            return self.refuse(r, Status::Invalid);
+        };
+        if matches!(r.op, Op::Read | Op::Write)
+            && r.len <= u64::from(unit.max_command)
+            && unit.info.contains(r.offset, r.len)
+            && r.segs_fit()
+            && !(unit.gone || (r.op == Op::Write && unit.info.read_only))
+        {
+            let Some(slot) = self.trackers.next() else { return Err(Full) };
+            let len = r.len as u32;
+            let list = ListSlot {
+                region: &self.lists,
+                offset: self.memory.list(slot),
+                bus: self.list_bus[slot],
+            };
+            match prp::build(&self.table, self.page_shift, r.segs, 0, len, &list) {
+                Ok(prps) => {
+                    self.stats.prp_lists += u64::from(prps.prp2 == list.bus);
+                    let command = transfer(unit, r.op, r.flags, r.offset, len, prps);
+                    self.in_flight += 1;
+                    self.send(slot, &command, r.tag);
+                    return Ok(());
+                }
+                Err(PrpError::Unmapped) => return self.refuse(r, Status::Invalid),
+                Err(PrpError::Inexpressible) => return self.take_long(r),
+            }
+        }
+        self.take_other(r)
+    }
+
+    /// Gives a command to the ring under the tracker of a slot that is next.
+    #[inline]
+    fn send(&mut self, slot: usize, command: &Command, tag: Tag) {
+        let cid = self.trackers.take(slot, command, tag, self.now);
+        self.sq.push(command.sqe(cid));
+        self.stats.submitted += 1;
+    }
+
+    /// All that is no plain read or write of one command: checks first, then the way it goes.
+    #[cold]
+    fn take_other(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        let Some(unit) = self.units.get(usize::from(r.unit)) else {
+            return self.refuse(r, Status::Invalid);
+        };
+        let transfers = matches!(r.op, Op::Read | Op::Write);
+        let wrong = match r.op {
+            _ if unit.gone => Some(Status::Gone),
+            Op::Flush => (!r.segs.is_empty()).then_some(Status::Invalid),
+            _ if !r.segs_fit() || !unit.info.contains(r.offset, r.len) => Some(Status::Invalid),
+            Op::Read | Op::Write if r.len > u64::from(unit.info.max_transfer) => {
+                Some(Status::Invalid)
+            }
+            Op::Read => None,
+            _ if unit.info.read_only => Some(Status::ReadOnly),
+            Op::WriteZeroes if !unit.info.write_zeroes => Some(Status::Unsupported),
+            Op::Discard if !unit.info.discard => Some(Status::Unsupported),
+            _ => None,
+        };
+        if let Some(status) = wrong {
+            return self.refuse(r, status);
+        }
+        if transfers {
+            if r.segs.iter().any(|s| self.table.place(s).is_none()) {
+                return self.refuse(r, Status::Invalid);
+            }
+            return self.take_long(r);
+        }
+        // Nothing to do: no cache to flush, or no blocks.
+        if if r.op == Op::Flush { !unit.info.volatile_cache } else { r.len == 0 } {
+            return self.refuse(r, Status::Ok);
+        }
+        let command = match r.op {
+            Op::Flush => Command {
+                opcode: IoOpcode::Flush.code(),
+                nsid: unit.nsid,
+                prps: NO_DATA,
+                cdw10_11: 0,
+                cdw12: 0,
+            },
+            Op::WriteZeroes if r.len <= unit.max_zeroes => zeroes(unit, r.flags, r.offset, r.len),
+            _ => return self.take_long(r),
+        };
+        let Some(slot) = self.trackers.next() else { return Err(Full) };
+        self.in_flight += 1;
+        self.send(slot, &command, r.tag);
+        Ok(())
+    }
+
+    /// Answers at the next poll, without a command.
+    #[cold]
+    fn refuse(&mut self, r: &Request<'_>, status: Status) -> Result<(), Full> {
+        if self.in_flight == self.capacity {
+            return Err(Full);
+        }
+        self.in_flight += 1;
+        self.answer(r.tag, status, 0);
+        Ok(())
+    }
+
+    #[cold]
+    fn take_stopped(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        match self.mode {
+            // Without a mark: this request's buffers were never given to the device.
+            Mode::Gone(_) => self.refuse(r, Status::Gone),
+            _ => Err(Full),
+        }
+    }
+
+    #[cold]
+    fn take_long(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        if self.longs.free_len() == 0 {
+            return Err(Full);
+        }
+        self.in_flight += 1;
+        self.longs.insert(r, self.now);
+        self.send_longs();
+        Ok(())
+    }
+
+    /// Sends commands of long requests as far as there are trackers and bounce buffers.
+    pub(super) fn send_longs(&mut self) {
+        // Each gets its turn; one that has all its commands out, or done, leaves the list.
+        for _ in 0..self.longs.waiting.len() {
+            let Some(&index) = self.longs.waiting.front() else { break };
+            let more = self.send_long(index);
+            self.longs.waiting.pop_front();
+            let long = self.longs.get_mut(index);
+            if long.left > 0 {
+                self.longs.waiting.push_back(index);
+            } else {
+                long.queued = false;
+                self.end_long(index);
+            }
+            if !more {
+                break;
+            }
+        }
+        self.work |= !self.longs.waiting.is_empty();
+    }
+
+    /// Sends commands of one long request. `false` if it ran out of trackers.
+    fn send_long(&mut self, index: u16) -> bool {
+        loop {
+            let long = self.longs.get_mut(index);
+            if long.left == 0 || long.outstanding >= PIPELINE {
+                return true;
+            }
+            let Some(slot) = self.trackers.next() else { return false };
+            let unit = &self.units[usize::from(long.unit)];
+            let list_at = self.memory.list(slot);
+            let list_bus = self.list_bus[slot];
+            let mut bounce = NO_BOUNCE;
+            let (command, len) = match long.op {
+                Op::WriteZeroes => {
+                    let len = long.left.min(unit.max_zeroes);
+                    (zeroes(unit, long.flags, long.offset, len), len)
+                }
+                Op::Discard => {
+                    // The range lies where the tracker's PRP list would.
+                    let len = long.left.min(unit.max_discard);
+                    let range = DsmRange {
+                        attributes: 0.into(),
+                        blocks: ((len >> unit.block_shift) as u32).into(),
+                        slba: (long.offset >> unit.block_shift).into(),
+                    };
+                    let words: [u64; 2] = zerocopy::transmute!(range);
+                    self.lists.write_words(list_at, &words.map(u64::from_le));
+                    let command = Command {
+                        opcode: IoOpcode::DatasetManagement.code(),
+                        nsid: unit.nsid,
+                        prps: Prps { prp1: list_bus, prp2: 0 },
+                        cdw10_11: u64::from(Sqe::DSM_DEALLOCATE) << 32,
+                        cdw12: 0,
+                    };
+                    (command, len)
+                }
+                op => {
+                    let mut len = long.left.min(u64::from(unit.max_command)) as u32;
+                    let list = ListSlot { region: &self.lists, offset: list_at, bus: list_bus };
+                    let segs = &long.segs[long.seg..];
+                    let (table, shift) = (&self.table, self.page_shift);
+                    let mut built = prp::build(table, shift, segs, long.skip, len, &list);
+                    if built == Err(PrpError::Inexpressible) {
+                        len = len.min(BOUNCE_BYTES);
+                        let Some(buffer) = self.bounces.take() else { return true };
+                        bounce = buffer;
+                        let known = op == Op::Read
+                            || self.bounces.copy(table, &long.segs, long.done, len, buffer, true);
+                        let seg = self.bounces.seg(buffer, len).filter(|_| known);
+                        built = match seg {
+                            Some(seg) => prp::build(table, shift, &[seg], 0, len, &list),
+                            None => Err(PrpError::Unmapped),
+                        };
+                    }
+                    let Ok(prps) = built else {
+                        if bounce != NO_BOUNCE {
+                            self.bounces.give(bounce);
+                        }
+                        long.fail(Status::Invalid, 0);
+                        return true;
+                    };
+                    self.stats.prp_lists += u64::from(prps.prp2 == list_bus);
+                    self.stats.bounces += u64::from(bounce != NO_BOUNCE);
+                    (transfer(unit, op, long.flags, long.offset, len, prps), u64::from(len))
+                }
+            };
+            let (tag, at) = (long.tag, long.done as u32);
+            long.advance(len);
+            long.outstanding += 1;
+            long.commands = long.commands.saturating_add(1);
+            self.stats.splits += u64::from(long.commands == 2);
+            self.send(slot, &command, tag);
+            if let Some(t) = self.trackers.get_mut(slot) {
+                t.parent = index;
+                t.bounce = bounce;
+                t.at = at;
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The two rings of a queue pair (§4.1): entries in shared memory, head and tail, phase, doorbells.
+//!
+//! Ordering, in one place. Submission: entries are stored, then a release fence, then the doorbell.
+//! Completion: the dword that holds the phase is loaded, then an acquire fence, then whatever the
+//! device wrote before it (the rest of the entry, the data) may be read.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use dma::Region;
+use nvme_spec::{CQE_SIZE, Cqe, SQE_SIZE, Sqe};
+
+use crate::bar::Doorbell;
+
+/// The host's side of a submission queue. Its owner never has more commands in flight than
+/// entries less one, so the tail never meets the head and the head need not be known.
+pub(crate) struct SubmissionRing<D> {
+    region: Arc<Region>,
+    base: usize,
+    mask: u32,
+    tail: u32,
+    /// The tail as the device knows it.
+    rung: u32,
+    doorbell: D,
+}
+
+impl<D: Doorbell> SubmissionRing<D> {
+    /// A ring of `entries` (a power of two) at `base` in the region.
+    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
+        assert!(entries.is_power_of_two(), "ring indices wrap by a mask");
+        SubmissionRing { region, base, mask: entries - 1, tail: 0, rung: 0, doorbell }
+    }
+
+    /// Writes an entry; the device learns of it at [`SubmissionRing::ring`].
+    #[inline]
+    pub(crate) fn push(&mut self, sqe: Sqe) {
+        let words: [u64; SQE_SIZE / 8] = zerocopy::transmute!(sqe);
+        self.region
+            .write_words(self.base + self.tail as usize * SQE_SIZE, &words.map(u64::from_le));
+        self.tail = (self.tail + 1) & self.mask;
+    }
+
+    /// Whether entries were pushed that the device does not know of.
+    #[inline]
+    pub(crate) fn dirty(&self) -> bool {
+        self.tail != self.rung
+    }
+
+    /// Tells the device of all entries.
+    #[inline]
+    pub(crate) fn ring(&mut self) {
+        fence(Ordering::Release);
+        self.doorbell.ring(self.tail);
+        self.rung = self.tail;
+    }
+
+    /// Back to an empty ring, as the device sees a queue that was just created.
+    pub(crate) fn reset(&mut self) {
+        self.tail = 0;
+        self.rung = 0;
+    }
+}
+
+/// The host's side of a completion queue.
+pub(crate) struct CompletionRing<D> {
+    region: Arc<Region>,
+    base: usize,
+    mask: u32,
+    head: u32,
+    /// The phase bit of a fresh entry, where it stands in an entry's last dword.
+    phase: u32,
+    doorbell: D,
+}
+
+/// The last dword of a completion entry: CID, phase, status.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct LastDword(u32);
+
+impl LastDword {
+    #[inline]
+    pub(crate) fn cid(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// The 15-bit status field.
+    #[inline]
+    pub(crate) fn status(self) -> u16 {
+        (self.0 >> 17) as u16
+    }
+}
+
+const LAST_DWORD: usize = 12;
+const PHASE: u32 = 1 << 16;
+const _: () = assert!(Cqe::STATUS_OFFSET == LAST_DWORD + 2 && CQE_SIZE == 16);
+
+impl<D: Doorbell> CompletionRing<D> {
+    /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
+    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
+        assert!(entries.is_power_of_two(), "ring indices wrap by a mask");
+        CompletionRing { region, base, mask: entries - 1, head: 0, phase: PHASE, doorbell }
+    }
+
+    /// The fresh entry at the head, if there is one: one 32-bit load.
+    #[inline]
+    pub(crate) fn peek(&self) -> Option<LastDword> {
+        let at = self.base + self.head as usize * CQE_SIZE + LAST_DWORD;
+        let dword = self.region.load32(at, Ordering::Relaxed);
+        if dword & PHASE != self.phase {
+            return None;
+        }
+        fence(Ordering::Acquire);
+        Some(LastDword(dword))
+    }
+
+    /// Dword 0 of the entry at the head, after [`CompletionRing::peek`] found it fresh.
+    pub(crate) fn result(&self) -> u32 {
+        self.region.load32(self.base + self.head as usize * CQE_SIZE, Ordering::Relaxed)
+    }
+
+    /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].
+    #[inline]
+    pub(crate) fn advance(&mut self) {
+        self.head = (self.head + 1) & self.mask;
+        if self.head == 0 {
+            self.phase ^= PHASE;
+        }
+    }
+
+    /// Tells the device which entries were taken. Nothing it posts later overwrites them before.
+    #[inline]
+    pub(crate) fn ring(&mut self) {
+        fence(Ordering::Release);
+        self.doorbell.ring(self.head);
+    }
+
+    /// Back to the start, for a queue that was created anew over zeroed memory.
+    pub(crate) fn reset(&mut self) {
+        self.head = 0;
+        self.phase = PHASE;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dma::PageSize;
+    use nvme_spec::{Status, StatusCode};
+    use zerocopy::IntoBytes;
+
+    struct Bell(std::sync::mpsc::Sender<u32>);
+
+    impl Doorbell for Bell {
+        fn ring(&self, value: u32) {
+            self.0.send(value).unwrap();
+        }
+    }
+
+    #[test]
+    fn entries_land_and_one_ring_tells_of_all() {
+        let region = Region::new(8192, PageSize::Small).unwrap();
+        let (tx, rx) = std::sync::mpsc::channel();
+        let mut sq = SubmissionRing::new(region.clone(), 4096, 4, Bell(tx));
+        assert!(!sq.dirty());
+        let sqe = Sqe::write(7, 1, 99, 7, 0).with_prps(0x1000, 0x2000);
+        for _ in 0..3 {
+            sq.push(sqe);
+        }
+        assert!(sq.dirty());
+        sq.ring();
+        sq.push(sqe);
+        sq.ring();
+        assert_eq!(rx.try_iter().collect::<Vec<_>>(), [3, 0], "the tail wraps");
+        let mut bytes = [0; 64];
+        region.read(4096 + 3 * 64, &mut bytes);
+        assert_eq!(bytes, sqe.as_bytes());
+    }
+
+    #[test]
+    fn phase_tells_fresh_from_old_over_many_rounds() {
+        let region = Region::new(4096, PageSize::Small).unwrap();
+        let (tx, rx) = std::sync::mpsc::channel();
+        let mut cq = CompletionRing::new(region.clone(), 0, 8, Bell(tx));
+        let (mut at, mut phase) = (0usize, true);
+        for round in 0..1000u32 {
+            assert_eq!(cq.peek(), None);
+            let n = round % 8;
+            for i in 0..n {
+                let status = Status::retryable(StatusCode::UNRECOVERED_READ);
+                let cqe = Cqe::new(i, 0, 1, i as u16 + 0x100, status, phase);
+                region.write(at * 16, cqe.as_bytes());
+                at = (at + 1) % 8;
+                phase ^= at == 0;
+            }
+            for i in 0..n {
+                let e = cq.peek().unwrap();
+                assert_eq!((e.cid(), e.status()), (i as u16 + 0x100, 0x281));
+                assert_eq!(cq.result(), i);
+                cq.advance();
+            }
+            if n > 0 {
+                cq.ring();
+                assert_eq!(rx.try_iter().last(), Some(at as u32));
+            }
+        }
+    }
+}

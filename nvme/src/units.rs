@@ -1,0 +1,80 @@
+//! Namespaces as the controller and its queue pairs share them: what may change while they are open.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use block::DeviceInfo;
+
+use crate::identify::{ControllerInfo, Namespace};
+
+/// What may change about a namespace. Written by the controller; queue pairs look when they are
+/// given an order, and no other time.
+#[derive(Debug)]
+pub(crate) struct Changing {
+    size: AtomicU64,
+    read_only: AtomicBool,
+    gone: AtomicBool,
+}
+
+impl Changing {
+    pub(crate) fn new(info: &DeviceInfo) -> Changing {
+        Changing {
+            size: AtomicU64::new(info.size),
+            read_only: AtomicBool::new(info.read_only),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    /// The state as it is now. Returns whether that is anything new.
+    pub(crate) fn set(&self, size: u64, read_only: bool, gone: bool) -> bool {
+        // Relaxed: the order that is given afterwards publishes all three.
+        let changed = self.size.swap(size, Ordering::Relaxed) != size;
+        let changed = (self.read_only.swap(read_only, Ordering::Relaxed) != read_only) | changed;
+        (self.gone.swap(gone, Ordering::Relaxed) != gone) | changed
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+}
+
+/// A namespace as one queue pair sees it.
+pub(crate) struct Unit {
+    pub(crate) info: DeviceInfo,
+    pub(crate) nsid: u32,
+    pub(crate) block_shift: u32,
+    /// Most bytes of one Read or Write.
+    pub(crate) max_command: u32,
+    /// The namespace was taken away, or is another one now.
+    pub(crate) gone: bool,
+    /// Write Zeroes may deallocate.
+    pub(crate) zeroes_deallocate: bool,
+    /// Most bytes of one Write Zeroes.
+    pub(crate) max_zeroes: u64,
+    /// Most bytes of one Dataset Management range.
+    pub(crate) max_discard: u64,
+}
+
+impl Unit {
+    pub(crate) fn new(ns: &Namespace, controller: &ControllerInfo) -> Unit {
+        let block = u64::from(ns.info.block_size);
+        // NLB is 0's based in 16 bits (§6.17); a range's length has 32 bits (§6.7).
+        let zeroes = controller.zeroes_limit.unwrap_or(u64::MAX).min(block << 16);
+        Unit {
+            info: ns.info.clone(),
+            nsid: ns.nsid,
+            block_shift: ns.block_shift,
+            max_command: controller.max_command,
+            gone: false,
+            zeroes_deallocate: ns.zeroes_deallocate,
+            max_zeroes: (zeroes & !(block - 1)).max(block),
+            max_discard: block << 31,
+        }
+    }
+
+    /// Takes over what changed.
+    pub(crate) fn refresh(&mut self, from: &Changing) {
+        self.info.size = from.size.load(Ordering::Relaxed);
+        self.info.read_only = from.read_only.load(Ordering::Relaxed);
+        self.gone = from.is_gone();
+    }
+}
