@@ -577,8 +577,7 @@ impl Shared {
         let raw = self.tables.borrow().l1(index as u64);
         let table = L1Entry::decode(raw, &g).map_err(|_| Status::Corrupt)?.offset;
         let first = g.l2_index(guest);
-        let list =
-            self.read_entries(slot, self.top(), table, first, first + entries - 1).await?;
+        let list = self.read_entries(slot, self.top(), table, first, first + entries - 1).await?;
         self.tables.borrow_mut().insert(page, list);
         Ok(())
     }

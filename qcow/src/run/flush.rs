@@ -204,14 +204,8 @@ impl Shared {
         let len = segs.bytes();
         if len > 0 {
             self.counters.meta_writes.set(self.counters.meta_writes.get() + 1);
-            let child = Child {
-                port: self.top(),
-                op: Op::Write,
-                flags: Flags::NONE,
-                offset,
-                len,
-                segs,
-            };
+            let child =
+                Child { port: self.top(), op: Op::Write, flags: Flags::NONE, offset, len, segs };
             self.start(slot, child);
         }
     }

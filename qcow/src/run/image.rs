@@ -12,10 +12,10 @@ use dma::Region;
 use reactor::task::Tasks;
 
 use super::alloc::Allocator;
-use super::stack::Stack;
 use super::meta::{Tables, page_bits};
 use super::serve::serve;
 use super::shared::{Job, Shared, What};
+use super::stack::Stack;
 use crate::map::Map;
 
 /// How an image is attached.
@@ -104,8 +104,7 @@ impl Image {
         let slots = options.slots.clamp(1, 1024);
         let least = 2 * usize::from(slots) + 16;
         let bits = page_bits(&geometry);
-        let map =
-            Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
+        let map = Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
         let tables = Tables::new(top.l1.clone());
         let alloc = Allocator::new(top, device.size);
         let info = DeviceInfo {

@@ -62,8 +62,7 @@ impl Tables {
     }
 
     pub(super) fn insert(&mut self, page: u64, entries: Vec<u64>) {
-        let slice =
-            Slice { image: entries.into(), pending: Vec::new(), dirty: false, users: 0 };
+        let slice = Slice { image: entries.into(), pending: Vec::new(), dirty: false, users: 0 };
         self.slices.entry(page).or_insert(slice);
     }
 

@@ -3,9 +3,9 @@
 use block::{Flags, Op, SegList, Status};
 use dma::Seg;
 
-use super::stack::LayerFormat;
 use super::resolve::Source;
 use super::shared::{Child, Shared};
+use super::stack::LayerFormat;
 use crate::map::{Kind, Word};
 
 /// Decompressed clusters kept for the reads that follow in the same cluster.
@@ -84,7 +84,14 @@ impl Shared {
                         to = end.min(to + size);
                     }
                     let host = word.host() + (at & (size - 1));
-                    self.start_read(slot, usize::from(word.layer()), host, segs, at - offset, to - at)?;
+                    self.start_read(
+                        slot,
+                        usize::from(word.layer()),
+                        host,
+                        segs,
+                        at - offset,
+                        to - at,
+                    )?;
                 }
                 Kind::Zero | Kind::Hole => self.zero_memory(segs, at - offset, to - at)?,
                 Kind::Compressed | Kind::Split => {
@@ -123,8 +130,7 @@ impl Shared {
             return Err(Status::Invalid);
         }
         let port = self.stack.layers[layer].port;
-        let child =
-            Child { port, op: Op::Read, flags: Flags::NONE, offset: host, len, segs: part };
+        let child = Child { port, op: Op::Read, flags: Flags::NONE, offset: host, len, segs: part };
         self.start(slot, child);
         Ok(())
     }
@@ -169,13 +175,7 @@ impl Shared {
     }
 
     /// Makes sure that a compressed cluster is among those kept.
-    async fn decompress(
-        &self,
-        slot: u16,
-        layer: usize,
-        host: u64,
-        len: u32,
-    ) -> Result<(), Status> {
+    async fn decompress(&self, slot: u16, layer: usize, host: u64, len: u32) -> Result<(), Status> {
         if self.decompressed.borrow().get(layer, host).is_some() {
             return Ok(());
         }
@@ -203,8 +203,7 @@ impl Shared {
         let packed = packed.get((host - from) as usize..).unwrap_or(&[]);
         let size = geometry.cluster_size() as usize;
         let mut data = vec![0; size];
-        let unpacked =
-            self.decompressor.borrow_mut().decode(*compression, packed, &mut data);
+        let unpacked = self.decompressor.borrow_mut().decode(*compression, packed, &mut data);
         unpacked.map_err(|e| {
             log::error!("{}: compressed cluster at {host:#x}: {e}", l.name);
             Status::Corrupt

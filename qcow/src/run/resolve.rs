@@ -4,8 +4,8 @@
 use block::{Op, Port, SegList, Status};
 use dma::Seg;
 
-use super::stack::LayerFormat;
 use super::shared::{Key, META, Shared};
+use super::stack::LayerFormat;
 use crate::format::{Geometry, L1Entry, L2Entry};
 use crate::map::{Kind, Word};
 
@@ -119,9 +119,7 @@ impl Shared {
                 Some(Word::mapped(at as u8, host + inside, top && copied))
             }
             Ok(L2Entry::Zero) => Some(Word::zero(at as u8, 0, false)),
-            Ok(L2Entry::ZeroAllocated { host, copied }) if top => {
-                Some(Word::zero(0, host, copied))
-            }
+            Ok(L2Entry::ZeroAllocated { host, copied }) if top => Some(Word::zero(0, host, copied)),
             Ok(L2Entry::ZeroAllocated { .. }) => Some(Word::zero(at as u8, 0, false)),
             Ok(L2Entry::Compressed { .. }) => Some(Word::compressed(at as u8)),
         }

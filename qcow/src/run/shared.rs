@@ -13,10 +13,10 @@ use block::{BlockQueue, Completion, DeviceInfo, Flags, Op, Port, Request, SegLis
 use dma::{Buf, Pool, Region, RegionId, Seg};
 
 use super::alloc::Allocator;
-use super::stack::Stack;
 use super::flush::Batches;
 use super::meta::Tables;
 use super::read::Decompressed;
+use super::stack::Stack;
 use crate::compress::Decompressor;
 use crate::format::Geometry;
 use crate::map::{Map, Pages};

@@ -245,8 +245,8 @@ impl Shared {
         let (head, tail) = (at - start, ((claim.words.len() as u64) << bits) - (to - start));
         let first = claim.words[0];
         // Only the first cluster can have old contents beside the guest's bytes; see `claim`.
-        let copies = !Shared::reads_zero(first)
-            && (head > 0 || (tail > 0 && claim.words.len() == 1));
+        let copies =
+            !Shared::reads_zero(first) && (head > 0 || (tail > 0 && claim.words.len() == 1));
         let old: Option<Buf> = match copies {
             true => Some(self.data_buf(slot).await),
             false => None,

@@ -57,14 +57,14 @@ impl Shared {
     ) -> Result<(), Status> {
         let size = self.geometry.cluster_size();
         let end = offset + len;
-        let first = offset.next_multiple_of(size).min(end);
-        let last = self.inner_end(end).max(first);
+        let first = offset.next_multiple_of(size);
+        let last = self.inner_end(end);
         // Without a zero flag a cluster over a backing file can only be zeroed by writing.
         let slow = self.geometry.version() < 3 && self.stack.layers.len() > 1;
         if slow && flags.has(Flags::FAST_ONLY) {
             return Err(Status::Unsupported);
         }
-        self.zero_part(slot, offset, first).await?;
+        self.zero_part(slot, offset, first.min(end)).await?;
         if slow {
             let mut at = first;
             while at < last {
@@ -76,7 +76,7 @@ impl Shared {
             let way = if keep { Way::ZeroKeep } else { Way::Zero };
             self.empty_clusters(slot, first, last, way).await?;
         }
-        self.zero_part(slot, last, end).await
+        self.zero_part(slot, last.max(first), end).await
     }
 
     /// The end of the last whole cluster before `end`; the disk's last cluster counts as whole.

@@ -1,0 +1,369 @@
+//! The datapath against a plain array: random requests at depth over devices that complete in any
+//! order, then our checker, qemu-img's, and what qemu-img reads.
+
+mod rig;
+
+use std::collections::HashMap;
+
+use block::{Flags, Op, Status};
+use qcow::create::CreateOptions;
+use qcow::open::Format;
+use qcow::run::Options;
+use rig::{LogQueue, Rig, Rng, check, fresh, qemu_check, qemu_read};
+
+const DISK: u64 = 3 << 20;
+const DEVICE: u64 = 16 << 20;
+
+fn options(cluster: u64, version: u32, bits: u32) -> CreateOptions {
+    let mut o = CreateOptions::new(DISK);
+    o.cluster_size = cluster;
+    o.version = version;
+    o.refcount_bits = bits;
+    o
+}
+
+enum Expect {
+    Write(Vec<u8>),
+    Read,
+    Zero,
+    Discard,
+    Flush,
+}
+
+/// Random requests that do not overlap while in flight, compared with `model`.
+fn hammer(rig: &mut Rig, model: &mut [u8], rng: &mut Rng, count: u32) {
+    let mut flying: HashMap<u64, (u64, u64, Expect)> = HashMap::new();
+    let mut sent = 0;
+    let mut idle = 0;
+    while sent < count || !flying.is_empty() {
+        if sent < count && flying.len() < 24 {
+            let sectors = if rng.one_in(4) { 1 + rng.below(400) } else { 1 + rng.below(16) };
+            let disk = model.len() as u64 / 512;
+            let first = rng.below(disk);
+            let n = sectors.min(disk - first);
+            let (offset, len) = (first * 512, n * 512);
+            let clash = flying.values().any(|f| offset < f.0 + f.1 && f.0 < offset + len);
+            let choice = rng.below(20);
+            if !clash {
+                let (op, flags, expect) = match choice {
+                    0..=9 => {
+                        let byte = rng.next() as u8;
+                        let data = (0..len).map(|i| byte ^ (i >> 9) as u8).collect();
+                        let fua = if rng.one_in(8) { Flags::FUA } else { Flags::NONE };
+                        (Op::Write, fua, Expect::Write(data))
+                    }
+                    10..=14 => (Op::Read, Flags::NONE, Expect::Read),
+                    15 | 16 => {
+                        let keep = if rng.one_in(2) { Flags::NO_UNMAP } else { Flags::NONE };
+                        (Op::WriteZeroes, keep, Expect::Zero)
+                    }
+                    17 | 18 => (Op::Discard, Flags::NONE, Expect::Discard),
+                    _ => (Op::Flush, Flags::NONE, Expect::Flush),
+                };
+                let (offset, len) = if op == Op::Flush { (0, 0) } else { (offset, len) };
+                let data: &[u8] = if let Expect::Write(d) = &expect { d } else { &[] };
+                let id = rig.send(op, flags, offset, len, data);
+                flying.insert(id, (offset, len, expect));
+                sent += 1;
+            }
+        }
+        let done = rig.turn();
+        idle = if done.is_empty() { idle + 1 } else { 0 };
+        assert!(idle < 1_000_000, "{} requests are never answered", flying.len());
+        for (id, status, data) in done {
+            let (offset, len, expect) = flying.remove(&id).unwrap();
+            assert_eq!(status, Status::Ok);
+            let range = offset as usize..(offset + len) as usize;
+            match expect {
+                Expect::Write(d) => model[range].copy_from_slice(&d),
+                Expect::Zero => model[range].fill(0),
+                Expect::Read => {
+                    let got = &data.unwrap()[..len as usize];
+                    same(got, &model[range], offset);
+                }
+                Expect::Discard => {
+                    let got = rig_read_idle(rig, &mut flying, model, offset, len);
+                    for (i, &b) in got.iter().enumerate() {
+                        let at = offset as usize + i;
+                        assert!(b == 0 || b == model[at], "discard made {b:#x} at {at:#x}");
+                        model[at] = b;
+                    }
+                }
+                Expect::Flush => {}
+            }
+        }
+    }
+}
+
+/// Reads a range while others are in flight, and puts their answers into the model.
+fn rig_read_idle(
+    rig: &mut Rig,
+    flying: &mut HashMap<u64, (u64, u64, Expect)>,
+    model: &mut [u8],
+    offset: u64,
+    len: u64,
+) -> Vec<u8> {
+    let mine = rig.send(Op::Read, Flags::NONE, offset, len, &[]);
+    let mut found = None;
+    let mut later = Vec::new();
+    while found.is_none() {
+        for (id, status, data) in rig.turn() {
+            assert_eq!(status, Status::Ok);
+            if id == mine {
+                found = data.clone();
+            } else {
+                later.push((id, data));
+            }
+        }
+    }
+    for (id, data) in later {
+        let (offset, len, expect) = flying.remove(&id).unwrap();
+        let range = offset as usize..(offset + len) as usize;
+        match expect {
+            Expect::Write(d) => model[range].copy_from_slice(&d),
+            Expect::Zero => model[range].fill(0),
+            Expect::Read => same(&data.unwrap()[..len as usize], &model[range], offset),
+            Expect::Discard => {
+                let got = rig_read_idle(rig, flying, model, offset, len);
+                model[range].copy_from_slice(&got);
+            }
+            Expect::Flush => {}
+        }
+    }
+    let mut data = found.unwrap();
+    data.truncate(len as usize);
+    data
+}
+
+fn same(got: &[u8], want: &[u8], offset: u64) {
+    if let Some(i) = got.iter().zip(want).position(|(a, b)| a != b) {
+        panic!("byte {:#x} reads {:#x} instead of {:#x}", offset as usize + i, got[i], want[i]);
+    }
+}
+
+fn read_all(rig: &mut Rig, size: usize) -> Vec<u8> {
+    let mut all = Vec::new();
+    while all.len() < size {
+        let n = (size - all.len()).min(256 << 10) as u64;
+        all.extend(rig.read(all.len() as u64, n));
+    }
+    all
+}
+
+/// After a clean close: no leak, no error, and qemu-img reads what we wrote.
+fn judge(leaf: LogQueue, model: &[u8], alone: bool) -> LogQueue {
+    let data = leaf.data();
+    let (leaf, bad, leaks) = check(leaf);
+    assert_eq!((bad, leaks), (0, 0), "after a clean close");
+    if let Some(code) = qemu_check(&data) {
+        assert_eq!(code, 0, "qemu-img check");
+    }
+    if alone && let Some(read) = qemu_read(&data) {
+        same(&read, model, 0);
+    }
+    leaf
+}
+
+#[test]
+fn every_geometry() {
+    for (i, (cluster, version, bits)) in [
+        (512, 3, 16),
+        (512, 3, 64),
+        (1024, 3, 1),
+        (4096, 3, 2),
+        (4096, 2, 16),
+        (16384, 3, 4),
+        (65536, 3, 16),
+        (65536, 2, 16),
+        (65536, 3, 32),
+        (262_144, 3, 8),
+        (2 << 20, 3, 16),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let seed = 77 + i as u64;
+        let mut rng = Rng(seed);
+        let mut model = vec![0; DISK as usize];
+        let mut leaf = fresh(DEVICE, seed, &options(cluster, version, bits));
+        for round in 0..3 {
+            let mut rig = Rig::single(leaf);
+            hammer(&mut rig, &mut model, &mut rng, 400);
+            let now = read_all(&mut rig, DISK as usize);
+            same(&now, &model, 0);
+            leaf = rig.close().remove(0);
+            println!("cluster {cluster} version {version} refcounts {bits} round {round}");
+            leaf = judge(leaf, &model, true);
+        }
+        let mut rig = Rig::single(leaf);
+        same(&read_all(&mut rig, DISK as usize), &model, 0);
+    }
+}
+
+#[test]
+fn chains_of_any_cluster_size_and_length() {
+    for (i, (top, middle, middle_size, base_raw)) in [
+        (65536u64, 65536u64, DISK, false),
+        (65536, 4096, DISK - (100 << 10), false),
+        (4096, 65536, DISK + (1 << 20), false),
+        (16384, 512, DISK, true),
+        (512, 16384, 1 << 20, true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let seed = 1000 + i as u64;
+        let mut rng = Rng(seed);
+        // The base: raw bytes, or an image written through the datapath.
+        let base_size = DISK - 512 * 7;
+        let mut want: Vec<u8> = (0..base_size).map(|n| (n / 512 % 253) as u8 + 1).collect();
+        let mut base = LogQueue::new(base_size.next_multiple_of(512), seed);
+        base.load(&want);
+        let mut formats = vec![Format::Qcow2, Format::Qcow2, Format::Raw];
+        if !base_raw {
+            let mut o = CreateOptions::new(base_size);
+            o.cluster_size = 65536;
+            let mut rig = Rig::single(fresh(DEVICE, seed, &o));
+            hammer(&mut rig, &mut want[..0], &mut rng, 0);
+            for (n, part) in want.chunks(128 << 10).enumerate() {
+                rig.write(n as u64 * (128 << 10), part);
+            }
+            base = rig.close().remove(0);
+            formats[2] = Format::Qcow2;
+        }
+        want.resize(middle_size as usize, 0);
+        let with_backing = |size, cluster, name: &str, format: &str| {
+            let mut o = CreateOptions::new(size);
+            o.cluster_size = cluster;
+            let format = if format == "raw" { Format::Raw } else { Format::Qcow2 };
+            o.backing = Some((name.to_owned(), format));
+            o
+        };
+        let base_format = if base_raw { "raw" } else { "qcow2" };
+        let o = with_backing(middle_size, middle, "/layer2", base_format);
+        let mut rig =
+            Rig::open(vec![fresh(DEVICE, seed + 1, &o), base], &formats[1..], Options::default());
+        hammer(&mut rig, &mut want, &mut rng, 200);
+        let mut lower = rig.close();
+        let base = lower.remove(1);
+        let mid = judge(lower.remove(0), &want, false);
+
+        want.resize(DISK as usize, 0);
+        let o = with_backing(DISK, top, "/layer1", "qcow2");
+        let mut rig =
+            Rig::open(vec![fresh(DEVICE, seed + 2, &o), mid, base], &formats, Options::default());
+        same(&read_all(&mut rig, DISK as usize), &want, 0);
+        hammer(&mut rig, &mut want, &mut rng, 400);
+        same(&read_all(&mut rig, DISK as usize), &want, 0);
+        let leaves = rig.close();
+        let top = leaves.into_iter().next().unwrap();
+        judge(top, &want, false);
+    }
+}
+
+#[test]
+fn a_tiny_cache_is_only_slower() {
+    let mut rng = Rng(5);
+    let mut model = vec![0; DISK as usize];
+    let tiny = Options { slots: 2, l2_cache: 0 };
+    let mut rig = Rig::open(vec![fresh(DEVICE, 5, &options(512, 3, 16))], &[Format::Qcow2], tiny);
+    hammer(&mut rig, &mut model, &mut rng, 600);
+    assert!(rig.image().counters().page_loads.get() > 96, "pages were evicted");
+    let leaf = rig.close().remove(0);
+    judge(leaf, &model, true);
+}
+
+#[test]
+fn hits_go_straight_down() {
+    let mut rig = Rig::single(fresh(DEVICE, 9, &options(65536, 3, 16)));
+    rig.write(0, &vec![1; 256 << 10]);
+    let slow = rig.image().counters().slow.get();
+    rig.write(4096, &[2; 4096]);
+    assert_eq!(rig.read(0, 128 << 10)[4096..8192], [2; 4096]);
+    assert_eq!(rig.image().counters().slow.get(), slow);
+    assert_eq!(rig.image().counters().hits.get(), 2);
+}
+
+#[test]
+fn device_errors_reach_the_guest_and_leave_the_image_valid() {
+    let mut model = vec![0; DISK as usize];
+    let mut leaf = fresh(DEVICE, 21, &options(65536, 3, 16));
+    for n in 0..12u32 {
+        let mut rig = Rig::single(leaf);
+        rig.leaf(0).fail = Some((Op::Write, Status::Medium, 1));
+        let at = u64::from(n) * (200 << 10);
+        // Whichever write it hits (data, table, refcounts), the guest or its flush hears of it.
+        let wrote = rig.call(Op::Write, at, 4096, &[n as u8 + 1; 4096]).0;
+        let flushed = rig.call(Op::Flush, 0, 0, &[]).0;
+        assert!(wrote == Status::Medium || flushed == Status::Medium, "{wrote} {flushed}");
+        rig.write(at, &[n as u8 + 1; 4096]);
+        rig.flush();
+        model[at as usize..at as usize + 4096].fill(n as u8 + 1);
+        leaf = rig.close().remove(0);
+        leaf = judge(leaf, &model, true);
+    }
+}
+
+#[test]
+fn a_full_device_gives_no_space_and_goes_on() {
+    let leaf = fresh(DEVICE, 31, &options(65536, 3, 16));
+    let mut rig = Rig::single(leaf);
+    rig.leaf(0).no_space_from = 1 << 20;
+    let mut full = 0;
+    for n in 0..20u64 {
+        let s = rig.call(Op::Write, n * 65536, 65536, &[9; 65536]).0;
+        full += u64::from(s == Status::NoSpace);
+    }
+    assert!(full > 5 && full < 20, "{full}");
+    rig.flush();
+    rig.leaf(0).no_space_from = u64::MAX;
+    for n in 0..20u64 {
+        rig.write(n * 65536, &[7; 65536]);
+    }
+    let mut model = vec![0; DISK as usize];
+    model[..20 * 65536].fill(7);
+    judge(rig.close().remove(0), &model, true);
+
+    // And a device that ends: the allocator itself finds no place.
+    let mut rig = Rig::single(fresh(1 << 20, 32, &options(65536, 3, 16)));
+    let results: Vec<Status> =
+        (0..20u64).map(|n| rig.call(Op::Write, n * 65536, 65536, &[9; 65536]).0).collect();
+    assert_eq!(results[0], Status::Ok);
+    assert_eq!(results[19], Status::NoSpace);
+    assert_eq!(rig.call(Op::Discard, 0, 65536 * 4, &[]).0, Status::Ok);
+    rig.flush();
+    rig.flush();
+    rig.write(19 * 65536, &[3; 65536]);
+    let mut model = vec![0; DISK as usize];
+    for (n, s) in results.iter().enumerate() {
+        let byte = if n == 19 {
+            3
+        } else if n < 4 || !s.is_ok() {
+            0
+        } else {
+            9
+        };
+        model[n * 65536..(n + 1) * 65536].fill(byte);
+    }
+    judge(rig.close().remove(0), &model, true);
+}
+
+#[test]
+fn wrong_requests_are_refused() {
+    let mut rig = Rig::single(fresh(DEVICE, 41, &options(65536, 3, 16)));
+    assert_eq!(rig.call(Op::Read, DISK, 512, &[]).0, Status::Invalid);
+    assert_eq!(rig.call(Op::Read, DISK - 512, 1024, &[]).0, Status::Invalid);
+    assert_eq!(rig.call(Op::Read, 100, 512, &[]).0, Status::Invalid);
+    assert_eq!(rig.call(Op::Discard, u64::MAX - 511, 512, &[]).0, Status::Invalid);
+    assert_eq!(rig.call(Op::Write, 0, 0, &[]).0, Status::Invalid);
+    assert_eq!(rig.call(Op::Discard, 0, 0, &[]).0, Status::Ok);
+    let leaf = rig.close().remove(0);
+    let (stack, leaves) = rig::open_stack(vec![leaf], &[Format::Qcow2], false).unwrap();
+    let mut rig = Rig::attach(stack, leaves, Options::default());
+    for op in [Op::Write, Op::WriteZeroes, Op::Discard] {
+        assert_eq!(rig.call(op, 0, 512, &[0; 512]).0, Status::ReadOnly);
+    }
+    assert_eq!(rig.read(0, 512), [0; 512]);
+    rig.flush();
+    rig.close();
+}

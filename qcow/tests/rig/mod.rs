@@ -1,0 +1,412 @@
+//! A reactor turned by hand over images on devices in memory that complete in any order and log
+//! each write: the ground on which the datapath's tests stand.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Blocking, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess,
+    MemQueue, Op, Port, Request, SegList, Status, Submit,
+};
+use dma::{Buf, Pool, Region};
+use qcow::create::{CreateOptions, create};
+use qcow::open::{Chain, ChainOptions, Format, Opened};
+use qcow::run::{Image, Options, Stack};
+use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
+
+/// A small random generator (xorshift).
+#[derive(Clone)]
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 8
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub(crate) fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What happened to the device, in order.
+pub(crate) enum Event {
+    Write(u64, Vec<u8>),
+    Flush,
+}
+
+struct Held {
+    request: Request<'static>,
+    segs: SegList,
+}
+
+/// A device in memory that carries requests out in random order and logs what it did.
+pub(crate) struct LogQueue {
+    inner: MemQueue,
+    info: DeviceInfo,
+    held: Vec<Held>,
+    rng: Rng,
+    pub(crate) log: Vec<Event>,
+    /// Whether to keep the log.
+    pub(crate) logging: bool,
+    /// The next writes fail with this, so many times.
+    pub(crate) fail: Option<(Op, Status, u32)>,
+    /// Writes to the range [from, to) of the device fail.
+    pub(crate) no_space_from: u64,
+    pub(crate) writes: u64,
+    pub(crate) reads: u64,
+    pub(crate) flushes: u64,
+    len: u64,
+}
+
+impl LogQueue {
+    pub(crate) fn new(size: u64, seed: u64) -> LogQueue {
+        let inner = MemQueue::new(size, 512).unwrap();
+        let info = DeviceInfo { volatile_cache: true, ..inner.info(0).unwrap().clone() };
+        LogQueue {
+            inner,
+            info,
+            held: Vec::new(),
+            rng: Rng(seed | 1),
+            log: Vec::new(),
+            logging: false,
+            fail: None,
+            no_space_from: u64::MAX,
+            writes: 0,
+            reads: 0,
+            flushes: 0,
+            len: size,
+        }
+    }
+
+    pub(crate) fn data(&self) -> Vec<u8> {
+        let mut all = vec![0; self.len as usize];
+        self.inner.data().read(0, &mut all);
+        all
+    }
+
+    pub(crate) fn load(&mut self, bytes: &[u8]) {
+        self.inner.data().write(0, bytes);
+    }
+
+    fn run(&mut self, h: &Held, out: &mut Completions) {
+        let r = Request { segs: h.segs.as_slice(), ..h.request };
+        let mut status = None;
+        if let Some((op, s, n)) = &mut self.fail
+            && *op == r.op
+            && *n > 0
+        {
+            *n -= 1;
+            status = Some(*s);
+        }
+        if r.op == Op::Write && r.offset + r.len > self.no_space_from {
+            status = Some(Status::NoSpace);
+        }
+        if let Some(status) = status {
+            out.push(Completion { tag: r.tag, status, detail: 0 });
+            return;
+        }
+        match r.op {
+            Op::Read => self.reads += 1,
+            Op::Flush => self.flushes += 1,
+            _ => self.writes += 1,
+        }
+        self.inner.submit(&r).unwrap();
+        let n = self.inner.poll(out);
+        assert_eq!(n, 1);
+        if !self.logging {
+            return;
+        }
+        match r.op {
+            Op::Flush => self.log.push(Event::Flush),
+            Op::Read => {}
+            _ => {
+                let mut data = vec![0; r.len as usize];
+                self.inner.data().read(r.offset as usize, &mut data);
+                self.log.push(Event::Write(r.offset, data));
+            }
+        }
+    }
+}
+
+impl Submit for LogQueue {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        (unit == 0).then_some(&self.info)
+    }
+
+    fn room(&self) -> usize {
+        64usize.saturating_sub(self.held.len())
+    }
+
+    fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        if self.room() == 0 {
+            return Err(Full);
+        }
+        let segs = SegList::from_slice(r.segs).unwrap();
+        let request = Request { segs: &[], ..*r };
+        self.held.push(Held { request: Request { segs: &[], ..request }, segs });
+        Ok(())
+    }
+}
+
+impl BlockQueue for LogQueue {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.inner.register(region)
+    }
+
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        if self.held.is_empty() {
+            return 0;
+        }
+        let n = self.rng.below(self.held.len() as u64 + 1).min(out.room() as u64);
+        for _ in 0..n {
+            let at = self.rng.below(self.held.len() as u64) as usize;
+            let h = self.held.swap_remove(at);
+            self.run(&h, out);
+        }
+        n as usize
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len()
+    }
+
+    fn arm(&mut self) -> HasWork {
+        if self.held.is_empty() { HasWork::No } else { HasWork::Yes }
+    }
+}
+
+impl LeafAccess for LogQueue {
+    fn unit_len(&self, _unit: u16) -> u64 {
+        self.len
+    }
+
+    fn set_unit_len(&mut self, _unit: u16, _len: u64) -> Result<(), Status> {
+        Ok(())
+    }
+}
+
+pub(crate) type RigCore = Core<LogQueue, Image, PortalFrontend>;
+
+/// An image on a reactor, with a portal to send requests through.
+pub(crate) struct Rig {
+    pub(crate) core: RigCore,
+    pub(crate) portal: Portal,
+    pub(crate) pool: Pool,
+    bufs: HashMap<u64, Buf>,
+    next_id: u64,
+}
+
+/// A fresh image on a device.
+pub(crate) fn fresh(device: u64, seed: u64, options: &CreateOptions) -> LogQueue {
+    let mut storage = Blocking::new(LogQueue::new(device, seed), 0).unwrap();
+    create(&mut storage, "test", options).unwrap();
+    storage.into_leaf()
+}
+
+/// Opens a chain of devices, the first one writable; each next one is the backing file.
+pub(crate) fn open_stack(
+    leaves: Vec<LogQueue>,
+    formats: &[Format],
+    writable: bool,
+) -> Result<(Stack, Vec<LogQueue>), qcow::Error> {
+    let opened = |i: usize, leaf| Opened {
+        storage: Blocking::new(leaf, 0).unwrap(),
+        path: (i > 0).then(|| format!("/layer{i}").into()),
+        name: format!("layer {i}"),
+        id: None,
+    };
+    let count = leaves.len();
+    let mut rest = leaves.into_iter().enumerate();
+    let (i, first) = rest.next().unwrap();
+    let options = ChainOptions { writable, format: Some(formats[0]), ..Default::default() };
+    let mut chain = Chain::open(opened(i, first), options, &mut |_| {
+        let (i, leaf) = rest.next().expect("a layer for each backing name");
+        Ok(opened(i, leaf))
+    })?;
+    let ports: Vec<Port> = (0..count as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
+    let stack = Stack::new(&mut chain, &ports)?;
+    Ok((stack, chain.layers.into_iter().map(|l| l.storage.into_leaf()).collect()))
+}
+
+impl Rig {
+    pub(crate) fn open(leaves: Vec<LogQueue>, formats: &[Format], options: Options) -> Rig {
+        let (stack, leaves) = open_stack(leaves, formats, true).unwrap();
+        Rig::attach(stack, leaves, options)
+    }
+
+    pub(crate) fn single(leaf: LogQueue) -> Rig {
+        Rig::open(vec![leaf], &[Format::Qcow2], Options::default())
+    }
+
+    pub(crate) fn attach(stack: Stack, leaves: Vec<LogQueue>, options: Options) -> Rig {
+        let mut core = RigCore::new(Clock::virtual_clock().0).unwrap();
+        for leaf in leaves {
+            core.add_leaf(leaf).unwrap();
+        }
+        core.add_image(|owner, l| Image::attach(stack, owner, l, options)).unwrap();
+        let pool = Pool::new(64, 256 << 10).unwrap();
+        let (portal, end) = Portal::new(64, vec![pool.region().clone()], core.wake()).unwrap();
+        core.add_frontend(0, |owner, _| end(owner)).unwrap();
+        Rig { core, portal, pool, bufs: HashMap::new(), next_id: 0 }
+    }
+
+    pub(crate) fn leaf(&mut self, index: usize) -> &mut LogQueue {
+        &mut self.core.leaves()[index]
+    }
+
+    pub(crate) fn image(&mut self) -> &mut Image {
+        self.core.image(0).unwrap()
+    }
+
+    /// Sends a request; data of a write is given. Returns its id.
+    pub(crate) fn send(&mut self, op: Op, flags: Flags, offset: u64, len: u64, data: &[u8]) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        let seg = matches!(op, Op::Read | Op::Write).then(|| {
+            let buf = self.pool.take().expect("a buffer");
+            let seg = buf.head(len as u32).unwrap();
+            if op == Op::Write {
+                self.pool.region().write_seg(&seg, data);
+            } else {
+                self.pool.region().write_seg(&seg, &vec![0xEE; len as usize]);
+            }
+            self.bufs.insert(id, buf);
+            seg
+        });
+        self.portal.send(PortalRequest { id, op, flags, offset, len, seg }).unwrap();
+        id
+    }
+
+    /// One turn; what was answered, with the data of reads.
+    pub(crate) fn turn(&mut self) -> Vec<(u64, Status, Option<Vec<u8>>)> {
+        self.core.turn();
+        let mut done = Vec::new();
+        while let Some(r) = self.portal.receive() {
+            let data = self.bufs.remove(&r.id).map(|buf| {
+                let mut data = vec![0; buf.seg().len() as usize];
+                self.pool.region().read_seg(&buf.seg(), &mut data);
+                self.pool.give(buf);
+                data
+            });
+            done.push((r.id, r.status, data));
+        }
+        done
+    }
+
+    /// Sends one request and turns until it is answered.
+    pub(crate) fn call(&mut self, op: Op, offset: u64, len: u64, data: &[u8]) -> (Status, Vec<u8>) {
+        self.call_flags(op, Flags::NONE, offset, len, data)
+    }
+
+    pub(crate) fn call_flags(
+        &mut self,
+        op: Op,
+        flags: Flags,
+        offset: u64,
+        len: u64,
+        data: &[u8],
+    ) -> (Status, Vec<u8>) {
+        let id = self.send(op, flags, offset, len, data);
+        for _ in 0..2_000_000 {
+            for (done, status, data) in self.turn() {
+                assert_eq!(done, id);
+                let mut data = data.unwrap_or_default();
+                data.truncate(len as usize);
+                return (status, data);
+            }
+        }
+        panic!("a {op:?} of {len} bytes at {offset:#x} was never answered");
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        let s = self.call(Op::Write, offset, data.len() as u64, data).0;
+        assert_eq!(s, Status::Ok, "write at {offset:#x}");
+    }
+
+    pub(crate) fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
+        let (s, data) = self.call(Op::Read, offset, len, &[]);
+        assert_eq!(s, Status::Ok, "read at {offset:#x}");
+        data
+    }
+
+    pub(crate) fn flush(&mut self) {
+        assert_eq!(self.call(Op::Flush, 0, 0, &[]).0, Status::Ok);
+    }
+
+    /// Closes the image cleanly and returns the devices.
+    pub(crate) fn close(mut self) -> Vec<LogQueue> {
+        block::Layer::<LogQueue>::close(self.image());
+        for _ in 0..2_000_000 {
+            self.core.turn();
+            if let Some((_, status)) = self.core.remove_closed_image(0) {
+                assert_eq!(status, Status::Ok);
+                return self.core.take_leaves();
+            }
+        }
+        panic!("the close never ended");
+    }
+
+    /// Forgets the image as a crash does and returns the devices.
+    pub(crate) fn crash(mut self) -> Vec<LogQueue> {
+        self.core.take_leaves()
+    }
+}
+
+/// Our checker's verdict on a device: (corruptions + errors, leaks).
+pub(crate) fn check(leaf: LogQueue) -> (LogQueue, u64, u64) {
+    let mut storage = Blocking::new(leaf, 0).unwrap();
+    let mut text = String::new();
+    let report = qcow::check::run(&mut storage, "test", qcow::check::Repair::None, &mut |l| {
+        text += &format!("{l}\n");
+    })
+    .unwrap();
+    let bad = report.corruptions + report.check_errors;
+    if bad > 0 {
+        eprintln!("{text}");
+    }
+    (storage.into_leaf(), bad, report.leaks)
+}
+
+/// qemu-img's verdict on a device's contents: its exit code, or `None` if there is no qemu-img.
+pub(crate) fn qemu_check(data: &[u8]) -> Option<i32> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), data).unwrap();
+    let out = std::process::Command::new("qemu-img")
+        .args(["check", "-q"])
+        .arg(format!(
+            // Backing files are devices in memory, which qemu-img cannot open.
+            r#"json:{{"driver":"qcow2","backing":null,"file":{{"driver":"file","filename":"{}"}}}}"#,
+            file.path().display()
+        ))
+        .output()
+        .ok()?;
+    if !matches!(out.status.code(), Some(0)) {
+        eprintln!("{}", String::from_utf8_lossy(&out.stderr));
+        eprintln!("{}", String::from_utf8_lossy(&out.stdout));
+    }
+    out.status.code()
+}
+
+/// What qemu-img reads out of a device's contents, or `None` if there is no qemu-img.
+pub(crate) fn qemu_read(data: &[u8]) -> Option<Vec<u8>> {
+    let (file, raw) =
+        (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    std::fs::write(file.path(), data).unwrap();
+    let out = std::process::Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .arg(file.path())
+        .arg(raw.path())
+        .output()
+        .ok()?;
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    Some(std::fs::read(raw.path()).unwrap())
+}
