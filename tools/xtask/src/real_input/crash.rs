@@ -51,8 +51,9 @@ struct Step {
 }
 
 /// All requests of one round.
-#[derive(Default)]
 struct History {
+    /// How many sectors are worked on.
+    area: u64,
     steps: Vec<Step>,
     answers: u64,
     /// Every change answered before this many answers is durable.
@@ -60,6 +61,10 @@ struct History {
 }
 
 impl History {
+    fn new(area: u64) -> Self {
+        Self { area, steps: Vec::new(), answers: 0, durable: 0 }
+    }
+
     /// Notes the answer to a step.
     fn answer(&mut self, step: usize) {
         self.answers += 1;
@@ -78,7 +83,7 @@ impl History {
     /// What each sector of the area may hold now, newest last; `None` stands for what it held
     /// before the round.
     fn allowed(&self) -> Vec<Vec<Option<Content>>> {
-        let mut area = vec![vec![None]; AREA as usize];
+        let mut area = vec![vec![None]; self.area as usize];
         for step in &self.steps {
             for sector in &mut area[step.first as usize..(step.first + step.count) as usize] {
                 if self.is_durable(step) && step.content != Content::ZeroOrOld {
@@ -148,7 +153,7 @@ fn work(client: &mut Client, random: &mut Random, round: u64, kill_after: u64) -
     if client.size < AREA * SECTOR as u64 || !(SECTOR as u64).is_multiple_of(client.granule) {
         bail!("size {} and block size {} do not fit", client.size, client.granule);
     }
-    let mut history = History::default();
+    let mut history = History::new(AREA);
     // What is in flight: cookie, then the step or, for a flush, the answers when it was sent.
     let mut flying: Vec<(u64, std::result::Result<usize, u64>)> = Vec::new();
     let (mut cookie, mut just_flushed) = (0, false);
@@ -232,10 +237,10 @@ fn place(
 
 /// Every sector of the area must hold one of the allowed contents, every other sector what it held.
 fn judge(before: &Path, after: &Path, history: &History, round: u64) -> Result<()> {
-    disk::same(before, after, |sector| sector >= AREA)?;
+    disk::same(before, after, |sector| sector >= history.area)?;
     let (before, after) = (File::open(before)?, File::open(after)?);
-    let mut old = vec![0; AREA as usize * SECTOR];
-    let mut new = vec![0; AREA as usize * SECTOR];
+    let mut old = vec![0; history.area as usize * SECTOR];
+    let mut new = vec![0; history.area as usize * SECTOR];
     before.read_exact_at(&mut old, 0)?;
     after.read_exact_at(&mut new, 0)?;
     let allowed = history.allowed();
@@ -282,7 +287,7 @@ mod tests {
 
     #[test]
     fn only_flushed_or_later_contents_are_allowed() {
-        let mut history = History::default();
+        let mut history = History::new(16);
         history.steps.push(step(0, 2, Content::Pattern(0)));
         history.answer(0);
         assert_eq!(history.allowed()[0], [None, Some(Content::Pattern(0))]);
@@ -299,7 +304,7 @@ mod tests {
 
     #[test]
     fn forced_writes_are_durable_and_trims_promise_nothing() {
-        let mut history = History::default();
+        let mut history = History::new(16);
         history.steps.push(Step { fua: true, ..step(0, 1, Content::Pattern(0)) });
         history.answer(0);
         assert_eq!(history.allowed()[0], [Some(Content::Pattern(0))]);
@@ -314,9 +319,9 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("xtask-judge-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let (before, after) = (folder.join("before"), folder.join("after"));
-        let mut bytes = vec![9; (AREA as usize + 1) * SECTOR];
+        let mut bytes = vec![9; 17 * SECTOR];
         fs::write(&before, &bytes).unwrap();
-        let mut history = History::default();
+        let mut history = History::new(16);
         history.steps.push(step(3, 1, Content::Pattern(0)));
         fs::write(&after, &bytes).unwrap();
         judge(&before, &after, &history, 1).unwrap();
@@ -327,7 +332,7 @@ mod tests {
         fs::write(&after, &bytes).unwrap();
         judge(&before, &after, &history, 1).unwrap();
         assert!(judge(&before, &after, &history, 2).is_err(), "contents of another round");
-        for wrong in [4 * SECTOR, 2 * SECTOR + 511, AREA as usize * SECTOR] {
+        for wrong in [4 * SECTOR, 2 * SECTOR + 511, 16 * SECTOR] {
             let mut bytes = bytes.clone();
             bytes[wrong] ^= 1;
             fs::write(&after, &bytes).unwrap();
