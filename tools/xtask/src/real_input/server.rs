@@ -201,6 +201,7 @@ mod tests {
         let server = server?;
         assert!(server.peak_memory()? < 100);
         let done = server.stop();
+        let _ = fs::remove_file(socket(&folder));
         fs::remove_dir_all(folder)?;
         done
     }
