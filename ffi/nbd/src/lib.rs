@@ -1,1 +1,38 @@
-//! (in work)
+//! An NBD server on a unix socket: fixed newstyle negotiation, structured replies, block status.
+//!
+//! Serves one image that a reactor owns. Nothing here runs on the reactor: each connection has a
+//! service thread of its own, which may block in system calls, and does its I/O through a
+//! [`reactor::Portal`]. The bytes of a request go from the socket into DMA memory and from there
+//! to the device (or back) without another copy where they are large.
+//!
+//! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
+//! - [`Extents`] answers block-status queries; [`AllData`] is the answer of who does not know.
+//! - [`Counters`] is what was done, of one connection or of all.
+//!
+//! Protocol: the NBD project's `doc/proto.md`. Not spoken: TLS, oldstyle, extended headers.
+//!
+//! A connection that breaks a rule of the protocol is cut; it never costs another connection more
+//! than the processor time of its thread. Memory of a connection is bounded by [`Server`]'s seats,
+//! which keep their DMA memory for the next connection: a reactor's devices know it already.
+
+mod buffers;
+mod claims;
+mod conn;
+mod export;
+mod handshake;
+mod input;
+mod listen;
+mod output;
+mod pieces;
+mod proto;
+mod rmw;
+mod seats;
+mod server;
+mod sockio;
+mod stats;
+mod work;
+
+pub use export::{AllData, Attach, Export, Extent, Extents};
+pub use listen::Error;
+pub use server::{ConnectionInfo, Server};
+pub use stats::Counters;

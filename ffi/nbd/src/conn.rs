@@ -1,0 +1,285 @@
+//! [`Conn`]: one client in transmission, from its first request until the last buffer is back.
+//!
+//! One loop on the connection's own thread: take replies from the reactor, take requests from the
+//! socket, make pieces as buffers come, send replies; spin briefly, then sleep on the socket, the
+//! portal and the connection's signal. A buffer is given back only when the reactor has answered
+//! for it, however the client leaves.
+
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use reactor::Portal;
+
+use crate::buffers::{Buffers, Class, LARGE, SMALL};
+use crate::input::Input;
+use crate::output::Output;
+use crate::pieces::{PIECES, Piece, REQUESTS, Req, Slots};
+use crate::proto::Rules;
+use crate::rmw::{EDGES, Rmw};
+use crate::seats::Guest;
+use crate::server::Shared;
+
+/// Requests that a connection's portal takes at a time: never fewer than there can be.
+pub(crate) const DEPTH: u16 = PIECES as u16 + EDGES;
+
+/// Looks for a reply of the reactor before the thread sleeps: longer than a fast device takes and
+/// far shorter than a time slice.
+const SPINS: u32 = 200;
+
+/// How long a client that said good-bye may take to read its last replies, in nanoseconds.
+const LINGER_NS: u64 = 10_000_000_000;
+
+/// Queues of requests that need more pieces: by what the pieces need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Need {
+    Small = Class::Small as isize,
+    Large = Class::Large as isize,
+    /// No buffer.
+    Plain,
+}
+
+/// One client in transmission.
+pub(crate) struct Conn<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) seat: usize,
+    pub(crate) guest: Guest,
+    pub(crate) socket: UnixStream,
+    pub(crate) portal: Portal,
+    pub(crate) memory: Buffers,
+    pub(crate) rules: Rules,
+    /// Longest piece per class of buffer, in bytes, whole blocks.
+    pub(crate) longest: [u32; 2],
+    pub(crate) reqs: Slots<Req>,
+    pub(crate) pieces: Slots<Piece>,
+    pub(crate) waiting: [VecDeque<u16>; 3],
+    /// Pieces that found no room in the portal, or their range claimed by another.
+    pub(crate) parked: VecDeque<u16>,
+    /// Writes of parts of blocks, which are done one at a time.
+    pub(crate) rmw_queue: VecDeque<u16>,
+    pub(crate) rmw: Option<Rmw>,
+    /// The first of `rmw_queue` waits for somebody else's claim.
+    pub(crate) rmw_refused: bool,
+    pub(crate) input: Input,
+    pub(crate) output: Output,
+    /// Something was done in this turn.
+    pub(crate) busy: bool,
+    /// The socket may have bytes for us.
+    pub(crate) readable: bool,
+    /// The input waits for a request, piece or buffer to become free.
+    pub(crate) blocked: bool,
+    /// Nobody reads replies any more: they are dropped.
+    pub(crate) mute: bool,
+    /// The server shuts down: what is there is finished, nothing new begun.
+    pub(crate) stopping: bool,
+    /// When the client is cut off, in the clock's nanoseconds.
+    pub(crate) deadline: Option<u64>,
+}
+
+impl<'a> Conn<'a> {
+    /// A connection that has just entered transmission.
+    pub(crate) fn new(
+        shared: &'a Shared,
+        (seat, guest): (usize, Guest),
+        socket: UnixStream,
+        (memory, portal): (Buffers, Portal),
+        rules: Rules,
+    ) -> Conn<'a> {
+        let whole = shared.export.info.max_transfer & !(rules.block - 1);
+        Conn {
+            shared,
+            seat,
+            guest,
+            socket,
+            portal,
+            memory,
+            rules,
+            longest: [SMALL.min(whole), LARGE.min(whole)],
+            reqs: Slots::new(REQUESTS),
+            pieces: Slots::new(PIECES),
+            waiting: std::array::from_fn(|_| VecDeque::with_capacity(REQUESTS)),
+            parked: VecDeque::with_capacity(PIECES),
+            rmw_queue: VecDeque::with_capacity(PIECES),
+            rmw: None,
+            rmw_refused: false,
+            input: Input::new(),
+            output: Output::default(),
+            busy: false,
+            readable: true,
+            blocked: false,
+            mute: false,
+            stopping: false,
+            deadline: None,
+        }
+    }
+
+    /// Serves the client until it has gone and all its requests have ended; gives the memory back.
+    pub(crate) fn run(mut self) -> Buffers {
+        loop {
+            self.busy = false;
+            self.reap();
+            self.receive();
+            self.issue();
+            self.step_rmw();
+            self.send();
+            self.look_at_the_time();
+            if self.input.ended() && self.reqs.all_free() {
+                break;
+            }
+            if !self.busy {
+                self.idle();
+            }
+        }
+        debug_assert!(self.portal.in_flight() == 0 && self.pieces.all_free());
+        self.memory
+    }
+
+    /// Takes what the reactor has answered, and tries again what it or others left no room for.
+    fn reap(&mut self) {
+        let mut again = self.guest.signal.take_retry();
+        while let Some(reply) = self.portal.receive() {
+            again = true;
+            match u16::try_from(reply.id) {
+                Ok(p) if usize::from(p) < PIECES => self.end_piece(p, reply.status),
+                _ => self.end_edge(reply.status),
+            }
+        }
+        if again {
+            self.busy = true;
+            self.rmw_refused = false;
+            for _ in 0..self.parked.len() {
+                if let Some(p) = self.parked.pop_front() {
+                    self.submit(p);
+                }
+            }
+        }
+    }
+
+    /// Sends what is ready.
+    fn send(&mut self) {
+        while !self.output.is_empty() {
+            match self.output.send(self.socket.as_fd(), &self.memory) {
+                Ok((offered, went)) => {
+                    self.guest.cells.sends.add(1);
+                    self.busy = true;
+                    // Who gets replies soon has more requests.
+                    self.readable = true;
+                    while let Some(part) = self.output.pop_sent() {
+                        self.end_part(part);
+                    }
+                    if went < offered {
+                        return;
+                    }
+                }
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                Err(_) => {
+                    // The client reads no more, but what it asked for before is still done.
+                    self.busy = true;
+                    self.go_mute();
+                }
+            }
+        }
+    }
+
+    /// Drops replies from now on.
+    pub(crate) fn go_mute(&mut self) {
+        self.mute = true;
+        while let Some(part) = self.output.discard() {
+            self.end_part(part);
+        }
+    }
+
+    /// Cuts the client off; what is in flight ends quietly.
+    pub(crate) fn cut(&mut self) {
+        self.busy = true;
+        // Fails if the client has gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.end_input();
+        self.go_mute();
+    }
+
+    /// Cuts the client off and says why.
+    pub(crate) fn cut_off(&mut self, what: &str) {
+        if !self.mute {
+            log::warn!("NBD client {} is cut off: {what}", self.guest.number);
+        }
+        self.cut();
+    }
+
+    /// The client will send nothing more; it may take a while to read.
+    pub(crate) fn say_goodbye(&mut self) {
+        self.end_input();
+        self.deadline.get_or_insert(self.shared.clock.now() + LINGER_NS);
+    }
+
+    fn look_at_the_time(&mut self) {
+        if !self.stopping && self.shared.stop.load(Ordering::Acquire) {
+            self.stopping = true;
+            self.busy = true;
+            let until = self.shared.drain_until.load(Ordering::Acquire);
+            self.deadline = Some(self.deadline.map_or(until, |d| d.min(until)));
+        }
+        if let Some(deadline) = self.deadline
+            && !(self.mute && self.input.ended())
+            && self.shared.clock.now() >= deadline
+        {
+            self.cut();
+        }
+    }
+
+    /// Waits for something to do.
+    fn idle(&mut self) {
+        if self.portal.in_flight() > 0 {
+            for _ in 0..SPINS {
+                if self.portal.has_reply() {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        self.portal.arm();
+        self.guest.signal.wake.about_to_sleep();
+        let stop = !self.stopping && self.shared.stop.load(Ordering::Acquire);
+        if !stop && !self.portal.has_reply() && !self.guest.signal.has_retry() {
+            self.guest.cells.sleeps.add(1);
+            self.sleep();
+        }
+        self.guest.signal.wake.awake();
+        self.portal.disarm();
+    }
+
+    fn sleep(&mut self) {
+        let mut wanted = PollFlags::empty();
+        if !self.input.ended() && !self.blocked {
+            wanted |= PollFlags::POLLIN;
+        }
+        if !self.output.is_empty() {
+            wanted |= PollFlags::POLLOUT;
+        }
+        let timeout = match self.deadline {
+            Some(deadline) if !(self.mute && self.input.ended()) => {
+                let left = deadline.saturating_sub(self.shared.clock.now()).div_ceil(1_000_000);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+            _ if self.portal.in_flight() > 0 => PollTimeout::from(1000u16),
+            _ => PollTimeout::NONE,
+        };
+        let mut fds = [
+            PollFd::new(self.portal.fd(), PollFlags::POLLIN),
+            PollFd::new(self.guest.signal.wake.fd(), PollFlags::POLLIN),
+            PollFd::new(self.socket.as_fd(), wanted),
+        ];
+        // A socket that nothing is wanted of would still report that the client has gone, again
+        // and again; that can wait.
+        let count = if wanted.is_empty() { 2 } else { 3 };
+        let _ = poll(&mut fds[..count], timeout);
+        if fds[2].any() == Some(true) {
+            self.readable = true;
+        }
+    }
+}
