@@ -62,14 +62,15 @@ impl ImageMeta {
     pub fn open(storage: &mut dyn Storage, name: &str, mode: Mode) -> Result<ImageMeta> {
         let header = read_header(storage, name)?;
         refuse_unsupported(&header, name)?;
+        let meta = tables::load(storage, name, mode, header)?;
         if mode == Mode::Write {
-            refuse_writing(&header, name, storage.read_only())?;
-            if header.is_dirty() {
+            refuse_writing(&meta.header, name, storage.read_only())?;
+            if meta.header.is_dirty() {
                 repair_dirty(storage, name)?;
                 return Self::open(storage, name, mode);
             }
         }
-        tables::load(storage, name, mode, header)
+        Ok(meta)
     }
 
     /// First host offset that cannot hold anything: the file's end, rounded up to a cluster.

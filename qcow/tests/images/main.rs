@@ -1,4 +1,7 @@
 //! Tests of whole images, with qemu-img and qemu-io as the judges.
 
+mod check;
 mod create;
+mod open;
+mod read;
 mod support;
