@@ -8,7 +8,8 @@ use nvme_spec::{Cqe, Sqe, Status, StatusCode, error_event};
 use crate::controller::{Answer, Controller, State, deny};
 use crate::fault::{Delay, Effects};
 use crate::memory::{DmaFault, HostMemory};
-use crate::queues::Look;
+use crate::queues::{Look, Watch};
+use crate::registers::Doorbell;
 
 /// Commands taken from one submission queue per step, so that queues take turns.
 const BURST: u32 = 16;
@@ -45,20 +46,15 @@ pub(crate) struct Extra {
 }
 
 impl<M: HostMemory> Controller<M> {
+    /// Takes commands of the submission queue that is watched at `at`. Whether there were any.
     #[inline]
-    pub(crate) fn run_queue(&mut self, sqid: u16) -> bool {
-        let Some(sq) = self.queues.sqs.get_mut(usize::from(sqid)).and_then(Option::as_mut) else {
-            return false;
-        };
-        let cqid = sq.cqid;
-        let Some(cq) = self.queues.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) else {
-            return false;
-        };
-        let tail = sq.look(&self.regs, sqid);
-        let head = cq.look(&self.regs, cqid);
-        if tail == Look::Same && head == Look::Same && sq.head == sq.tail {
-            return false;
-        }
+    pub(crate) fn run_queue(&mut self, at: usize) -> bool {
+        let Some(watch) = self.queues.watch.get_mut(at) else { return false };
+        watch.tail = self.regs.doorbell(watch.sqid, Doorbell::SqTail);
+        watch.head = self.regs.doorbell(watch.cqid, Doorbell::CqHead);
+        let Watch { sqid, cqid, tail, head } = *watch;
+        let tail = self.queues.sq(sqid).map_or(Look::Same, |sq| sq.look(tail));
+        let head = self.queues.cq(cqid).map_or(Look::Same, |cq| cq.look(head));
         match tail {
             Look::Same => {}
             Look::Moved => self.stats.sq_doorbells.add(1),
@@ -73,6 +69,8 @@ impl<M: HostMemory> Controller<M> {
         while taken < BURST && self.state == State::Ready && self.take(sqid) {
             taken += 1;
         }
+        // Commands may be left, for want of turns or of room.
+        self.unsettled |= self.queues.sq(sqid).is_some_and(|sq| sq.head != sq.tail);
         taken > 0
     }
 
@@ -322,7 +320,9 @@ impl<M: HostMemory> Controller<M> {
         let count = self.regs.stray_doorbells();
         self.stats.bad_doorbells.add(u64::from(count.wrapping_sub(self.stray_seen)));
         self.stray_seen = count;
-        self.report_doorbell(error_event::INVALID_DOORBELL);
+        if self.state == State::Ready {
+            self.report_doorbell(error_event::INVALID_DOORBELL);
+        }
     }
 
     #[cold]

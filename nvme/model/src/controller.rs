@@ -73,6 +73,8 @@ pub struct Controller<M> {
     pub(crate) spans: Vec<Span>,
     pub(crate) last_fault: Option<DmaFault>,
     pub(crate) state: State,
+    /// There may be work that no register tells of: the next step must look.
+    pub(crate) unsettled: bool,
     cc_cell: u64,
     pub(crate) stray_seen: u32,
     pub(crate) in_flight: Vec<InFlight>,
@@ -113,6 +115,7 @@ impl<M: HostMemory> Controller<M> {
             spans: Vec::new(),
             last_fault: None,
             state: State::Disabled,
+            unsettled: false,
             cc_cell: 0,
             stray_seen: 0,
             in_flight: Vec::new(),
@@ -156,31 +159,47 @@ impl<M: HostMemory> Controller<M> {
     #[inline]
     pub fn step(&mut self, now_ns: u64) -> bool {
         self.steps += 1;
+        if !self.unsettled
+            && self.regs.cc_cell() == self.cc_cell
+            && self.regs.stray_doorbells() == self.stray_seen
+            && self.queues.quiet(&self.regs)
+        {
+            return false;
+        }
+        self.work(now_ns)
+    }
+
+    #[inline(never)]
+    fn work(&mut self, now_ns: u64) -> bool {
         self.now_ns = now_ns;
         let mut busy = false;
         if self.regs.cc_cell() != self.cc_cell {
             self.control();
             busy = true;
         }
-        if self.state != State::Ready {
-            return busy;
-        }
+        self.unsettled = false;
         if self.regs.stray_doorbells() != self.stray_seen {
             self.note_stray_doorbells();
         }
+        if self.state != State::Ready {
+            return busy;
+        }
         let mut at = 0;
-        while let Some(&sqid) = self.queues.order.get(at) {
-            busy |= self.run_queue(sqid);
+        while at < self.queues.watch.len() {
+            busy |= self.run_queue(at);
             at += 1;
         }
         if !self.in_flight.is_empty() {
             busy |= self.run_in_flight();
+            self.unsettled = true;
         }
         if !self.extras.is_empty() {
             self.post_extras();
+            self.unsettled = true;
         }
         if self.events.due() {
             self.post_events();
+            self.unsettled |= self.events.due();
         }
         busy
     }

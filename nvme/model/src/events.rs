@@ -37,10 +37,14 @@ impl Events {
         }
     }
 
-    /// Whether there may be an event to post.
-    #[inline]
+    /// Whether there is an event to post.
     pub(crate) fn due(&self) -> bool {
-        !self.pending.is_empty() && !self.requests.is_empty()
+        !self.requests.is_empty() && self.pending.iter().any(|e| self.open(e))
+    }
+
+    /// Whether events of this type are reported now.
+    fn open(&self, event: &AsyncEvent) -> bool {
+        self.masked & (1 << event.kind()) == 0
     }
 
     pub(crate) fn request(&mut self, cid: u16) -> Result<(), Status> {
@@ -66,8 +70,7 @@ impl Events {
 
     /// The next event with the request that it completes.
     pub(crate) fn take(&mut self) -> Option<(u16, AsyncEvent)> {
-        let open = |e: &AsyncEvent| self.masked & (1 << e.kind()) == 0;
-        let at = self.pending.iter().position(open)?;
+        let at = self.pending.iter().position(|e| self.open(e))?;
         if self.requests.is_empty() {
             return None;
         }
@@ -100,14 +103,19 @@ impl Events {
 }
 
 impl<M: HostMemory> Controller<M> {
+    fn raise(&mut self, event: AsyncEvent) {
+        self.events.raise(event);
+        self.unsettled = true;
+    }
+
     pub(crate) fn report_doorbell(&mut self, info: u8) {
-        self.events.raise(AsyncEvent::new(AsyncEventType::Error, info, LogId::Error));
+        self.raise(AsyncEvent::new(AsyncEventType::Error, info, LogId::Error));
     }
 
     pub(crate) fn report_namespace(&mut self, nsid: u32) {
         self.events.namespace_changed(nsid);
         if self.features.async_events().namespace() == 1 {
-            self.events.raise(AsyncEvent::new(
+            self.raise(AsyncEvent::new(
                 AsyncEventType::Notice,
                 notice_event::NAMESPACE_ATTRIBUTE,
                 LogId::ChangedNamespaces,
@@ -130,7 +138,7 @@ impl<M: HostMemory> Controller<M> {
         } else {
             smart_event::RELIABILITY
         };
-        self.events.raise(AsyncEvent::new(AsyncEventType::Smart, info, LogId::Smart));
+        self.raise(AsyncEvent::new(AsyncEventType::Smart, info, LogId::Smart));
     }
 }
 

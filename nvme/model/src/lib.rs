@@ -62,7 +62,7 @@ pub use controller::Controller;
 pub use fault::{FaultError, Faults};
 pub use memory::{DmaFault, HostMemory, IOVA_PAGE, Iommu, MapError, RegionMemory, iommu};
 pub use namespace::NamespaceConfig;
-pub use registers::Registers;
+pub use registers::{DoorbellHandle, Registers};
 pub use stats::{Stats, StatsSnapshot};
 pub use store::Store;
 pub use thread::ThreadDriver;

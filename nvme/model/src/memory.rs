@@ -60,6 +60,9 @@ pub trait HostMemory {
 /// Pages are mapped whole: bus addresses and lengths are multiples of this.
 pub const IOVA_PAGE: u64 = 4096;
 
+/// Where [`Iommu::map`] begins; lower addresses, 0 above all, fault.
+const FIRST_IOVA: u64 = 1 << 32;
+
 /// Why a region cannot be mapped or unmapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum MapError {
@@ -77,6 +80,9 @@ pub enum MapError {
     /// Nothing is mapped at that address.
     #[error("nothing is mapped at bus address {0:#x}")]
     NotMapped(u64),
+    /// The region is not mapped.
+    #[error("the region is not mapped")]
+    Unknown,
     /// The controller is gone.
     #[error("the controller no longer exists")]
     Closed,
@@ -100,7 +106,16 @@ impl Mapping {
 pub struct Iommu {
     to_device: Sender<Arc<Mapping>>,
     changes: Arc<AtomicU64>,
-    live: Vec<Arc<Mapping>>,
+    live: Vec<Live>,
+    /// Where [`Iommu::map`] puts the next region.
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Live {
+    mapping: Arc<Mapping>,
+    /// How often the region was mapped.
+    count: usize,
 }
 
 /// The device's half: [`HostMemory`] over what is mapped.
@@ -126,10 +141,44 @@ pub fn iommu() -> (Iommu, RegionMemory) {
         live: Vec::new(),
         last: 0,
     };
-    (Iommu { to_device, changes, live: Vec::new() }, memory)
+    (Iommu { to_device, changes, live: Vec::new(), next: FIRST_IOVA }, memory)
 }
 
 impl Iommu {
+    /// Maps a region at a bus address chosen here, with unmapped pages before and behind it. A
+    /// region that is mapped already gets the same address again, and is counted.
+    ///
+    /// # Errors
+    /// If the controller is gone or the address space used up.
+    pub fn map(&mut self, region: &Arc<Region>) -> Result<u64, MapError> {
+        if let Some(live) = self.live.iter_mut().find(|l| l.mapping.region.id() == region.id()) {
+            live.count += 1;
+            return Ok(live.mapping.iova);
+        }
+        let iova = self.next;
+        let len = region.len() as u64;
+        // Huge pages are looked for at multiples of themselves.
+        let after = iova.checked_add(len).and_then(|end| end.checked_next_multiple_of(1 << 21));
+        let after = after.and_then(|end| end.checked_add(1 << 21));
+        self.next = after.ok_or(MapError::Range { iova, len: region.len() })?;
+        self.map_at(iova, region)?;
+        Ok(iova)
+    }
+
+    /// Undoes one [`Iommu::map`].
+    ///
+    /// # Errors
+    /// If the region is not mapped.
+    pub fn unmap(&mut self, region: &Region) -> Result<(), MapError> {
+        let found = self.live.iter().position(|l| l.mapping.region.id() == region.id());
+        let at = found.ok_or(MapError::Unknown)?;
+        self.live[at].count -= 1;
+        if self.live[at].count == 0 {
+            self.revoke(at);
+        }
+        Ok(())
+    }
+
     /// Maps a whole region at bus address `iova`.
     ///
     /// # Errors
@@ -140,27 +189,32 @@ impl Iommu {
         if !iova.is_multiple_of(IOVA_PAGE) || !(region.len() as u64).is_multiple_of(IOVA_PAGE) {
             return Err(range);
         }
-        if let Some(other) = self.live.iter().find(|m| m.iova < end && iova < m.end()) {
-            return Err(MapError::Overlap(other.iova.max(iova)));
+        let overlaps = |l: &&Live| l.mapping.iova < end && iova < l.mapping.end();
+        if let Some(other) = self.live.iter().find(overlaps) {
+            return Err(MapError::Overlap(other.mapping.iova.max(iova)));
         }
         let mapping =
             Arc::new(Mapping { iova, region: Arc::clone(region), revoked: AtomicBool::new(false) });
         self.to_device.send(Arc::clone(&mapping)).map_err(|_| MapError::Closed)?;
-        self.live.push(mapping);
+        self.live.push(Live { mapping, count: 1 });
         self.changes.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
-    /// Removes the mapping that begins at `iova`.
+    /// Removes the mapping that begins at `iova`, however often it was made.
     ///
     /// # Errors
     /// If there is none.
-    pub fn unmap(&mut self, iova: u64) -> Result<(), MapError> {
-        let at = self.live.iter().position(|m| m.iova == iova);
-        let mapping = self.live.swap_remove(at.ok_or(MapError::NotMapped(iova))?);
-        mapping.revoked.store(true, Ordering::Release);
-        self.changes.fetch_add(1, Ordering::Release);
+    pub fn unmap_at(&mut self, iova: u64) -> Result<(), MapError> {
+        let at = self.live.iter().position(|l| l.mapping.iova == iova);
+        self.revoke(at.ok_or(MapError::NotMapped(iova))?);
         Ok(())
+    }
+
+    fn revoke(&mut self, at: usize) {
+        let live = self.live.swap_remove(at);
+        live.mapping.revoked.store(true, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -262,7 +316,7 @@ mod tests {
         assert_eq!(tail, [3, 4]);
         assert_eq!(dev.write(0x2fff, &[1, 2]), Err(DmaFault { addr: 0x3000, write: true }));
         assert!(dev.read(u64::MAX, &mut [0; 2]).is_err());
-        host.unmap(0x1000).unwrap();
+        host.unmap_at(0x1000).unwrap();
         assert!(dev.read(0x1ffe, &mut [0; 4]).is_err());
         assert!(dev.read(0x2000, &mut [0; 4]).is_ok());
     }
@@ -276,9 +330,29 @@ mod tests {
         assert_eq!(host.map_at(0xf000, &a), Err(MapError::Overlap(0x10000)));
         assert!(matches!(host.map_at(0x800, &a), Err(MapError::Range { .. })));
         assert!(matches!(host.map_at(u64::MAX - 4095, &a), Err(MapError::Range { .. })));
-        assert_eq!(host.unmap(0x11000), Err(MapError::NotMapped(0x11000)));
+        assert_eq!(host.unmap_at(0x11000), Err(MapError::NotMapped(0x11000)));
         drop(dev);
         assert_eq!(host.map_at(0x20000, &a), Err(MapError::Closed));
+    }
+
+    #[test]
+    fn chosen_addresses_are_apart_and_counted() {
+        let (mut host, mut dev) = iommu();
+        let a = Region::new(4096, PageSize::Small).unwrap();
+        let b = Region::new(4096, PageSize::Small).unwrap();
+        let at = host.map(&a).unwrap();
+        assert_eq!(host.map(&a), Ok(at));
+        let next = host.map(&b).unwrap();
+        assert!(next > at + 4096);
+        assert!(dev.write(at + 4095, &[1, 2]).is_err());
+        assert!(dev.write(next, &[1, 2]).is_ok());
+        host.unmap(&a).unwrap();
+        assert!(dev.write(at, &[1]).is_ok());
+        host.unmap(&a).unwrap();
+        assert!(dev.write(at, &[1]).is_err());
+        assert_eq!(host.unmap(&a), Err(MapError::Unknown));
+        // The device lets go of the memory.
+        assert_eq!(Arc::strong_count(&a), 1);
     }
 
     #[test]

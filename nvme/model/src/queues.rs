@@ -46,14 +46,12 @@ impl Sq {
         Sq { base, size, head: 0, tail: 0, seen: 0, cqid }
     }
 
-    /// Looks at the tail doorbell.
+    /// Takes note of the tail doorbell's value.
     #[inline]
-    pub(crate) fn look(&mut self, regs: &Registers, qid: u16) -> Look {
-        let raw = regs.doorbell(qid, Doorbell::SqTail);
-        if raw == self.seen { Look::Same } else { self.moved(raw) }
-    }
-
-    fn moved(&mut self, raw: u32) -> Look {
+    pub(crate) fn look(&mut self, raw: u32) -> Look {
+        if raw == self.seen {
+            return Look::Same;
+        }
         self.seen = raw;
         if raw >= self.size {
             return Look::Bad;
@@ -84,14 +82,12 @@ impl Cq {
         Cq { base, size, head: 0, tail: 0, seen: 0, phase: true, reserved: 0, users: 0 }
     }
 
-    /// Looks at the head doorbell.
+    /// Takes note of the head doorbell's value.
     #[inline]
-    pub(crate) fn look(&mut self, regs: &Registers, qid: u16) -> Look {
-        let raw = regs.doorbell(qid, Doorbell::CqHead);
-        if raw == self.seen { Look::Same } else { self.moved(raw) }
-    }
-
-    fn moved(&mut self, raw: u32) -> Look {
+    pub(crate) fn look(&mut self, raw: u32) -> Look {
+        if raw == self.seen {
+            return Look::Same;
+        }
         self.seen = raw;
         if raw >= self.size {
             return Look::Bad;
@@ -134,13 +130,23 @@ fn distance(from: u32, to: u32, size: u32) -> u32 {
     if to >= from { to - from } else { to + size - from }
 }
 
+/// A submission queue with its completion queue, and the doorbell values last seen: all that a
+/// step without work looks at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Watch {
+    pub(crate) sqid: u16,
+    pub(crate) cqid: u16,
+    pub(crate) tail: u32,
+    pub(crate) head: u32,
+}
+
 /// All queues of a controller; index is the queue identifier, 0 the admin pair.
 #[derive(Debug, Default)]
 pub(crate) struct Queues {
     pub(crate) sqs: Vec<Option<Sq>>,
     pub(crate) cqs: Vec<Option<Cq>>,
-    /// Identifiers of the submission queues there are, in the order they are visited.
-    pub(crate) order: Vec<u16>,
+    /// The submission queues there are, in the order they are visited.
+    pub(crate) watch: Vec<Watch>,
 }
 
 impl Queues {
@@ -149,7 +155,7 @@ impl Queues {
         Queues {
             sqs: (0..none).map(|_| None).collect(),
             cqs: (0..none).map(|_| None).collect(),
-            order: Vec::with_capacity(none),
+            watch: Vec::with_capacity(none),
         }
     }
 
@@ -180,8 +186,9 @@ impl Queues {
         if let Some(cq) = self.cq(sq.cqid) {
             cq.users += 1;
         }
+        let head = self.cq(sq.cqid).map_or(0, |cq| cq.seen);
+        self.watch.push(Watch { sqid: qid, cqid: sq.cqid, tail: 0, head });
         self.sqs[usize::from(qid)] = Some(sq);
-        self.order.push(qid);
         regs.open_doorbell(qid, Doorbell::SqTail);
     }
 
@@ -191,7 +198,7 @@ impl Queues {
             cq.users -= 1;
         }
         self.sqs[usize::from(qid)] = None;
-        self.order.retain(|&q| q != qid);
+        self.watch.retain(|w| w.sqid != qid);
     }
 
     pub(crate) fn remove_cq(&mut self, regs: &Registers, qid: u16) {
@@ -203,7 +210,16 @@ impl Queues {
         regs.close_all_doorbells();
         self.sqs.fill_with(|| None);
         self.cqs.fill_with(|| None);
-        self.order.clear();
+        self.watch.clear();
+    }
+
+    /// Whether no doorbell has changed.
+    #[inline]
+    pub(crate) fn quiet(&self, regs: &Registers) -> bool {
+        self.watch.iter().all(|w| {
+            regs.doorbell(w.sqid, Doorbell::SqTail) == w.tail
+                && regs.doorbell(w.cqid, Doorbell::CqHead) == w.head
+        })
     }
 
     /// Whether any I/O queue exists.
@@ -219,15 +235,15 @@ mod tests {
     #[test]
     fn tails_that_cannot_be() {
         let mut sq = Sq::new(0, 4, 0);
-        assert_eq!(sq.moved(4), Look::Bad);
-        assert_eq!(sq.moved(u32::MAX), Look::Bad);
-        assert_eq!(sq.moved(3), Look::Moved);
+        assert_eq!(sq.look(4), Look::Bad);
+        assert_eq!(sq.look(u32::MAX), Look::Bad);
+        assert_eq!(sq.look(3), Look::Moved);
         // Full: any further movement would overwrite entries not fetched yet.
-        assert_eq!(sq.moved(0), Look::Bad);
+        assert_eq!(sq.look(0), Look::Bad);
         assert_eq!((sq.tail, sq.head), (3, 0));
         sq.advance();
-        assert_eq!(sq.moved(1), Look::Bad);
-        assert_eq!(sq.moved(0), Look::Moved);
+        assert_eq!(sq.look(1), Look::Bad);
+        assert_eq!(sq.look(0), Look::Moved);
         for _ in 0..3 {
             sq.advance();
         }
@@ -238,15 +254,15 @@ mod tests {
     fn heads_that_cannot_be() {
         let mut cq = Cq::new(0, 4);
         assert_eq!(cq.room(), 3);
-        assert_eq!(cq.moved(1), Look::Bad);
+        assert_eq!(cq.look(1), Look::Bad);
         cq.advance();
         cq.advance();
         cq.reserved = 1;
         assert_eq!(cq.room(), 0);
-        assert_eq!(cq.moved(3), Look::Bad);
-        assert_eq!(cq.moved(1), Look::Moved);
+        assert_eq!(cq.look(3), Look::Bad);
+        assert_eq!(cq.look(1), Look::Moved);
         assert_eq!(cq.room(), 1);
-        assert_eq!(cq.moved(0), Look::Bad);
+        assert_eq!(cq.look(0), Look::Bad);
         assert!(cq.phase);
         cq.advance();
         cq.advance();

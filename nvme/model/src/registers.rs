@@ -4,6 +4,7 @@
 //! [`Controller`](crate::Controller), which looks at it once a step. A doorbell write is one load
 //! and one release store on a cache line of that queue alone; there is no lock and no system call.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use nvme_spec::{Cap, Cc, Csts, Version, offset};
@@ -41,6 +42,23 @@ pub struct Registers {
     /// Writes to doorbells of queues that do not exist.
     stray_doorbells: AtomicU32,
     doorbells: Box<[DoorbellPair]>,
+}
+
+/// Writes one doorbell; see [`Registers::doorbell_handle`].
+#[derive(Clone, Debug)]
+pub struct DoorbellHandle {
+    registers: Arc<Registers>,
+    pair: usize,
+    which: usize,
+}
+
+impl DoorbellHandle {
+    /// Writes the doorbell, as [`Registers::write32`] does. What this thread wrote before is seen
+    /// by the controller when it sees the value.
+    #[inline]
+    pub fn ring(&self, value: u32) {
+        self.registers.ring(Some((self.pair, self.which)), value);
+    }
 }
 
 /// Which doorbell of a pair.
@@ -120,7 +138,7 @@ impl Registers {
     #[inline]
     pub fn write32(&self, register: u64, value: u32) {
         if register >= offset::DOORBELLS {
-            self.ring(register - offset::DOORBELLS, value);
+            self.ring(self.find(register - offset::DOORBELLS), value);
         } else {
             self.write_control(register, value);
         }
@@ -132,20 +150,33 @@ impl Registers {
         self.write32(register.wrapping_add(4), (value >> 32) as u32);
     }
 
+    /// A handle that writes one doorbell without looking it up again. `None` if `register` is not
+    /// the offset of a doorbell of a queue that could exist.
+    pub fn doorbell_handle(self: &Arc<Self>, register: u64) -> Option<DoorbellHandle> {
+        let (pair, which) = self.find(register.checked_sub(offset::DOORBELLS)?)?;
+        Some(DoorbellHandle { registers: Arc::clone(self), pair, which })
+    }
+
+    /// The doorbell at a distance from the first: its pair, and which of the two.
     #[inline]
-    fn ring(&self, from_first: u64, value: u32) {
+    fn find(&self, from_first: u64) -> Option<(usize, usize)> {
         let index = from_first >> self.stride_log2;
         let aligned = index << self.stride_log2 == from_first;
-        let which = (index & 1) as usize;
-        match self.doorbells.get(usize::try_from(index >> 1).unwrap_or(usize::MAX)) {
-            Some(pair) if aligned && pair.live.load(Ordering::Relaxed) & (1 << which) != 0 => {
+        let pair = usize::try_from(index >> 1).ok()?;
+        (aligned && pair < self.doorbells.len()).then_some((pair, (index & 1) as usize))
+    }
+
+    #[inline]
+    fn ring(&self, found: Option<(usize, usize)>, value: u32) {
+        if let Some((pair, which)) = found {
+            let pair = &self.doorbells[pair];
+            if pair.live.load(Ordering::Relaxed) & (1 << which) != 0 {
                 // Pairs with the acquire in `doorbell`: the entries written before are seen.
                 pair.cells[which].store(value, Ordering::Release);
-            }
-            _ => {
-                self.stray_doorbells.fetch_add(1, Ordering::Release);
+                return;
             }
         }
+        self.stray_doorbells.fetch_add(1, Ordering::Release);
     }
 
     #[cold]
@@ -332,6 +363,21 @@ mod tests {
             r.write32(nvme_spec::sq_tail_doorbell(1, dstrd as u8), 8);
             assert_eq!(r.doorbell(1, Doorbell::SqTail), 7);
         }
+    }
+
+    #[test]
+    fn handles_write_their_doorbell() {
+        let r = Arc::new(registers(2));
+        r.open_doorbell(2, Doorbell::CqHead);
+        let handle = r.doorbell_handle(nvme_spec::cq_head_doorbell(2, 2)).unwrap();
+        handle.ring(5);
+        assert_eq!(r.doorbell(2, Doorbell::CqHead), 5);
+        r.close_doorbell(2, Doorbell::CqHead);
+        handle.ring(6);
+        assert_eq!((r.doorbell(2, Doorbell::CqHead), r.stray_doorbells()), (5, 1));
+        assert!(r.doorbell_handle(nvme_spec::sq_tail_doorbell(3, 2)).is_none());
+        assert!(r.doorbell_handle(offset::DOORBELLS + 4).is_none());
+        assert!(r.doorbell_handle(offset::CC).is_none());
     }
 
     #[test]
