@@ -10,23 +10,33 @@
 //! - [`Layer`] is translation: an image that is lent the reactor's leaf queues at each call.
 //! - [`Storage`] is the control path's view of a device: blocking reads and writes of bytes.
 //! - [`MemQueue`] is a leaf in memory.
+//! - [`RmwQueue`] over a leaf presents 4 KiB blocks as 512-byte ones; [`Claims`] keeps such queues of
+//!   several reactors out of each other's way.
+//! - [`FaultQueue`] and [`DelayQueue`] over a leaf make it fail or tarry, for tests of what is above.
 
 #![forbid(unsafe_code)]
 
 mod blocking;
+mod claims;
 mod completions;
+mod delay;
+mod fault;
 mod frontend;
 mod info;
 mod layer;
 mod mem;
 mod raw;
 mod request;
+mod rmw;
 mod seglist;
 mod status;
 mod storage;
 
 pub use blocking::{Blocking, LeafAccess};
+pub use claims::Claims;
 pub use completions::{Completion, Completions};
+pub use delay::{Delay, DelayQueue};
+pub use fault::{Fault, FaultQueue, Rule};
 pub use frontend::Frontend;
 pub use info::DeviceInfo;
 pub use layer::{Layer, Port};
@@ -35,6 +45,7 @@ pub use raw::RawImage;
 pub use request::{
     BlockQueue, Flags, Full, HasWork, MAX_GUEST_SEGS, MAX_SEGS, Op, Request, Submit, Tag,
 };
+pub use rmw::RmwQueue;
 pub use seglist::SegList;
 pub use status::Status;
 pub use storage::{Storage, StorageError};
