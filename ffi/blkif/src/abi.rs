@@ -215,13 +215,6 @@ impl Head {
     pub fn indirect_page(self) -> u32 {
         (self.word >> 32) as u32
     }
-
-    /// Whether this is a read or write of one segment: what nearly all requests of a busy guest
-    /// are, found out with one comparison.
-    #[inline]
-    pub(crate) fn is_one_segment(self) -> bool {
-        self.first as u16 & !u16::from(WRITE) == 1 << 8
-    }
 }
 
 /// A segment as the guest wrote it: a grant, and the sectors of the page.
@@ -369,16 +362,6 @@ mod tests {
         let h = Head::indirect(WRITE, 513, 9, 8, 1234);
         assert_eq!((h.operation(), h.second(), h.indirect_segments()), (INDIRECT, WRITE, 513));
         assert_eq!(h.indirect_page(), 1234);
-    }
-
-    #[test]
-    fn one_segment_reads_and_writes_are_told_from_all_else() {
-        for operation in 0..=255u8 {
-            for second in 0..=255u8 {
-                let h = Head::direct(operation, second, 0, 0, 0);
-                assert_eq!(h.is_one_segment(), operation <= WRITE && second == 1);
-            }
-        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub struct Page(pub u32);
 
 impl Page {
     /// Numbers from here on have other meanings in the page table.
-    pub const LIMIT: u32 = u32::MAX - 15;
+    pub const LIMIT: u32 = 1 << 31;
 }
 
 /// The end of a mapping that was started.

@@ -47,7 +47,8 @@ pub trait RingMemory {
 #[derive(Clone, Debug)]
 pub struct RegionRing {
     region: Arc<Region>,
-    offset: usize,
+    /// First page within the region; as a number, so that words are seen to be aligned.
+    page: usize,
     bytes: usize,
 }
 
@@ -59,7 +60,7 @@ impl RegionRing {
         let inside = offset.checked_add(bytes)? <= region.len();
         (inside && order <= MAX_ORDER && offset.is_multiple_of(PAGE)).then_some(RegionRing {
             region,
-            offset,
+            page: offset / PAGE,
             bytes,
         })
     }
@@ -78,22 +79,22 @@ impl RingMemory for RegionRing {
 
     #[inline]
     fn load32(&self, offset: usize, order: Ordering) -> u32 {
-        self.region.load32(self.offset + offset, order)
+        self.region.load32(self.page * PAGE + offset, order)
     }
 
     #[inline]
     fn store32(&self, offset: usize, value: u32, order: Ordering) {
-        self.region.store32(self.offset + offset, value, order);
+        self.region.store32(self.page * PAGE + offset, value, order);
     }
 
     #[inline]
     fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
-        self.region.read_words(self.offset + offset)
+        self.region.read_words(self.page * PAGE + offset)
     }
 
     #[inline]
     fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]) {
-        self.region.write_words(self.offset + offset, words);
+        self.region.write_words(self.page * PAGE + offset, words);
     }
 }
 

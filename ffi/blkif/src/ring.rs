@@ -30,6 +30,7 @@ pub struct BackRing<M> {
     memory: M,
     abi: Abi,
     slots: u32,
+    mask: u32,
     req_cons: u32,
     rsp_prod: u32,
     /// `rsp_prod` as the frontend sees it.
@@ -52,6 +53,7 @@ impl<M: RingMemory> BackRing<M> {
             memory,
             abi,
             slots,
+            mask: slots - 1,
             req_cons: start,
             rsp_prod: start,
             published: start,
@@ -99,13 +101,13 @@ impl<M: RingMemory> BackRing<M> {
     /// if nothing is kept of this look.
     #[inline]
     pub fn head(&self) -> Head {
-        self.abi.load_head(&self.memory, self.req_cons & (self.slots - 1))
+        self.abi.load_head(&self.memory, self.req_cons & self.mask)
     }
 
     /// Copies the rest of the next request.
     #[inline]
     pub fn tail(&self) -> [u64; 10] {
-        self.abi.load_tail(&self.memory, self.req_cons & (self.slots - 1))
+        self.abi.load_tail(&self.memory, self.req_cons & self.mask)
     }
 
     /// Takes the next request: from now on its slot may be overwritten by an answer.
@@ -118,7 +120,7 @@ impl<M: RingMemory> BackRing<M> {
     #[inline]
     pub fn respond(&mut self, response: Response) {
         debug_assert!(self.unanswered() > 0);
-        self.abi.store_response(&self.memory, self.rsp_prod & (self.slots - 1), response);
+        self.abi.store_response(&self.memory, self.rsp_prod & self.mask, response);
         self.rsp_prod = self.rsp_prod.wrapping_add(1);
     }
 

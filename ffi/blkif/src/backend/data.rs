@@ -125,8 +125,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     fn copy_data(&mut self, index: u16, direction: Direction) -> bool {
         let slot = self.slots[usize::from(index)];
         let first = self.batch.ops.len();
-        let mut at = slot.at;
-        for i in 0..usize::from(slot.segments) {
+        let mut at = self.buffer_at(index) as u32;
+        for i in 0..slot.segments() {
             let s = self.segment(&slot, i);
             self.copy_range(index, s.gref(), (s.offset(), s.bytes()), at, direction);
             at += s.bytes();
@@ -163,11 +163,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let slot = *slot;
         let first = self.batch.ops.len();
         let pages = self.list_pages[usize::from(slot.large)];
-        let mut left = usize::from(slot.segments);
+        let mut left = slot.segments();
+        let base = self.buffer_at(index) as u32;
         for (i, &gref) in pages.iter().take(usize::from(slot.pages)).enumerate() {
             let here = left.min(SEGMENTS_PER_PAGE);
             left -= here;
-            let at = slot.at + (i * PAGE) as u32;
+            let at = base + (i * PAGE) as u32;
             self.copy_range(index, gref, (0, 8 * here as u32), at, Direction::FromGuest);
         }
         if !self.batched(index, first) && self.read_list(disk, index) {
@@ -183,12 +184,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// wrong.
     fn read_list<D: Submit>(&mut self, disk: &D, index: u16) -> bool {
         let slot = self.slots[usize::from(index)];
-        let list = self.list_at(slot.large);
-        for i in 0..usize::from(slot.segments) {
-            let [word] = self.bounce.read_words(slot.at as usize + 8 * i);
+        let (list, at) = (self.list_at(slot.large), self.buffer_at(index));
+        for i in 0..slot.segments() {
+            let [word] = self.bounce.read_words(at + 8 * i);
             self.lists[list + i] = Segment(word);
         }
-        let segments = &self.lists[list..list + usize::from(slot.segments)];
+        let segments = &self.lists[list..list + slot.segments()];
         let limits = self.limits(disk);
         let sector = slot.offset / u64::from(crate::abi::SECTOR);
         let len = super::request::data_len(segments, slot.operation != READ, sector, limits);
@@ -289,6 +290,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             &self.list_pages[usize::from(slot.large)]
         };
         pages[..usize::from(slot.pages)].iter().any(|&g| pending(g))
-            || (0..usize::from(slot.segments)).any(|i| pending(self.segment(slot, i).gref()))
+            || (0..slot.segments()).any(|i| pending(self.segment(slot, i).gref()))
     }
 }

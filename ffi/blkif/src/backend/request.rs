@@ -4,7 +4,7 @@
 use block::Submit;
 
 use super::{
-    Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, PAGE, Response, SECTOR, Segment, Slot, Stage,
+    Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, Response, SECTOR, Segment, Slot, Stage,
 };
 use crate::abi::{
     DIRECT_SEGMENTS, DISCARD, EOPNOTSUPP, ERROR, FLUSH_DISKCACHE, INDIRECT, INDIRECT_PAGES, OKAY,
@@ -35,9 +35,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn take_other<D: Submit>(
         &mut self,
         disk: &mut D,
-        head: Head,
-        limits: Limits,
+        first: u32,
+        id: u64,
+        (sector, word): (u64, u64),
+        limits: &Limits,
     ) -> bool {
+        let (head, limits) = (Head { first, id, sector, word }, *limits);
         match head.operation() {
             READ | WRITE => self.take_direct(disk, head, limits),
             INDIRECT => self.take_indirect(disk, head, limits),
@@ -89,32 +92,23 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let large = if segments.len() > 1 { self.large.pop()? } else { NO_BUFFER };
         self.ring.advance();
         let index = self.free_slot();
-        let at = if large == NO_BUFFER {
-            usize::from(index) * PAGE
-        } else {
+        if large != NO_BUFFER {
             let list = self.list_at(large);
             self.lists[list..list + segments.len()].copy_from_slice(segments);
-            self.large_at(large)
-        };
+        }
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
             id: head.id,
             offset: head.sector.wrapping_mul(u64::from(SECTOR)),
             word: segments.first().map_or(0, |s| s.0),
             len,
-            at: at as u32,
             generation: slot.generation,
-            segments: segments.len() as u16,
+            listed: segments.len() as u16,
             large,
             operation: head.operation(),
             ..Slot::FREE
         };
         Some(index)
-    }
-
-    /// Where a large buffer lies in the bounce region: behind one page for each slot.
-    fn large_at(&self, large: u16) -> usize {
-        self.slots.len() * PAGE + usize::from(large) * self.config.large_size()
     }
 
     fn take_direct<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
@@ -166,15 +160,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
         self.ring.advance();
         let index = self.free_slot();
-        let at = self.large_at(large) as u32;
         self.list_pages[usize::from(large)] = grefs;
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
             id: head.id,
             offset: head.sector * u64::from(SECTOR),
-            at,
             generation: slot.generation,
-            segments: count as u16,
+            listed: count as u16,
             large,
             operation,
             pages: pages as u8,

@@ -1,5 +1,7 @@
 //! [`Slot`]: a request of the guest that was taken and not yet answered.
 
+use block::Tag;
+
 /// No large buffer.
 pub(super) const NO_BUFFER: u16 = u16::MAX;
 
@@ -8,6 +10,8 @@ pub(super) const NO_BUFFER: u16 = u16::MAX;
 pub(super) enum Stage {
     /// No request here.
     Free,
+    /// At the disk: a read or write of one segment to which nothing unusual has happened.
+    Plain,
     /// At the disk: its read or write.
     AtData,
     /// At the disk: its flush, alone or before its write.
@@ -46,14 +50,14 @@ pub(super) struct Slot {
     pub(super) word: u64,
     /// Bytes of data; of a discard, of the part at the disk.
     pub(super) len: u32,
-    /// Where its buffer begins in the bounce region.
-    pub(super) at: u32,
     /// Counts what was sent to the disk from this slot.
     pub(super) generation: u32,
-    /// How many segments.
-    pub(super) segments: u16,
+    /// How many segments, if it has a large buffer.
+    pub(super) listed: u16,
     /// Its large buffer, if it has more than one segment or an indirect list.
     pub(super) large: u16,
+    /// The next free slot, while this one is free.
+    pub(super) next: u16,
     /// What its answer names.
     pub(super) operation: u8,
     pub(super) stage: Stage,
@@ -79,10 +83,10 @@ impl Slot {
         offset: 0,
         word: 0,
         len: 0,
-        at: 0,
         generation: 0,
-        segments: 0,
+        listed: 0,
         large: NO_BUFFER,
+        next: 0,
         operation: 0,
         stage: Stage::Free,
         mapping: false,
@@ -93,4 +97,21 @@ impl Slot {
         due: 0,
         mark: 0,
     };
+
+    /// How many segments of data it has. Not for discards.
+    pub(super) fn segments(&self) -> usize {
+        if self.large == NO_BUFFER { usize::from(self.len > 0) } else { usize::from(self.listed) }
+    }
+
+    /// The tag of what is sent to the disk next from this slot, which is number `index`.
+    #[inline]
+    pub(super) fn next_tag(&mut self, owner: u16, index: u16) -> Tag {
+        self.generation = self.generation.wrapping_add(1);
+        Tag::new(owner, index, self.generation)
+    }
+
+    pub(super) fn at_disk(&self) -> bool {
+        use Stage::{AtData, AtDiscard, AtFlush, Plain};
+        matches!(self.stage, Plain | AtData | AtFlush | AtDiscard)
+    }
 }

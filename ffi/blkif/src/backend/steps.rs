@@ -1,7 +1,7 @@
 //! What a request needs beyond one trip to the disk: flushes before data, barriers, discards in
 //! parts, waiting for space, and the rules for what a guest may be told.
 
-use block::{Completion, Flags, Op, Request, Status, Submit, Tag};
+use block::{Completion, Flags, Op, Request, Status, Submit};
 
 use super::{Backend, GATE_BARRIER, GATE_NO_SPACE, GATE_STOPPING, NO_BUFFER, Stage};
 use crate::abi::{ERROR, OKAY, READ, WRITE_BARRIER};
@@ -117,13 +117,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     fn send<D: Submit>(&mut self, disk: &mut D, index: u16, op: Op, offset: u64, len: u64) -> bool {
-        let slot = &mut self.slots[usize::from(index)];
-        slot.generation = slot.generation.wrapping_add(1);
-        let tag = Tag::new(self.owner, index, slot.generation);
+        let tag = self.slots[usize::from(index)].next_tag(self.owner, index);
         let request = Request { tag, op, flags: Flags::NONE, unit: 0, offset, len, segs: &[] };
-        let sent = disk.submit(&request).is_ok();
-        self.at_disk += u32::from(sent);
-        sent
+        disk.submit(&request).is_ok()
     }
 
     pub(super) fn put_flush<D: Submit>(&mut self, disk: &mut D, index: u16) {
@@ -153,11 +149,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn complete_slow(&mut self, done: Completion) {
         let index = done.tag.slot();
         let slot = &mut self.slots[usize::from(index)];
-        let at_disk = matches!(slot.stage, Stage::AtData | Stage::AtFlush | Stage::AtDiscard);
-        if !at_disk || slot.generation != done.tag.generation() {
+        if slot.stage == Stage::Plain {
+            slot.stage = Stage::AtData;
+        }
+        if !slot.at_disk() || slot.generation != done.tag.generation() {
             return self.stats.strays.add(1);
         }
-        self.at_disk -= 1;
         match (slot.stage, done.status) {
             (Stage::AtData, Status::NoSpace) if slot.operation != READ => {
                 self.wait_for_space(index, Stage::PutData);
@@ -175,7 +172,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 slot.tries = 0;
                 slot.due = 0;
                 self.got_space(index);
-                if self.slots[usize::from(index)].segments > 0 {
+                if self.slots[usize::from(index)].segments() > 0 {
                     self.again(index, Stage::Gather);
                 } else {
                     self.answer(index, OKAY);
@@ -265,7 +262,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.failed = true;
             self.stats.failed.set(1);
         }
-        if self.slots[usize::from(index)].segments > 0 {
+        if self.slots[usize::from(index)].segments() > 0 {
             self.answer(index, ERROR);
         } else {
             self.hold_for_ever(index);

@@ -1,6 +1,8 @@
 //! What the tests of a backend share: a disk that can misbehave, grants that can, a frontend and
 //! a backend turned by hand on one thread, and a raw ring for what no frontend would send.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -158,77 +160,80 @@ impl BlockQueue for Disk {
     }
 }
 
-/// Grants that can fail, and that map late.
-pub(crate) struct TestGrants {
-    inner: LocalGrants,
-    /// Changes the status of a copy that would succeed.
-    pub(crate) fault: Option<Box<dyn FnMut(&CopyOp) -> i16 + Send>>,
+/// Says how a copy ends that would be carried out: `GNTST_OKAY` to do so.
+pub(crate) type CopyFault = Box<dyn FnMut(&CopyOp) -> i16>;
+
+/// How grants misbehave; a test changes it while the backend owns the grants.
+#[derive(Default)]
+pub(crate) struct Knobs {
+    pub(crate) fault: Option<CopyFault>,
     pub(crate) call_fails: bool,
+    /// Mappings do not end while this is set.
     pub(crate) maps_late: bool,
     pub(crate) refuse_maps: bool,
     late: Vec<u32>,
+    /// Pages given up, and calls of `settle` after the last of them.
+    pub(crate) unmapped: usize,
+    pub(crate) settled: bool,
+}
+
+/// Grants that can fail, and that map late.
+pub(crate) struct TestGrants {
+    inner: LocalGrants,
+    pub(crate) knobs: Rc<RefCell<Knobs>>,
 }
 
 impl TestGrants {
     pub(crate) fn new(inner: LocalGrants) -> TestGrants {
-        TestGrants {
-            inner,
-            fault: None,
-            call_fails: false,
-            maps_late: false,
-            refuse_maps: false,
-            late: Vec::with_capacity(64),
-        }
+        TestGrants { inner, knobs: Rc::default() }
     }
 }
 
 impl Grants for TestGrants {
     fn copy(&mut self, local: &Region, ops: &mut [CopyOp]) -> Result<(), GrantError> {
-        if self.call_fails {
+        let mut knobs = self.knobs.borrow_mut();
+        if knobs.call_fails {
             return Err(GrantError(14));
         }
-        if let Some(fault) = &mut self.fault {
-            for op in ops {
-                let status = fault(op);
-                if status == GNTST_OKAY {
-                    self.inner.copy(local, std::slice::from_mut(op))?;
-                } else {
-                    op.status = status;
-                }
+        let Some(fault) = &mut knobs.fault else { return self.inner.copy(local, ops) };
+        for op in ops {
+            op.status = fault(op);
+            if op.status == GNTST_OKAY {
+                self.inner.copy(local, std::slice::from_mut(op))?;
             }
-            return Ok(());
         }
-        self.inner.copy(local, ops)
+        Ok(())
     }
 
     fn start_map(&mut self, gref: u32) -> bool {
-        if self.refuse_maps {
-            return false;
-        }
-        if self.maps_late {
-            self.late.push(gref);
+        let mut knobs = self.knobs.borrow_mut();
+        if knobs.maps_late {
+            knobs.late.push(gref);
             return true;
         }
-        self.inner.start_map(gref)
+        !knobs.refuse_maps && self.inner.start_map(gref)
     }
 
     fn next_mapped(&mut self) -> Option<Mapped> {
-        if self.maps_late {
+        let mut knobs = self.knobs.borrow_mut();
+        if knobs.maps_late {
             return None;
         }
-        while let Some(gref) = self.late.pop() {
-            if !self.inner.start_map(gref) {
-                return Some(Mapped { gref, page: None });
-            }
+        if let Some(gref) = knobs.late.pop() {
+            assert!(self.inner.start_map(gref));
         }
         self.inner.next_mapped()
     }
 
     fn unmap(&mut self, page: Page) {
+        let mut knobs = self.knobs.borrow_mut();
+        knobs.unmapped += 1;
+        knobs.settled = false;
         self.inner.unmap(page);
     }
 
     fn settle(&mut self) {
+        self.knobs.borrow_mut().settled = true;
         self.inner.settle();
     }
 
@@ -266,6 +271,7 @@ pub(crate) struct Pair {
     pub(crate) frontend: Frontend<Signal>,
     pub(crate) backend: TestBackend,
     pub(crate) disk: Disk,
+    pub(crate) knobs: Rc<RefCell<Knobs>>,
     /// Events to the frontend.
     pub(crate) events: Signal,
     pub(crate) now: u64,
@@ -292,12 +298,13 @@ impl Pair {
         change(&mut config);
         let events = Signal::default();
         let grants = TestGrants::new(frontend.grants());
+        let knobs = grants.knobs.clone();
         let backend = Backend::new(config, frontend.ring(), grants, events.clone()).unwrap();
         let mut disk = Disk::new(DISK);
         for region in backend.regions() {
             disk.register(&region).unwrap();
         }
-        Pair { frontend, backend, disk, events, now: 1, out: Completions::new() }
+        Pair { frontend, backend, disk, knobs, events, now: 1, out: Completions::new() }
     }
 
     pub(crate) fn turn(&mut self) -> bool {
@@ -377,6 +384,7 @@ pub(crate) struct Raw {
     pub(crate) table: Arc<GrantTable>,
     pub(crate) backend: TestBackend,
     pub(crate) disk: Disk,
+    pub(crate) knobs: Rc<RefCell<Knobs>>,
     pub(crate) events: Signal,
     pub(crate) abi: Abi,
     pub(crate) slots: u32,
@@ -405,6 +413,7 @@ impl Raw {
             table.grant(GREF + p, ring_pages as u32 + p, false);
         }
         let grants = TestGrants::new(LocalGrants::new(table.clone(), region.clone()));
+        let knobs = grants.knobs.clone();
         let events = Signal::default();
         let slots = abi.slots(config.order);
         let backend = Backend::new(config, memory.clone(), grants, events.clone()).unwrap();
@@ -419,6 +428,7 @@ impl Raw {
             table,
             backend,
             disk,
+            knobs,
             events,
             abi,
             slots,

@@ -2,3 +2,6 @@
 
 mod common;
 mod data;
+mod durable;
+mod grants;
+mod rules;
