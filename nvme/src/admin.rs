@@ -11,7 +11,7 @@ use zerocopy::FromBytes;
 
 use crate::Error;
 use crate::bar::Doorbell;
-use crate::memory::{DmaMapper, Mapping};
+use crate::memory::{DeviceMemory, Mapping};
 use crate::ring::{CompletionRing, SubmissionRing};
 
 /// Entries of each ring: within one page whatever the page size.
@@ -74,17 +74,16 @@ pub(crate) struct AdminQueue<D> {
 
 impl<D: Doorbell> AdminQueue<D> {
     pub(crate) fn new(
-        mapper: &Arc<dyn DmaMapper>,
-        page_shift: u32,
+        memory: &Arc<DeviceMemory>,
         sq_doorbell: D,
         cq_doorbell: D,
     ) -> Result<AdminQueue<D>, Error> {
         const { assert!(ENTRIES as usize * SQE_SIZE <= 4096) };
         const { assert!(ENTRIES as usize * CQE_SIZE <= 4096) };
         let failed = |why: String| Error::Memory { what: "the admin queue", why };
-        let page = 1usize << page_shift;
+        let page = 1usize << memory.page_shift();
         let region = Region::new_best(3 * page).map_err(|e| failed(e.to_string()))?;
-        let memory = Arc::new(Mapping::new(mapper, &region, page_shift).map_err(failed)?);
+        let memory = memory.map(&region).map_err(failed)?;
         let slot = |i: usize| Slot { cid: i as u16, sent: None };
         Ok(AdminQueue {
             memory,
@@ -187,8 +186,8 @@ impl<D: Doorbell> AdminQueue<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::IovaMap;
     use crate::memory::tests::FakeMapper;
+    use crate::memory::{DeviceMemory, IovaMap};
     use nvme_spec::Cqe;
     use zerocopy::IntoBytes;
 
@@ -213,8 +212,9 @@ mod tests {
     }
 
     fn queue() -> (AdminQueue<Deaf>, Device) {
-        let mapper: Arc<dyn DmaMapper> = FakeMapper::new(|_| IovaMap::Contiguous(0x10_0000));
-        let q = AdminQueue::new(&mapper, 12, Deaf, Deaf).unwrap();
+        let mapper = FakeMapper::new(|_| IovaMap::Contiguous(0x10_0000));
+        let memory = DeviceMemory::new(mapper, 12);
+        let q = AdminQueue::new(&memory, Deaf, Deaf).unwrap();
         let region = q.memory.region().clone();
         (q, Device { region, at: 0, phase: true })
     }

@@ -5,7 +5,7 @@
 //! [`Doorbell`] handles of its own, so that reactors never meet at the `Bar`.
 
 /// A handle that writes one doorbell register. Used by one thread at a time.
-pub trait Doorbell: Send {
+pub trait Doorbell {
     /// Writes the register. Everything that this thread stored before is visible to the device
     /// before the write is: on x86 and an uncached mapping a plain volatile store does it.
     fn ring(&self, value: u32);
@@ -26,7 +26,7 @@ pub enum ResetError {
 ///
 /// Offsets are bytes from the start of BAR0. A device that is no longer there reads as all ones
 /// and swallows writes; no access may fault.
-pub trait Bar: Send {
+pub trait Bar {
     /// What writes one doorbell.
     type Doorbell: Doorbell;
 

@@ -5,8 +5,8 @@
 //! the order back as its acknowledgement. After it acknowledged [`Order::Wait`] it touches neither
 //! rings nor doorbells until [`Order::Run`], so in between the rings are the controller's.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::memory::Mapping;
 
@@ -51,7 +51,7 @@ pub(crate) struct Link {
     /// The queue pair is no more. Written by the queue pair, last.
     dropped: AtomicBool,
     /// Memory that commands may still have been using when the queue pair was dropped.
-    orphans: OnceLock<Vec<Mapping>>,
+    orphans: OnceLock<Vec<Arc<Mapping>>>,
 }
 
 impl Link {
@@ -109,7 +109,7 @@ impl Link {
     }
 
     /// Queue pair: the last thing it does. `orphans`: memory that the device may still use.
-    pub(crate) fn leave(&self, orphans: Vec<Mapping>) {
+    pub(crate) fn leave(&self, orphans: Vec<Arc<Mapping>>) {
         // Set once only: there is one queue pair, and it is dropped once.
         let _ = self.orphans.set(orphans);
         self.dropped.store(true, Ordering::Release);

@@ -4,10 +4,11 @@
 //! Mapping is control path. Looking up is hot: one table entry per segment, then arithmetic.
 
 use std::any::Any;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use dma::{Region, RegionId, Seg};
+use reactor::sync::Mutex;
 
 /// Size of the pages that [`IovaMap::Pages`] counts in, as a power of two.
 const PAGE_SHIFT: u32 = 12;
@@ -22,70 +23,122 @@ pub enum IovaMap {
     Pages(Box<[u64]>),
 }
 
-/// Makes regions reachable for one device. Shared by all of its queue pairs.
+/// Makes regions reachable for one device. Called by control paths only.
 pub trait DmaMapper: Send + Sync {
-    /// Makes the region reachable and says where. The memory stays where it is until [`unmap`].
-    /// A region that is mapped already gets the same answer again, and is counted.
+    /// Makes the region reachable and says where. The memory stays where it is until
+    /// [`DmaMapper::unmap`]. Not called again for a region that is mapped.
     ///
     /// # Errors
     /// Says why the device cannot reach it. An address that is not certain is an error: a guessed
     /// one lets the device write over somebody's memory.
-    ///
-    /// [`unmap`]: DmaMapper::unmap
     fn map(&self, region: &Arc<Region>) -> Result<IovaMap, String>;
 
-    /// Undoes one [`DmaMapper::map`]. After the last one the device need not reach it any more.
+    /// The device need not reach the region any more; its memory may go away after this.
     fn unmap(&self, region: &Region);
+
+    /// How many `Arc`s of a mapped region the mapper keeps. It need not keep any: the driver does
+    /// as long as the region is mapped. The driver lets a region go that nobody else holds.
+    fn keeps(&self) -> usize {
+        0
+    }
 }
+
+/// A region that is mapped, by region id: under which number, by whom, and where.
+struct Live {
+    number: u64,
+    mapping: Weak<Mapping>,
+    map: IovaMap,
+}
+
+/// All that one device can reach. Shared by the controller and its queue pairs, so that a region
+/// that several of them know is mapped once.
+pub(crate) struct DeviceMemory {
+    mapper: Arc<dyn DmaMapper>,
+    page_shift: u32,
+    live: Mutex<Vec<Option<Live>>>,
+}
+
+impl DeviceMemory {
+    /// For a controller with memory pages of `1 << page_shift` bytes.
+    pub(crate) fn new(mapper: Arc<dyn DmaMapper>, page_shift: u32) -> Arc<DeviceMemory> {
+        let live = (0..RegionId::MAX).map(|_| None).collect();
+        Arc::new(DeviceMemory { mapper, page_shift, live: Mutex::new(live) })
+    }
+
+    /// The controller's memory page, as a power of two.
+    pub(crate) fn page_shift(&self) -> u32 {
+        self.page_shift
+    }
+
+    /// Maps a region for as long as the result lives.
+    pub(crate) fn map(self: &Arc<Self>, region: &Arc<Region>) -> Result<Arc<Mapping>, String> {
+        let mut live = self.live.lock();
+        let slot = &mut live[region.id().index()];
+        if let Some(mapping) = slot.as_ref().and_then(|l| l.mapping.upgrade()) {
+            return Ok(mapping);
+        }
+        // An entry without a mapping: the last one is just being dropped on another thread. It
+        // still holds the region, so the id is the same region's; its map is taken over.
+        let map = match slot.take() {
+            Some(old) => old.map,
+            None => {
+                let map = self.mapper.map(region)?;
+                if let Err(why) = self.check(region, &map) {
+                    self.mapper.unmap(region);
+                    return Err(why);
+                }
+                map
+            }
+        };
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let mapping = Arc::new(Mapping {
+            region: region.clone(),
+            map: map.clone(),
+            number,
+            memory: self.clone(),
+        });
+        *slot = Some(Live { number, mapping: Arc::downgrade(&mapping), map });
+        Ok(mapping)
+    }
+
+    /// Whether a map makes sense.
+    fn check(&self, region: &Region, map: &IovaMap) -> Result<(), String> {
+        let page = 1u64 << self.page_shift;
+        let len = region.len() as u64;
+        match map {
+            IovaMap::Contiguous(base) if !base.is_multiple_of(page) => {
+                Err(format!("bus address {base:#x} is no multiple of the page size {page}"))
+            }
+            IovaMap::Contiguous(base) if base.checked_add(len).is_none() => {
+                Err(format!("{len} bytes at bus address {base:#x} pass the end of the bus"))
+            }
+            IovaMap::Pages(_) if self.page_shift != PAGE_SHIFT => Err(format!(
+                "the controller wants pages of {page} bytes in one piece, this memory has pieces \
+                 of {PAGE}"
+            )),
+            IovaMap::Pages(p) if p.len() as u64 != len >> PAGE_SHIFT => {
+                Err(format!("{} page addresses for {len} bytes", p.len()))
+            }
+            IovaMap::Pages(p) => match p.iter().find(|a| !a.is_multiple_of(PAGE)) {
+                Some(bad) => Err(format!("page address {bad:#x} is no page")),
+                None => Ok(()),
+            },
+            IovaMap::Contiguous(_) => Ok(()),
+        }
+    }
+}
+
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// A region that is mapped as long as this lives.
 pub(crate) struct Mapping {
     region: Arc<Region>,
     map: IovaMap,
-    mapper: Arc<dyn DmaMapper>,
+    number: u64,
+    memory: Arc<DeviceMemory>,
 }
 
 impl Mapping {
-    /// Maps a region for a controller with memory pages of `1 << page_shift` bytes.
-    pub(crate) fn new(
-        mapper: &Arc<dyn DmaMapper>,
-        region: &Arc<Region>,
-        page_shift: u32,
-    ) -> Result<Mapping, String> {
-        let map = mapper.map(region)?;
-        let mapping = Mapping { region: region.clone(), map, mapper: mapper.clone() };
-        let page = 1u64 << page_shift;
-        let len = region.len() as u64;
-        match &mapping.map {
-            IovaMap::Contiguous(base) if !base.is_multiple_of(page) => {
-                return Err(format!(
-                    "bus address {base:#x} is no multiple of the page size {page}"
-                ));
-            }
-            IovaMap::Contiguous(base) if base.checked_add(len).is_none() => {
-                return Err(format!(
-                    "{len} bytes at bus address {base:#x} pass the end of the bus"
-                ));
-            }
-            IovaMap::Pages(_) if page_shift != PAGE_SHIFT => {
-                return Err(format!(
-                    "the controller wants pages of {page} bytes in one piece, this memory has \
-                     pieces of {PAGE}"
-                ));
-            }
-            IovaMap::Pages(p) if p.len() as u64 != len >> PAGE_SHIFT => {
-                return Err(format!("{} page addresses for {len} bytes", p.len()));
-            }
-            IovaMap::Pages(p) => {
-                if let Some(bad) = p.iter().find(|a| !a.is_multiple_of(PAGE)) {
-                    return Err(format!("page address {bad:#x} is no page"));
-                }
-            }
-            IovaMap::Contiguous(_) => {}
-        }
-        Ok(mapping)
-    }
-
     /// The memory.
     pub(crate) fn region(&self) -> &Arc<Region> {
         &self.region
@@ -104,11 +157,23 @@ impl Mapping {
         let start = self.bus(offset);
         (0..len).step_by(PAGE as usize).all(|at| self.bus(offset + at) == start + at)
     }
+
+    /// Whether nobody but the driver and the mapper holds the region any more, so that no new
+    /// request can name it.
+    fn is_unused(&self) -> bool {
+        Arc::strong_count(&self.region) <= 1 + self.memory.mapper.keeps()
+    }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        self.mapper.unmap(&self.region);
+        let mut live = self.memory.live.lock();
+        let slot = &mut live[self.region.id().index()];
+        // Unless a new mapping has taken it over.
+        if slot.as_ref().is_some_and(|l| l.number == self.number) {
+            *slot = None;
+            self.memory.mapper.unmap(&self.region);
+        }
     }
 }
 
@@ -143,20 +208,18 @@ pub(crate) enum Place<'a> {
 /// else holds any more is let go, once every request that might name it has ended.
 pub(crate) struct AddressTable {
     entries: Box<[Entry]>,
-    mappings: Box<[Option<Mapping>]>,
+    mappings: Box<[Option<Arc<Mapping>>]>,
     retired: Vec<(RegionId, u64)>,
-    mapper: Arc<dyn DmaMapper>,
-    page_shift: u32,
+    memory: Arc<DeviceMemory>,
 }
 
 impl AddressTable {
-    pub(crate) fn new(mapper: Arc<dyn DmaMapper>, page_shift: u32) -> AddressTable {
+    pub(crate) fn new(memory: Arc<DeviceMemory>) -> AddressTable {
         AddressTable {
             entries: vec![Entry::default(); RegionId::MAX].into_boxed_slice(),
             mappings: (0..RegionId::MAX).map(|_| None).collect(),
             retired: Vec::new(),
-            mapper,
-            page_shift,
+            memory,
         }
     }
 
@@ -166,7 +229,7 @@ impl AddressTable {
         if self.mappings[at].is_some() {
             return Ok(());
         }
-        let mapping = Mapping::new(&self.mapper, region, self.page_shift)?;
+        let mapping = self.memory.map(region)?;
         let base = match &mapping.map {
             IovaMap::Contiguous(base) => *base,
             IovaMap::Pages(_) => Entry::PAGED,
@@ -212,7 +275,7 @@ impl AddressTable {
         for (entry, mapping) in self.entries.iter_mut().zip(&self.mappings) {
             if let Some(m) = mapping
                 && entry.len > 0
-                && Arc::strong_count(&m.region) == 1
+                && m.is_unused()
             {
                 *entry = Entry::default();
                 self.retired.push((m.region.id(), now));
@@ -221,7 +284,7 @@ impl AddressTable {
     }
 
     /// Takes all mappings out: for memory that must outlive the queue.
-    pub(crate) fn take_mappings(&mut self) -> Vec<Mapping> {
+    pub(crate) fn take_mappings(&mut self) -> Vec<Arc<Mapping>> {
         self.entries.fill(Entry::default());
         self.mappings.iter_mut().filter_map(Option::take).collect()
     }
@@ -305,7 +368,7 @@ pub(crate) mod tests {
                 move |r| if r.id() == id { IovaMap::Contiguous(0x7000) } else { pages(r) }
             }),
         );
-        let mut t = AddressTable::new(mapper.clone(), 12);
+        let mut t = AddressTable::new(DeviceMemory::new(mapper.clone(), 12));
         assert!(t.place(&a.seg(0, 512).unwrap()).is_none());
         t.register(&a).unwrap();
         t.register(&a).unwrap();
@@ -321,7 +384,7 @@ pub(crate) mod tests {
     #[test]
     fn a_region_that_nobody_holds_is_let_go_after_its_requests() {
         let mapper = FakeMapper::new(|_| IovaMap::Contiguous(0x1000));
-        let mut t = AddressTable::new(mapper.clone(), 12);
+        let mut t = AddressTable::new(DeviceMemory::new(mapper.clone(), 12));
         let a = Region::new(4096, PageSize::Small).unwrap();
         let seg = a.seg(0, 512).unwrap();
         t.register(&a).unwrap();
@@ -337,6 +400,43 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn queues_share_a_mapping_and_let_go_one_by_one() {
+        let mapper = FakeMapper::new(|_| IovaMap::Contiguous(0x1000));
+        let memory = DeviceMemory::new(mapper.clone(), 12);
+        let mut tables = [AddressTable::new(memory.clone()), AddressTable::new(memory)];
+        let a = Region::new(4096, PageSize::Small).unwrap();
+        for t in &mut tables {
+            t.register(&a).unwrap();
+        }
+        assert_eq!(mapper.mapped.load(Ordering::Relaxed), 1);
+        drop(a);
+        for (t, left) in tables.iter_mut().zip([1, 0]) {
+            t.prune(1, None);
+            t.prune(2, None);
+            assert_eq!(mapper.mapped.load(Ordering::Relaxed), left);
+        }
+    }
+
+    #[test]
+    fn a_mapping_that_is_dropped_while_another_begins_stays_mapped() {
+        let mapper = FakeMapper::new(|_| IovaMap::Contiguous(0x1000));
+        let memory = DeviceMemory::new(mapper.clone(), 12);
+        let region = Region::new(4096, PageSize::Small).unwrap();
+        std::thread::scope(|s| {
+            for _ in 0..3 {
+                s.spawn(|| {
+                    for _ in 0..2000 {
+                        let m = memory.map(&region).unwrap();
+                        assert_eq!(mapper.mapped.load(Ordering::Relaxed), 1);
+                        drop(m);
+                    }
+                });
+            }
+        });
+        assert_eq!(mapper.mapped.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn maps_that_make_no_sense_are_refused() {
         let region = Region::new(8192, PageSize::Small).unwrap();
         for (map, shift) in [
@@ -348,8 +448,8 @@ pub(crate) mod tests {
             (IovaMap::Pages(Box::new([0x1000, 0x2000])), 13),
         ] {
             let mapper = FakeMapper::new(move |_| map.clone());
-            let dynamic: Arc<dyn DmaMapper> = mapper.clone();
-            assert!(Mapping::new(&dynamic, &region, shift).is_err());
+            let memory = DeviceMemory::new(mapper.clone(), shift);
+            assert!(memory.map(&region).is_err());
             assert_eq!(mapper.mapped.load(Ordering::Relaxed), 0, "a refused map is undone");
         }
     }
@@ -357,9 +457,8 @@ pub(crate) mod tests {
     #[test]
     fn contiguity() {
         let region = Region::new(3 << 12, PageSize::Small).unwrap();
-        let mapper: Arc<dyn DmaMapper> =
-            FakeMapper::new(|_| IovaMap::Pages(Box::new([0x1000, 0x2000, 0x5000])));
-        let m = Mapping::new(&mapper, &region, 12).unwrap();
+        let mapper = FakeMapper::new(|_| IovaMap::Pages(Box::new([0x1000, 0x2000, 0x5000])));
+        let m = DeviceMemory::new(mapper, 12).map(&region).unwrap();
         assert!(m.contiguous(0, 8192));
         assert!(!m.contiguous(0, 8193));
         assert!(!m.contiguous(4096, 8192));

@@ -199,8 +199,8 @@ fn gather(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::IovaMap;
     use crate::memory::tests::FakeMapper;
+    use crate::memory::{DeviceMemory, IovaMap};
     use dma::PageSize;
     use std::sync::Arc;
     use std::sync::atomic::Ordering;
@@ -267,7 +267,7 @@ mod tests {
             let mapper = FakeMapper::new(move |r| {
                 known.iter().find(|k| k.0 == r.id()).map(|k| k.1.clone()).unwrap()
             });
-            let mut table = AddressTable::new(mapper, shift);
+            let mut table = AddressTable::new(DeviceMemory::new(mapper, shift));
             for (r, _) in &data {
                 table.register(r).unwrap();
             }

@@ -150,7 +150,7 @@ impl<B: Bar> Controller<B> {
         self.bar.write64(offset::ACQ, acq);
         let cc = Cc(0)
             .with_en(1)
-            .with_mps(self.page_shift - 12)
+            .with_mps(self.memory.page_shift() - 12)
             .with_iosqes(nvme_spec::SQE_SIZE.ilog2())
             .with_iocqes(nvme_spec::CQE_SIZE.ilog2());
         self.bar.write32(offset::CC, cc.0);

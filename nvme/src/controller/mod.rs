@@ -24,7 +24,7 @@ use crate::bar::Bar;
 use crate::clock::Clock;
 use crate::identify::{ControllerInfo, Namespace, Refused};
 use crate::link::{Link, Order};
-use crate::memory::{DmaMapper, keep_for_good};
+use crate::memory::{DeviceMemory, DmaMapper, keep_for_good};
 use crate::queue::{MAX_ENTRIES, Parts, QueueMemory, QueuePair};
 use crate::units::{Changing, Unit};
 use boot::{Boot, Origin};
@@ -126,10 +126,9 @@ struct Entry {
 /// its memory is kept until the process ends.
 pub struct Controller<B: Bar> {
     bar: B,
-    mapper: Arc<dyn DmaMapper>,
+    memory: Arc<DeviceMemory>,
     options: Options,
     cap: Cap,
-    page_shift: u32,
     admin: AdminQueue<B::Doorbell>,
     phase: Phase,
     /// From where bring-up began.
@@ -171,20 +170,19 @@ impl<B: Bar> Controller<B> {
             return unsupported("its queues may have one entry only (CAP.MQES 0)".to_owned());
         }
         // The smallest page that it takes: 4 KiB but for rare ones.
-        let page_shift = 12 + cap.mpsmin() as u32;
+        let memory = DeviceMemory::new(mapper, 12 + cap.mpsmin() as u32);
         let dstrd = cap.dstrd() as u8;
         let bells =
             [sq_tail_doorbell(0, dstrd), cq_head_doorbell(0, dstrd)].map(|o| bar.doorbell(o));
         let [Some(sq), Some(cq)] = bells else {
             return unsupported(format!("its doorbells cannot be reached (CAP.DSTRD {dstrd})"));
         };
-        let admin = AdminQueue::new(&mapper, page_shift, sq, cq)?;
+        let admin = AdminQueue::new(&memory, sq, cq)?;
         Ok(Controller {
             bar,
-            mapper,
+            memory,
             options,
             cap,
-            page_shift,
             admin,
             phase: Phase::Boot(Boot::Begin),
             origin: Origin::Open,
@@ -310,14 +308,17 @@ impl<B: Bar> Controller<B> {
     /// # Errors
     /// If all are in use, memory cannot be had, the controller refuses it or is lost.
     pub fn create_queue_pair(&mut self, clock: &mut impl Clock) -> Result<QueuePair<B>, Error> {
-        let pair = self.start_queue_pair()?;
+        let mut pair = self.start_queue_pair()?;
         let qid = self.queues.last().map(|q| q.qid);
         loop {
             let state = self.step(clock.now());
             let entry = self.queues.iter().find(|q| Some(q.qid) == qid);
             let stage = entry.as_ref().map(|q| q.stage);
             match (stage, state) {
-                (Some(Stage::Running), _) => return Ok(pair),
+                (Some(Stage::Running), _) => {
+                    pair.look();
+                    return Ok(pair);
+                }
                 (Some(Stage::Wanted), State::Ready | State::Resetting) => clock.pause(),
                 (_, State::Failed) => return Err(self.error.clone().unwrap_or(Error::NotOpen)),
                 _ => return Err(entry.and_then(|q| q.error.clone()).unwrap_or(Error::NotOpen)),
@@ -344,7 +345,7 @@ impl<B: Bar> Controller<B> {
         };
         let most = self.options.queue_entries.min(self.cap.max_queue_entries()).min(MAX_ENTRIES);
         let entries = 1 << most.max(2).ilog2();
-        let memory = Arc::new(QueueMemory::new(&self.mapper, self.page_shift, entries)?);
+        let memory = Arc::new(QueueMemory::new(&self.memory, entries)?);
         let link = Arc::new(Link::new());
         // Where the controller names no delay: 10 ms, so that four retries span 40 ms.
         let delay = |crdt: u16| if crdt == 0 { 10 * MS } else { u64::from(crdt) * 100 * MS };
@@ -354,8 +355,7 @@ impl<B: Bar> Controller<B> {
             sq_doorbell: bell(sq_tail_doorbell(qid, dstrd))?,
             cq_doorbell: bell(cq_head_doorbell(qid, dstrd))?,
             link: link.clone(),
-            mapper: self.mapper.clone(),
-            page_shift: self.page_shift,
+            device: self.memory.clone(),
             units: self.namespaces.iter().map(|n| Unit::new(n, info)).collect(),
             changing: changing.clone(),
             timeout: self.options.command_timeout,

@@ -9,12 +9,12 @@ use dma::Region;
 use nvme_spec::{CQE_SIZE, SQE_SIZE};
 
 use crate::Error;
-use crate::memory::{DmaMapper, Mapping};
+use crate::memory::{DeviceMemory, Mapping};
 use crate::prp::LIST_BYTES;
 
 /// Where the parts lie in the region.
 pub(crate) struct QueueMemory {
-    pub(crate) mapping: Mapping,
+    pub(crate) mapping: Arc<Mapping>,
     /// Entries of each ring, a power of two.
     pub(crate) entries: u32,
     cq: usize,
@@ -27,21 +27,17 @@ const ONE_PAGE: u32 = 4096 / SQE_SIZE as u32;
 impl QueueMemory {
     /// Rings of `entries` (a power of two), or of as many as fit one page where more are not
     /// contiguous for the device (CAP.CQR; PRP lists for queues are not used).
-    pub(crate) fn new(
-        mapper: &Arc<dyn DmaMapper>,
-        page_shift: u32,
-        entries: u32,
-    ) -> Result<QueueMemory, Error> {
+    pub(crate) fn new(device: &Arc<DeviceMemory>, entries: u32) -> Result<QueueMemory, Error> {
         let what = "an I/O queue";
         let memory = |why: String| Error::Memory { what, why };
-        let page = 1usize << page_shift;
+        let page = 1usize << device.page_shift();
         let mut entries = entries;
         loop {
             let cq = (entries as usize * SQE_SIZE).next_multiple_of(page);
             let lists = (cq + entries as usize * CQE_SIZE).next_multiple_of(page);
             let bytes = lists + entries as usize * LIST_BYTES;
             let region = Region::new_best(bytes).map_err(|e| memory(e.to_string()))?;
-            let mapping = Mapping::new(mapper, &region, page_shift).map_err(memory)?;
+            let mapping = device.map(&region).map_err(memory)?;
             if mapping.contiguous(0, entries as u64 * SQE_SIZE as u64)
                 && mapping.contiguous(cq as u64, entries as u64 * CQE_SIZE as u64)
             {
@@ -84,14 +80,15 @@ impl QueueMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::IovaMap;
     use crate::memory::tests::FakeMapper;
+    use crate::memory::{DeviceMemory, IovaMap};
 
     #[test]
     fn parts_are_page_aligned_and_lists_cross_no_page() {
         for (shift, entries) in [(12, 2), (12, 64), (12, 1024), (14, 256)] {
-            let mapper: Arc<dyn DmaMapper> = FakeMapper::new(|_| IovaMap::Contiguous(1 << 30));
-            let m = QueueMemory::new(&mapper, shift, entries).unwrap();
+            let mapper = FakeMapper::new(|_| IovaMap::Contiguous(1 << 30));
+            let memory = DeviceMemory::new(mapper, shift);
+            let m = QueueMemory::new(&memory, entries).unwrap();
             assert_eq!(m.entries, entries);
             assert!((m.sq_bus() | m.cq_bus()).is_multiple_of(1 << shift));
             assert!(m.cq_bus() >= m.sq_bus() + u64::from(entries) * 64);
@@ -105,10 +102,11 @@ mod tests {
 
     #[test]
     fn scattered_pages_shrink_the_queue_to_one() {
-        let mapper: Arc<dyn DmaMapper> = FakeMapper::new(|r| {
+        let mapper = FakeMapper::new(|r| {
             IovaMap::Pages((0..r.len() as u64 / 4096).map(|i| (1 << 30) - i * 8192).collect())
         });
-        assert_eq!(QueueMemory::new(&mapper, 12, 1024).unwrap().entries, 64);
-        assert_eq!(QueueMemory::new(&mapper, 12, 32).unwrap().entries, 32);
+        let memory = DeviceMemory::new(mapper, 12);
+        assert_eq!(QueueMemory::new(&memory, 1024).unwrap().entries, 64);
+        assert_eq!(QueueMemory::new(&memory, 32).unwrap().entries, 32);
     }
 }

@@ -25,7 +25,7 @@ use dma::Region;
 
 use crate::bar::Bar;
 use crate::link::Link;
-use crate::memory::{AddressTable, DmaMapper};
+use crate::memory::{AddressTable, DeviceMemory};
 use crate::ring::{CompletionRing, SubmissionRing};
 use crate::units::{Changing, Unit};
 use crate::{Error, Stats};
@@ -57,8 +57,7 @@ pub(crate) struct Parts<B: Bar> {
     pub(crate) sq_doorbell: B::Doorbell,
     pub(crate) cq_doorbell: B::Doorbell,
     pub(crate) link: Arc<Link>,
-    pub(crate) mapper: Arc<dyn DmaMapper>,
-    pub(crate) page_shift: u32,
+    pub(crate) device: Arc<DeviceMemory>,
     pub(crate) units: Box<[Unit]>,
     pub(crate) changing: Arc<[Changing]>,
     pub(crate) timeout: u64,
@@ -125,10 +124,11 @@ const NOT_RUNNING: u64 = u64::MAX;
 
 impl<B: Bar> QueuePair<B> {
     pub(crate) fn new(parts: Parts<B>) -> Result<QueuePair<B>, Error> {
-        let Parts { memory, link, mapper, page_shift, .. } = parts;
+        let Parts { memory, link, device, .. } = parts;
+        let page_shift = device.page_shift();
         let failed = |why: String| Error::Memory { what: "bounce buffers", why };
         let bounces = Bounces::new().map_err(|e| failed(e.to_string()))?;
-        let mut table = AddressTable::new(mapper, page_shift);
+        let mut table = AddressTable::new(device);
         table.register(bounces.region()).map_err(failed)?;
         let region = memory.mapping.region().clone();
         // One entry of a ring stays empty, so that full and empty differ (§4.1.2).
@@ -169,6 +169,11 @@ impl<B: Bar> QueuePair<B> {
             late_number: 0,
             changing: parts.changing,
         })
+    }
+
+    /// Looks for an order, as every poll does.
+    pub(crate) fn look(&mut self) {
+        self.obey(self.link.order());
     }
 
     /// What the queue has counted since it was made.

@@ -1,0 +1,481 @@
+//! A controller model, the driver, and virtual time, turned by hand on one thread.
+
+#![allow(dead_code, unreachable_pub, reason = "shared by test programs that each use a part of it")]
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{BlockQueue, Completion, Completions, Flags, Op, Request, Status, Submit, Tag};
+use dma::{PageSize, Region, Seg};
+use nvme::{
+    Bar, Clock, Controller, DmaMapper, Doorbell, IovaMap, Options, QueuePair, ResetError, State,
+};
+use nvme_model::{DmaFault, HostMemory, NamespaceConfig, Registers, Store};
+use nvme_spec::{Cqe, offset};
+use reactor::sync::Mutex;
+use zerocopy::IntoBytes;
+
+pub const MS: u64 = 1_000_000;
+pub const SECOND: u64 = 1_000 * MS;
+
+/// How regions lie on the bus.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// Each in one piece.
+    Contiguous,
+    /// In single pages, no two of them neighbours, in descending order.
+    Scattered,
+}
+
+/// By bus address: region (as an index that is never reused) and offset.
+type Pages = BTreeMap<u64, (usize, usize)>;
+
+/// Host memory by bus address: both what maps it and what the device sees.
+#[derive(Clone)]
+pub struct Memory {
+    layout: Layout,
+    pages: Arc<Mutex<Pages>>,
+    regions: Arc<Mutex<Vec<Option<Arc<Region>>>>>,
+    next: Arc<Mutex<u64>>,
+}
+
+impl Memory {
+    pub fn new(layout: Layout) -> Memory {
+        let next = Arc::new(Mutex::new(1 << 32));
+        Memory { layout, pages: Arc::default(), regions: Arc::default(), next }
+    }
+
+    pub fn mapped_pages(&self) -> usize {
+        self.pages.lock().len()
+    }
+
+    fn each(
+        &self,
+        addr: u64,
+        len: usize,
+        write: bool,
+        mut f: impl FnMut(&Region, usize, std::ops::Range<usize>),
+    ) -> Result<(), DmaFault> {
+        let (pages, regions) = (self.pages.lock(), self.regions.lock());
+        let mut done = 0;
+        while done < len {
+            let at = addr + done as u64;
+            let (region, page) = pages.get(&(at & !4095)).ok_or(DmaFault { addr: at, write })?;
+            let region = regions[*region].as_ref().expect("its pages are mapped");
+            let n = (4096 - (at & 4095) as usize).min(len - done);
+            f(region, page + (at & 4095) as usize, done..done + n);
+            done += n;
+        }
+        Ok(())
+    }
+}
+
+impl DmaMapper for Memory {
+    fn map(&self, region: &Arc<Region>) -> Result<IovaMap, String> {
+        let mut next = self.next.lock();
+        let n = region.len() as u64 / 4096;
+        let step = if self.layout == Layout::Contiguous { 4096 } else { 8192 };
+        let first = *next;
+        *next += n * step + (1 << 20);
+        let bus = |i: u64| match self.layout {
+            Layout::Contiguous => first + i * step,
+            Layout::Scattered => first + (n - 1 - i) * step,
+        };
+        let (mut pages, mut regions) = (self.pages.lock(), self.regions.lock());
+        assert!(!regions.iter().flatten().any(|r| r.id() == region.id()), "mapped twice");
+        for i in 0..n {
+            pages.insert(bus(i), (regions.len(), i as usize * 4096));
+        }
+        regions.push(Some(region.clone()));
+        Ok(match self.layout {
+            Layout::Contiguous => IovaMap::Contiguous(first),
+            Layout::Scattered => IovaMap::Pages((0..n).map(bus).collect()),
+        })
+    }
+
+    fn unmap(&self, region: &Region) {
+        let (mut pages, mut regions) = (self.pages.lock(), self.regions.lock());
+        let id = |r: &Option<Arc<Region>>| r.as_ref().is_some_and(|r| r.id() == region.id());
+        let at = regions.iter().position(id).expect("unmapped once for each map");
+        pages.retain(|_, (r, _)| *r != at);
+        regions[at] = None;
+    }
+
+    fn keeps(&self) -> usize {
+        1
+    }
+}
+
+impl HostMemory for Memory {
+    fn read(&mut self, addr: u64, into: &mut [u8]) -> Result<(), DmaFault> {
+        let len = into.len();
+        self.each(addr, len, false, |region, at, part| region.read(at, &mut into[part]))
+    }
+
+    fn write(&mut self, addr: u64, from: &[u8]) -> Result<(), DmaFault> {
+        self.each(addr, from.len(), true, |region, at, part| region.write(at, &from[part]))
+    }
+
+    fn write_cqe(&mut self, addr: u64, cqe: &Cqe) -> Result<(), DmaFault> {
+        self.write(addr, cqe.as_bytes())
+    }
+}
+
+pub type Model = nvme_model::Controller<Memory>;
+
+/// What a hook of the ladder does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Hook {
+    #[default]
+    Unsupported,
+    /// Says that it worked, and it did.
+    Works,
+    /// Says that it worked, and nothing happened.
+    Lies,
+    /// Says that it failed.
+    Fails,
+}
+
+/// The device's side, shared by the bar, the doorbells and the test.
+pub struct World {
+    pub model: RefCell<Model>,
+    pub regs: Arc<Registers>,
+    pub now: Cell<u64>,
+    /// How much time a turn takes.
+    pub tick: Cell<u64>,
+    /// What CSTS reads as, if not what the model says.
+    pub csts: Cell<Option<u32>>,
+    /// What CAP reads as, if not what the model says.
+    pub cap: Cell<Option<u64>>,
+    /// All reads give ones, while the model goes on.
+    pub all_ones: Cell<bool>,
+    /// Writes to registers below the doorbells are dropped.
+    pub deaf: Cell<bool>,
+    pub function_reset: Cell<Hook>,
+    pub bus_master_off: Cell<Hook>,
+    /// The device stops mastering the bus: the model is not stepped.
+    pub mute: Cell<bool>,
+    /// Register writes below the doorbells, and hooks: (offset, value), in order.
+    pub writes: RefCell<Vec<(u64, u64)>>,
+    pub doorbells: RefCell<BTreeMap<u64, u64>>,
+}
+
+pub const FUNCTION_RESET: u64 = u64::MAX;
+pub const BUS_MASTER_OFF: u64 = u64::MAX - 1;
+
+#[derive(Clone)]
+pub struct TestBar(pub Rc<World>);
+
+pub struct TestBell {
+    world: Rc<World>,
+    at: u64,
+}
+
+impl Doorbell for TestBell {
+    fn ring(&self, value: u32) {
+        *self.world.doorbells.borrow_mut().entry(self.at).or_default() += 1;
+        self.world.regs.write32(self.at, value);
+    }
+}
+
+impl Bar for TestBar {
+    type Doorbell = TestBell;
+
+    fn read32(&self, at: u64) -> u32 {
+        match (self.0.all_ones.get(), at, self.0.csts.get()) {
+            (true, ..) => u32::MAX,
+            (_, offset::CSTS, Some(csts)) => csts,
+            _ => self.0.regs.read32(at),
+        }
+    }
+
+    fn read64(&self, at: u64) -> u64 {
+        match (self.0.all_ones.get(), at, self.0.cap.get()) {
+            (true, ..) => u64::MAX,
+            (_, offset::CAP, Some(cap)) => cap,
+            _ => self.0.regs.read64(at),
+        }
+    }
+
+    fn write32(&self, at: u64, value: u32) {
+        self.0.writes.borrow_mut().push((at, value.into()));
+        if !self.0.deaf.get() {
+            self.0.regs.write32(at, value);
+        }
+    }
+
+    fn write64(&self, at: u64, value: u64) {
+        self.0.writes.borrow_mut().push((at, value));
+        if !self.0.deaf.get() {
+            self.0.regs.write64(at, value);
+        }
+    }
+
+    fn doorbell(&self, at: u64) -> Option<TestBell> {
+        (at + 4 <= self.0.regs.len()).then(|| TestBell { world: self.0.clone(), at })
+    }
+
+    fn function_reset(&self) -> Result<(), ResetError> {
+        self.0.writes.borrow_mut().push((FUNCTION_RESET, 0));
+        match self.0.function_reset.get() {
+            Hook::Unsupported => Err(ResetError::Unsupported),
+            Hook::Fails => Err(ResetError::Failed("no".to_owned())),
+            Hook::Lies => Ok(()),
+            Hook::Works => {
+                self.0.model.borrow_mut().power_cut(0).unwrap();
+                self.0.csts.set(None);
+                self.0.all_ones.set(false);
+                Ok(())
+            }
+        }
+    }
+
+    fn bus_master_off(&self) -> Result<(), ResetError> {
+        self.0.writes.borrow_mut().push((BUS_MASTER_OFF, 0));
+        match self.0.bus_master_off.get() {
+            Hook::Unsupported => Err(ResetError::Unsupported),
+            Hook::Fails | Hook::Lies => Err(ResetError::Failed("no".to_owned())),
+            Hook::Works => {
+                self.0.mute.set(true);
+                Ok(())
+            }
+        }
+    }
+
+    fn bus_master_on(&self) -> Result<(), ResetError> {
+        self.0.mute.set(false);
+        Ok(())
+    }
+}
+
+impl World {
+    pub fn turn(&self) {
+        self.now.set(self.now.get() + self.tick.get());
+        if !self.mute.get() {
+            self.model.borrow_mut().step(self.now.get());
+        }
+    }
+
+    pub fn count(&self, at: u64) -> usize {
+        self.writes.borrow().iter().filter(|w| w.0 == at).count()
+    }
+}
+
+/// Turns the model while the driver waits.
+pub struct Turning(pub Rc<World>);
+
+impl Clock for Turning {
+    fn now(&mut self) -> u64 {
+        self.0.now.get()
+    }
+
+    fn pause(&mut self) {
+        self.0.turn();
+    }
+}
+
+/// What a test needs to begin.
+pub struct Setup {
+    pub model: nvme_model::Options,
+    pub options: Options,
+    pub layout: Layout,
+    pub namespaces: Vec<NamespaceConfig>,
+}
+
+pub fn disk(blocks: u64, lba: u32) -> NamespaceConfig {
+    NamespaceConfig { store: Store::memory(), blocks, lba, read_only: false }
+}
+
+impl Setup {
+    /// One namespace of 64 MiB, and the faults given.
+    pub fn new(lba: u32, faults: &str) -> Setup {
+        let model = nvme_model::Options {
+            faults: faults.parse().unwrap(),
+            ..nvme_model::Options::default()
+        };
+        Setup {
+            model,
+            options: Options { queue_entries: 64, ..Options::default() },
+            layout: Layout::Contiguous,
+            namespaces: vec![disk((64 << 20) / u64::from(lba), lba)],
+        }
+    }
+
+    pub fn world(self) -> (Rc<World>, Memory, Options) {
+        let memory = Memory::new(self.layout);
+        let model = Model::new(self.model, self.namespaces, memory.clone()).unwrap();
+        let world = World {
+            regs: model.registers().clone(),
+            model: RefCell::new(model),
+            now: Cell::new(0),
+            tick: Cell::new(MS / 10),
+            csts: Cell::default(),
+            cap: Cell::default(),
+            all_ones: Cell::default(),
+            deaf: Cell::default(),
+            function_reset: Cell::default(),
+            bus_master_off: Cell::default(),
+            mute: Cell::default(),
+            writes: RefCell::default(),
+            doorbells: RefCell::default(),
+        };
+        (Rc::new(world), memory, self.options)
+    }
+
+    pub fn open(self) -> Result<Rig, nvme::Error> {
+        let (world, memory, options) = self.world();
+        Rig::open(world, memory, options)
+    }
+}
+
+/// An open controller with one queue pair and some memory for data.
+pub struct Rig {
+    pub world: Rc<World>,
+    pub memory: Memory,
+    pub controller: Controller<TestBar>,
+    pub queue: QueuePair<TestBar>,
+    pub data: Arc<Region>,
+    pub done: Vec<Completion>,
+    out: Completions,
+    next: u32,
+}
+
+impl Rig {
+    pub fn open(world: Rc<World>, memory: Memory, options: Options) -> Result<Rig, nvme::Error> {
+        let mapper: Arc<dyn DmaMapper> = Arc::new(memory.clone());
+        let mut clock = Turning(world.clone());
+        let mut controller = Controller::open(TestBar(world.clone()), mapper, options, &mut clock)?;
+        let mut queue = controller.create_queue_pair(&mut clock)?;
+        let data = Region::new(4 << 20, PageSize::Small).unwrap();
+        queue.register(&data).unwrap();
+        let out = Completions::new();
+        Ok(Rig { world, memory, controller, queue, data, done: Vec::new(), out, next: 0 })
+    }
+
+    pub fn clock(&self) -> Turning {
+        Turning(self.world.clone())
+    }
+
+    /// The reactor's part of a turn.
+    pub fn poll(&mut self) -> usize {
+        self.queue.set_now(self.world.now.get());
+        self.out.clear();
+        let n = self.queue.poll(&mut self.out);
+        assert_eq!(n, self.out.len());
+        self.done.extend(self.out.iter());
+        n
+    }
+
+    /// One turn of everything.
+    pub fn turn(&mut self) -> State {
+        self.poll();
+        self.world.turn();
+        self.controller.step(self.world.now.get())
+    }
+
+    /// Turns until `until` says so; fails after so much virtual time.
+    pub fn turn_until(&mut self, limit: u64, mut until: impl FnMut(&Rig) -> bool) {
+        let end = self.world.now.get() + limit;
+        while !until(self) {
+            assert!(self.world.now.get() < end, "nothing happened: {self:?}");
+            self.turn();
+        }
+    }
+
+    pub fn tag(&mut self) -> Tag {
+        self.next += 1;
+        Tag::new(7, self.next as u16, self.next)
+    }
+
+    /// Submits; there must be room.
+    pub fn send(&mut self, op: Op, flags: Flags, unit: u16, offset: u64, segs: &[Seg]) -> Tag {
+        let len = segs.iter().map(|s| u64::from(s.len())).sum();
+        self.send_len(op, flags, unit, offset, len, segs)
+    }
+
+    pub fn send_len(
+        &mut self,
+        op: Op,
+        flags: Flags,
+        unit: u16,
+        offset: u64,
+        len: u64,
+        segs: &[Seg],
+    ) -> Tag {
+        let tag = self.tag();
+        let r = Request { tag, op, flags, unit, offset, len, segs };
+        assert!(self.queue.room() > 0, "no room: {self:?}");
+        self.queue.submit(&r).expect("there was room");
+        tag
+    }
+
+    /// Waits for everything in flight.
+    pub fn drain(&mut self) {
+        self.turn_until(SECOND * 300, |r| r.queue.in_flight() == 0);
+    }
+
+    /// How a request ended; exactly once.
+    pub fn answer(&mut self, tag: Tag) -> Completion {
+        let all: Vec<_> = self.done.iter().filter(|c| c.tag == tag).collect();
+        assert_eq!(all.len(), 1, "{all:?}");
+        *all[0]
+    }
+
+    /// One request from begin to end.
+    pub fn run(&mut self, op: Op, flags: Flags, unit: u16, offset: u64, segs: &[Seg]) -> Status {
+        let tag = self.send(op, flags, unit, offset, segs);
+        self.drain();
+        self.answer(tag).status
+    }
+
+    /// The same without data.
+    pub fn run_len(&mut self, op: Op, flags: Flags, offset: u64, len: u64) -> Status {
+        let tag = self.send_len(op, flags, 0, offset, len, &[]);
+        self.drain();
+        self.answer(tag).status
+    }
+
+    pub fn seg(&self, offset: u64, len: u32) -> Seg {
+        self.data.seg(offset, len).unwrap()
+    }
+
+    /// What the medium holds.
+    pub fn peek(&self, nsid: u32, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let peeked = self.world.model.borrow_mut().peek(nsid, offset, &mut bytes).unwrap();
+        assert!(peeked.is_some());
+        bytes
+    }
+
+    pub fn device(&self) -> nvme_model::StatsSnapshot {
+        self.world.model.borrow().stats().snapshot()
+    }
+}
+
+impl std::fmt::Debug for Rig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "at {} ms: {:?} {:?} {:?}",
+            self.world.now.get() / MS,
+            self.queue,
+            self.queue.stats(),
+            self.controller
+        )
+    }
+}
+
+/// Bytes that tell where they are.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x as u8
+        })
+        .collect()
+}
