@@ -171,8 +171,10 @@ impl Map {
     /// If there is no memory for the directory.
     pub fn new(clusters: u64, page_bits: u32, budget: u64, least: usize) -> Result<Map, String> {
         let no_memory = || format!("no memory for a map of {clusters} clusters");
-        let entries = usize::try_from(clusters.div_ceil(1 << page_bits)).map_err(|_| no_memory())?;
-        let directory = <[AtomicU64]>::new_box_zeroed_with_elems(entries).map_err(|_| no_memory())?;
+        let entries =
+            usize::try_from(clusters.div_ceil(1 << page_bits)).map_err(|_| no_memory())?;
+        let directory =
+            <[AtomicU64]>::new_box_zeroed_with_elems(entries).map_err(|_| no_memory())?;
         let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
         let count = afford.max(least).min(entries).min(u32::MAX as usize - 1);
         let pages = (0..count).map(|_| OnceLock::new()).collect();

@@ -184,6 +184,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         self.frontends.get_mut(index)?.as_mut().map(|a| &mut a.frontend)
     }
 
+    /// How many frontends are attached.
+    pub fn frontend_count(&mut self) -> usize {
+        self.frontends.iter().flatten().count()
+    }
+
     /// Takes a frontend out; only when nothing of it is in flight, else it stays (`None`).
     pub fn remove_frontend(&mut self, index: usize) -> Option<F> {
         let place = self.frontends.get_mut(index)?;

@@ -1,2 +1,41 @@
-//! (in work)
-fn main() {}
+//! `polldisk`: the one binary. Parses the command line and hands over to the command's module.
+
+#![forbid(unsafe_code)]
+
+mod image;
+mod output;
+
+use clap::{Parser, Subcommand};
+
+/// The fastest way from a Xen guest's disk ring to an NVMe drive.
+#[derive(Parser)]
+#[command(name = "polldisk", version, disable_help_subcommand = true)]
+struct Cli {
+    /// Print what is done; twice for more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Images: info, check, create, map, convert, compare.
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    output::init_log(cli.verbose);
+    let result = match cli.command {
+        Command::Image(command) => image::run(command),
+    };
+    match result {
+        Ok(code) => std::process::ExitCode::from(code),
+        Err(e) => {
+            eprintln!("polldisk: {e:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

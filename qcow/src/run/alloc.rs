@@ -41,6 +41,8 @@ pub(super) struct Allocator {
     slices: BTreeMap<u64, RefSlice>,
     /// Where the search goes on.
     cursor: u64,
+    /// Everything at and behind this cluster has never been in use.
+    high: u64,
     /// The search has come round; nothing is free but what is in `freed`.
     exhausted: bool,
     /// Clusters that the device has room for.
@@ -67,6 +69,7 @@ impl Allocator {
             slice_bits,
             slices: BTreeMap::new(),
             cursor: g.clusters_for(top.end),
+            high: g.clusters_for(top.end),
             exhausted: false,
             limit: g.cluster(capacity),
             freed: BTreeSet::new(),
@@ -84,9 +87,9 @@ impl Allocator {
         self.slices.values().any(|s| s.dirty) || !self.retired.is_empty()
     }
 
-    /// The first byte behind the last cluster that was ever handed out.
+    /// The first byte behind the last cluster that was ever in use.
     pub(super) fn end(&self) -> u64 {
-        self.cursor << self.geometry.cluster_bits()
+        self.high << self.geometry.cluster_bits()
     }
 
     /// Takes over what a durable batch let go of.
@@ -154,6 +157,7 @@ impl Allocator {
             self.freed.remove(&(first + count));
             count += 1;
         }
+        self.high = self.high.max(first + count);
         count
     }
 
@@ -327,7 +331,9 @@ impl Shared {
                     self.alloc.borrow_mut().insert_slice(key, bytes.to_vec(), false);
                 }
             }
-            self.alloc.borrow_mut().metadata.insert(place);
+            let mut a = self.alloc.borrow_mut();
+            a.metadata.insert(place);
+            a.high = a.high.max(place + 1);
         }
         check(self.device_flush(slot).await)
     }
@@ -412,6 +418,7 @@ impl Shared {
             a.table_offset = offset;
             (base..base + tables).for_each(|c| a.metadata.insert(c));
             a.cursor = a.cursor.max(base + tables + blocks);
+            a.high = a.high.max(base + tables + blocks);
         }
         self.free_later(g.cluster(old_offset), old_clusters);
         Ok(())

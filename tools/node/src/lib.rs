@@ -1,1 +1,62 @@
-//! (in work)
+//! Node strings to running disks: the one place where formats, leaves and frontends meet.
+//!
+//! - [`NodeSpec`] is a parsed node string (`file:PATH`, `mem:SIZE`, `model:PATH?…`).
+//! - [`Source`] is an opened node as bytes, for the control path (`image …` commands).
+//! - [`open_chain`] opens an image with its backing files, under locks; [`Disk`] is one that runs
+//!   on a reactor, with [`reactor::Portal`]s to it.
+//! - [`Leaf`], [`Image`] and [`Frontend`] are the enums over which the reactor is instantiated once,
+//!   for `tools` and `bench` alike.
+//!
+//! Control path throughout, but for the enums' forwarding.
+
+#![forbid(unsafe_code)]
+
+mod chain;
+mod disk;
+mod frontend;
+mod host;
+mod image;
+mod leaf;
+mod model;
+mod source;
+mod spec;
+
+pub use chain::{Chain, OpenOptions, open_chain, open_source};
+pub use disk::{Disk, DiskOptions, Door, Parts, ReactorCore, Rest};
+pub use frontend::{Frontend, Ring};
+pub use host::HostStorage;
+pub use image::Image;
+pub use leaf::Leaf;
+pub use model::{Model, ModelController, ModelStats};
+pub use source::Source;
+pub use spec::{ModelSpec, NodeSpec, parse_size};
+
+/// Why a node could not be opened; the text says what, where and why.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The node string is not one.
+    #[error("node {node:?}: {why}")]
+    Spec {
+        /// The string.
+        node: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The node's file or device.
+    #[error("{node}: {why}")]
+    Node {
+        /// The node.
+        node: String,
+        /// What went wrong.
+        why: String,
+    },
+    /// The image on it.
+    #[error(transparent)]
+    Image(#[from] qcow::Error),
+}
+
+impl Error {
+    pub(crate) fn node(node: impl Into<String>, why: impl ToString) -> Error {
+        Error::Node { node: node.into(), why: why.to_string() }
+    }
+}

@@ -1,0 +1,194 @@
+//! Opening: a node as bytes ([`open_source`]), and an image with its backing files
+//! ([`open_chain`]), under the locks that QEMU takes too.
+
+use std::fs::OpenOptions as FileOptions;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use block::{Claims, MemQueue, RmwQueue, Submit};
+use file::{ImageLock, LockError};
+use nvme::QueuePair;
+use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened, allowed_host_file};
+use reactor::Clock;
+
+use crate::model::ModelBar;
+use crate::source::{Kind, Source, blocking};
+use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec};
+
+/// An image with its backing files, opened.
+pub type Chain = qcow::open::Chain<Source>;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// The image's format; never guessed.
+    pub format: Format,
+    /// Open it for writing.
+    pub writable: bool,
+    /// Format of backing files whose image states none.
+    pub backing_format: Option<Format>,
+    /// Directories in which backing files must lie; anywhere if empty.
+    pub allow_backing: Vec<PathBuf>,
+    /// Leave backing files closed.
+    pub top_only: bool,
+    /// Take no lock and respect none (`-U`); only for reading.
+    pub force_share: bool,
+    /// The time that drivers of devices go by.
+    pub clock: Clock,
+}
+
+impl OpenOptions {
+    /// For reading an image of this format.
+    pub fn read(format: Format) -> OpenOptions {
+        OpenOptions {
+            format,
+            writable: false,
+            backing_format: None,
+            allow_backing: Vec::new(),
+            top_only: false,
+            force_share: false,
+            clock: Clock::real(),
+        }
+    }
+
+    /// For reading and writing an image of this format.
+    pub fn write(format: Format) -> OpenOptions {
+        OpenOptions { writable: true, ..OpenOptions::read(format) }
+    }
+}
+
+/// Opens a node as bytes, locked.
+///
+/// # Errors
+/// If it does not exist, is in use, or a device does not come up.
+pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Error> {
+    let node = spec.to_string();
+    let fail = |e: &dyn std::fmt::Display| Error::node(&node, e);
+    match spec {
+        NodeSpec::Mem(size) => {
+            let leaf = Leaf::Mem(MemQueue::new(*size, 512).map_err(|e| fail(&e))?);
+            Ok(Source { kind: Kind::Mem(blocking(leaf, &node)?), lock: None })
+        }
+        NodeSpec::File(path) => {
+            let host = HostStorage::open(path, options.writable).map_err(|e| fail(&e))?;
+            let lock = lock(&node, host.file(), options)?;
+            Ok(Source { kind: Kind::Host(host), lock })
+        }
+        NodeSpec::Model(model) => open_model(model, &node, options),
+    }
+}
+
+fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Source, Error> {
+    let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
+    let file = FileOptions::new().read(true).write(options.writable).open(&spec.path);
+    let mut host =
+        HostStorage::of(file.map_err(|e| fail(&e))?, !options.writable).map_err(|e| fail(&e))?;
+    let lock = lock(node, host.file(), options)?;
+    let capacity = match spec.size {
+        Some(size) => size,
+        None => model_capacity(&mut host, options.format).map_err(Error::Image)?,
+    };
+    let capacity = capacity.next_multiple_of(4096);
+    let read_only = !options.writable;
+    let (model, pair) =
+        Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
+    let leaf = model_leaf(pair).map_err(|e| fail(&e))?;
+    Ok(Source { kind: Kind::Model(blocking(leaf, node)?, model), lock })
+}
+
+/// A queue pair as a leaf: 512e over larger blocks.
+fn model_leaf(pair: QueuePair<ModelBar>) -> Result<Leaf, String> {
+    let block = pair.info(0).ok_or("the controller has no namespace that can be used")?.block_size;
+    Ok(match block {
+        512 => Leaf::Model(Box::new(pair)),
+        _ => Leaf::ModelRmw(Box::new(RmwQueue::new(pair, &Claims::new(1))?)),
+    })
+}
+
+/// Bytes that a model's namespace needs for an image to grow to its full size in it.
+fn model_capacity(host: &mut HostStorage, format: Format) -> qcow::Result<u64> {
+    use block::Storage;
+    let len = host.len().max(4096);
+    if format == Format::Raw {
+        return Ok(len);
+    }
+    let image = qcow::ImageMeta::open(host, "", qcow::Mode::Check)?;
+    let g = &image.geometry;
+    let data = g.guest_clusters().saturating_mul(g.cluster_size());
+    // L2 tables: 8 bytes a cluster; refcounts: at most 8 bytes a cluster of all this; the rest is
+    // header, L1, slack for what a crash leaked and for a refcount table that moves.
+    let tables = g.guest_clusters().saturating_mul(24).saturating_add(data / 64);
+    Ok(len.saturating_add(data).saturating_add(tables).saturating_add(64 << 20).min(1 << 62))
+}
+
+fn lock(
+    node: &str,
+    file: &std::fs::File,
+    options: &OpenOptions,
+) -> Result<Option<ImageLock>, Error> {
+    if options.force_share && !options.writable {
+        return Ok(None);
+    }
+    let taken = if options.writable { ImageLock::exclusive(file) } else { ImageLock::shared(file) };
+    match taken {
+        Ok(lock) => Ok(Some(lock)),
+        Err(e @ LockError::InUse(_)) => Err(Error::node(node, e)),
+        Err(LockError::Os(e)) => {
+            log::warn!("{node}: the file system does no locking ({e}); nothing keeps others out");
+            Ok(None)
+        }
+    }
+}
+
+/// Opens an image and its backing files.
+///
+/// # Errors
+/// If a layer cannot be opened, is in use, is refused, or is no image.
+pub fn open_chain(spec: &NodeSpec, options: &OpenOptions) -> Result<Chain, Error> {
+    let source = open_source(spec, options)?;
+    let id = match &source.kind {
+        Kind::Host(h) => h.file().metadata().ok().map(|m| FileId::of(&m)),
+        _ => spec.path().and_then(|p| std::fs::metadata(p).ok()).map(|m| FileId::of(&m)),
+    };
+    let top = Opened {
+        storage: source,
+        path: spec.path().map(std::path::Path::to_path_buf),
+        name: spec.to_string(),
+        id,
+    };
+    let chain_options = ChainOptions {
+        format: Some(options.format),
+        writable: options.writable,
+        backing_format: options.backing_format,
+        top_only: options.top_only,
+    };
+    Chain::open(top, chain_options, &mut |backing| open_backing(backing, options))
+        .map_err(Error::Image)
+}
+
+fn open_backing(backing: &BackingRef, options: &OpenOptions) -> qcow::Result<Opened<Source>> {
+    let found = allowed_host_file(backing, &options.allow_backing)?;
+    let name = found.path.display().to_string();
+    let refuse = |why: String| {
+        qcow::Error::refused(&backing.named_by, format!("backing file {name}: {why}"))
+    };
+    let host = HostStorage::open(&found.path, false).map_err(|e| refuse(e.to_string()))?;
+    let id = host.file().metadata().map(|m| FileId::of(&m)).map_err(|e| refuse(e.to_string()))?;
+    if id != found.id {
+        return Err(refuse("was replaced while it was being opened".to_owned()));
+    }
+    let reading = OpenOptions { writable: false, ..options.clone() };
+    let lock = lock(&name, host.file(), &reading).map_err(|e| refuse(e.to_string()))?;
+    let storage = Source { kind: Kind::Host(host), lock };
+    Ok(Opened { storage, path: Some(found.path), name, id: Some(id) })
+}
+
+/// Puts files on one leaf queue.
+pub(crate) fn file_leaf(files: Vec<std::fs::File>) -> Result<Leaf, String> {
+    let mut queue = file::FileQueue::new(file::Engine::Auto).map_err(|e| e.to_string())?;
+    for f in files {
+        queue.add(f).map_err(|e| e.to_string())?;
+    }
+    let claims: Arc<Claims> = Claims::new(1);
+    Ok(Leaf::File(Box::new(RmwQueue::new(queue, &claims)?)))
+}

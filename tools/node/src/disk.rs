@@ -1,0 +1,321 @@
+//! [`Disk`]: an image that runs on a reactor thread, and [`Parts`], what it is made of.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{Layer, LeafAccess, Port, RawImage, Status};
+use dma::Region;
+use file::ImageLock;
+use qcow::open::LayerKind;
+use qcow::run::Stack;
+use reactor::{Clock, Core, Portal, Reactor, Start};
+
+use crate::chain::file_leaf;
+use crate::source::Kind;
+use crate::{Chain, Error, Frontend, Image, Leaf, Model};
+
+/// The core of a reactor that serves any node.
+pub type ReactorCore = Core<Leaf, Image, Frontend>;
+
+/// How an image is served.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskOptions {
+    /// Processor and idle policy of the reactor.
+    pub start: Start,
+    /// Requests in flight and memory for the map.
+    pub image: qcow::run::Options,
+}
+
+/// An opened image taken apart: what a reactor needs to serve it. Can be sent to its thread.
+pub struct Parts {
+    leaves: Vec<Leaf>,
+    plan: Plan,
+    top: Port,
+    writable: bool,
+    models: Vec<Model>,
+    locks: Vec<ImageLock>,
+    name: String,
+}
+
+enum Plan {
+    Qcow(Box<Stack>),
+    Raw { size: u64 },
+}
+
+impl Parts {
+    /// Takes an opened image apart.
+    ///
+    /// # Errors
+    /// If its metadata contradicts itself, or a leaf cannot be made.
+    pub fn new(mut chain: Chain) -> Result<Parts, Error> {
+        let name = chain.layers[0].name.clone();
+        let hosts = chain.layers.iter().filter(|l| matches!(l.storage.kind, Kind::Host(_)));
+        let first_other = u16::from(hosts.count() > 0);
+        let (mut files, mut others) = (0, first_other);
+        let ports: Vec<Port> = chain
+            .layers
+            .iter()
+            .map(|l| match l.storage.kind {
+                Kind::Host(_) => {
+                    files += 1;
+                    Port { leaf: 0, unit: files - 1 }
+                }
+                _ => {
+                    others += 1;
+                    Port { leaf: others - 1, unit: 0 }
+                }
+            })
+            .collect();
+        let (plan, writable) = match &chain.layers[0].kind {
+            LayerKind::Raw(size) => {
+                (Plan::Raw { size: *size }, !block::Storage::read_only(&chain.layers[0].storage))
+            }
+            LayerKind::Qcow2(image) => {
+                let writable = image.mode == qcow::Mode::Write;
+                (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
+            }
+        };
+        let (mut leaves, mut models, mut locks) = (Vec::new(), Vec::new(), Vec::new());
+        let mut files: Vec<File> = Vec::new();
+        for layer in chain.layers {
+            locks.extend(layer.storage.lock);
+            match layer.storage.kind {
+                Kind::Host(h) => files.push(h.into_file()),
+                Kind::Mem(b) => leaves.push(b.into_leaf()),
+                Kind::Model(b, model) => {
+                    leaves.push(b.into_leaf());
+                    models.push(model);
+                }
+            }
+        }
+        if !files.is_empty() {
+            leaves.insert(0, file_leaf(files).map_err(|e| Error::node(&name, e))?);
+        }
+        Ok(Parts { leaves, plan, top: ports[0], writable, models, locks, name })
+    }
+
+    /// The models among the nodes.
+    pub fn models(&mut self) -> &mut [Model] {
+        &mut self.models
+    }
+
+    /// Puts leaves and image into a core; returns the image's index and what is needed to close.
+    /// To be called on the reactor's thread, on a core without leaves.
+    ///
+    /// # Errors
+    /// If memory is short or a device cannot reach it.
+    pub fn attach(
+        self,
+        core: &mut ReactorCore,
+        options: qcow::run::Options,
+    ) -> Result<(usize, Rest), String> {
+        for leaf in self.leaves {
+            core.add_leaf(leaf)?;
+        }
+        let top = self.top;
+        let index = core.add_image(|owner, leaves| match self.plan {
+            Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
+                .map(|i| Image::Qcow(Box::new(i))),
+            Plan::Raw { size } => RawImage::new(leaves, top, size, owner)
+                .map(|i| Image::Raw(Box::new(i)))
+                .ok_or_else(|| "the leaf queue has no such unit".to_owned()),
+        })?;
+        let Parts { writable, models, locks, name, .. } = self;
+        Ok((index, Rest { top, writable, models, locks, name }))
+    }
+}
+
+/// What is left of [`Parts`] while the image runs: needed to close it.
+pub struct Rest {
+    top: Port,
+    writable: bool,
+    models: Vec<Model>,
+    locks: Vec<ImageLock>,
+    name: String,
+}
+
+impl Rest {
+    /// The models among the nodes.
+    pub fn models(&mut self) -> &mut [Model] {
+        &mut self.models
+    }
+
+    /// Ends everything below an image that was closed and taken out of its core: cuts the file
+    /// where the image ends, shuts controllers down, gives locks back.
+    ///
+    /// # Errors
+    /// If the image's own close failed, or a device does not shut down.
+    pub fn finish(self, image: &Image, status: Status, mut leaves: Vec<Leaf>) -> Result<(), Error> {
+        let end = match image {
+            Image::Qcow(i) if self.writable && status.is_ok() => Some(i.end()),
+            _ => None,
+        };
+        if let Some(end) = end
+            && let Some(leaf) = leaves.get_mut(usize::from(self.top.leaf))
+            && end < leaf.unit_len(self.top.unit)
+            && let Err(s) = leaf.set_unit_len(self.top.unit, end)
+        {
+            log::warn!("{}: cannot cut the file at the image's end: {s}", self.name);
+        }
+        let over_model = self.models.len() == 1;
+        drop(leaves);
+        for model in self.models {
+            let file = model.close()?;
+            let cut = || -> std::io::Result<()> {
+                match end {
+                    Some(end) if over_model && end < file.metadata()?.len() => {
+                        file.set_len(end)?;
+                        file.sync_all()
+                    }
+                    _ => Ok(()),
+                }
+            };
+            cut().map_err(|e| Error::node(&self.name, e))?;
+        }
+        drop(self.locks);
+        match status {
+            Status::Ok => Ok(()),
+            s => Err(Error::node(&self.name, format!("closing the image: {s}"))),
+        }
+    }
+}
+
+/// An image that runs on a reactor thread of its own.
+pub struct Disk {
+    reactor: Reactor<Leaf, Image, Frontend>,
+    image: usize,
+    rest: Rest,
+    info: block::DeviceInfo,
+}
+
+impl Disk {
+    /// Starts the reactor and the image on it.
+    ///
+    /// # Errors
+    /// If the thread cannot run where it should, or memory is short.
+    pub fn start(parts: Parts, options: DiskOptions, clock: Clock) -> Result<Disk, Error> {
+        let name = parts.name.clone();
+        let (send, receive) = std::sync::mpsc::sync_channel(1);
+        let reactor = Reactor::start("reactor", options.start, move || {
+            let mut core = ReactorCore::new(clock).map_err(|e| e.to_string())?;
+            let (index, rest) = parts.attach(&mut core, options.image)?;
+            let info = core.image(index).map(|i| Layer::<Leaf>::info(i).clone());
+            // The starter waits for this.
+            let _ = send.send((index, rest, info));
+            Ok(core)
+        });
+        let reactor = reactor.map_err(|e| Error::node(&name, e))?;
+        match receive.recv() {
+            Ok((image, rest, Some(info))) => Ok(Disk { reactor, image, rest, info }),
+            _ => Err(Error::node(&name, "the reactor ended at once")),
+        }
+    }
+
+    /// What the image is like.
+    pub fn info(&self) -> &block::DeviceInfo {
+        &self.info
+    }
+
+    /// The reactor.
+    pub fn reactor(&self) -> &Reactor<Leaf, Image, Frontend> {
+        &self.reactor
+    }
+
+    /// Index of the image in its core.
+    pub fn image(&self) -> usize {
+        self.image
+    }
+
+    /// The models among the nodes.
+    pub fn models(&mut self) -> &mut [Model] {
+        &mut self.rest.models
+    }
+
+    /// Something that makes portals to this image, for other threads to use at will.
+    pub fn door(&self) -> Door {
+        Door {
+            mailbox: self.reactor.mailbox().clone(),
+            image: self.image,
+            name: self.rest.name.clone(),
+        }
+    }
+
+    /// A portal for `depth` requests in flight over `regions`.
+    ///
+    /// # Errors
+    /// If a device cannot reach the memory, or descriptors are short.
+    pub fn portal(&self, depth: u16, regions: Vec<Arc<Region>>) -> Result<Portal, Error> {
+        self.door().open(depth, regions)
+    }
+
+    /// Closes the image in order, after all portals were dropped (those that are not are waited
+    /// for, a while), and ends the reactor.
+    ///
+    /// # Errors
+    /// If what was in memory could not be written, or a device does not shut down.
+    pub fn close(self) -> Result<(), Error> {
+        let Disk { reactor, image, rest, .. } = self;
+        let mailbox = reactor.mailbox().clone();
+        let gone = || Error::node("reactor", "has ended");
+        for _ in 0..2000 {
+            let busy = mailbox.ask(ReactorCore::frontend_count).ok_or_else(gone)?;
+            if busy == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        mailbox.post(move |core: &mut ReactorCore| {
+            if let Some(i) = core.image(image) {
+                Layer::<Leaf>::close(i);
+            }
+        });
+        loop {
+            let closed = mailbox.ask(move |core: &mut ReactorCore| {
+                core.image(image).is_none_or(|i| Layer::<Leaf>::closed(i).is_some())
+            });
+            if closed.ok_or_else(gone)? {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        // Images never leave their thread: what comes next runs there too, models' threads live on.
+        let done = mailbox.ask(move |core: &mut ReactorCore| {
+            let leaves = core.take_leaves();
+            match core.remove_closed_image(image) {
+                Some((i, status)) => rest.finish(&i, status, leaves),
+                None => Err(Error::node("image", "was not there to be closed")),
+            }
+        });
+        let result = done.ok_or_else(gone);
+        reactor.stop();
+        result?
+    }
+}
+
+/// Makes portals to a running image.
+#[derive(Clone)]
+pub struct Door {
+    mailbox: reactor::Mailbox<ReactorCore>,
+    image: usize,
+    name: String,
+}
+
+impl Door {
+    /// A portal for `depth` requests in flight over `regions`.
+    ///
+    /// # Errors
+    /// If a device cannot reach the memory, descriptors are short, or the reactor has ended.
+    pub fn open(&self, depth: u16, regions: Vec<Arc<Region>>) -> Result<Portal, Error> {
+        let fail = |why: String| Error::node(&self.name, why);
+        let gone = || fail("the reactor has ended".to_owned());
+        let wake = self.mailbox.ask(|core| core.wake()).ok_or_else(gone)?;
+        let (portal, end) = Portal::new(depth, regions, wake).map_err(|e| fail(e.to_string()))?;
+        let image = self.image;
+        let added = self.mailbox.ask(move |core: &mut ReactorCore| {
+            core.add_frontend(image, |owner, _| Frontend::Portal(Box::new(end(owner))))
+        });
+        added.ok_or_else(gone)?.map_err(fail)?;
+        Ok(portal)
+    }
+}

@@ -1,0 +1,144 @@
+//! [`HostStorage`]: a file or kernel block device as [`Storage`], through the page cache.
+//!
+//! Control path only: opening, checking, creating. What serves a guest goes through a leaf.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
+
+use block::{Status, Storage, StorageError};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+/// Where a file may end at most.
+const MAX: u64 = i64::MAX as u64 & !4095;
+
+/// An opened file or block device.
+#[derive(Debug)]
+pub struct HostStorage {
+    file: File,
+    len: u64,
+    device: bool,
+    read_only: bool,
+}
+
+impl HostStorage {
+    /// Opens a file that exists.
+    ///
+    /// # Errors
+    /// As the kernel says; or that it is neither a regular file nor a block device.
+    pub fn open(path: &Path, writable: bool) -> io::Result<HostStorage> {
+        let file = OpenOptions::new().read(true).write(writable).open(path)?;
+        HostStorage::of(file, !writable)
+    }
+
+    /// Takes an opened file.
+    ///
+    /// # Errors
+    /// If it is neither a regular file nor a block device, or its length cannot be found.
+    pub fn of(file: File, read_only: bool) -> io::Result<HostStorage> {
+        let meta = file.metadata()?;
+        let device = meta.file_type().is_block_device();
+        if !device && !meta.is_file() {
+            return Err(io::Error::other("is neither a regular file nor a block device"));
+        }
+        let len =
+            if device { io::Seek::seek(&mut &file, io::SeekFrom::End(0))? } else { meta.len() };
+        Ok(HostStorage { file, len, device, read_only })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives the file back.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
+    fn grown(&mut self, end: u64) {
+        self.len = self.len.max(end);
+    }
+}
+
+fn failed(what: &'static str, offset: u64, len: u64) -> impl FnOnce(io::Error) -> StorageError {
+    move |e| {
+        let errno = e.raw_os_error().unwrap_or(5);
+        let detail = u16::try_from(errno).unwrap_or(0);
+        StorageError { what, offset, len, status: Status::from_errno(errno), detail }
+    }
+}
+
+impl Storage for HostStorage {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn capacity(&self) -> u64 {
+        if self.device { self.len } else { MAX }
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        let len = into.len() as u64;
+        if offset.checked_add(len).is_none_or(|end| end > self.capacity()) {
+            return Err(failed("read", offset, len)(io::Error::from_raw_os_error(22)));
+        }
+        let mut done = 0;
+        while done < into.len() {
+            match self.file.read_at(&mut into[done..], offset + done as u64) {
+                Ok(0) => {
+                    into[done..].fill(0);
+                    break;
+                }
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(failed("read", offset, len)(e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        let len = from.len() as u64;
+        self.file.write_all_at(from, offset).map_err(failed("write", offset, len))?;
+        self.grown(offset + len);
+        Ok(())
+    }
+
+    fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        let (Ok(start), Ok(count)) = (i64::try_from(offset), i64::try_from(len)) else {
+            return Err(failed("write zeroes", offset, len)(io::Error::from_raw_os_error(27)));
+        };
+        if len == 0 {
+            return Ok(());
+        }
+        if fallocate(&self.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, start, count).is_err() {
+            let zeroes = vec![0; len.min(1 << 20) as usize];
+            let mut at = 0;
+            while at < len {
+                let n = (len - at).min(zeroes.len() as u64);
+                self.write_at(offset + at, &zeroes[..n as usize])?;
+                at += n;
+            }
+        }
+        self.grown(offset + len);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        self.file.sync_data().map_err(failed("flush", 0, 0))
+    }
+
+    fn set_len(&mut self, len: u64) -> Result<(), StorageError> {
+        if !self.device {
+            self.file.set_len(len).map_err(failed("set length", len, 0))?;
+            self.len = len;
+        }
+        Ok(())
+    }
+}

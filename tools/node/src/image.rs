@@ -1,0 +1,68 @@
+//! [`Image`]: every image format that a reactor serves, dispatched by a match.
+
+use std::sync::Arc;
+
+use block::{Completion, Completions, DeviceInfo, Full, HasWork, Layer, RawImage, Request, Status};
+use dma::Region;
+
+use crate::Leaf;
+
+/// An image on a reactor.
+pub enum Image {
+    /// QCOW2.
+    Qcow(Box<qcow::run::Image>),
+    /// Bytes as they are.
+    Raw(Box<RawImage>),
+}
+
+macro_rules! each {
+    ($self:expr, $i:ident => $e:expr) => {
+        match $self {
+            Image::Qcow($i) => $e,
+            Image::Raw($i) => $e,
+        }
+    };
+}
+
+impl Layer<Leaf> for Image {
+    #[inline]
+    fn info(&self) -> &DeviceInfo {
+        each!(self, i => Layer::<Leaf>::info(&**i))
+    }
+
+    fn register(&mut self, region: &Arc<Region>) {
+        each!(self, i => Layer::<Leaf>::register(&mut **i, region));
+    }
+
+    #[inline]
+    fn room(&self, leaves: &[Leaf]) -> usize {
+        each!(self, i => i.room(leaves))
+    }
+
+    #[inline]
+    fn submit(&mut self, leaves: &mut [Leaf], request: &Request<'_>) -> Result<(), Full> {
+        each!(self, i => i.submit(leaves, request))
+    }
+
+    #[inline]
+    fn complete(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
+        each!(self, i => i.complete(leaves, done))
+    }
+
+    #[inline]
+    fn poll(&mut self, leaves: &mut [Leaf], out: &mut Completions) -> bool {
+        each!(self, i => i.poll(leaves, out))
+    }
+
+    fn arm(&mut self) -> HasWork {
+        each!(self, i => Layer::<Leaf>::arm(&mut **i))
+    }
+
+    fn close(&mut self) {
+        each!(self, i => Layer::<Leaf>::close(&mut **i));
+    }
+
+    fn closed(&self) -> Option<Status> {
+        each!(self, i => Layer::<Leaf>::closed(&**i))
+    }
+}

@@ -1,0 +1,93 @@
+//! [`Leaf`]: every kind of leaf queue, dispatched by a match.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request, RmwQueue,
+    Status, Submit,
+};
+use dma::Region;
+use file::FileQueue;
+use nvme::QueuePair;
+
+use crate::model::ModelBar;
+
+/// A reactor's queue to one device.
+pub enum Leaf {
+    /// Memory.
+    Mem(MemQueue),
+    /// Files and kernel block devices.
+    File(Box<RmwQueue<FileQueue>>),
+    /// A queue pair of an in-process NVMe controller with 512-byte blocks.
+    Model(Box<QueuePair<ModelBar>>),
+    /// The same with larger blocks, presented as 512e.
+    ModelRmw(Box<RmwQueue<QueuePair<ModelBar>>>),
+}
+
+macro_rules! each {
+    ($self:expr, $q:ident => $e:expr) => {
+        match $self {
+            Leaf::Mem($q) => $e,
+            Leaf::File($q) => $e,
+            Leaf::Model($q) => $e,
+            Leaf::ModelRmw($q) => $e,
+        }
+    };
+}
+
+impl Submit for Leaf {
+    #[inline]
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        each!(self, q => q.info(unit))
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        each!(self, q => q.room())
+    }
+
+    #[inline]
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        each!(self, q => q.submit(request))
+    }
+}
+
+impl BlockQueue for Leaf {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        each!(self, q => q.register(region))
+    }
+
+    #[inline]
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        each!(self, q => q.poll(out))
+    }
+
+    #[inline]
+    fn in_flight(&self) -> usize {
+        each!(self, q => q.in_flight())
+    }
+
+    fn arm(&mut self) -> HasWork {
+        each!(self, q => q.arm())
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        each!(self, q => q.wake_fd())
+    }
+
+    #[inline]
+    fn set_now(&mut self, now: u64) {
+        each!(self, q => q.set_now(now));
+    }
+}
+
+impl LeafAccess for Leaf {
+    fn unit_len(&self, unit: u16) -> u64 {
+        each!(self, q => q.unit_len(unit))
+    }
+
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        each!(self, q => q.set_unit_len(unit, len))
+    }
+}

@@ -1,0 +1,99 @@
+//! [`Source`]: an opened node as bytes, for the control path.
+
+use block::{Blocking, LeafAccess, Storage, StorageError};
+use file::ImageLock;
+
+use crate::{HostStorage, Leaf, Model};
+
+/// An opened node.
+pub struct Source {
+    pub(crate) kind: Kind,
+    /// Held as long as the node is in use.
+    pub(crate) lock: Option<ImageLock>,
+}
+
+pub(crate) enum Kind {
+    Host(HostStorage),
+    Mem(Box<Blocking<Leaf>>),
+    Model(Box<Blocking<Leaf>>, Model),
+}
+
+macro_rules! each {
+    ($self:expr, $s:ident => $e:expr) => {
+        match &$self.kind {
+            Kind::Host($s) => $e,
+            Kind::Mem($s) => $e,
+            Kind::Model($s, _) => $e,
+        }
+    };
+    (mut $self:expr, $s:ident => $e:expr) => {
+        match &mut $self.kind {
+            Kind::Host($s) => $e,
+            Kind::Mem($s) => $e,
+            Kind::Model($s, _) => $e,
+        }
+    };
+}
+
+impl Storage for Source {
+    fn len(&self) -> u64 {
+        each!(self, s => s.len())
+    }
+
+    fn capacity(&self) -> u64 {
+        each!(self, s => s.capacity())
+    }
+
+    fn read_only(&self) -> bool {
+        each!(self, s => s.read_only())
+    }
+
+    fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        each!(mut self, s => s.read_at(offset, into))
+    }
+
+    fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        each!(mut self, s => s.write_at(offset, from))
+    }
+
+    fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        each!(mut self, s => s.write_zeroes_at(offset, len))
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        each!(mut self, s => s.flush())
+    }
+
+    fn set_len(&mut self, len: u64) -> Result<(), StorageError> {
+        each!(mut self, s => s.set_len(len))
+    }
+}
+
+impl Source {
+    /// The file behind a host node.
+    pub fn host(&self) -> Option<&HostStorage> {
+        match &self.kind {
+            Kind::Host(h) => Some(h),
+            _ => None,
+        }
+    }
+
+    /// Ends the use of a node in order: a model's controller is shut down, and what it wrote is in
+    /// its file.
+    ///
+    /// # Errors
+    /// If the shutdown fails.
+    pub fn close(self) -> Result<(), crate::Error> {
+        if let Kind::Model(storage, model) = self.kind {
+            drop(storage);
+            model.close()?;
+        }
+        Ok(())
+    }
+}
+
+/// A leaf's unit 0 as storage.
+pub(crate) fn blocking(leaf: Leaf, node: &str) -> Result<Box<Blocking<Leaf>>, crate::Error> {
+    debug_assert!(leaf.unit_len(0) > 0);
+    Blocking::new(leaf, 0).map(Box::new).map_err(|e| crate::Error::node(node, e))
+}

@@ -1,0 +1,217 @@
+//! [`NodeSpec`]: node strings, one syntax everywhere (docs/cli.md).
+
+use std::path::PathBuf;
+
+use crate::Error;
+
+/// A block node as it is named on a command line.
+#[derive(Clone, PartialEq, Debug)]
+pub enum NodeSpec {
+    /// A file or kernel block device.
+    File(PathBuf),
+    /// Memory of that many bytes.
+    Mem(u64),
+    /// A file as namespace 1 of an in-process NVMe controller.
+    Model(ModelSpec),
+}
+
+/// The node `model:PATH?…`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ModelSpec {
+    /// The file behind the namespace.
+    pub path: PathBuf,
+    /// Capacity in bytes; computed from the image if `None`.
+    pub size: Option<u64>,
+    /// Block size, 512 or 4096.
+    pub lba: u32,
+    /// Whether the drive has a volatile write cache.
+    pub vwc: bool,
+    /// Largest transfer is `4096 << mdts` bytes; 0 for no limit.
+    pub mdts: u8,
+    /// What goes wrong.
+    pub faults: nvme_model::Faults,
+}
+
+impl NodeSpec {
+    /// Parses a node string.
+    ///
+    /// # Errors
+    /// Says what is wrong with it and what is possible.
+    pub fn parse(text: &str) -> Result<NodeSpec, Error> {
+        let bad = |why: String| Error::Spec { node: text.to_owned(), why };
+        let Some((prefix, rest)) = text.split_once(':') else {
+            return Ok(NodeSpec::File(plain(text).map_err(bad)?));
+        };
+        match prefix {
+            "file" => Ok(NodeSpec::File(decode(rest).map_err(bad)?)),
+            "mem" => match parse_size(rest) {
+                Some(n) if n > 0 && n.is_multiple_of(512) => Ok(NodeSpec::Mem(n)),
+                Some(n) => Err(bad(format!("{n} bytes; a positive multiple of 512 is needed"))),
+                None => Err(bad(format!("{rest:?} is no size like 64M or 1G"))),
+            },
+            "model" => ModelSpec::parse(rest).map(NodeSpec::Model).map_err(bad),
+            _ if prefix.contains('/') => Ok(NodeSpec::File(plain(text).map_err(bad)?)),
+            _ => Err(bad(format!(
+                "unknown kind {prefix:?}; there are file, mem and model (a file whose name holds a \
+                 colon is written file: with %3A for it)"
+            ))),
+        }
+    }
+
+    /// The path of a file or model.
+    pub fn path(&self) -> Option<&std::path::Path> {
+        match self {
+            NodeSpec::File(path) => Some(path),
+            NodeSpec::Model(m) => Some(&m.path),
+            NodeSpec::Mem(_) => None,
+        }
+    }
+}
+
+impl std::fmt::Display for NodeSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NodeSpec::File(path) => write!(f, "{}", path.display()),
+            NodeSpec::Mem(size) => write!(f, "mem:{size}"),
+            NodeSpec::Model(m) => write!(f, "model:{}", m.path.display()),
+        }
+    }
+}
+
+impl ModelSpec {
+    /// A model over a file, with the usual drive's properties (an Optane's: no volatile cache).
+    pub fn new(path: impl Into<PathBuf>) -> ModelSpec {
+        ModelSpec {
+            path: path.into(),
+            size: None,
+            lba: 512,
+            vwc: false,
+            mdts: 5,
+            faults: nvme_model::Faults::none(),
+        }
+    }
+
+    fn parse(text: &str) -> Result<ModelSpec, String> {
+        let (path, query) = text.split_once('?').unwrap_or((text, ""));
+        let mut spec = ModelSpec::new(decode(path)?);
+        for part in query.split('&').filter(|p| !p.is_empty()) {
+            let (key, value) = part.split_once('=').ok_or(format!("{part:?} is no key=value"))?;
+            let bad = |allowed: &str| format!("{key}={value}: {allowed}");
+            match key {
+                "size" => {
+                    let n = parse_size(value).filter(|n| *n > 0 && n.is_multiple_of(4096));
+                    spec.size = Some(n.ok_or_else(|| bad("a multiple of 4096 like 1G is needed"))?);
+                }
+                "lba" => {
+                    let n = value.parse().ok().filter(|n| matches!(n, 512 | 4096));
+                    spec.lba = n.ok_or_else(|| bad("512 and 4096 are possible"))?;
+                }
+                "vwc" => {
+                    spec.vwc = match value {
+                        "0" => false,
+                        "1" => true,
+                        _ => return Err(bad("0 and 1 are possible")),
+                    }
+                }
+                "mdts" => {
+                    let n = value.parse().ok().filter(|n| *n <= 16);
+                    spec.mdts = n.ok_or_else(|| bad("0 to 16 are possible"))?;
+                }
+                "fault" => spec.faults = value.parse().map_err(|e| format!("fault: {e}"))?,
+                _ => {
+                    return Err(format!(
+                        "unknown option {key:?}; there are size, lba, vwc, mdts and fault"
+                    ));
+                }
+            }
+        }
+        Ok(spec)
+    }
+}
+
+/// A path as it stands.
+fn plain(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err("the path is empty".to_owned()) } else { Ok(text.into()) }
+}
+
+/// A path with %XX for bytes that would mean something else.
+fn decode(text: &str) -> Result<PathBuf, String> {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&b, tail)) = rest.split_first() {
+        rest = tail;
+        if b != b'%' {
+            bytes.push(b);
+            continue;
+        }
+        let hex = tail.get(..2).and_then(|h| std::str::from_utf8(h).ok());
+        let byte = hex.and_then(|h| u8::from_str_radix(h, 16).ok()).filter(|&b| b != 0);
+        bytes.push(byte.ok_or("a % must be followed by two hexadecimal digits, not 00")?);
+        rest = &tail[2..];
+    }
+    if bytes.is_empty() {
+        return Err("the path is empty".to_owned());
+    }
+    Ok(std::ffi::OsString::from_vec(bytes).into())
+}
+
+/// A size in bytes: a number, or one with k, M, G, T or P (powers of 1024).
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        _ => return None,
+    };
+    let n: u64 = digits.parse().ok()?;
+    n.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str) -> NodeSpec {
+        NodeSpec::File(path.into())
+    }
+
+    #[test]
+    fn paths() {
+        assert_eq!(NodeSpec::parse("a.qcow2").unwrap(), file("a.qcow2"));
+        assert_eq!(NodeSpec::parse("/a/b c").unwrap(), file("/a/b c"));
+        assert_eq!(NodeSpec::parse("./a:b").unwrap(), file("./a:b"));
+        assert_eq!(NodeSpec::parse("file:/a%3ab%25").unwrap(), file("/a:b%"));
+        for bad in ["", "file:", "file:%0", "file:%zz", "file:a%00b", "a:b", "json:{}", "nbd://x"] {
+            assert!(NodeSpec::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory() {
+        assert_eq!(NodeSpec::parse("mem:64M").unwrap(), NodeSpec::Mem(64 << 20));
+        for bad in ["mem:", "mem:0", "mem:100", "mem:1X", "mem:99999999P"] {
+            assert!(NodeSpec::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn models() {
+        let NodeSpec::Model(m) =
+            NodeSpec::parse("model:/x?size=1G&lba=4096&vwc=1&mdts=3&fault=lost:op=write,nth=9")
+                .unwrap()
+        else {
+            panic!("no model")
+        };
+        assert_eq!((m.size, m.lba, m.vwc, m.mdts), (Some(1 << 30), 4096, true, 3));
+        assert_eq!(m.faults.len(), 1);
+        for bad in ["?lba=1024", "?vwc=2", "?size=5", "?mdts=17", "?x=1", "?lba", "?fault=zz"] {
+            let e = NodeSpec::parse(&format!("model:/x{bad}")).unwrap_err().to_string();
+            assert!(e.starts_with("node \"model:/x?"), "{e}");
+        }
+    }
+}

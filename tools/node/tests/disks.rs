@@ -1,0 +1,134 @@
+//! Nodes end to end: files and models, written through a reactor, judged by qemu-img.
+
+use std::path::Path;
+use std::process::Command;
+
+use block::{Flags, Op, Status};
+use dma::Pool;
+use node::{Disk, DiskOptions, NodeSpec, OpenOptions, Parts, open_chain};
+use qcow::create::{CreateOptions, create};
+use qcow::open::Format;
+use reactor::{Clock, Policy, PortalRequest, Start};
+
+fn options() -> DiskOptions {
+    DiskOptions {
+        start: Start { cpu: None, policy: Policy::Adaptive },
+        image: qcow::run::Options::default(),
+    }
+}
+
+fn make(path: &Path, size: u64) {
+    let file = std::fs::File::options().create_new(true).read(true).write(true).open(path).unwrap();
+    let mut storage = node::HostStorage::of(file, false).unwrap();
+    create(&mut storage, "test", &CreateOptions::new(size)).unwrap();
+}
+
+fn serve(spec: &str, format: Format) -> Disk {
+    let spec = NodeSpec::parse(spec).unwrap();
+    let chain = open_chain(&spec, &OpenOptions::write(format)).unwrap();
+    Disk::start(Parts::new(chain).unwrap(), options(), Clock::real()).unwrap()
+}
+
+/// Writes a pattern over the first 32 MiB and reads it back, 16 deep.
+fn exercise(disk: &Disk, seed: u8) {
+    let mut pool = Pool::new(16, 65536).unwrap();
+    let region = pool.region().clone();
+    let mut portal = disk.portal(16, vec![region.clone()]).unwrap();
+    for op in [Op::Write, Op::Read] {
+        let (mut next, mut done) = (0u64, 0);
+        let mut bufs: std::collections::HashMap<u64, dma::Buf> = Default::default();
+        while done < 512 {
+            while next < 512 && portal.room() > 0 {
+                let buf = pool.take().unwrap();
+                if op == Op::Write {
+                    region.write_seg(&buf.seg(), &vec![next as u8 ^ seed; 65536]);
+                }
+                let request = PortalRequest {
+                    id: next,
+                    op,
+                    flags: Flags::NONE,
+                    offset: next * 65536,
+                    len: 65536,
+                    seg: Some(buf.seg()),
+                };
+                portal.send(request).unwrap();
+                bufs.insert(next, buf);
+                next += 1;
+            }
+            let reply = portal.wait();
+            assert_eq!(reply.status, Status::Ok);
+            let buf = bufs.remove(&reply.id).unwrap();
+            if op == Op::Read {
+                let mut data = vec![0; 65536];
+                region.read_seg(&buf.seg(), &mut data);
+                assert!(data.iter().all(|&b| b == reply.id as u8 ^ seed), "cluster {}", reply.id);
+            }
+            pool.give(buf);
+            done += 1;
+        }
+    }
+    let flush =
+        PortalRequest { id: 0, op: Op::Flush, flags: Flags::NONE, offset: 0, len: 0, seg: None };
+    assert_eq!(portal.call(flush), Status::Ok);
+}
+
+fn qemu_check(path: &Path) {
+    let Ok(out) = Command::new("qemu-img").arg("check").arg(path).output() else {
+        println!("skipped: qemu-img is not installed");
+        return;
+    };
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+}
+
+#[test]
+fn qcow2_on_files_and_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    make(&path, 64 << 20);
+    let p = path.display();
+    let nodes = [
+        format!("file:{p}"),
+        format!("model:{p}"),
+        format!("model:{p}?lba=4096&vwc=1&mdts=1"),
+        format!("{p}"),
+    ];
+    for (i, node) in nodes.iter().enumerate() {
+        let disk = serve(node, Format::Qcow2);
+        exercise(&disk, i as u8 + 1);
+        disk.close().unwrap();
+        qemu_check(&path);
+        let len = std::fs::metadata(&path).unwrap().len();
+        assert!(len < 40 << 20, "{node}: the file was left {len} bytes long");
+    }
+}
+
+#[test]
+fn raw_on_memory_and_files() {
+    let disk = serve("mem:64M", Format::Raw);
+    exercise(&disk, 1);
+    disk.close().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(64 << 20).unwrap();
+    let disk = serve(&format!("file:{}", file.path().display()), Format::Raw);
+    exercise(&disk, 9);
+    disk.close().unwrap();
+    let data = std::fs::read(file.path()).unwrap();
+    assert!(data.len() == 64 << 20 && data[70000] == 1 ^ 9);
+}
+
+#[test]
+fn an_image_in_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    make(&path, 1 << 20);
+    let disk = serve(&format!("model:{}", path.display()), Format::Qcow2);
+    let spec = NodeSpec::parse(path.to_str().unwrap()).unwrap();
+    for options in [OpenOptions::write(Format::Qcow2), OpenOptions::read(Format::Qcow2)] {
+        let e = open_chain(&spec, &options).err().unwrap().to_string();
+        assert!(e.contains("in use") && e.contains("a.qcow2"), "{e}");
+    }
+    let share = OpenOptions { force_share: true, ..OpenOptions::read(Format::Qcow2) };
+    drop(open_chain(&spec, &share).unwrap());
+    disk.close().unwrap();
+    drop(open_chain(&spec, &OpenOptions::read(Format::Qcow2)).unwrap());
+}

@@ -1,0 +1,36 @@
+//! What all commands share in talking to people: the log, and JSON on standard output.
+
+use std::io::Write;
+
+/// Sends log lines to standard error: warnings and errors always, more with `-v`.
+pub(crate) fn init_log(verbose: u8) {
+    let level = match verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    static LOG: Stderr = Stderr;
+    if log::set_logger(&LOG).is_ok() {
+        log::set_max_level(level);
+    }
+}
+
+struct Stderr;
+
+impl log::Log for Stderr {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        // Nobody can be told that standard error is gone.
+        let _ = writeln!(
+            std::io::stderr(),
+            "polldisk: {}: {}",
+            record.level().as_str().to_lowercase(),
+            record.args()
+        );
+    }
+
+    fn flush(&self) {}
+}
