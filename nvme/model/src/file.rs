@@ -179,3 +179,23 @@ fn read_zero_filled(file: &File, end: u64, offset: u64, into: &mut [u8]) -> io::
     into[done..].fill(0);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroes_are_written_where_no_holes_can_be() {
+        let mut store = FileStore::new(tempfile::tempfile().unwrap(), false).unwrap();
+        store.can_zero_range = false;
+        store.can_punch = false;
+        store.write(0, &[7; 200 << 10]).unwrap();
+        store.zero(512, 150 << 10, true).unwrap();
+        store.zero(199 << 10, 1 << 40, false).unwrap();
+        assert_eq!(store.file.metadata().unwrap().len(), 200 << 10, "nothing to do past the end");
+        let mut data = vec![1; 201 << 10];
+        store.read(0, &mut data).unwrap();
+        let zero = |at: usize| (512..512 + (150 << 10)).contains(&at) || at >= 199 << 10;
+        assert!(data.iter().enumerate().all(|(at, &b)| b == if zero(at) { 0 } else { 7 }));
+    }
+}

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use nvme_model::{NamespaceConfig, Options, Store};
-use nvme_spec::{NSID_ALL, Sqe};
+use nvme_spec::{NSID_ALL, SetFeatures, Sqe, VolatileWriteCache};
 
 use crate::host::*;
 
@@ -89,6 +89,23 @@ fn a_controller_reset_keeps_the_cache() {
     host.enable(8);
     host.create_pair(1, 16);
     assert_eq!(host.read_values(0, 8), [6; 8]);
+}
+
+#[test]
+fn a_reset_turns_the_cache_on_again() {
+    let mut lost = 0;
+    for seed in 0..40 {
+        let mut host = host(true, Store::memory());
+        let off = SetFeatures::VolatileWriteCache(VolatileWriteCache(0));
+        host.ok(0, Sqe::set_features(1, off));
+        host.disable();
+        host.enable(8);
+        host.create_pair(1, 16);
+        assert!(host.write_blocks(0, 1, 6, 0).is_success());
+        cut(&mut host, seed);
+        lost += u32::from(host.read_values(0, 1) == [0]);
+    }
+    assert!((1..40).contains(&lost), "{lost}");
 }
 
 #[test]

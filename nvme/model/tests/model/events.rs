@@ -109,6 +109,18 @@ fn health_warnings() {
 }
 
 #[test]
+fn an_idle_device_reports_too() {
+    let mut host = Host::simple();
+    host.ok(0, Sqe::set_features(1, SetFeatures::AsyncEventConfig(AsyncEventConfig(0x11f))));
+    request(&mut host, 8);
+    while host.step() {}
+    host.step();
+    host.ctl.raise_warning(0x01);
+    assert!(!host.step(), "nothing but the event");
+    assert_eq!(host.peek(0).unwrap().cid.get(), 8);
+}
+
+#[test]
 fn more_requests_than_allowed() {
     let mut host = Host::cold(Options { aerl: 1, ..Options::default() }, vec![disk(8, 512)]);
     host.enable(32);
