@@ -252,4 +252,61 @@ mod tests {
         drop(a);
         assert_eq!(claims.active.load(Ordering::Relaxed), 0);
     }
+
+    /// A write and a read-modify-write of one block, by two threads that both say and then look: if
+    /// one of them could look before it has been heard, both would be inside now and then.
+    #[test]
+    fn of_two_that_meet_one_sees_the_other() {
+        const ROUNDS: u64 = 100_000;
+        let claims = Claims::new(2);
+        // The writer's lane is the first that is looked through, so that the look comes soon.
+        let (b, mut a) = (claims.join().unwrap(), claims.join().unwrap());
+        let (inside, met) = (AtomicU64::new(0), AtomicU64::new(0));
+        let rounds = [AtomicU64::new(0), AtomicU64::new(0)];
+        // Both begin a round at the same moment, give or take a few instructions.
+        let begin = |me: usize, round: u64| {
+            rounds[me].store(round, Ordering::SeqCst);
+            for tries in 0u64.. {
+                if rounds[1 - me].load(Ordering::SeqCst) >= round {
+                    break;
+                }
+                if tries > 1000 {
+                    std::thread::yield_now();
+                }
+            }
+            for i in 0..round / (1 + me as u64) % 40 {
+                std::hint::black_box(i);
+            }
+        };
+        let enter = |who: u64| {
+            let others = inside.fetch_or(who, Ordering::SeqCst);
+            met.fetch_add(u64::from(others != 0), Ordering::Relaxed);
+            // Long enough for the other to end its look through the lanes.
+            (0..20).for_each(|_| std::hint::spin_loop());
+            inside.fetch_and(!who, Ordering::SeqCst);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=ROUNDS {
+                    begin(0, round);
+                    if b.begin_write(0, 0, 5, 1) {
+                        enter(1);
+                        b.end_write(0);
+                    }
+                }
+            });
+            scope.spawn(|| {
+                for round in 1..=ROUNDS {
+                    begin(1, round);
+                    if a.claim(0, 0, 5) {
+                        if a.clear(0, 5) {
+                            enter(2);
+                        }
+                        a.release(0);
+                    }
+                }
+            });
+        });
+        assert_eq!(met.load(Ordering::Relaxed), 0);
+    }
 }
