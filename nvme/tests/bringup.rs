@@ -26,7 +26,7 @@ fn a_fresh_controller() {
     assert_eq!(c.namespaces().len(), 1);
     assert_eq!(c.namespaces()[0].info.size, 64 << 20);
     assert_eq!(rig.queue.depth(), 63);
-    let cc = Cc(rig.world.regs.read32(offset::CC));
+    let cc = Cc(rig.world.regs().read32(offset::CC));
     assert_eq!(cc.0, CC_LINUX);
     // Never enabled before the admin queue was told.
     let writes = rig.world.writes.borrow();
@@ -37,10 +37,10 @@ fn a_fresh_controller() {
 #[test]
 fn a_controller_that_somebody_left_enabled() {
     let (world, memory, options) = Setup::new(512, "").world();
-    world.regs.write32(offset::AQA, 0x001f_001f);
-    world.regs.write32(offset::CC, CC_LINUX);
+    world.regs().write32(offset::AQA, 0x001f_001f);
+    world.regs().write32(offset::CC, CC_LINUX);
     world.turn();
-    assert_eq!(world.regs.read32(offset::CSTS), 1);
+    assert_eq!(world.regs().read32(offset::CSTS), 1);
     let rig = open(&world, &memory, options).unwrap();
     assert_eq!(rig.device().resets, 1, "it was reset before anything else");
 }
@@ -48,8 +48,8 @@ fn a_controller_that_somebody_left_enabled() {
 #[test]
 fn a_controller_that_is_just_being_enabled_is_waited_for() {
     let (world, memory, options) = Setup::new(512, "").world();
-    world.regs.write32(offset::AQA, 0x001f_001f);
-    world.regs.write32(offset::CC, CC_LINUX);
+    world.regs().write32(offset::AQA, 0x001f_001f);
+    world.regs().write32(offset::CC, CC_LINUX);
     // EN is 1, RDY is not: EN must not be touched.
     let mapper = std::sync::Arc::new(memory);
     let mut c = Controller::new(TestBar(world.clone()), mapper, options).unwrap();
@@ -60,7 +60,7 @@ fn a_controller_that_is_just_being_enabled_is_waited_for() {
     world.turn();
     c.step(200);
     assert_eq!(world.writes.borrow().last().unwrap().0, offset::CC);
-    assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0);
+    assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0);
     while c.step(world.now.get()) != State::Ready {
         world.turn();
         assert!(world.now.get() < SECOND);
@@ -88,14 +88,14 @@ fn a_controller_that_is_still_being_disabled_is_waited_for() {
 fn a_controller_in_fatal_state_or_shut_down_is_reset() {
     for found in [Csts(0).with_cfs(1), Csts(0).with_rdy(1).with_cfs(1), Csts(0).with_shst(2)] {
         let (world, memory, options) = Setup::new(512, "").world();
-        world.regs.write32(offset::AQA, 0x001f_001f);
-        world.regs.write32(offset::CC, CC_LINUX);
+        world.regs().write32(offset::AQA, 0x001f_001f);
+        world.regs().write32(offset::CC, CC_LINUX);
         world.turn();
         world.csts.set(Some(found.0));
         let mapper = std::sync::Arc::new(memory);
         let mut c = Controller::new(TestBar(world.clone()), mapper, options).unwrap();
         c.step(0);
-        assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0, "{found:?}");
+        assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0, "{found:?}");
         world.turn();
         world.csts.set(None);
         while c.step(world.now.get()) != State::Ready {
@@ -120,8 +120,8 @@ fn a_real_shutdown_is_recovered_from() {
         nvme::Clock::pause(&mut clock);
         assert!(world.now.get() < SECOND, "{c:?}");
     }
-    let csts = Csts(world.regs.read32(offset::CSTS));
-    assert_eq!((csts.rdy(), Cc(world.regs.read32(offset::CC)).en()), (0, 0));
+    let csts = Csts(world.regs().read32(offset::CSTS));
+    assert_eq!((csts.rdy(), Cc(world.regs().read32(offset::CC)).en()), (0, 0));
     drop((c, queue));
     assert_eq!(world.model.borrow().stats().snapshot().resets, 1);
     open(&world, &memory, options).unwrap();
@@ -137,7 +137,7 @@ fn never_ready_ends_after_cap_to_and_not_before() {
     assert_eq!(error, Error::NotReady { what: "ready", ms: 3000 });
     let took = world.now.get() / MS;
     assert!((3000..3010).contains(&took), "{took}");
-    assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0, "left disabled");
+    assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0, "left disabled");
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn fatal_while_being_enabled() {
         assert!(world.now.get() < SECOND);
     }
     assert_eq!(c.error(), Some(&Error::Fatal));
-    assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0);
+    assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0);
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn an_unanswered_admin_command_ends_bring_up() {
         world.tick.set(MS);
         let error = open(&world, &memory, options).unwrap_err();
         assert_eq!(error, Error::NoAnswer { what, ms: 15_000 });
-        assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0);
+        assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0);
     }
 }
 
@@ -319,7 +319,7 @@ fn a_refused_queue_is_an_error_and_leaves_nothing_behind() {
 fn controllers_that_cannot_be_driven() {
     let cap = |f: fn(Cap) -> Cap| {
         let (world, memory, options) = Setup::new(512, "").world();
-        world.cap.set(Some(f(Cap(world.regs.read64(offset::CAP))).0));
+        world.cap.set(Some(f(Cap(world.regs().read64(offset::CAP))).0));
         error_text(&world, &memory, options)
     };
     assert!(cap(|c| c.with_css(0x80)).contains("no NVM command set"));
@@ -331,7 +331,7 @@ fn controllers_that_cannot_be_driven() {
 fn large_pages_only_work_where_memory_is_contiguous() {
     // A controller whose smallest page is 16 KiB. The model has none; that CC.MPS is set is seen.
     let (world, memory, options) = Setup::new(512, "").world();
-    world.cap.set(Some(Cap(world.regs.read64(offset::CAP)).with_mpsmin(2).with_mpsmax(2).0));
+    world.cap.set(Some(Cap(world.regs().read64(offset::CAP)).with_mpsmin(2).with_mpsmax(2).0));
     world.csts.set(Some(0));
     let mapper = std::sync::Arc::new(memory);
     let mut c = Controller::new(TestBar(world.clone()), mapper, options).unwrap();
@@ -341,7 +341,7 @@ fn large_pages_only_work_where_memory_is_contiguous() {
     assert_eq!((at, Cc(cc as u32).mps()), (offset::CC, 2));
     let (world, memory, options) =
         Setup { layout: Layout::Scattered, ..Setup::new(512, "") }.world();
-    world.cap.set(Some(Cap(world.regs.read64(offset::CAP)).with_mpsmin(2).with_mpsmax(2).0));
+    world.cap.set(Some(Cap(world.regs().read64(offset::CAP)).with_mpsmin(2).with_mpsmax(2).0));
     assert!(error_text(&world, &memory, options).contains("pages of 16384 bytes"));
 }
 
@@ -350,7 +350,7 @@ fn dropping_a_controller_disables_it() {
     let (world, memory, options) = Setup::new(512, "").world();
     let before = nvme::quarantined();
     drop(open(&world, &memory, options).unwrap());
-    assert_eq!(Cc(world.regs.read32(offset::CC)).en(), 0);
+    assert_eq!(Cc(world.regs().read32(offset::CC)).en(), 0);
     // The model had no turn to confirm it: the memory is kept rather than trusted to be free.
     assert!(nvme::quarantined() > before);
     assert!(memory.mapped_pages() > 0);

@@ -15,7 +15,8 @@ use crate::link::Order;
 /// How often CSTS is looked at.
 const HEALTH_PERIOD: u64 = 100 * MS;
 
-/// How long an overdue command is given after its Abort was sent.
+/// How long an overdue command is given after its Abort was sent; never longer than it was given
+/// before.
 const ABORT_PATIENCE: u64 = 5_000 * MS;
 
 /// Asynchronous Event Requests that are kept out.
@@ -169,6 +170,7 @@ impl<B: Bar> Controller<B> {
 
     /// Has overdue commands aborted, and loses patience where that does not help.
     fn overdue(&mut self, now: u64) -> Result<(), Error> {
+        let patience = ABORT_PATIENCE.min(self.options.command_timeout);
         for q in &mut self.queues {
             let word = q.link.late();
             if word == 0 || q.stage != Stage::Running {
@@ -187,7 +189,7 @@ impl<B: Bar> Controller<B> {
             if self.admin.count(Job::Abort) == 0 {
                 let (qid, cid) = (q.qid, word as u16);
                 log::warn!("nvme: command {cid:#06x} of queue {qid} is overdue: aborting it");
-                q.abort = Some((word, now.saturating_add(ABORT_PATIENCE)));
+                q.abort = Some((word, now.saturating_add(patience)));
                 self.admin.send(now, Job::Abort, "Abort", |a| Sqe::abort(a, qid, cid));
             }
         }

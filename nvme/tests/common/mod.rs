@@ -141,7 +141,7 @@ pub enum Hook {
 /// The device's side, shared by the bar, the doorbells and the test.
 pub struct World {
     pub model: RefCell<Model>,
-    pub regs: Arc<Registers>,
+    registers: RefCell<Arc<Registers>>,
     pub now: Cell<u64>,
     /// How much time a turn takes.
     pub tick: Cell<u64>,
@@ -176,7 +176,7 @@ pub struct TestBell {
 impl Doorbell for TestBell {
     fn ring(&self, value: u32) {
         *self.world.doorbells.borrow_mut().entry(self.at).or_default() += 1;
-        self.world.regs.write32(self.at, value);
+        self.world.regs().write32(self.at, value);
     }
 }
 
@@ -187,7 +187,7 @@ impl Bar for TestBar {
         match (self.0.all_ones.get(), at, self.0.csts.get()) {
             (true, ..) => u32::MAX,
             (_, offset::CSTS, Some(csts)) => csts,
-            _ => self.0.regs.read32(at),
+            _ => self.0.regs().read32(at),
         }
     }
 
@@ -195,26 +195,26 @@ impl Bar for TestBar {
         match (self.0.all_ones.get(), at, self.0.cap.get()) {
             (true, ..) => u64::MAX,
             (_, offset::CAP, Some(cap)) => cap,
-            _ => self.0.regs.read64(at),
+            _ => self.0.regs().read64(at),
         }
     }
 
     fn write32(&self, at: u64, value: u32) {
         self.0.writes.borrow_mut().push((at, value.into()));
         if !self.0.deaf.get() {
-            self.0.regs.write32(at, value);
+            self.0.regs().write32(at, value);
         }
     }
 
     fn write64(&self, at: u64, value: u64) {
         self.0.writes.borrow_mut().push((at, value));
         if !self.0.deaf.get() {
-            self.0.regs.write64(at, value);
+            self.0.regs().write64(at, value);
         }
     }
 
     fn doorbell(&self, at: u64) -> Option<TestBell> {
-        (at + 4 <= self.0.regs.len()).then(|| TestBell { world: self.0.clone(), at })
+        (at + 4 <= self.0.regs().len()).then(|| TestBell { world: self.0.clone(), at })
     }
 
     fn function_reset(&self) -> Result<(), ResetError> {
@@ -251,6 +251,16 @@ impl Bar for TestBar {
 }
 
 impl World {
+    pub fn regs(&self) -> Arc<Registers> {
+        self.registers.borrow().clone()
+    }
+
+    /// Another device in the same place.
+    pub fn swap(&self, model: Model) {
+        *self.registers.borrow_mut() = model.registers().clone();
+        *self.model.borrow_mut() = model;
+    }
+
     pub fn turn(&self) {
         self.now.set(self.now.get() + self.tick.get());
         if !self.mute.get() {
@@ -307,7 +317,7 @@ impl Setup {
         let memory = Memory::new(self.layout);
         let model = Model::new(self.model, self.namespaces, memory.clone()).unwrap();
         let world = World {
-            regs: model.registers().clone(),
+            registers: RefCell::new(model.registers().clone()),
             model: RefCell::new(model),
             now: Cell::new(0),
             tick: Cell::new(MS / 10),
