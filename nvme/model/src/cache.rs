@@ -22,6 +22,9 @@ const MAX_LOGGED_ZEROES: u32 = 4096;
 /// Memory that the index takes per logged block, about.
 const INDEX_COST: u64 = 64;
 
+/// Memory that an entry of the log takes besides its data, about.
+const ENTRY_COST: u64 = 64;
+
 /// What becomes of a write at a power cut.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Fate {
@@ -235,7 +238,7 @@ fn cost(write: &Pending) -> u64 {
         Data::Bytes(bytes) => bytes.len() as u64,
         Data::Zeroes { .. } => 0,
     };
-    data + u64::from(write.blocks) * INDEX_COST
+    ENTRY_COST + data + u64::from(write.blocks) * INDEX_COST
 }
 
 fn remove_if(map: &mut BTreeMap<u64, u64>, key: u64, value: u64) {
@@ -324,7 +327,7 @@ mod tests {
     #[test]
     fn eviction_keeps_order_and_limit() {
         let mut store = Store::memory();
-        let mut cache = Cache::new(9, 3 * (512 + INDEX_COST));
+        let mut cache = Cache::new(9, 3 * (ENTRY_COST + 512 + INDEX_COST));
         cache.write(&mut store, 5, vec![1; 512]).unwrap();
         store.write(5 * 512, &[2; 512]).unwrap();
         cache.supersede(5, 1);
@@ -341,6 +344,19 @@ mod tests {
         cache.flush(&mut store).unwrap();
         assert_eq!((5..8).map(|b| block(&mut store, b)).collect::<Vec<_>>(), [5, 4, 6]);
         assert_eq!(cache.bytes, 0);
+    }
+
+    #[test]
+    fn the_log_is_bounded_whatever_is_logged() {
+        let mut store = Store::memory();
+        let mut cache = Cache::new(9, 10_000);
+        for i in 0..1000 {
+            cache.zero(&mut store, i, 0, true).unwrap();
+            cache.zero(&mut store, i, 1, true).unwrap();
+            cache.write(&mut store, i, vec![1; 512]).unwrap();
+            assert!(cache.log.len() < 200 && cache.bytes <= 10_000);
+            assert!(cache.newest.len() <= cache.log.len());
+        }
     }
 
     /// After a cut each sector holds its last durable value or a later one; every such outcome
