@@ -3,5 +3,7 @@
 mod common;
 mod data;
 mod durable;
+mod events;
 mod grants;
+mod hostile;
 mod rules;
