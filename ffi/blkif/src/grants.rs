@@ -82,7 +82,8 @@ pub trait Grants {
     /// a bounded time.
     fn start_map(&mut self, gref: u32) -> bool;
 
-    /// The end of a mapping that was started. Costs no system call.
+    /// The end of a mapping that was started. Costs no system call. Ends that nobody asked for are
+    /// undone when this value is dropped.
     fn next_mapped(&mut self) -> Option<Mapped>;
 
     /// Gives a mapped page up. It is not accessed through this any more when the call returns;

@@ -207,16 +207,15 @@ impl PageTable {
         }
     }
 
-    /// Gives up all pages. No mapping may be on its way.
+    /// Gives up all pages. Mappings on their way are forgotten.
     pub(crate) fn clear(&mut self, mut unmap: impl FnMut(Page)) {
-        debug_assert_eq!(self.pending, 0);
         for entry in &mut self.entries {
             if entry.page < Page::LIMIT {
                 unmap(Page(entry.page));
             }
             entry.page = NONE;
         }
-        self.live = 0;
+        (self.live, self.pending) = (0, 0);
     }
 }
 
