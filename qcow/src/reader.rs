@@ -126,7 +126,7 @@ impl<S: Storage> ChainReader<S> {
     pub fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < into.len() {
-            let at = offset + done as u64;
+            let at = offset.saturating_add(done as u64);
             let Some(span) = self.span(at, (into.len() - done) as u64)? else {
                 into[done..].fill(0);
                 return Ok(());

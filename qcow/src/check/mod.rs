@@ -156,7 +156,7 @@ impl<'a> Checker<'a> {
                 ),
             ));
         }
-        let refs = Refs::collect(storage, &meta, log)?;
+        let refs = Refs::collect(storage, &meta, log);
         Ok(Checker { storage, meta, file_len, clusters, refs, log })
     }
 

@@ -2,10 +2,10 @@
 
 use block::Storage;
 
+use crate::Error;
 use crate::format::{BitmapEntry, EntryError, Geometry, L1Entry, MAX_L1_BYTES, autoclear};
 use crate::format::{Header, Snapshot, decode_refcount_table_entry};
 use crate::open::{ImageMeta, read_snapshots, read_word_table};
-use crate::{Error, Result};
 
 /// A range of the file that is in use.
 #[derive(Clone, Copy, Debug)]
@@ -56,16 +56,13 @@ pub(super) struct Refs {
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 impl Refs {
-    /// Reads the first-level tables.
-    ///
-    /// # Errors
-    /// None at present that is not counted; kept for I/O that makes going on senseless.
+    /// Reads the first-level tables. What cannot be read is counted.
     pub(super) fn collect(
         storage: &mut dyn Storage,
         meta: &ImageMeta,
         log: &mut dyn FnMut(&str),
-    ) -> Result<Refs> {
-        let mut c = Collector { refs: Refs::default(), meta, log, l2: Vec::new() };
+    ) -> Refs {
+        let mut c = Collector { refs: Refs::default(), meta, log };
         let g = &meta.geometry;
         let h = &meta.header;
         c.add("header", 0, g.cluster_size());
@@ -77,7 +74,7 @@ impl Refs {
         c.bitmaps(storage);
         c.refcounts(storage.len());
         c.finish_l2();
-        Ok(c.refs)
+        c.refs
     }
 }
 
@@ -85,8 +82,6 @@ struct Collector<'a> {
     refs: Refs,
     meta: &'a ImageMeta,
     log: &'a mut dyn FnMut(&str),
-    /// Offset and whether an active table names it; sorted and counted at the end.
-    l2: Vec<(u64, bool)>,
 }
 
 impl Collector<'_> {
@@ -117,6 +112,9 @@ impl Collector<'_> {
 
     fn l1_entries(&mut self, words: &[u64], active: bool) {
         let g = self.geometry();
+        // A hostile table may have 4 million entries: take the memory once, not by doubling.
+        self.refs.l2.reserve_exact(words.iter().filter(|&&w| w != 0).count());
+        let (active, inactive) = (u32::from(active), u32::from(!active));
         for (index, &raw) in words.iter().enumerate() {
             if raw == 0 {
                 continue;
@@ -128,7 +126,7 @@ impl Collector<'_> {
                 }
             }
             if raw & L1_OFFSET != 0 {
-                self.l2.push((raw & L1_OFFSET, active));
+                self.refs.l2.push(L2Ref { offset: raw & L1_OFFSET, active, inactive });
             }
         }
     }
@@ -299,17 +297,17 @@ impl Collector<'_> {
         }
     }
 
+    /// Sorts the L2 tables and merges those that are named more than once.
     fn finish_l2(&mut self) {
-        self.l2.sort_unstable();
-        for &(offset, active) in &self.l2 {
-            let (a, i) = if active { (1, 0) } else { (0, 1) };
-            match self.refs.l2.last_mut() {
-                Some(last) if last.offset == offset => {
-                    last.active = last.active.saturating_add(a);
-                    last.inactive = last.inactive.saturating_add(i);
-                }
-                _ => self.refs.l2.push(L2Ref { offset, active: a, inactive: i }),
+        let l2 = &mut self.refs.l2;
+        l2.sort_unstable_by_key(|t| t.offset);
+        l2.dedup_by(|next, kept| {
+            let same = next.offset == kept.offset;
+            if same {
+                kept.active = kept.active.saturating_add(next.active);
+                kept.inactive = kept.inactive.saturating_add(next.inactive);
             }
-        }
+            same
+        });
     }
 }

@@ -178,7 +178,14 @@ fn refuse_writing(header: &Header, name: &str, read_only: bool) -> Result<()> {
 /// Rebuilds the refcounts of an image that was not closed cleanly, as QEMU does on opening.
 fn repair_dirty(storage: &mut dyn Storage, name: &str) -> Result<()> {
     log::warn!("{name}: was not closed cleanly; repairing its refcounts");
-    let report = check::run(storage, name, check::Repair::All, &mut |line| log::warn!("{line}"))?;
+    let mut lines = 0;
+    let mut log = |line: &str| {
+        // There may be millions; the first few show what kind they are.
+        let level = if lines < 10 { log::Level::Warn } else { log::Level::Debug };
+        log::log!(level, "{line}");
+        lines += 1;
+    };
+    let report = check::run(storage, name, check::Repair::All, &mut log)?;
     if report.check_errors > 0 || report.corruptions > 0 {
         return Err(Error::refused(
             name,

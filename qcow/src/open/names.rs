@@ -172,7 +172,7 @@ pub fn allowed_host_file(backing: &BackingRef, allow: &[PathBuf]) -> Result<Host
         let mut inside = false;
         for dir in allow {
             let dir = fs::canonicalize(dir).map_err(|e| {
-                refuse(format!("is not allowed: directory {} : {e}", dir.display()))
+                refuse(format!("is not opened: allowed directory {}: {e}", dir.display()))
             })?;
             inside |= path.starts_with(dir);
         }

@@ -274,7 +274,7 @@ fn every_refcount_width_and_cluster_size() {
     let dir = tempfile::tempdir().unwrap();
     let mut rng = Rng(11);
     for order in 0..=6u32 {
-        for bits in [9, 12, 16, 21] {
+        for bits in [[9, 16], [12, 21]][order as usize % 2] {
             let path = dir.path().join("a.qcow2");
             qemu_create(
                 &path,

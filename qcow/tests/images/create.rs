@@ -159,3 +159,27 @@ fn full_preallocation_and_old_contents_of_a_device() {
     assert_eq!(e.to_string(), "a: has room for 1048576 bytes, but the new image needs 1376256");
     assert_eq!(std::fs::read(&path).unwrap(), vec![0xee; 1 << 20]);
 }
+
+#[test]
+fn info_of_used_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    let p = path.to_str().unwrap();
+    std::fs::write(dir.path().join("base.raw"), vec![7; 1 << 20]).unwrap();
+    qemu_create(&path, "lazy_refcounts=on,backing_file=base.raw,backing_fmt=raw", "4M");
+    qemu_img(&["snapshot", "-c", "first", p]);
+    qemu_img(&["snapshot", "-c", "a second one", p]);
+    assert_eq!(our_info(&path), qemu_info(&path));
+    assert_eq!(our_info(&path)["snapshots"].as_array().unwrap().len(), 2);
+    output("qemu-io", &["-f", "qcow2", "-c", "write 0 1M", "-c", "flush", "-c", "sigraise 9", p]);
+    assert_eq!(our_info(&path), qemu_info(&path));
+    assert_eq!(our_info(&path)["dirty-flag"], true);
+    patch(&path, 79, &[2]);
+    assert_eq!(our_info(&path), qemu_info(&path));
+    assert_eq!(our_info(&path)["format-specific"]["data"]["corrupt"], true);
+
+    let mut chain = open_chain(&path, ChainOptions::default()).unwrap();
+    let all = Info::of_chain(&mut chain, &mut |layer| Some(layer.name.len() as u64)).unwrap();
+    assert_eq!((all[1].format, all[1].virtual_size), ("raw", 1 << 20));
+    assert_eq!(all[0].full_backing_filename.as_ref(), Some(&all[1].filename));
+}

@@ -72,12 +72,13 @@ fn every_cluster_size_with_everything_in_it() {
     let path = dir.path().join("a.qcow2");
     let mut rng = Rng(1);
     for bits in 9..=21 {
-        for compat in ["0.10", "1.1,compression_type=zlib", "1.1,compression_type=zstd"] {
+        let kinds = ["1.1,compression_type=zlib", "1.1,compression_type=zstd", "0.10"];
+        for compat in &kinds[..2 + bits % 2] {
             let cluster = 1u64 << bits;
             let size = (cluster * 37 + 512 * 3).min(9 << 20);
             let options = format!("cluster_size={cluster},compat={compat}");
             qemu_create(&path, &options, &size.to_string());
-            scribble(&path, &mut rng, cluster, size, true, 40);
+            scribble(&path, &mut rng, cluster, size, true, 30);
             same_contents(&path);
             same_map(&path);
         }
