@@ -168,7 +168,7 @@ impl Aio {
     /// `start.vecs` must stay where it is, and the memory that it names stay mapped, until
     /// [`Aio::next`] returns `slot` or this is dropped.
     pub(crate) unsafe fn push(&mut self, slot: u16, start: &Start<'_>) {
-        let (opcode, rw_flags) = match (start.io, start.vecs.len()) {
+        let (opcode, rw_flags) = match (start.io, start.vecs.as_slice().len()) {
             (Io::Read, 1) => (PREAD, 0),
             (Io::Read, _) => (PREADV, 0),
             (Io::Write { dsync }, n) => {
@@ -184,7 +184,7 @@ impl Aio {
                 return;
             }
         };
-        let (buf, nbytes) = match start.vecs {
+        let (buf, nbytes) = match start.vecs.as_slice() {
             _ if opcode == FDSYNC => (0, 0),
             [v] => (v.base(), v.len()),
             list => (list.as_ptr().expose_provenance(), list.len()),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dma::Region;
 
 use crate::aio::Aio;
-use crate::memory::{IoVec, Memory, Vecs};
+use crate::memory::{Memory, Vecs};
 use crate::uring::Uring;
 use crate::{Engine, Error};
 
@@ -33,7 +33,7 @@ pub(crate) struct Start<'a> {
     pub(crate) file: &'a Arc<File>,
     pub(crate) io: Io,
     pub(crate) offset: u64,
-    pub(crate) vecs: &'a [IoVec],
+    pub(crate) vecs: &'a Vecs,
 }
 
 enum Via {
@@ -81,8 +81,15 @@ impl Kernel {
         }
     }
 
-    pub(crate) fn register(&mut self, region: &Arc<Region>) {
-        self.memory.register(region);
+    /// Adds a region to the table; `pin`: lets the kernel pin it too, to spare that per request.
+    pub(crate) fn register(&mut self, region: &Arc<Region>, pin: bool) {
+        let new = self.memory.register(region);
+        if let Via::Uring(ring) = &mut self.via
+            && new
+            && pin
+        {
+            ring.pin(region);
+        }
     }
 
     /// The table of regions, and the list of a slot that is not with the kernel.
@@ -99,7 +106,7 @@ impl Kernel {
         let at = usize::from(slot);
         assert!(!self.busy[at], "one request per slot at a time");
         self.busy[at] = true;
-        let start = Start { file, io, offset, vecs: self.vecs[at].as_slice() };
+        let start = Start { file, io, offset, vecs: &self.vecs[at] };
         match &mut self.via {
             // SAFETY: the list lies in a box that lives longer than the ring, and `busy` keeps
             // everyone off it; what it names is held by the table, which only grows.

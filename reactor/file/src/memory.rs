@@ -37,14 +37,25 @@ pub(crate) struct Vecs {
     items: [IoVec; MAX_SEGS],
     first: u8,
     end: u8,
+    /// Table index of the last piece's region.
+    region: u16,
 }
 
 impl Vecs {
     pub(crate) const EMPTY: Vecs =
-        Vecs { items: [IoVec { base: 0, len: 0 }; MAX_SEGS], first: 0, end: 0 };
+        Vecs { items: [IoVec { base: 0, len: 0 }; MAX_SEGS], first: 0, end: 0, region: 0 };
 
     pub(crate) fn as_slice(&self) -> &[IoVec] {
         &self.items[usize::from(self.first)..usize::from(self.end)]
+    }
+
+    /// If the data is in one piece: that, and the table index of its region.
+    #[inline]
+    pub(crate) fn single(&self) -> Option<(IoVec, usize)> {
+        match self.as_slice() {
+            [v] => Some((*v, self.region.into())),
+            _ => None,
+        }
     }
 
     /// Drops the first `n` bytes, which were moved.
@@ -79,10 +90,13 @@ impl Memory {
         Memory { regions: vec![None; RegionId::MAX].into_boxed_slice() }
     }
 
-    /// Adds a region, for good.
-    pub(crate) fn register(&mut self, region: &Arc<Region>) {
+    /// Adds a region, for good. `false` if it was there already.
+    pub(crate) fn register(&mut self, region: &Arc<Region>) -> bool {
         // Its number cannot be another region's while the table holds that.
-        self.regions[region.id().index()].get_or_insert_with(|| region.clone());
+        let place = &mut self.regions[region.id().index()];
+        let new = place.is_none();
+        place.get_or_insert_with(|| region.clone());
+        new
     }
 
     /// Fills `out` with the segments' addresses; segments that adjoin become one. `false` if a
@@ -102,7 +116,9 @@ impl Memory {
                 return false;
             }
             let base = region.base().as_ptr().expose_provenance() + seg.offset() as usize;
-            if base == next {
+            // Two regions may adjoin in the address space; they stay two pieces.
+            let id = seg.region().index() as u16;
+            if base == next && out.region == id {
                 out.items[usize::from(out.end) - 1].len += len as usize;
             } else if usize::from(out.end) < MAX_SEGS {
                 out.items[usize::from(out.end)] = IoVec { base, len: len as usize };
@@ -111,6 +127,7 @@ impl Memory {
                 return false;
             }
             next = base + len as usize;
+            out.region = id;
         }
         true
     }
@@ -177,8 +194,27 @@ mod tests {
         assert!(v.aligned(4096, 512) && !v.aligned(4096, 4096) && !v.aligned(16384, 512));
         v.advance(4608 + 100);
         assert_eq!(v.as_slice(), [IoVec { base: base + 8292, len: 3996 }]);
+        assert_eq!(v.single(), Some((v.as_slice()[0], region.id().index())));
         v.advance(3996);
         assert!(v.as_slice().is_empty());
+    }
+
+    #[test]
+    fn regions_that_adjoin_stay_two_pieces() {
+        let mut m = Memory::new();
+        let regions: Vec<_> =
+            (0..32).map(|_| Region::new(4096, PageSize::Small).unwrap()).collect();
+        regions.iter().for_each(|r| assert!(m.register(r)));
+        let base = |r: &Region| r.base().as_ptr().addr();
+        // The kernel places mappings side by side unless somebody else got in between.
+        let pairs = regions.iter().flat_map(|a| regions.iter().map(move |b| (a, b)));
+        let (a, b) = { pairs }.find(|(a, b)| base(a) + 4096 == base(b)).unwrap();
+        let mut v = Vecs::EMPTY;
+        assert!(m.resolve(&[a.seg(0, 4096).unwrap(), b.seg(0, 4096).unwrap()], &mut v));
+        assert_eq!(v.as_slice().len(), 2);
+        m.zero(&v);
+        v.advance(4096);
+        assert_eq!(v.single().unwrap().1, b.id().index());
     }
 
     #[test]

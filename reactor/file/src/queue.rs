@@ -123,7 +123,7 @@ impl FileQueue {
         let unit = Unit::new(file)?;
         if unit.direct && self.bounces.is_none() {
             let pool = Pool::new(BOUNCES, MAX_TRANSFER)?;
-            self.kernel.register(pool.region());
+            self.kernel.register(pool.region(), false);
             self.bounces = Some(pool);
         }
         self.units.push(unit);
@@ -401,7 +401,7 @@ impl Submit for FileQueue {
 
 impl BlockQueue for FileQueue {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
-        self.kernel.register(region);
+        self.kernel.register(region, true);
         Ok(())
     }
 

@@ -6,10 +6,12 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::with_exposed_provenance_mut;
+use std::sync::Arc;
 
+use dma::{Region, RegionId};
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
-use crate::kernel::Start;
+use crate::kernel::{Io, Start};
 
 /// One ring.
 pub(crate) struct Uring {
@@ -19,6 +21,8 @@ pub(crate) struct Uring {
     /// Entries that the kernel has taken and not answered.
     running: usize,
     calls: u64,
+    /// Which regions of the table the kernel has pinned.
+    pinned: Box<[bool]>,
     /// Whether a refused call was already logged.
     complained: bool,
 }
@@ -36,7 +40,26 @@ impl Uring {
                 return Err(io::ErrorKind::Unsupported.into());
             }
         }
-        Ok(Uring { ring, queued: 0, running: 0, calls: 0, complained: false })
+        // From Linux 5.19 on; without, nothing is ever pinned.
+        let tabled = ring.submitter().register_buffers_sparse(RegionId::MAX as u32).is_ok();
+        let pinned = vec![false; if tabled { RegionId::MAX } else { 0 }].into_boxed_slice();
+        Ok(Uring { ring, queued: 0, running: 0, calls: 0, pinned, complained: false })
+    }
+
+    /// Has the kernel pin a region's pages once, which otherwise it does for each request. Not more
+    /// than a favour: the memory may be more than a process may lock, or of a kind that cannot be.
+    pub(crate) fn pin(&mut self, region: &Arc<Region>) {
+        let at = region.id().index();
+        let Some(pinned) = self.pinned.get_mut(at) else { return };
+        let all = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: region.len() };
+        let ring = self.ring.submitter();
+        // SAFETY: a mapping that the table of regions keeps for as long as the ring lives, and
+        // whose pages stay the same.
+        let done = unsafe { ring.register_buffers_update(at as u32, &[all], None) };
+        *pinned = done.is_ok();
+        if let Err(e) = done {
+            log::debug!("{} bytes not pinned for io_uring: {e}", region.len());
+        }
     }
 
     /// Queues a request.
@@ -45,11 +68,50 @@ impl Uring {
     /// `start.vecs` must stay where it is, and the memory that it names stay mapped, until
     /// [`Uring::next`] returns `slot` or the ring is dropped.
     pub(crate) unsafe fn push(&mut self, slot: u32, start: &Start<'_>) {
-        let entry = entry(start).user_data(u64::from(slot));
+        let entry = self.entry(start).user_data(u64::from(slot));
         // SAFETY: the caller keeps the memory; the entry's other fields are plain values.
         let done = unsafe { self.ring.submission().push(&entry) };
         done.expect("the ring has as many entries as there are slots");
         self.queued += 1;
+    }
+
+    #[inline]
+    fn entry(&self, start: &Start<'_>) -> squeue::Entry {
+        let (fd, at) = (types::Fd(start.file.as_raw_fd()), start.offset);
+        let list = start.vecs.as_slice();
+        let (ptr, count) = (list.as_ptr().cast::<libc::iovec>(), list.len() as u32);
+        // A single piece needs no list that the kernel would have to copy in.
+        let single = start.vecs.single().map(|(v, region)| {
+            let pinned = self.pinned.get(region) == Some(&true);
+            let memory = with_exposed_provenance_mut::<u8>(v.base());
+            (memory, v.len() as u32, pinned.then_some(region as u16))
+        });
+        match start.io {
+            Io::Read => match single {
+                Some((to, len, Some(region))) => {
+                    opcode::ReadFixed::new(fd, to, len, region).offset(at).build()
+                }
+                Some((to, len, None)) => opcode::Read::new(fd, to, len).offset(at).build(),
+                None => opcode::Readv::new(fd, ptr, count).offset(at).build(),
+            },
+            Io::Write { dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                match single {
+                    Some((from, len, Some(region))) => {
+                        let write = opcode::WriteFixed::new(fd, from, len, region);
+                        write.offset(at).rw_flags(flags).build()
+                    }
+                    Some((from, len, None)) => {
+                        opcode::Write::new(fd, from, len).offset(at).rw_flags(flags).build()
+                    }
+                    None => opcode::Writev::new(fd, ptr, count).offset(at).rw_flags(flags).build(),
+                }
+            }
+            Io::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Io::Allocate { mode, len } => {
+                opcode::Fallocate::new(fd, len).offset(at).mode(mode).build()
+            }
+        }
     }
 
     /// Whether [`Uring::send`] has something to send.
@@ -121,30 +183,3 @@ impl Drop for Uring {
 
 /// `IORING_ENTER_GETEVENTS`.
 const GETEVENTS: u32 = 1;
-
-fn entry(start: &Start<'_>) -> squeue::Entry {
-    use crate::kernel::Io;
-    let fd = types::Fd(start.file.as_raw_fd());
-    let at = start.offset;
-    let (ptr, count) = (start.vecs.as_ptr().cast::<libc::iovec>(), start.vecs.len() as u32);
-    let flags = if start.io == (Io::Write { dsync: true }) { libc::RWF_DSYNC } else { 0 };
-    match (start.io, start.vecs) {
-        // One piece needs no list that the kernel would have to copy in.
-        (Io::Read, [v]) => {
-            let to = with_exposed_provenance_mut(v.base());
-            opcode::Read::new(fd, to, v.len() as u32).offset(at).build()
-        }
-        (Io::Read, _) => opcode::Readv::new(fd, ptr, count).offset(at).build(),
-        (Io::Write { .. }, [v]) => {
-            let from = with_exposed_provenance_mut::<u8>(v.base());
-            opcode::Write::new(fd, from, v.len() as u32).offset(at).rw_flags(flags).build()
-        }
-        (Io::Write { .. }, _) => {
-            opcode::Writev::new(fd, ptr, count).offset(at).rw_flags(flags).build()
-        }
-        (Io::Sync, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-        (Io::Allocate { mode, len }, _) => {
-            opcode::Fallocate::new(fd, len).offset(at).mode(mode).build()
-        }
-    }
-}
