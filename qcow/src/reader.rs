@@ -271,9 +271,12 @@ impl<S: Storage> ChainReader<S> {
         };
         self.packed.resize(len as usize, 0);
         self.plain.resize(cluster, 0);
+        // An entry counts whole sectors: the last one may end behind a device.
+        let room = layer.storage.capacity().saturating_sub(host).min(u64::from(len)) as usize;
+        self.packed[room..].fill(0);
         layer
             .storage
-            .read_at(host, &mut self.packed)
+            .read_at(host, &mut self.packed[..room])
             .map_err(Error::io(&layer.name, "compressed cluster"))?;
         self.decompressor.decode(compression, &self.packed, &mut self.plain).map_err(|e| {
             Error::field(

@@ -91,7 +91,7 @@ pub fn run(
     if repair != Repair::None && storage.read_only() {
         return Err(Error::refused(name, "cannot be repaired: it is read-only"));
     }
-    let before = Checker::open(storage, name, log)?.scan()?;
+    let before = Checker::open(storage, name, log)?.scan();
     let nothing_to_do = before.corruptions == 0 && before.leaks == 0;
     if repair == Repair::None || before.check_errors > 0 {
         return Ok(before.into_report(name));
@@ -108,7 +108,7 @@ pub fn run(
         flags_fixed = checker.repair(repair, &before)?;
     }
     let mut quiet = |_: &str| {};
-    let after = Checker::open(storage, name, &mut quiet)?.scan()?;
+    let after = Checker::open(storage, name, &mut quiet)?.scan();
     if after.check_errors == 0 && after.corruptions == 0 {
         let mut meta = ImageMeta::open(storage, name, Mode::Check)?;
         meta.set_incompatible(storage, 0, incompatible::DIRTY | incompatible::CORRUPT)?;

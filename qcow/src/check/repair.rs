@@ -111,7 +111,14 @@ impl Checker<'_> {
     /// Counts references without saying anything.
     pub(super) fn count_quietly(&mut self, window: &mut Window, refcounts: bool) -> Result<()> {
         let mut scan = Scan::default();
-        self.count(Counting { window, scan: &mut scan, first: false, flags: false }, refcounts)
+        let into = Counting { window, scan: &mut scan, first: false, flags: false };
+        self.count(into, refcounts);
+        if scan.check_errors > 0 {
+            // The look before could read everything; by now something has failed.
+            let reason = "a table that could be read before cannot be read now; repair stopped";
+            return Err(Error::refused(&self.meta.name, reason));
+        }
+        Ok(())
     }
 
     /// Sets COPIED where a refcount on disk is one and clears it elsewhere; returns how many.
@@ -121,7 +128,7 @@ impl Checker<'_> {
         for range in self.windows() {
             let mut window = Window::new(range);
             let mut scan = Scan::default();
-            self.load_ones(&mut window, &mut scan)?;
+            self.load_ones(&mut window, &mut scan);
             if scan.check_errors > 0 {
                 continue;
             }

@@ -129,7 +129,7 @@ pub(super) fn judge(raw: u64, g: &crate::format::Geometry) -> Judged {
 
 impl Checker<'_> {
     /// Looks at everything, changes nothing.
-    pub(super) fn scan(mut self) -> Result<Scan> {
+    pub(super) fn scan(mut self) -> Scan {
         let g = self.meta.geometry;
         let mut scan = Scan {
             corruptions: self.refs.corruptions,
@@ -145,12 +145,12 @@ impl Checker<'_> {
                 continue;
             }
             let mut window = Window::new(range);
-            self.load_ones(&mut window, &mut scan)?;
+            self.load_ones(&mut window, &mut scan);
             let into = Counting { window: &mut window, scan: &mut scan, first, flags: true };
-            self.count(into, true)?;
-            self.compare(&window, &mut scan)?;
+            self.count(into, true);
+            self.compare(&window, &mut scan);
         }
-        Ok(scan)
+        scan
     }
 
     /// The ranges of clusters that are counted at a time. One cluster past the file's end is
@@ -191,7 +191,7 @@ impl Checker<'_> {
     }
 
     /// Notes which clusters have a refcount of exactly one on disk.
-    pub(super) fn load_ones(&mut self, window: &mut Window, scan: &mut Scan) -> Result<()> {
+    pub(super) fn load_ones(&mut self, window: &mut Window, scan: &mut Scan) {
         let g = self.meta.geometry;
         let mut block = RefcountBlock::new(&g);
         for (first, offset) in self.blocks_of(window.range()) {
@@ -208,12 +208,11 @@ impl Checker<'_> {
                 }
             }
         }
-        Ok(())
     }
 
     /// Counts all references into the window. With `refcounts`, the refcount structures count as
     /// in use.
-    pub(super) fn count(&mut self, mut into: Counting<'_>, refcounts: bool) -> Result<()> {
+    pub(super) fn count(&mut self, mut into: Counting<'_>, refcounts: bool) {
         let cluster = self.meta.geometry.cluster_size();
         for i in 0..self.refs.in_use.len() {
             let place = self.refs.in_use[i];
@@ -239,15 +238,18 @@ impl Checker<'_> {
             match self.read_l2(&table) {
                 Ok(Some(words)) => self.count_l2(&mut into, &table, &words),
                 Ok(None) => {}
-                // Said once; the windows after the first meet it again.
-                Err(e) if into.first => self.unreadable(&e, into.scan),
-                Err(_) => {}
+                // Counted in every window: a repair must not go on with references unknown.
+                Err(e) => {
+                    if into.first {
+                        self.say(&format!("ERROR {e}"));
+                    }
+                    into.scan.check_errors += 1;
+                }
             }
         }
         if into.flags {
             self.compare_l1_flags(into.window, into.scan);
         }
-        Ok(())
     }
 
     /// The words of a table; `None` if it lies past the file's end.
@@ -356,7 +358,7 @@ impl Checker<'_> {
     }
 
     /// Compares the counted references with the refcounts on disk.
-    fn compare(&mut self, window: &Window, scan: &mut Scan) -> Result<()> {
+    fn compare(&mut self, window: &Window, scan: &mut Scan) {
         let g = self.meta.geometry;
         let range = window.range();
         for i in 0..self.refs.refcount_blocks.len() {
@@ -379,9 +381,9 @@ impl Checker<'_> {
             let next = (first + per_block).min(range.end);
             let mut present = false;
             if let Some((_, offset)) = blocks.next_if(|&(at, _)| at == first) {
-                // A failed read was counted when the window was loaded; what the block says is
-                // not known then, so nothing is compared.
-                if self.read_block(offset, &mut block).is_err() {
+                // What the block says is not known then, so nothing is compared.
+                if let Err(e) = self.read_block(offset, &mut block) {
+                    self.unreadable(&e, scan);
                     first = next;
                     continue;
                 }
@@ -406,7 +408,6 @@ impl Checker<'_> {
             }
             first = next;
         }
-        Ok(())
     }
 
     fn mismatch(

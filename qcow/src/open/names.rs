@@ -56,7 +56,10 @@ impl BackingRef {
     /// Takes a name from an image. `image_path` is the path under which the image itself was
     /// opened (`None` if it is not a file), `stated` the format that stands in the image,
     /// `default_format` the one that the user gave for images that state none.
-    pub(super) fn new(
+    ///
+    /// # Errors
+    /// If the name or the format is not one that may be opened.
+    pub fn new(
         named_by: &str,
         name: &[u8],
         image_path: Option<&Path>,

@@ -458,3 +458,50 @@ fn what_cannot_be_checked_at_all() {
     let e = run(&mut FileStorage::open(&path, false), "a", Repair::All, &mut |_| {}).unwrap_err();
     assert_eq!(e.to_string(), "a: cannot be repaired: it is read-only");
 }
+
+#[test]
+fn what_cannot_be_read_is_counted_and_nothing_is_repaired_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = sample(dir.path(), "");
+    let l = layout(&path);
+    set_refcount(&path, &l, free_cluster(&path, &l), 1);
+    let bytes = fs::read(&path).unwrap();
+    for (what, offset) in [("L2 table", l.l2), ("refcount block", l.block)] {
+        let mut storage = FileStorage::open(&path, true);
+        storage.bad = offset..offset + 512;
+        let mut lines = Vec::new();
+        let report =
+            run(&mut storage, "a", Repair::All, &mut |l| lines.push(l.to_owned())).unwrap();
+        assert!(report.check_errors > 0);
+        let want =
+            format!("ERROR a: {what}: read of 65536 bytes at offset {offset:#x}: medium error");
+        assert!(lines.contains(&want), "{lines:?}");
+        assert!(fs::read(&path).unwrap() == bytes);
+    }
+}
+
+#[test]
+fn one_failing_read_at_any_point_frees_nothing_that_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = sample(dir.path(), "cluster_size=4096");
+    let l = layout(&good);
+    set_refcount(&good, &l, free_cluster(&good, &l), 1);
+    set_refcount(&good, &l, l.l2 >> 12, 3);
+    let before = our_contents(&good);
+    let path = dir.path().join("b.qcow2");
+    for n in 0.. {
+        fs::copy(&good, &path).unwrap();
+        let mut storage = FileStorage::open(&path, true);
+        storage.failing_read = Some(n);
+        let result = run(&mut storage, "a", Repair::All, &mut |_| {});
+        let report = check(&path, Repair::None);
+        // The flag of the table whose refcount was too high may still be as it was.
+        assert!(report.corruptions <= 1, "read {n}: {report:?}");
+        assert!(our_contents(&path) == before, "read {n}");
+        if storage.failing_read.is_some() {
+            assert_eq!(result.unwrap().leaks_fixed, 2);
+            break;
+        }
+    }
+    assert_clean(&path);
+}

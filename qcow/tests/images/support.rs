@@ -18,12 +18,24 @@ pub(crate) struct FileStorage {
     /// Writes that still succeed; then all fail, as after a power cut.
     pub(crate) writes_left: Option<u64>,
     pub(crate) writes: u64,
+    /// The read, counted down, that fails once.
+    pub(crate) failing_read: Option<u64>,
+    /// Bytes that cannot be read.
+    pub(crate) bad: std::ops::Range<u64>,
 }
 
 impl FileStorage {
     pub(crate) fn open(path: &Path, writable: bool) -> FileStorage {
         let file = OpenOptions::new().read(true).write(writable).open(path).unwrap();
-        FileStorage { file, read_only: !writable, device: None, writes_left: None, writes: 0 }
+        FileStorage {
+            file,
+            read_only: !writable,
+            device: None,
+            writes_left: None,
+            writes: 0,
+            failing_read: None,
+            bad: 0..0,
+        }
     }
 
     /// Behaves like a device of the file's present size.
@@ -70,6 +82,12 @@ impl Storage for FileStorage {
         if offset.checked_add(len).is_none_or(|end| end > self.capacity()) {
             return Err(error("read", offset, len, Status::Invalid));
         }
+        let bad = offset < self.bad.end && offset + len > self.bad.start;
+        if bad || self.failing_read == Some(0) {
+            self.failing_read = None;
+            return Err(error("read", offset, len, Status::Medium));
+        }
+        self.failing_read = self.failing_read.map(|n| n - 1);
         let mut done = 0;
         while done < into.len() {
             match self.file.read_at(&mut into[done..], offset + done as u64) {
