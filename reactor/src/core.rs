@@ -156,19 +156,33 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// Attaches a frontend to an image; `make` is given its owner number. Returns its index.
     ///
     /// # Errors
-    /// If a leaf cannot reach the frontend's memory, or there is no such image.
+    /// What `make` says; or if a leaf cannot reach the frontend's memory, or there is no such
+    /// image.
     pub fn add_frontend(
         &mut self,
         image: usize,
-        make: impl FnOnce(u16, &DeviceInfo) -> F,
+        make: impl FnOnce(u16, &DeviceInfo) -> Result<F, String>,
     ) -> Result<usize, String> {
         let index = free_place(&mut self.frontends);
         let owner = self.owner(Owner::Frontend(index));
-        let Some(Some((_, of))) = self.images.get_mut(image) else {
+        let added = self.add_frontend_as(owner, index, image, make);
+        if added.is_err() {
             self.owners[usize::from(owner)] = Owner::Nobody;
+        }
+        added.map(|()| index)
+    }
+
+    fn add_frontend_as(
+        &mut self,
+        owner: u16,
+        index: usize,
+        image: usize,
+        make: impl FnOnce(u16, &DeviceInfo) -> Result<F, String>,
+    ) -> Result<(), String> {
+        let Some(Some((_, of))) = self.images.get_mut(image) else {
             return Err(format!("there is no image {image}"));
         };
-        let frontend = make(owner, of.info());
+        let frontend = make(owner, of.info())?;
         for region in frontend.regions() {
             of.register(&region);
             for leaf in &mut self.leaves {
@@ -176,7 +190,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             }
         }
         self.frontends[index] = Some(Attached { frontend, image, owner });
-        Ok(index)
+        Ok(())
     }
 
     /// A frontend.

@@ -28,7 +28,7 @@ fn traffic(policy: Policy) {
     let region = pool.region().clone();
     let wake = reactor.mailbox().ask(|c| c.wake()).unwrap();
     let (mut portal, end) = Portal::new(16, vec![region.clone()], wake).unwrap();
-    let attached = reactor.mailbox().ask(|c| c.add_frontend(0, |owner, _| end(owner))).unwrap();
+    let attached = reactor.mailbox().ask(|c| c.add_frontend(0, |owner, _| Ok(end(owner)))).unwrap();
     attached.unwrap();
 
     let mut bufs: Vec<_> = std::iter::from_fn(|| pool.take()).collect();

@@ -255,7 +255,7 @@ impl Rig {
         core.add_image(|owner, l| Image::attach(stack, owner, l, options)).unwrap();
         let pool = Pool::new(64, 256 << 10).unwrap();
         let (portal, end) = Portal::new(64, vec![pool.region().clone()], core.wake()).unwrap();
-        core.add_frontend(0, |owner, _| end(owner)).unwrap();
+        core.add_frontend(0, |owner, _| Ok(end(owner))).unwrap();
         Rig { core, portal, pool, bufs: HashMap::new(), next_id: 0 }
     }
 

@@ -313,7 +313,7 @@ impl Door {
         let (portal, end) = Portal::new(depth, regions, wake).map_err(|e| fail(e.to_string()))?;
         let image = self.image;
         let added = self.mailbox.ask(move |core: &mut ReactorCore| {
-            core.add_frontend(image, |owner, _| Frontend::Portal(Box::new(end(owner))))
+            core.add_frontend(image, |owner, _| Ok(Frontend::Portal(Box::new(end(owner)))))
         });
         added.ok_or_else(gone)?.map_err(fail)?;
         Ok(portal)

@@ -184,7 +184,7 @@ impl Harness {
             let ended = || "the reactor has ended".to_owned();
             let wake = mailbox.ask(|c: &mut TestCore| c.wake()).ok_or_else(ended)?;
             let (portal, end) = Portal::new(depth, regions, wake).map_err(|e| e.to_string())?;
-            mailbox.ask(|c| c.add_frontend(0, |owner, _| end(owner))).ok_or_else(ended)??;
+            mailbox.ask(|c| c.add_frontend(0, |owner, _| Ok(end(owner)))).ok_or_else(ended)??;
             Ok(portal)
         };
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,41 @@
+//! System calls, allocations and locks of the calling thread.
+
+use serde::Serialize;
+
+use crate::{alloc, trap};
+
+/// What a thread has done so far. Only differences mean something.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Counters {
+    /// System calls; `None` where they cannot be trapped.
+    pub syscalls: Option<u64>,
+    /// Allocations.
+    pub allocations: u64,
+    /// Locks of [`reactor::sync::Mutex`], the only one that the lints permit.
+    pub locks: u64,
+}
+
+impl Counters {
+    /// Begins to count the calling thread.
+    pub fn start() -> Counters {
+        let trapped = trap::start();
+        Counters {
+            syscalls: trapped.then(trap::count),
+            allocations: alloc::count(),
+            locks: reactor::sync::locks_taken(),
+        }
+    }
+
+    /// What the calling thread has done since `start`; stops counting.
+    pub fn finish(start: Counters) -> Counters {
+        let done = Counters {
+            syscalls: start.syscalls.map(|n| trap::count() - n),
+            allocations: alloc::count() - start.allocations,
+            locks: reactor::sync::locks_taken() - start.locks,
+        };
+        if start.syscalls.is_some() {
+            trap::stop();
+        }
+        done
+    }
+}

@@ -1,0 +1,141 @@
+//! `polldisk demo`: the main job on the embedded default, shown and verified.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use bench::demo::{Inject, Options, Report};
+use clap::{Args, ValueEnum};
+use reactor::Policy;
+
+/// Serve a guest ring from a QCOW2 image through the NVMe driver, and verify every byte.
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// How long to measure, in seconds.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// Size of the image, all of which is written and read back.
+    #[arg(long, default_value = "256M", value_parser = size)]
+    size: u64,
+    #[command(flatten)]
+    reactor: crate::args::Reactor,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Do something wrong on purpose, to see that it is noticed.
+    #[arg(long, hide = true)]
+    inject: Option<Wrong>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Wrong {
+    Syscall,
+    Alloc,
+    Lock,
+    Corrupt,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let n = node::parse_size(text).ok_or("a size like 256M is needed")?;
+    if !(1 << 20..=1 << 40).contains(&n) || !n.is_multiple_of(1 << 20) {
+        return Err("whole MiB from 1M to 1T are possible".to_owned());
+    }
+    Ok(n)
+}
+
+/// Runs the demo; the exit code is 1 if anything did not verify.
+pub(crate) fn run(demo: &Demo) -> anyhow::Result<u8> {
+    if !(0.05..=86_400.0).contains(&demo.seconds) {
+        bail!("--seconds {}: 0.05 to 86400 are possible", demo.seconds);
+    }
+    let scratch = tempfile::Builder::new().prefix("polldisk-demo-").tempdir();
+    let scratch = scratch.context("cannot make a scratch folder (TMPDIR names where)")?;
+    let cores = demo.reactor.cores(2)?;
+    let alone = cores[0] == cores[1];
+    let options = Options {
+        seconds: demo.seconds,
+        cores: [cores[0], cores[1]],
+        policy: demo.reactor.policy.unwrap_or(if alone { Policy::Adaptive } else { Policy::Poll }),
+        l2_cache: demo.reactor.l2_cache,
+        scratch: PathBuf::from(scratch.path()),
+        inject: demo.inject.map(|w| match w {
+            Wrong::Syscall => Inject::Syscall,
+            Wrong::Alloc => Inject::Alloc,
+            Wrong::Lock => Inject::Lock,
+            Wrong::Corrupt => Inject::Corrupt,
+        }),
+    };
+    if !demo.json {
+        println!(
+            "guest ring (blkif, 128 slots) -> QCOW2 -> NVMe driver -> NVMe model on {}",
+            scratch.path().display()
+        );
+        match (cores[0], cores[1]) {
+            (Some(a), Some(b)) if a != b => {
+                println!(
+                    "reactor on processor {a}, policy {}; guest and device on {b}",
+                    options.policy.as_str()
+                );
+            }
+            _ => println!("one processor for all: this will be slow"),
+        }
+    }
+    let blocks = demo.size / 4096;
+    let mut say = |line: &str| {
+        if !demo.json {
+            println!("  {line}");
+        }
+    };
+    let report = bench::demo::run(&options, blocks, &mut say)?;
+    if demo.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(u8::from(!report.verified))
+}
+
+fn print(r: &Report) {
+    println!();
+    println!(
+        "{:<18} {:>5} {:>10} {:>9} {:>9} {:>9}   per request on the reactor",
+        "4 KiB", "depth", "IOPS", "p50 us", "p99 us", "p99.9 us"
+    );
+    for p in &r.phases {
+        let us = |ns: u64| ns as f64 / 1000.0;
+        let q = &p.per_request;
+        let calls = q.syscalls.map_or("?".to_owned(), count);
+        println!(
+            "{:<18} {:>5} {:>10.0} {:>9.1} {:>9.1} {:>9.1}   {} syscalls, {} allocations, {} locks, {:.3} notifications",
+            p.name,
+            p.depth,
+            p.iops,
+            us(p.latency_ns.p50),
+            us(p.latency_ns.p99),
+            us(p.latency_ns.p999),
+            calls,
+            count(q.allocations),
+            count(q.locks),
+            q.notifications
+        );
+    }
+    println!();
+    println!(
+        "filling the empty image took {:.3} device writes per guest write",
+        r.fill_writes_per_write
+    );
+    println!(
+        "{} MiB written, {} MiB read back and compared, {} MiB of that after closing and opening again",
+        r.written_bytes >> 20,
+        r.verified_bytes >> 20,
+        r.reread_bytes >> 20
+    );
+    match &r.failure {
+        None => println!("verified: every byte is right, and the image checks clean"),
+        Some(why) => println!("NOT VERIFIED: {why}"),
+    }
+}
+
+/// A count per request: 0 is exactly 0.
+fn count(n: f64) -> String {
+    if n == 0.0 { "0".to_owned() } else { format!("{n:.4}") }
+}
