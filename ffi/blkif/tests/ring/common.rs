@@ -385,7 +385,6 @@ pub(crate) struct Raw {
     pub(crate) backend: TestBackend,
     pub(crate) disk: Disk,
     pub(crate) knobs: Rc<RefCell<Knobs>>,
-    pub(crate) events: Signal,
     pub(crate) abi: Abi,
     pub(crate) slots: u32,
     pub(crate) prod: u32,
@@ -414,9 +413,8 @@ impl Raw {
         }
         let grants = TestGrants::new(LocalGrants::new(table.clone(), region.clone()));
         let knobs = grants.knobs.clone();
-        let events = Signal::default();
         let slots = abi.slots(config.order);
-        let backend = Backend::new(config, memory.clone(), grants, events.clone()).unwrap();
+        let backend = Backend::new(config, memory.clone(), grants, Signal::default()).unwrap();
         let mut disk = Disk::new(DISK);
         disk.fill(0xdd);
         for r in backend.regions() {
@@ -429,7 +427,6 @@ impl Raw {
             backend,
             disk,
             knobs,
-            events,
             abi,
             slots,
             prod: 0,

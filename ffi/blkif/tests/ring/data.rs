@@ -228,7 +228,7 @@ fn copies_of_a_turn_go_in_one_call() {
 fn warm_persistent_grants_need_no_copy_call() {
     let mut p = Pair::new(setup(Abi::NATIVE, 0, true));
     let stats = p.backend.stats();
-    let mut round = |p: &mut Pair| {
+    let round = |p: &mut Pair| {
         for i in 0..32 {
             match i % 3 {
                 0 => p.frontend.read(i, i * 256, 4096).unwrap(),
