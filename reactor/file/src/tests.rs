@@ -1,6 +1,7 @@
 //! Tests of the whole queue, over every engine and two file systems.
 
 mod behaviour;
+mod device;
 mod model;
 
 use std::fs::{File, OpenOptions};
