@@ -37,3 +37,9 @@ impl Reactor {
         Ok(if self.cores.is_empty() { None } else { self.cores(1)?[0] })
     }
 }
+
+/// Parses the name of an image format.
+pub(crate) fn format(text: &str) -> Result<qcow::open::Format, String> {
+    qcow::open::Format::from_name(text)
+        .ok_or_else(|| format!("unknown format {text:?}; there are qcow2 and raw"))
+}

@@ -5,6 +5,7 @@
 mod args;
 mod demo;
 mod image;
+mod nbd;
 mod output;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Serve a guest ring from a QCOW2 image through the NVMe driver, every byte verified.
     Demo(demo::Demo),
+    /// Serve one image over NBD on a unix socket.
+    Nbd(nbd::Nbd),
     /// Images: info, check, create, map, convert, compare.
     #[command(subcommand)]
     Image(image::Command),
@@ -38,6 +41,7 @@ fn main() -> std::process::ExitCode {
     output::init_log(cli.verbose);
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
+        Command::Nbd(nbd) => nbd::run(&nbd),
         Command::Image(command) => image::run(command),
     };
     match result {

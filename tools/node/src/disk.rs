@@ -302,6 +302,24 @@ pub struct Door {
 }
 
 impl Door {
+    /// The image's name, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The image's index in its core.
+    pub(crate) fn image(&self) -> usize {
+        self.image
+    }
+
+    /// Runs `call` on the reactor; `None` if it has ended.
+    pub(crate) fn ask<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut ReactorCore) -> T + Send + 'static,
+    ) -> Option<T> {
+        self.mailbox.ask(call)
+    }
+
     /// A portal for `depth` requests in flight over `regions`.
     ///
     /// # Errors

@@ -13,6 +13,7 @@
 
 mod chain;
 mod disk;
+mod extents;
 mod frontend;
 mod host;
 mod image;
@@ -23,6 +24,7 @@ mod spec;
 
 pub use chain::{Chain, OpenOptions, open_chain, open_source};
 pub use disk::{Disk, DiskOptions, Door, Parts, ReactorCore, Rest};
+pub use extents::{Extent, ExtentSource};
 pub use frontend::{Frontend, Ring};
 pub use host::HostStorage;
 pub use image::Image;

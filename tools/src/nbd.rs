@@ -1,0 +1,118 @@
+//! `polldisk nbd`: serve one image over NBD until a signal says to stop.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
+use node::{Disk, DiskOptions, ExtentSource, NodeSpec, OpenOptions, Parts};
+use qcow::open::Format;
+use reactor::{Clock, Policy, Start};
+
+/// How long clients may take to finish what they asked for.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Serve one image over NBD on a unix socket until SIGTERM or SIGINT.
+#[derive(Args)]
+pub(crate) struct Nbd {
+    /// Where to listen; a stale socket is replaced, a live one refused.
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// The image's format: qcow2 or raw.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
+    format: Format,
+    /// Format of backing files whose image states none.
+    #[arg(long, value_name = "FORMAT", value_parser = crate::args::format)]
+    backing_format: Option<Format>,
+    /// Only open backing files in this folder (may be given several times).
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
+    /// Refuse writes; others may read the image at the same time.
+    #[arg(short, long)]
+    read_only: bool,
+    /// Name of the export; clients that ask for another are refused.
+    #[arg(long, default_value = "")]
+    export: String,
+    #[command(flatten)]
+    reactor: crate::args::Reactor,
+    /// The image.
+    node: String,
+}
+
+/// Serves; returns when told to stop and everything is on disk.
+pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
+    // Blocked before any thread starts, so that only the wait below takes them.
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTERM);
+    stop.add(Signal::SIGINT);
+    stop.thread_block().context("cannot block signals")?;
+    let spec = NodeSpec::parse(&nbd.node)?;
+    let clock = Clock::real();
+    let mut allow = Vec::new();
+    for dir in &nbd.allow_backing {
+        let found = dir.canonicalize();
+        allow.push(found.with_context(|| format!("--allow-backing {}", dir.display()))?);
+    }
+    let options = OpenOptions {
+        writable: !nbd.read_only,
+        backing_format: nbd.backing_format,
+        allow_backing: allow,
+        clock: clock.clone(),
+        ..OpenOptions::read(nbd.format)
+    };
+    let parts = Parts::new(node::open_chain(&spec, &options)?)?;
+    let start = Start {
+        cpu: nbd.reactor.first_core()?,
+        policy: nbd.reactor.policy.unwrap_or(Policy::Adaptive),
+    };
+    let image = qcow::run::Options { l2_cache: nbd.reactor.l2_cache, ..Default::default() };
+    let disk = Disk::start(parts, DiskOptions { start, image }, clock)?;
+    let served = serve(nbd, &spec, &disk, &stop);
+    let closed = disk.close();
+    served?;
+    closed?;
+    Ok(0)
+}
+
+fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &SigSet) -> anyhow::Result<()> {
+    let door = disk.door();
+    let extents = ExtentSource::new(door.clone())?;
+    let export = ::nbd::Export {
+        name: nbd.export.clone(),
+        description: spec.to_string(),
+        read_only: nbd.read_only,
+        info: disk.info().clone(),
+        attach: Box::new(move |depth, regions| {
+            door.open(depth, regions).map_err(|e| e.to_string())
+        }),
+        extents: Box::new(Extents(extents)),
+    };
+    let server = ::nbd::Server::bind(&nbd.socket, export)?;
+    let mut out = std::io::stdout();
+    writeln!(out, "listening on {}", nbd.socket.display())?;
+    out.flush()?;
+    let signal = stop.wait().context("cannot wait for signals")?;
+    log::info!("{signal}: stopping");
+    let left = server.shutdown(DRAIN);
+    if left > 0 {
+        log::warn!("{left} clients still had requests in flight after {DRAIN:?}");
+    }
+    Ok(())
+}
+
+struct Extents(ExtentSource);
+
+impl ::nbd::Extents for Extents {
+    fn status(
+        &self,
+        offset: u64,
+        len: u64,
+        limit: usize,
+    ) -> Result<Vec<::nbd::Extent>, block::Status> {
+        let list = self.0.status(offset, len, limit)?;
+        let one = |e: node::Extent| ::nbd::Extent { len: e.len, hole: e.hole, zero: e.zero };
+        Ok(list.into_iter().map(one).collect())
+    }
+}
