@@ -47,7 +47,6 @@ pub(crate) struct ListSlot<'a> {
 /// The data pointer for `len` bytes of `segs`, from byte `skip` of the first one on.
 ///
 /// `len` is at most [`MAX_BYTES`], and the segments hold that much after `skip`.
-#[inline]
 pub(crate) fn build(
     table: &AddressTable,
     page_shift: u32,
@@ -66,23 +65,31 @@ pub(crate) fn build(
     gather(table, page_shift, segs, skip, len, list)
 }
 
-/// The data pointer for one contiguous run.
+/// The data pointer for one contiguous run within two pages; `None` if it is longer, or begins at
+/// an odd byte.
 #[inline]
+pub(crate) fn without_list(bus: u64, len: u32, page: u64) -> Option<Prps> {
+    // Bytes from the start of the first page.
+    let end = (bus & (page - 1)) + u64::from(len);
+    if end > 2 * page || bus & 3 != 0 {
+        return None;
+    }
+    let second = (bus | (page - 1)) + 1;
+    Some(Prps { prp1: bus, prp2: if end <= page { 0 } else { second } })
+}
+
+/// The data pointer for one contiguous run.
 fn one_run(bus: u64, len: u32, page_shift: u32, list: &ListSlot<'_>) -> Result<Prps, PrpError> {
     if bus & 3 != 0 {
         return Err(PrpError::Inexpressible);
     }
     let page = 1u64 << page_shift;
+    if let Some(prps) = without_list(bus, len, page) {
+        return Ok(prps);
+    }
     let in_first = page - (bus & (page - 1));
-    let len = u64::from(len);
-    if len <= in_first {
-        return Ok(Prps { prp1: bus, prp2: 0 });
-    }
-    let rest = len - in_first;
+    let rest = u64::from(len) - in_first;
     let second = bus + in_first;
-    if rest <= page {
-        return Ok(Prps { prp1: bus, prp2: second });
-    }
     let entries = (rest + page - 1) >> page_shift;
     if entries > LIST_ENTRIES as u64 {
         return Err(PrpError::Inexpressible);

@@ -67,6 +67,8 @@ pub(crate) struct CompletionRing<D> {
     base: usize,
     mask: u32,
     head: u32,
+    /// Where the last dword of the entry at the head is.
+    at: usize,
     /// The phase bit of a fresh entry, where it stands in an entry's last dword.
     phase: u32,
     doorbell: D,
@@ -97,14 +99,14 @@ impl<D: Doorbell> CompletionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
     pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
         assert!(entries.is_power_of_two(), "ring indices wrap by a mask");
-        CompletionRing { region, base, mask: entries - 1, head: 0, phase: PHASE, doorbell }
+        let at = base + LAST_DWORD;
+        CompletionRing { region, base, mask: entries - 1, head: 0, at, phase: PHASE, doorbell }
     }
 
     /// The fresh entry at the head, if there is one: one 32-bit load.
     #[inline]
     pub(crate) fn peek(&self) -> Option<LastDword> {
-        let at = self.base + self.head as usize * CQE_SIZE + LAST_DWORD;
-        let dword = self.region.load32(at, Ordering::Relaxed);
+        let dword = self.region.load32(self.at, Ordering::Relaxed);
         if dword & PHASE != self.phase {
             return None;
         }
@@ -114,7 +116,7 @@ impl<D: Doorbell> CompletionRing<D> {
 
     /// Dword 0 of the entry at the head, after [`CompletionRing::peek`] found it fresh.
     pub(crate) fn result(&self) -> u32 {
-        self.region.load32(self.base + self.head as usize * CQE_SIZE, Ordering::Relaxed)
+        self.region.load32(self.at - LAST_DWORD, Ordering::Relaxed)
     }
 
     /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].
@@ -124,6 +126,7 @@ impl<D: Doorbell> CompletionRing<D> {
         if self.head == 0 {
             self.phase ^= PHASE;
         }
+        self.at = self.base + self.head as usize * CQE_SIZE + LAST_DWORD;
     }
 
     /// Tells the device which entries were taken. Nothing it posts later overwrites them before.
@@ -136,6 +139,7 @@ impl<D: Doorbell> CompletionRing<D> {
     /// Back to the start, for a queue that was created anew over zeroed memory.
     pub(crate) fn reset(&mut self) {
         self.head = 0;
+        self.at = self.base + LAST_DWORD;
         self.phase = PHASE;
     }
 }

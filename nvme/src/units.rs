@@ -40,8 +40,13 @@ impl Changing {
 /// A namespace as one queue pair sees it.
 pub(crate) struct Unit {
     pub(crate) info: DeviceInfo,
+    /// Block size less one.
+    pub(crate) block_mask: u64,
     pub(crate) nsid: u32,
     pub(crate) block_shift: u32,
+    /// Operations that move data and are possible now: those whose number is below this. Read and
+    /// write, only read, or none.
+    pub(crate) transfers: u8,
     /// Most bytes of one Read or Write.
     pub(crate) max_command: u32,
     /// The namespace was taken away, or is another one now.
@@ -59,8 +64,10 @@ impl Unit {
         let block = u64::from(ns.info.block_size);
         // NLB is 0's based in 16 bits (§6.17); a range's length has 32 bits (§6.7).
         let zeroes = controller.zeroes_limit.unwrap_or(u64::MAX).min(block << 16);
-        Unit {
+        let mut unit = Unit {
             info: ns.info.clone(),
+            block_mask: block - 1,
+            transfers: 0,
             nsid: ns.nsid,
             block_shift: ns.block_shift,
             max_command: controller.max_command,
@@ -68,7 +75,18 @@ impl Unit {
             zeroes_deallocate: ns.zeroes_deallocate,
             max_zeroes: (zeroes & !(block - 1)).max(block),
             max_discard: block << 31,
-        }
+        };
+        unit.set_transfers();
+        unit
+    }
+
+    fn set_transfers(&mut self) {
+        const { assert!(block::Op::Read as u8 == 0 && block::Op::Write as u8 == 1) };
+        self.transfers = match (self.gone, self.info.read_only) {
+            (true, _) => 0,
+            (_, true) => block::Op::Read as u8 + 1,
+            _ => block::Op::Write as u8 + 1,
+        };
     }
 
     /// Takes over what changed.
@@ -76,5 +94,6 @@ impl Unit {
         self.info.size = from.size.load(Ordering::Relaxed);
         self.info.read_only = from.read_only.load(Ordering::Relaxed);
         self.gone = from.is_gone();
+        self.set_transfers();
     }
 }

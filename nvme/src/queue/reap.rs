@@ -10,12 +10,35 @@ use crate::ring::LastDword;
 use crate::status;
 
 impl<B: Bar> QueuePair<B> {
+    /// A poll that has something to do.
+    #[inline(never)]
+    pub(super) fn poll_busy(&mut self, order: u32, out: &mut Completions) -> usize {
+        let before = out.len();
+        if u64::from(order) == self.running || self.obey(order) {
+            // The device first: what was submitted since the last poll can begin.
+            if self.sq.dirty() {
+                self.sq.ring();
+                self.stats.sq_doorbells += 1;
+            }
+            self.reap(out);
+            if !self.longs.waiting.is_empty() {
+                self.send_longs();
+            }
+        }
+        if !self.done.is_empty() {
+            self.drain(out);
+        }
+        self.work = self.sq.dirty() || !self.done.is_empty() || !self.longs.waiting.is_empty();
+        out.len() - before
+    }
+
     /// Takes completions as far as `out` has room (so at most [`Completions::CAPACITY`] a poll),
-    /// then tells the device once. There is one at least.
+    /// then tells the device once.
     #[inline]
-    pub(super) fn reap(&mut self, out: &mut Completions) {
+    fn reap(&mut self, out: &mut Completions) {
         let mut budget = out.room();
         let full = budget;
+        let mut succeeded = 0;
         while budget > 0 {
             let Some(entry) = self.cq.peek() else { break };
             self.cq.advance();
@@ -30,13 +53,14 @@ impl<B: Bar> QueuePair<B> {
                 {
                     out.ok(t.tag);
                     self.trackers.free(slot);
-                    self.in_flight -= 1;
-                    self.stats.completed += 1;
+                    succeeded += 1;
                 }
                 _ => self.reap_other(entry),
             }
         }
         if budget < full {
+            self.in_flight -= succeeded;
+            self.stats.completed += u64::from(succeeded);
             self.cq.ring();
             self.stats.cq_doorbells += 1;
             self.busy_polls += 1;
@@ -109,14 +133,5 @@ impl<B: Bar> QueuePair<B> {
             self.longs.remove(index);
             self.answer(tag, status, detail);
         }
-    }
-
-    /// The rest of a poll that has more to do than rings and completions.
-    #[cold]
-    pub(super) fn go_on(&mut self, out: &mut Completions) {
-        if !self.longs.waiting.is_empty() {
-            self.send_longs();
-        }
-        self.drain(out);
     }
 }

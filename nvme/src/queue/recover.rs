@@ -66,6 +66,7 @@ impl<B: Bar> QueuePair<B> {
         t.renew(0);
         let sqe = t.command().sqe(t.cid());
         self.sq.push(sqe);
+        self.work = true;
         self.stats.submitted += 1;
     }
 

@@ -160,7 +160,7 @@ impl Trackers {
     }
 
     /// Takes the slot that [`Trackers::next`] named, for this command; returns its CID.
-    #[inline]
+    #[inline(always)]
     pub(super) fn take(&mut self, slot: usize, command: &Command, tag: Tag, now: u64) -> u16 {
         self.free_len -= 1;
         let t = &mut self.items[slot];
