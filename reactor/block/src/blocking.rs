@@ -183,18 +183,21 @@ impl<L: LeafAccess> Storage for Blocking<L> {
 
     fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
         let block = u64::from(self.info().block_size);
+        let mut done = 0;
         if self.info().write_zeroes && (offset | len) & (block - 1) == 0 {
             // Bounded per request, so that one command never holds a device for long.
             const STEP: u64 = 1 << 30;
-            let mut at = 0;
-            while at < len {
-                let n = STEP.min(len - at);
-                self.run("write zeroes", Op::WriteZeroes, offset + at, n)?;
-                at += n;
+            while done < len {
+                let n = STEP.min(len - done);
+                match self.run("write zeroes", Op::WriteZeroes, offset + done, n) {
+                    Ok(()) => done += n,
+                    // Some find out only when they are asked.
+                    Err(e) if e.status == Status::Unsupported => break,
+                    Err(e) => return Err(e),
+                }
             }
-            return Ok(());
         }
-        for part in self.parts(offset, len) {
+        for part in self.parts(offset + done, len - done) {
             if !part.whole() {
                 self.run("read", Op::Read, part.from, part.len)?;
             }
@@ -242,6 +245,20 @@ mod tests {
             assert_eq!((z[0], z[5001]), (0x11, data[5100 - 4097]));
             assert!(z[1..5001].iter().all(|&b| b == 0));
         }
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_device_cannot_zero_after_all() {
+        let mut leaf = crate::FaultQueue::new(MemQueue::new(1 << 20, 512).unwrap());
+        let refuse = crate::Fault::Error(Status::Unsupported);
+        leaf.add(crate::Rule::all(refuse).op(Op::WriteZeroes));
+        let mut s = Blocking::new(leaf, 0).unwrap();
+        s.write_at(0, &[0x11; 8192]).unwrap();
+        s.write_zeroes_at(512, 4096).unwrap();
+        let mut back = [9; 8192];
+        s.read_at(0, &mut back).unwrap();
+        assert!(back[512..4608].iter().all(|&b| b == 0));
+        assert_eq!((back[511], back[4608], s.leaf().struck()), (0x11, 0x11, 1));
     }
 
     #[test]

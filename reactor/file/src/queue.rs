@@ -37,6 +37,8 @@ struct Slot {
     op: Op,
     unit: u16,
     step: Step,
+    /// The space must stay allocated.
+    keep: bool,
     /// Durability was asked for and the kernel's one-step way is not there: flush afterwards.
     flush_after: bool,
     /// Times that the kernel said "again".
@@ -56,6 +58,8 @@ enum Step {
     Transfer,
     Punch,
     Zero,
+    /// Lengthen the file to the end of the range.
+    Grow,
     Flush,
 }
 
@@ -94,6 +98,7 @@ impl FileQueue {
             op: Op::Flush,
             unit: 0,
             step: Step::Flush,
+            keep: false,
             flush_after: false,
             tries: 0,
             status: Status::Ok,
@@ -165,6 +170,7 @@ impl FileQueue {
             return Some(if r.op == Op::Flush { Status::Ok } else { Status::ReadOnly });
         }
         let s = &mut self.slots[usize::from(slot)];
+        s.keep = r.flags.has(Flags::NO_UNMAP);
         s.flush_after = r.flags.has(Flags::FUA) && r.op != Op::Read && r.op != Op::Flush;
         match r.op {
             Op::Read | Op::Write => {
@@ -183,7 +189,7 @@ impl FileQueue {
             }
             Op::Flush => s.step = Step::Flush,
             Op::WriteZeroes | Op::Discard if r.len == 0 => return Some(Status::Ok),
-            Op::WriteZeroes => match zeroing(unit, r) {
+            Op::WriteZeroes => match zeroing(unit, s) {
                 Some(step) => s.step = step,
                 None => return Some(Status::Unsupported),
             },
@@ -210,6 +216,14 @@ impl FileQueue {
                 len: s.len,
             },
             (Step::Zero, _) => Io::Allocate { mode: libc::FALLOC_FL_ZERO_RANGE, len: s.len },
+            // The last block alone: that is enough, and unlike a truncation it never shortens a
+            // file that another reactor has lengthened meanwhile.
+            (Step::Grow, _) => {
+                let block = u64::from(unit.info.block_size);
+                let io = Io::Allocate { mode: 0, len: block };
+                self.kernel.start(slot, &unit.file, io, s.offset + s.len - block);
+                return;
+            }
             (Step::Flush, _) => Io::Sync,
         };
         self.kernel.start(slot, &unit.file, io, s.offset);
@@ -256,8 +270,13 @@ impl FileQueue {
                     return self.flush_now(slot);
                 }
             }
-            Step::Punch | Step::Zero => {
-                if s.step == Step::Zero {
+            Step::Punch if s.op == Op::WriteZeroes && !inside(unit, s) => {
+                s.step = Step::Grow;
+                self.start(slot);
+                return None;
+            }
+            Step::Punch | Step::Zero | Step::Grow => {
+                if s.op == Op::WriteZeroes {
                     unit.len = unit.len.max(s.offset + s.len);
                 }
                 if s.flush_after {
@@ -328,7 +347,17 @@ impl FileQueue {
                 return Some((Status::NoSpace, libc::EFBIG as u16));
             }
             Step::Punch if unsupported => unit.punch = false,
-            Step::Zero if unsupported => unit.zero_range = false,
+            Step::Zero if unsupported => {
+                unit.zero_range = false;
+                if let Some(step) = zeroing(unit, s) {
+                    s.step = step;
+                    self.start(slot);
+                    return None;
+                }
+            }
+            // What lies behind the end reads as zeroes anyway.
+            Step::Grow if unsupported && s.flush_after => return self.flush_now(slot),
+            Step::Grow if unsupported => return Some((Status::Ok, 0)),
             Step::Flush if !unit.direct => unit.lost = detail,
             _ => {}
         }
@@ -354,14 +383,18 @@ impl FileQueue {
 }
 
 /// How a range can be zeroed, if at all.
-fn zeroing(unit: &Unit, r: &Request<'_>) -> Option<Step> {
+fn zeroing(unit: &Unit, s: &Slot) -> Option<Step> {
     // A hole does not make the file longer, as other writes do.
-    let inside = unit.block_device || r.offset + r.len <= unit.len;
-    if unit.punch && inside && !r.flags.has(Flags::NO_UNMAP) {
-        Some(Step::Punch)
+    if unit.zero_range && (s.keep || !inside(unit, s)) {
+        Some(Step::Zero)
     } else {
-        unit.zero_range.then_some(Step::Zero)
+        (unit.punch && !s.keep).then_some(Step::Punch)
     }
+}
+
+/// Whether the range lies within the file's present length.
+fn inside(unit: &Unit, s: &Slot) -> bool {
+    unit.block_device || s.offset + s.len <= unit.len
 }
 
 /// Whether the range reaches beyond the process's file size limit.
