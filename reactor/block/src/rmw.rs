@@ -124,6 +124,7 @@ impl<Q: BlockQueue> RmwQueue<Q> {
 
     fn look_at_units(&mut self) -> Result<(), String> {
         self.units.clear();
+        // Units are numbered from 0 without gaps.
         while let Some(info) = self.leaf.info(self.units.len() as u16) {
             let mut info = info.clone();
             let block = info.block_size;

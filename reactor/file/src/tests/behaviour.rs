@@ -261,6 +261,12 @@ fn a_drop_waits_for_the_kernel() {
     }
 }
 
+/// Made on a control thread, used on a reactor's.
+const _: fn() = || {
+    fn sendable<T: Send>() {}
+    sendable::<FileQueue>();
+};
+
 #[test]
 fn works_as_blocking_storage_and_with_any_engine() {
     let dir = tempfile::tempdir().unwrap();

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use block::{Flags, LeafAccess, Op, Status, Submit};
+use block::{Blocking, Claims, Flags, LeafAccess, Op, RmwQueue, Status, Storage, Submit};
 
-use super::{KINDS, Rig, open};
+use super::{KINDS, Kind, Rig, open};
 
 /// A loop device over a file, for as long as this lives.
 struct Loop(PathBuf);
@@ -65,5 +65,32 @@ fn a_block_device_has_its_size_and_blocks() {
             rig.region.read(0, &mut back[..12_288]);
             assert_eq!((back[0], back[4095], back[4096], back[12_287]), (0x5a, 0x5a, 0x11, 0x11));
         }
+    }
+}
+
+#[test]
+fn sectors_can_be_written_on_a_device_of_larger_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![0x5a; 1 << 20]).unwrap();
+    let Some(device) = Loop::new(&path, 4096) else {
+        eprintln!("skipped: no loop devices here");
+        return;
+    };
+    let mut rig = Rig::new(Kind::Uring);
+    rig.q.add(open(&device.0)).unwrap();
+    let q = RmwQueue::new(rig.q, &Claims::new(1)).unwrap();
+    assert_eq!(q.info(0).unwrap().block_size, 512);
+    let mut s = Blocking::new(q, 0).unwrap();
+    s.write_at(3584, &[0x11; 9216]).unwrap();
+    s.write_zeroes_at(512, 1024).unwrap();
+    s.flush().unwrap();
+    let mut back = vec![0; 16_384];
+    s.read_at(0, &mut back).unwrap();
+    let runs = [(512, 0x5a), (1536, 0), (3584, 0x5a), (12_800, 0x11), (16_384, 0x5a)];
+    let mut from = 0;
+    for (to, value) in runs {
+        assert!(back[from..to].iter().all(|&b| b == value), "{from} to {to}");
+        from = to;
     }
 }
