@@ -97,3 +97,51 @@ impl Unit {
         self.set_transfers();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identify::tests::controller;
+
+    fn unit(block_size: u32, limit: Option<u64>) -> Unit {
+        let mut c = controller(|_| ()).unwrap();
+        c.zeroes_limit = limit;
+        let info = DeviceInfo {
+            size: 1 << 30,
+            block_size,
+            physical_block_size: 4096,
+            read_only: false,
+            volatile_cache: false,
+            write_zeroes: true,
+            discard: true,
+            discard_granularity: block_size,
+            max_transfer: 1 << 20,
+        };
+        let (nguid, eui64, block_shift) = ([0; 16], [0; 8], block_size.ilog2());
+        let ns = Namespace { nsid: 1, info, nguid, eui64, block_shift, zeroes_deallocate: false };
+        Unit::new(&ns, &c)
+    }
+
+    #[test]
+    fn zeroes_are_limited_by_the_command_and_by_the_controller() {
+        assert_eq!(unit(512, None).max_zeroes, 32 << 20);
+        assert_eq!(unit(4096, None).max_zeroes, 256 << 20);
+        assert_eq!(unit(512, Some(128 << 10)).max_zeroes, 128 << 10);
+        assert_eq!(unit(512, Some(1 << 40)).max_zeroes, 32 << 20);
+        assert_eq!(unit(4096, Some(4096)).max_zeroes, 4096);
+    }
+
+    #[test]
+    fn what_may_be_transferred_follows_the_state() {
+        let mut u = unit(512, None);
+        let state = Changing::new(&u.info);
+        assert_eq!(u.transfers, 2);
+        assert!(state.set(1 << 20, true, false));
+        assert!(!state.set(1 << 20, true, false), "nothing new");
+        u.refresh(&state);
+        assert_eq!((u.transfers, u.info.size, u.info.read_only), (1, 1 << 20, true));
+        assert!(state.set(0, false, true));
+        u.refresh(&state);
+        assert_eq!((u.transfers, u.gone), (0, true));
+    }
+}

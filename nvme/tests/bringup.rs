@@ -245,6 +245,24 @@ fn without_an_active_list_every_identifier_is_asked() {
 }
 
 #[test]
+fn revisions_without_an_active_list_and_with_further_limits() {
+    let mut sent = Vec::new();
+    for vs in [0x1_0000, 0x1_0100, 0x2_0000] {
+        let mut setup = Setup::new(512, "");
+        setup.namespaces.push(disk(64, 4096));
+        let (world, memory, options) = setup.world();
+        world.vs.set(Some(vs));
+        let rig = open(&world, &memory, options).unwrap();
+        let ids: Vec<u32> = rig.controller.namespaces().iter().map(|n| n.nsid).collect();
+        assert_eq!(ids, [1, 2]);
+        assert_eq!(rig.controller.info().unwrap().version.0, vs);
+        sent.push(rig.device().admin);
+    }
+    // 1.1 has the list, 2.0 the limits of the command set: one command more each.
+    assert_eq!((sent[1] - sent[0], sent[2] - sent[1]), (1, 1));
+}
+
+#[test]
 fn a_namespace_that_cannot_be_identified_is_refused_and_the_others_serve() {
     let mut setup = Setup::new(512, "status=281:op=identify,nth=4,count=1");
     setup.namespaces = vec![disk(64, 512), disk(64, 4096), disk(128, 512)];

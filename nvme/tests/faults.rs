@@ -78,6 +78,19 @@ fn retryable_statuses_are_retried_a_few_times() {
 }
 
 #[test]
+fn without_a_clock_retries_are_immediate_and_nothing_hangs() {
+    let mut rig = Setup::new(512, "status=82:op=write,count=3").open().unwrap();
+    let tag = one(&mut rig, Op::Write);
+    let mut out = block::Completions::new();
+    for _ in 0..20 {
+        rig.queue.poll(&mut out);
+        rig.world.turn();
+    }
+    assert_eq!((out.len(), out.get(0).tag, out.get(0).status), (1, tag, Status::Ok));
+    assert_eq!(rig.queue.stats().retries, 3);
+}
+
+#[test]
 fn retries_of_bounced_and_listed_data_send_the_same_bytes() {
     let mut rig = Setup::new(512, "status=82:op=io,every=2").open().unwrap();
     let bytes = pattern(8, 1 << 20);

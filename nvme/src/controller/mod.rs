@@ -43,7 +43,7 @@ pub struct Options {
     /// Entries of each I/O queue, 2 to 1024: rounded down to a power of two and to what the
     /// controller can do. One less is the depth.
     pub queue_entries: u32,
-    /// How long an I/O command may take, in nanoseconds, before it is aborted.
+    /// How long an I/O command may take, in nanoseconds, before it is aborted; 1 ms at least.
     pub command_timeout: u64,
 }
 
@@ -358,7 +358,7 @@ impl<B: Bar> Controller<B> {
             device: self.memory.clone(),
             units: self.namespaces.iter().map(|n| Unit::new(n, info)).collect(),
             changing: changing.clone(),
-            timeout: self.options.command_timeout,
+            timeout: self.options.command_timeout.max(MS),
             retry_delays: [10 * MS, a, b, c],
         })?;
         let (stage, error, abort) = (Stage::Wanted, None, None);

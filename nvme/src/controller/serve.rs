@@ -170,7 +170,7 @@ impl<B: Bar> Controller<B> {
 
     /// Has overdue commands aborted, and loses patience where that does not help.
     fn overdue(&mut self, now: u64) -> Result<(), Error> {
-        let patience = ABORT_PATIENCE.min(self.options.command_timeout);
+        let patience = ABORT_PATIENCE.min(self.options.command_timeout.max(MS));
         for q in &mut self.queues {
             let word = q.link.late();
             if word == 0 || q.stage != Stage::Running {

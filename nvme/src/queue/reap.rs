@@ -87,6 +87,12 @@ impl<B: Bar> QueuePair<B> {
         } else if status::retryable(status) && t.retries < status::MAX_RETRIES {
             t.retries += 1;
             t.renew(Tracker::WAITS);
+            // A queue that is never told the time cannot wait.
+            if self.now == 0 {
+                self.stats.retries += 1;
+                self.resend(slot);
+                return;
+            }
             let delay = self.retry_delays[usize::from(status.crd())];
             let due = self.now.saturating_add(delay);
             // Never grows: one entry per tracker at most.

@@ -61,7 +61,7 @@ impl<B: Bar> QueuePair<B> {
     }
 
     /// Gives a command to the ring again, under a new CID.
-    fn resend(&mut self, slot: usize) {
+    pub(super) fn resend(&mut self, slot: usize) {
         let Some(t) = self.trackers.get_mut(slot) else { return };
         t.renew(0);
         let sqe = t.command().sqe(t.cid());

@@ -147,6 +147,8 @@ pub struct World {
     pub tick: Cell<u64>,
     /// What CSTS reads as, if not what the model says.
     pub csts: Cell<Option<u32>>,
+    /// What VS reads as, if not what the model says.
+    pub vs: Cell<Option<u32>>,
     /// What CAP reads as, if not what the model says.
     pub cap: Cell<Option<u64>>,
     /// All reads give ones, while the model goes on.
@@ -187,6 +189,7 @@ impl Bar for TestBar {
         match (self.0.all_ones.get(), at, self.0.csts.get()) {
             (true, ..) => u32::MAX,
             (_, offset::CSTS, Some(csts)) => csts,
+            (_, offset::VS, _) if self.0.vs.get().is_some() => self.0.vs.get().unwrap(),
             _ => self.0.regs().read32(at),
         }
     }
@@ -322,6 +325,7 @@ impl Setup {
             now: Cell::new(0),
             tick: Cell::new(MS / 10),
             csts: Cell::default(),
+            vs: Cell::default(),
             cap: Cell::default(),
             all_ones: Cell::default(),
             deaf: Cell::default(),
