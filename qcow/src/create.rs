@@ -105,7 +105,7 @@ fn parse_size(text: &str) -> Option<u64> {
 }
 
 /// Where everything goes, in clusters.
-struct Layout {
+pub(crate) struct Layout {
     l1_entries: u64,
     refcount_table: u64,
     refcount_blocks: u64,
@@ -119,7 +119,7 @@ impl Layout {
         1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2 + self.data
     }
 
-    fn new(g: &Geometry, preallocation: Preallocation) -> Result<Layout, String> {
+    pub(crate) fn new(g: &Geometry, preallocation: Preallocation) -> Result<Layout, String> {
         let l1_entries = g.l1_entries().max(1);
         if l1_entries > MAX_L1_BYTES / 8 {
             return Err(format!(
@@ -212,7 +212,7 @@ pub fn create(storage: &mut dyn Storage, name: &str, options: &CreateOptions) ->
 }
 
 /// Checks the options against each other.
-fn check(options: &CreateOptions) -> Result<Geometry, String> {
+pub(crate) fn check(options: &CreateOptions) -> Result<Geometry, String> {
     let power = |what: &str, n: u64, least: u64, most: u64| {
         if n.is_power_of_two() && (least..=most).contains(&n) {
             Ok(n.trailing_zeros())
@@ -250,7 +250,7 @@ fn check(options: &CreateOptions) -> Result<Geometry, String> {
         .ok_or_else(|| "the options do not fit the format".to_owned())
 }
 
-fn make_header(geometry: &Geometry, layout: &Layout, options: &CreateOptions) -> Header {
+pub(crate) fn make_header(geometry: &Geometry, layout: &Layout, options: &CreateOptions) -> Header {
     let cluster = geometry.cluster_size();
     let mut header = Header::new(geometry);
     header.refcount_table_offset = cluster;

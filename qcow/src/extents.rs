@@ -29,7 +29,8 @@ pub struct Extent {
 }
 
 impl Extent {
-    fn of(span: Span) -> Extent {
+    /// A span as an extent.
+    pub fn of(span: Span) -> Extent {
         let (present, zero, data, compressed, offset) = match span.source {
             Source::Unallocated => (false, true, false, false, None),
             Source::Zero(host) => (true, true, false, false, host),
@@ -49,7 +50,7 @@ impl Extent {
     }
 
     /// Whether `next`, which follows directly, is more of the same.
-    fn continues_with(&self, next: &Extent) -> bool {
+    pub fn continues_with(&self, next: &Extent) -> bool {
         let same = Extent { start: 0, length: 0, offset: None, ..*self }
             == Extent { start: 0, length: 0, offset: None, ..*next };
         same && self.offset.map(|o| o + self.length) == next.offset

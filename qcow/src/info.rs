@@ -63,6 +63,9 @@ pub struct Qcow2Info {
     /// Whether refcounts may be written late; version 3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lazy_refcounts: Option<bool>,
+    /// Persistent bitmaps.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<crate::BitmapInfo>,
     /// Width of a refcount.
     pub refcount_bits: u32,
     /// Whether the image is marked corrupt; version 3.
@@ -143,6 +146,7 @@ impl Info {
                 compat: if v3 { "1.1" } else { "0.10" },
                 compression_type: header.compression.name(),
                 lazy_refcounts: v3.then(|| header.lazy_refcounts()),
+                bitmaps: crate::bitmaps::read(&mut layer.storage, &layer.name, header)?,
                 refcount_bits: 1 << header.refcount_order,
                 corrupt: v3.then(|| header.is_corrupt()),
                 extended_l2: v3.then_some(false),

@@ -3,10 +3,10 @@
 //! - [`format`] is pure: bytes to fields and back, no I/O.
 //! - [`open`] opens one image ([`ImageMeta`]) or a chain of backing files ([`Chain`]).
 //! - [`ChainReader`] reads a chain slowly and independently of the datapath; [`extents`] lists
-//!   what is allocated where, [`info`] tells about an image, [`create`] makes one, [`check`]
-//!   finds and repairs damage.
+//!   what is allocated where, [`info`] tells about an image, [`create`] makes one, [`build`] makes
+//!   one with contents, [`check`] finds and repairs damage.
 //! - [`run`] is the datapath: an image on a reactor; [`map`] is where it looks clusters up.
-//! - [`Decompressor`] unpacks compressed clusters.
+//! - [`Decompressor`] unpacks compressed clusters, [`Compressor`] packs them.
 //!
 //! All of these work on blocking [`block::Storage`] and belong to the control path; no reactor
 //! that serves a guest calls them, except for the entries of [`format`] and the decompressor.
@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod build;
 pub mod check;
 pub mod create;
 pub mod extents;
@@ -25,11 +26,15 @@ pub mod map;
 pub mod open;
 pub mod run;
 
+mod bitmaps;
 mod compress;
+mod compressor;
 mod error;
 mod reader;
 
+pub use bitmaps::BitmapInfo;
 pub use compress::{DecompressError, Decompressor};
+pub use compressor::Compressor;
 pub use error::{Error, Result};
 pub use open::{Chain, ImageMeta, MetadataSet, Mode};
 pub use reader::{ChainReader, Source, Span};
