@@ -27,9 +27,13 @@ use crate::server::Shared;
 /// Requests that a connection's portal takes at a time: never fewer than there can be.
 pub(crate) const DEPTH: u16 = PIECES as u16 + EDGES;
 
-/// Looks for a reply of the reactor before the thread sleeps: longer than a fast device takes and
-/// far shorter than a time slice.
-const SPINS: u32 = 200;
+/// How long the thread looks for a reply of the reactor before it sleeps, in nanoseconds: as long
+/// as a fast device takes, and about what a sleep and wake-up would cost.
+const SPIN_NS: u64 = 10_000;
+
+/// How long it looks for another reply after one came, before it sends what it has: a fast device
+/// answers nearly at once what was asked at once, and one system call sends all of it.
+const GATHER_NS: u64 = 1_000;
 
 /// How long a client that said good-bye may take to read its last replies, in nanoseconds.
 const LINGER_NS: u64 = 10_000_000_000;
@@ -141,7 +145,7 @@ impl<'a> Conn<'a> {
     /// Takes what the reactor has answered, and tries again what it or others left no room for.
     fn reap(&mut self) {
         let mut again = self.guest.signal.take_retry();
-        while let Some(reply) = self.portal.receive() {
+        while let Some(reply) = self.next_reply(if again { GATHER_NS } else { 0 }) {
             again = true;
             match u16::try_from(reply.id) {
                 Ok(p) if usize::from(p) < PIECES => self.end_piece(p, reply.status),
@@ -157,6 +161,19 @@ impl<'a> Conn<'a> {
                 }
             }
         }
+    }
+
+    /// The next reply of the reactor, if one comes within so many nanoseconds.
+    fn next_reply(&mut self, within: u64) -> Option<reactor::PortalReply> {
+        let reply = self.portal.receive();
+        if reply.is_some() || within == 0 || self.portal.in_flight() == 0 {
+            return reply;
+        }
+        let until = self.shared.clock.now() + within;
+        while !self.portal.has_reply() && self.shared.clock.now() < until {
+            std::hint::spin_loop();
+        }
+        self.portal.receive()
     }
 
     /// Sends what is ready.
@@ -177,11 +194,13 @@ impl<'a> Conn<'a> {
                 }
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
-                Err(_) => {
+                Err(Errno::EPIPE | Errno::ECONNRESET) => {
                     // The client reads no more, but what it asked for before is still done.
                     self.busy = true;
                     self.go_mute();
                 }
+                // It would wait for ever for replies that are lost.
+                Err(e) => self.cut_off(e.desc()),
             }
         }
     }
@@ -235,7 +254,8 @@ impl<'a> Conn<'a> {
     /// Waits for something to do.
     fn idle(&mut self) {
         if self.portal.in_flight() > 0 {
-            for _ in 0..SPINS {
+            let until = self.shared.clock.now() + SPIN_NS;
+            while self.shared.clock.now() < until {
                 if self.portal.has_reply() {
                     return;
                 }

@@ -75,8 +75,9 @@ impl Export {
         if !block.is_power_of_two() || !(512..=4096).contains(&block) {
             return Err(Error::Export("block size must be 512 to 4096 bytes, a power of two"));
         }
-        if !self.info.size.is_multiple_of(u64::from(block)) {
-            return Err(Error::Export("size is not whole blocks"));
+        let size = self.info.size;
+        if !size.is_multiple_of(u64::from(block)) || size > i64::MAX as u64 {
+            return Err(Error::Export("size is not whole blocks, or 8 EiB and more"));
         }
         // The protocol has a read of 64 KiB answered in one chunk, with the blocks around it.
         if self.info.max_transfer < 128 << 10 {

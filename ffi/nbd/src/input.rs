@@ -15,7 +15,7 @@ use crate::sockio;
 
 /// Size of the staging buffer in bytes.
 const STAGE: usize = 32 << 10;
-/// Requests taken in one turn of the loop.
+/// Requests and system calls in one turn of the loop.
 const BUDGET: usize = 64;
 
 /// What comes next from the client.
@@ -90,7 +90,10 @@ impl Conn<'_> {
                 }
                 Step::On => self.busy = true,
                 Step::Hungry if !self.readable => return,
-                Step::Hungry => self.fill(),
+                Step::Hungry => {
+                    budget -= 1;
+                    self.fill();
+                }
                 Step::Blocked => {
                     self.blocked = true;
                     return;

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use block::{Flags, Op, Status};
@@ -72,17 +73,10 @@ fn many_requests_in_flight_are_each_answered_once() {
         let mut seen = std::collections::HashSet::new();
         while seen.len() < 3000 {
             let mut answer = Answer::default();
-            // A simple reply does not say which request has data: look at the cookie first.
-            let (cookie, last) = if structured {
-                reader.message(0, &mut answer)
-            } else {
-                let head = reader.take::<16>();
-                let cookie = u64::from_be_bytes(head[8..].try_into().unwrap());
-                if (cookie - 1) % 3 == 0 {
-                    reader.take::<4096>();
-                }
-                (cookie, head[4..8] == [0; 4])
-            };
+            let len = |cookie| if (cookie - 1) % 3 == 0 { 4096 } else { 0 };
+            let (cookie, last) = reader.message_of(len, &mut answer);
+            let bytes: usize = answer.data.iter().map(|d| d.1.len()).sum();
+            assert_eq!(bytes, len(cookie));
             assert!(last && answer.error == 0 && seen.insert(cookie));
         }
         drop(sender.join().unwrap());
@@ -354,4 +348,84 @@ fn a_whole_block_is_not_undone_by_a_partial_write_in_flight() {
         }
     }
     assert_eq!(h.bytes(0, 512), [7; 512]);
+}
+
+/// Keeps many random requests in flight over `[from, to)`, never two on the same bytes, and
+/// checks every read. Returns what the range holds in the end.
+fn churn(mut c: Client, from: u64, to: u64) -> Vec<u8> {
+    let mut random = Random(from);
+    let mut model = vec![0u8; (to - from) as usize];
+    // Range of each, and whether it is a read.
+    let mut flying: HashMap<u64, (usize, usize, bool)> = HashMap::new();
+    let mut answers: HashMap<u64, Answer> = HashMap::new();
+    let rounds = 1500;
+    for round in 0..=rounds {
+        let len = match random.below(10) {
+            0 => 1 + random.below(700_000),
+            1..=4 => 1 + random.below(1500),
+            _ => (1 + random.below(16)) * 512,
+        };
+        let mut offset = from + random.below(to - from - len);
+        if random.below(2) == 0 {
+            offset = offset.next_multiple_of(512).min(to - len);
+        }
+        let (at, end) = ((offset - from) as usize, (offset + len - from) as usize);
+        if round < rounds && flying.values().all(|f| f.1 <= at || end <= f.0) {
+            let what = random.below(5);
+            let cookie = match what {
+                0 | 1 => c.send(READ, 0, offset, len as u32, b""),
+                2 => {
+                    model[at..end].fill(0);
+                    c.send(ZEROES, 0, offset, len as u32, b"")
+                }
+                _ => {
+                    let data = random.bytes(len as usize);
+                    model[at..end].copy_from_slice(&data);
+                    c.send(WRITE, 0, offset, len as u32, &data)
+                }
+            };
+            flying.insert(cookie, (at, end, what < 2));
+        }
+        while flying.len() > if round < rounds { 24 } else { 0 } {
+            let mut answer = Answer::default();
+            let of = |cookie| match flying[&cookie] {
+                (at, end, true) => end - at,
+                _ => 0,
+            };
+            let (cookie, last) = c.message_of(of, &mut answer);
+            assert_eq!(answer.error, 0);
+            answers.entry(cookie).or_default().data.extend(answer.data);
+            if !last {
+                continue;
+            }
+            let (mut all, (at, end, read)) =
+                (answers.remove(&cookie).unwrap(), flying.remove(&cookie).unwrap());
+            if read {
+                let offset = from + at as u64;
+                if !c.structured {
+                    all.data[0].0 = offset;
+                }
+                assert!(all.bytes(offset, end - at) == model[at..end]);
+            }
+        }
+    }
+    model
+}
+
+#[test]
+fn deep_queues_of_several_clients_that_share_blocks() {
+    for write_zeroes in [true, false] {
+        let h = Harness::new(Setup { write_zeroes, ..Setup::default() });
+        let cuts = [0, (5 << 20) + 77, (10 << 20) + 300, 16 << 20];
+        let models: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..3)
+                .map(|i| {
+                    let c = h.connect().go(i != 1, false);
+                    scope.spawn(move || churn(c, cuts[i], cuts[i + 1]))
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        assert!(h.bytes(0, 16 << 20) == models.concat());
+    }
 }

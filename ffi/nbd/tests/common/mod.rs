@@ -384,10 +384,20 @@ impl Client {
     /// Receives one reply message: `(cookie, whether it was the last of its request)`, adding it to
     /// `into`. `read` is the length that a simple reply to a good read has.
     pub(crate) fn message(&mut self, read: usize, into: &mut Answer) -> (u64, bool) {
+        self.message_of(|_| read, into)
+    }
+
+    /// As [`Client::message`], where the length depends on the cookie.
+    pub(crate) fn message_of(
+        &mut self,
+        read: impl Fn(u64) -> usize,
+        into: &mut Answer,
+    ) -> (u64, bool) {
         let magic = u32::from_be_bytes(self.take());
         if magic == 0x6744_6698 {
             into.error = u32::from_be_bytes(self.take());
             let cookie = u64::from_be_bytes(self.take());
+            let read = read(cookie);
             if read > 0 && into.error == 0 {
                 assert!(!self.structured);
                 let mut bytes = vec![0; read];
