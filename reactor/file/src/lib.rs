@@ -8,6 +8,11 @@
 //! - [`FileQueue`]: the queue. Belongs to a reactor thread, or to a control thread before that.
 //! - [`ImageLock`]: QEMU's lock bytes on an image file. Control path.
 //!
+//! A file grows by writes past its end, but slowly: file systems make each such write wait, and
+//! Linux AIO makes the caller wait with it. Whoever is going to write there does well to lengthen the
+//! file by a large step first, with [`block::Op::WriteZeroes`] past the end, and to cut it when done
+//! ([`block::LeafAccess::set_unit_len`]); the queue itself cannot know where the data will end.
+//!
 //! `unsafe` stands in four small files: `os` (system calls that have no safe wrapper), `uring`,
 //! `aio` and `kernel` (which keeps memory in place while the kernel may use it).
 
