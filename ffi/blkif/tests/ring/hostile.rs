@@ -284,7 +284,7 @@ fn random_attacks_hurt_nobody() {
     let mut p = Pair::new(good);
     let (mut served, mut all_sent, mut all_answered) = (0, 0, 0);
     let (mut all_ok, mut all_errors, mut stops) = (0, 0, 0);
-    for _ in 0..150 {
+    for _ in 0..100 {
         let ring = attacked_ring(&mut rng);
         let mut a = Attack { rng: Rng(rng.next() | 1), ring, sent: 0, answered: 0 };
         let stats = a.ring.backend.stats();
@@ -324,39 +324,48 @@ fn random_attacks_hurt_nobody() {
         assert!(stats.detached());
     }
     println!("{all_sent} sent, {all_answered} answered, {all_ok} pages read, {all_errors} errors");
-    assert!(all_sent > 20_000 && all_ok > 5_000, "{all_sent} {all_ok}: the attack is too tame");
-    assert!(stops > 10, "{stops}");
+    assert!(all_sent > 20_000 && all_ok > 4_000, "{all_sent} {all_ok}: the attack is too tame");
+    assert!(stops > 8, "{stops}");
     let stats = p.backend.stats();
     assert_eq!((stats.errors.get(), stats.strays.get()), (0, 0));
 }
 
 #[test]
 fn completions_that_belong_to_nothing_are_counted() {
-    let mut r = Raw::new(Abi::NATIVE, |_| {});
-    r.disk.hold = true;
-    r.put(Head::direct(WRITE, 1, 1, 0, full(0)), &[]);
-    r.turn();
-    r.turn();
-    let real = r.disk.waiting[0];
-    let tag =
-        |slot, generation| block::Completion { tag: block::Tag::new(1, slot, generation), ..real };
-    let stats = r.backend.stats();
-    // Another generation, another slot, a slot that does not exist.
-    let g = real.tag.generation();
-    for (i, c) in [tag(0, g.wrapping_sub(1)), tag(1, g), tag(31, 0), tag(32, g), tag(u16::MAX, g)]
-        .into_iter()
-        .enumerate()
-    {
-        if c.tag != real.tag {
+    for (operation, pages) in [(READ, 0), (READ, 64), (WRITE, 0), (WRITE, 64)] {
+        let mut r = Raw::new(Abi::NATIVE, |c| c.persistent_pages = pages);
+        assert_eq!(r.one(Head::direct(READ, 1, 0, 0, full(0)), &[]).1, OKAY);
+        r.disk.hold = true;
+        r.put(Head::direct(operation, 1, 1, 0, full(0)), &[]);
+        r.turn();
+        r.turn();
+        let real = r.disk.waiting[0];
+        let tag = |slot, generation| block::Completion {
+            tag: block::Tag::new(1, slot, generation),
+            ..real
+        };
+        let stats = r.backend.stats();
+        // Another generation, another slot, a slot that does not exist.
+        let (slot, g) = (real.tag.slot(), real.tag.generation());
+        let wrong = [
+            tag(slot, g.wrapping_sub(1)),
+            tag(slot, g.wrapping_add(1)),
+            tag(slot ^ 1, g),
+            tag(slot ^ 1, 0),
+            tag(32, g),
+            tag(u16::MAX, g),
+        ];
+        for (i, c) in wrong.into_iter().enumerate() {
             r.backend.complete(c);
+            assert_eq!(stats.strays.get(), i as u64 + 1);
         }
-        assert_eq!(stats.strays.get(), i as u64 + 1);
+        assert!(r.answers().is_empty());
+        r.disk.hold = false;
+        assert_eq!(r.run(), [Response { id: 1, operation, status: OKAY }]);
+        // The real one a second time.
+        r.backend.complete(real);
+        assert_eq!(stats.strays.get(), wrong.len() as u64 + 1);
+        assert!(r.run().is_empty());
+        assert_eq!(r.one(Head::direct(WRITE, 1, 1, 1 << 40, full(0)), &[]).1, ERROR);
     }
-    r.disk.hold = false;
-    assert_eq!(r.run(), [Response { id: 1, operation: WRITE, status: OKAY }]);
-    // The real one a second time.
-    r.backend.complete(real);
-    assert_eq!(stats.strays.get(), 6);
-    assert!(r.run().is_empty());
-    assert_eq!(r.one(Head::direct(WRITE, 1, 1, 1 << 40, full(0)), &[]).1, ERROR);
 }

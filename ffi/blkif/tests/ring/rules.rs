@@ -299,13 +299,16 @@ fn discards_are_rounded_inward_and_go_in_parts() {
 
 #[test]
 fn every_status_of_the_disk_becomes_an_answer() {
-    for status in Status::ALL {
-        let mut r = raw();
-        // Without this a write that finds no space would wait.
+    for (status, pages) in Status::ALL.into_iter().flat_map(|s| [(s, 0), (s, 64)]) {
+        let mut r = Raw::new(Abi::NATIVE, |c| c.persistent_pages = pages);
+        for page in 0..2 {
+            assert_eq!(r.one(Head::direct(READ, 1, 1, 0, full(page)), &[]), (READ, OKAY));
+        }
         let expected = if status == Status::Ok { OKAY } else { ERROR };
         r.disk.fail(move |s| (s.op != Op::Flush).then_some(status));
         assert_eq!(r.one(Head::direct(READ, 1, 1, 0, full(0)), &[]), (READ, expected));
         assert_eq!(r.one(Head::direct(READ, 2, 1, 0, full(0)), &[full(1)]), (READ, expected));
+        // A write that finds no space waits.
         if status != Status::NoSpace {
             assert_eq!(r.one(Head::direct(WRITE, 1, 1, 0, full(0)), &[]), (WRITE, expected));
             // Never "not supported": Linux would report success for the data.
@@ -319,13 +322,15 @@ fn every_status_of_the_disk_becomes_an_answer() {
 
 #[test]
 fn a_read_that_fails_shows_the_guest_nothing() {
-    for abi in Abi::ALL {
-        let mut r = Raw::new(abi, |_| {});
-        // Old contents for the buffers to hold.
+    for (abi, pages) in Abi::ALL.into_iter().flat_map(|a| [(a, 0), (a, 64)]) {
+        let mut r = Raw::new(abi, |c| c.persistent_pages = pages);
+        // Old contents for the buffers to hold, and pages that are mapped if there are such.
         for id in 0..40 {
             assert_eq!(r.one(Head::direct(WRITE, 1, id, 0, full(0)), &[]).1, OKAY);
             assert_eq!(r.one(Head::direct(WRITE, 2, id, 0, full(0)), &[full(1)]).1, OKAY);
+            assert_eq!(r.one(Head::direct(READ, 2, id, 0, full(2)), &[full(3)]).1, OKAY);
         }
+        assert_eq!(r.table.mappings(), if pages > 0 { 4 } else { 0 });
         for p in 2..4 {
             r.region.write(r.page_at(p), &[0x5a; PAGE]);
         }
