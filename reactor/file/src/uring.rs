@@ -7,9 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::with_exposed_provenance_mut;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dma::{Region, RegionId};
 use io_uring::{IoUring, Probe, opcode, squeue, types};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::geteuid;
 
 use crate::kernel::{Io, Start};
 
@@ -23,6 +26,7 @@ pub(crate) struct Uring {
     calls: u64,
     /// Which regions of the table the kernel has pinned.
     pinned: Box<[bool]>,
+    allowance: Allowance,
     /// Whether a refused call was already logged.
     complained: bool,
 }
@@ -43,7 +47,15 @@ impl Uring {
         // From Linux 5.19 on; without, nothing is ever pinned.
         let tabled = ring.submitter().register_buffers_sparse(RegionId::MAX as u32).is_ok();
         let pinned = vec![false; if tabled { RegionId::MAX } else { 0 }].into_boxed_slice();
-        Ok(Uring { ring, queued: 0, running: 0, calls: 0, pinned, complained: false })
+        Ok(Uring {
+            ring,
+            queued: 0,
+            running: 0,
+            calls: 0,
+            pinned,
+            allowance: Allowance(0),
+            complained: false,
+        })
     }
 
     /// Has the kernel pin a region's pages once, which otherwise it does for each request. Not more
@@ -51,6 +63,9 @@ impl Uring {
     pub(crate) fn pin(&mut self, region: &Arc<Region>) {
         let at = region.id().index();
         let Some(pinned) = self.pinned.get_mut(at) else { return };
+        if *pinned || !self.allowance.take(region.len()) {
+            return;
+        }
         let all = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: region.len() };
         let ring = self.ring.submitter();
         // SAFETY: a mapping that the table of regions keeps for as long as the ring lives, and
@@ -180,6 +195,37 @@ impl Drop for Uring {
         }
     }
 }
+
+/// How many bytes a ring has taken of those that the process may pin.
+#[derive(Debug)]
+struct Allowance(usize);
+
+impl Allowance {
+    /// Takes `len` bytes more if they may be had. Half of what an unprivileged process may lock
+    /// is left to the rings themselves: without memory for a ring there is no io_uring at all.
+    fn take(&mut self, len: usize) -> bool {
+        let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            _ if geteuid().is_root() => usize::MAX,
+            Ok((soft, _)) => usize::try_from(soft / 2).unwrap_or(usize::MAX),
+            Err(_) => 0,
+        };
+        let fits = |used: usize| used.checked_add(len).filter(|&sum| sum <= limit);
+        if PINNED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
+            return false;
+        }
+        self.0 += len;
+        true
+    }
+}
+
+impl Drop for Allowance {
+    fn drop(&mut self) {
+        PINNED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+/// Bytes that all rings of the process have pinned.
+static PINNED: AtomicUsize = AtomicUsize::new(0);
 
 /// `IORING_ENTER_GETEVENTS`.
 const GETEVENTS: u32 = 1;
