@@ -19,8 +19,13 @@ impl Counters {
     /// Begins to count the calling thread.
     pub fn start() -> Counters {
         let trapped = trap::start();
+        Counters { syscalls: trapped.then(trap::count), ..Counters::start_untrapped() }
+    }
+
+    /// The same without system calls, for a process that runs under a tool which makes them.
+    pub fn start_untrapped() -> Counters {
         Counters {
-            syscalls: trapped.then(trap::count),
+            syscalls: None,
             allocations: alloc::count(),
             locks: reactor::sync::locks_taken(),
         }

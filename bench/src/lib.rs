@@ -8,6 +8,7 @@
 //! Gates are counts; times are only reported, since machines are noisy.
 
 mod alloc;
+pub mod callgrind;
 pub mod counters;
 pub mod demo;
 mod guest;

@@ -153,6 +153,16 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         self.images.get_mut(index)?.as_mut().map(|(_, i)| i)
     }
 
+    /// Lends an image together with the leaf queues; `None` if there is no such image.
+    pub fn with_image<R>(
+        &mut self,
+        index: usize,
+        f: impl FnOnce(&mut I, &mut [L]) -> R,
+    ) -> Option<R> {
+        let (_, image) = self.images.get_mut(index)?.as_mut()?;
+        Some(f(image, &mut self.leaves))
+    }
+
     /// Attaches a frontend to an image; `make` is given its owner number. Returns its index.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use bench::demo::{Inject, Options, Report};
+use ::bench::demo::{Inject, Options, Report};
 use clap::{Args, ValueEnum};
 use reactor::Policy;
 
@@ -85,7 +85,7 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<u8> {
             println!("  {line}");
         }
     };
-    let report = bench::demo::run(&options, blocks, &mut say)?;
+    let report = ::bench::demo::run(&options, blocks, &mut say)?;
     if demo.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
 mod demo;
 mod image;
 mod nbd;
@@ -12,7 +13,7 @@ use clap::{Parser, Subcommand};
 
 // Counts what each thread takes, for the figures of `demo` and `bench`: one addition a call.
 #[global_allocator]
-static ALLOCATOR: bench::CountingAllocator = bench::CountingAllocator;
+static ALLOCATOR: ::bench::CountingAllocator = ::bench::CountingAllocator;
 
 /// The fastest way from a Xen guest's disk ring to an NVMe drive.
 #[derive(Parser)]
@@ -31,6 +32,9 @@ enum Command {
     Demo(demo::Demo),
     /// Serve one image over NBD on a unix socket.
     Nbd(nbd::Nbd),
+    /// Measurements.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Images: info, check, create, map, convert, compare.
     #[command(subcommand)]
     Image(image::Command),
@@ -42,6 +46,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
+        Command::Bench(bench) => bench::run(&bench),
         Command::Image(command) => image::run(command),
     };
     match result {

@@ -1,0 +1,189 @@
+//! Counting instructions: runs a scenario of [`crate::path`] in a child process under callgrind
+//! and attributes what was collected to the layers of the path.
+//!
+//! Instructions are attributed by source file, so that inlined code counts where it was written;
+//! what was inlined from the standard library counts for the function that it stands in.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::process::Command;
+
+use crate::Error;
+use crate::path::Scenario;
+
+/// Instructions collected in one run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Profile {
+    /// By layer, the data copy left out.
+    pub layers: BTreeMap<String, u64>,
+    /// In the data copy's own function.
+    pub copy: u64,
+}
+
+impl Profile {
+    /// All but the copy.
+    pub fn total(&self) -> u64 {
+        self.layers.values().sum()
+    }
+}
+
+/// The function that copies data; the only one that may be left out.
+const COPY: &str = "copy_bytes";
+
+/// Where each layer's sources are, the most special first.
+const LAYERS: [(&str, &str); 11] = [
+    ("ffi/blkif/src", "blkif"),
+    ("qcow/src", "qcow"),
+    ("nvme/model/src", "device registers"),
+    ("nvme/spec/src", "nvme"),
+    ("nvme/src", "nvme"),
+    ("reactor/dma/src", "dma"),
+    ("reactor/block/src", "block"),
+    ("reactor/file/src", "file"),
+    ("reactor/src", "reactor"),
+    ("tools/node/src", "node"),
+    ("bench/src", "bench"),
+];
+
+/// The same by the crate's name in a function's.
+const CRATES: [(&str, &str); 10] = [
+    ("blkif::", "blkif"),
+    ("qcow::", "qcow"),
+    ("nvme_model::", "device registers"),
+    ("nvme_spec::", "nvme"),
+    ("nvme::", "nvme"),
+    ("dma::", "dma"),
+    ("block::", "block"),
+    ("reactor::", "reactor"),
+    ("node::", "node"),
+    ("bench::", "bench"),
+];
+
+/// Runs `program bench path-worker …` under callgrind and reads what it collected.
+///
+/// # Errors
+/// If valgrind is missing or fails, or nothing was collected: a wrong symbol must not count 0.
+pub fn profile(
+    program: &Path,
+    scenario: Scenario,
+    depth: usize,
+    count: u64,
+    scratch: &Path,
+) -> Result<Profile, Error> {
+    let out = scratch.join(format!("{}-{depth}-{count}.callgrind", scenario.name()));
+    let run = Command::new("valgrind")
+        .args(["-q", "--tool=callgrind", "--collect-atstart=no"])
+        .arg(format!("--toggle-collect=*{}*", scenario.symbol()))
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(program)
+        .args(["bench", "path-worker", "--scenario", scenario.name()])
+        .args(["--depth", &depth.to_string(), "--count", &count.to_string()])
+        .arg("--scratch")
+        .arg(scratch)
+        .output()
+        .map_err(|e| Error::other(format!("cannot run valgrind ({e}); install it")))?;
+    if !run.status.success() {
+        let text = String::from_utf8_lossy(&run.stderr);
+        return Err(Error::other(format!("{} under valgrind: {text}", scenario.name())));
+    }
+    let text = std::fs::read_to_string(&out).map_err(Error::other)?;
+    let profile = parse(&text);
+    if profile.total() < 50 {
+        return Err(Error::other(format!(
+            "{}: only {} instructions were collected in {}: not measured",
+            scenario.name(),
+            profile.total(),
+            scenario.symbol()
+        )));
+    }
+    Ok(profile)
+}
+
+/// Sums up a callgrind profile ("Callgrind Format Specification").
+fn parse(text: &str) -> Profile {
+    let (mut files, mut functions) = (HashMap::new(), HashMap::new());
+    let (mut file, mut function) = (String::new(), String::new());
+    let mut profile = Profile::default();
+    let mut skip = false;
+    for line in text.lines() {
+        if let Some((key, value)) = line.split_once('=')
+            && key.chars().all(|c| c.is_ascii_lowercase())
+        {
+            match key {
+                "fl" | "fi" | "fe" => file = name(&mut files, value),
+                "fn" => function = name(&mut functions, value),
+                "cfn" => drop(name(&mut functions, value)),
+                "cfi" | "cfl" => drop(name(&mut files, value)),
+                // The next line is what the callee cost, which is counted there.
+                "calls" => skip = true,
+                _ => {}
+            }
+            continue;
+        }
+        if !line.starts_with(|c: char| c.is_ascii_digit() || "+-*".contains(c)) {
+            continue;
+        }
+        if std::mem::take(&mut skip) {
+            continue;
+        }
+        let cost = line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+        let cost = cost.unwrap_or(0);
+        if function.contains(COPY) {
+            profile.copy += cost;
+        } else {
+            *profile.layers.entry(layer(&file, &function).to_owned()).or_default() += cost;
+        }
+    }
+    profile
+}
+
+/// A name that is written once as `(7) name` and then as `(7)`.
+fn name(known: &mut HashMap<String, String>, value: &str) -> String {
+    let Some((id, rest)) = value.split_once(')') else { return value.to_owned() };
+    let rest = rest.trim();
+    if !rest.is_empty() {
+        known.insert(id.to_owned(), rest.to_owned());
+    }
+    known.get(id).cloned().unwrap_or_default()
+}
+
+fn layer(file: &str, function: &str) -> &'static str {
+    let by_file = LAYERS.iter().find(|(dir, _)| file.contains(dir)).map(|(_, l)| *l);
+    let by_function = || {
+        let first = |c: &&(&str, &str)| function.find(c.0);
+        CRATES.iter().filter(|c| first(c).is_some()).min_by_key(first).map(|(_, l)| *l)
+    };
+    by_file.or_else(by_function).unwrap_or("other")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_go_to_the_layers() {
+        let text = "\
+events: Ir
+fl=(1) /x/reactor/src/core.rs
+fn=(1) bench::path::measured_turn
+10 5
+fi=(2) /x/qcow/src/map.rs
++3 7
+fi=(3) /rustc/library/core/src/num.rs
+12 2
+cfi=(2)
+cfn=(2) dma::access::copy_bytes
+calls=3 12
+15 1000
+fn=(2)
+20 999
+totals: 2013
+";
+        let p = parse(text);
+        assert_eq!(p.copy, 999);
+        assert_eq!(p.layers["reactor"], 5);
+        assert_eq!(p.layers["qcow"], 7);
+        assert_eq!(p.layers["bench"], 2);
+        assert_eq!(p.total(), 14);
+    }
+}

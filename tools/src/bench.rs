@@ -1,0 +1,150 @@
+//! `polldisk bench …`: measurements that anybody can rerun.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use ::bench::callgrind::{Profile, profile};
+use ::bench::path::{Run, Scenario, measure};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+/// The commands.
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// What a request costs on its path, layer by layer, in instructions (needs valgrind).
+    Path(Path),
+    /// Runs one scenario once; what `path` runs under valgrind.
+    #[command(hide = true)]
+    PathWorker(Worker),
+}
+
+/// Measure the path.
+#[derive(Args)]
+pub(crate) struct Path {
+    /// Requests per run; two runs, of this many and of twice as many, give the figure.
+    #[arg(long, default_value_t = 2000)]
+    count: u64,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One run.
+#[derive(Args)]
+pub(crate) struct Worker {
+    #[arg(long, value_parser = |s: &str| Scenario::from_name(s).ok_or("unknown scenario"))]
+    scenario: Scenario,
+    #[arg(long)]
+    depth: usize,
+    #[arg(long)]
+    count: u64,
+    #[arg(long)]
+    scratch: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Report {
+    scenarios: Vec<Row>,
+}
+
+/// A scenario's figures, each per request (or per turn, translation, poll).
+#[derive(Serialize)]
+struct Row {
+    name: &'static str,
+    depth: usize,
+    instructions_per_request: f64,
+    layers: BTreeMap<String, f64>,
+    copy_instructions: f64,
+    ns_per_request: f64,
+    syscalls: Option<f64>,
+    allocations: f64,
+    locks: f64,
+}
+
+/// Runs a measurement.
+pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
+    match command {
+        Bench::Path(p) => path(p),
+        Bench::PathWorker(w) => {
+            let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
+            println!("{}", serde_json::to_string(&run)?);
+            Ok(0)
+        }
+    }
+}
+
+fn path(p: &Path) -> anyhow::Result<u8> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let scratch = tempfile::Builder::new().prefix("polldisk-bench-").tempdir();
+    let scratch = scratch.context("cannot make a scratch folder (TMPDIR names where)")?;
+    let dir = scratch.path();
+    let mut rows = Vec::new();
+    for (scenario, depth) in Scenario::ALL {
+        if !p.json {
+            eprintln!("measuring {}, depth {depth}", scenario.name());
+        }
+        let n = p.count.max(100);
+        let once = profile(&program, scenario, depth, n, dir)?;
+        let twice = profile(&program, scenario, depth, 2 * n, dir)?;
+        let timed = measure(scenario, depth, 20 * n, dir, true)?;
+        rows.push(row(scenario, depth, &once, &twice, n, &timed)?);
+    }
+    if p.json {
+        println!("{}", serde_json::to_string_pretty(&Report { scenarios: rows })?);
+    } else {
+        print(&rows);
+    }
+    Ok(0)
+}
+
+fn row(
+    scenario: Scenario,
+    depth: usize,
+    once: &Profile,
+    twice: &Profile,
+    n: u64,
+    timed: &Run,
+) -> anyhow::Result<Row> {
+    let each = |b: u64, a: u64| (b as f64 - a as f64) / n as f64;
+    let per = |v: u64| v as f64 / timed.requests as f64;
+    let layers: BTreeMap<String, f64> = twice
+        .layers
+        .iter()
+        .map(|(l, &b)| (l.clone(), each(b, once.layers.get(l).copied().unwrap_or(0))))
+        .filter(|(_, v)| v.abs() >= 0.05)
+        .collect();
+    let copy = each(twice.copy, once.copy);
+    let moves = matches!(scenario, Scenario::Read | Scenario::Write);
+    anyhow::ensure!(
+        !moves || copy >= 512.0,
+        "{}: the data copy was not found in the profile ({copy} instructions)",
+        scenario.name()
+    );
+    let total = each(twice.total(), once.total());
+    let least = if moves { 50.0 } else { 5.0 };
+    anyhow::ensure!(total >= least, "{}: {total} instructions: not measured", scenario.name());
+    Ok(Row {
+        name: scenario.name(),
+        depth,
+        instructions_per_request: total,
+        layers,
+        copy_instructions: copy,
+        ns_per_request: per(timed.ns),
+        syscalls: timed.syscalls.map(per),
+        allocations: per(timed.allocations),
+        locks: per(timed.locks),
+    })
+}
+
+fn print(rows: &[Row]) {
+    for r in rows {
+        let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
+        println!(
+            "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks",
+            r.name, r.depth, r.instructions_per_request, r.copy_instructions, r.ns_per_request, r.allocations, r.locks
+        );
+        let layers: Vec<String> = r.layers.iter().map(|(l, n)| format!("{l} {n:.1}")).collect();
+        println!("{:<14}            {}", "", layers.join(", "));
+    }
+}
