@@ -1,12 +1,12 @@
-//! Power cuts: the device's cache is lost at any point of its write log, any part of what was not
-//! flushed may have reached the disk (torn at sectors), and the image must be valid and hold what
-//! was flushed.
+//! Power cuts: the device's cache is lost at any point of its log; of what no flush had vouched for,
+//! and of what was in flight, any part may have reached the disk (torn at sectors). The image must be
+//! valid and hold what was flushed.
 
 mod rig;
 
 use block::{Flags, Op, Status};
 use qcow::create::CreateOptions;
-use rig::{Event, LogQueue, Rig, Rng, check, fresh, qemu_check};
+use rig::{Event, LogQueue, Rig, Rng, What, check, durable, fresh, qemu_check};
 
 const DISK: u64 = 1 << 20;
 const DEVICE: u64 = 6 << 20;
@@ -51,9 +51,7 @@ fn run(seed: u64, cluster: u64, count: u32) -> Run {
     let mut o = CreateOptions::new(DISK);
     o.cluster_size = cluster;
     let mut leaf = fresh(DEVICE, seed, &o);
-    leaf.logging = true;
-    leaf.log.clear();
-    let base = leaf.data();
+    leaf.start_log();
     let mut rig = Rig::single(leaf);
     let sectors = (DISK / SECTOR) as usize;
     let mut history: History = vec![vec![(0, 0)]; sectors];
@@ -115,17 +113,18 @@ fn run(seed: u64, cluster: u64, count: u32) -> Run {
         }
     }
     let mut leaf = rig.crash().remove(0);
-    Run { base, log: std::mem::take(&mut leaf.log), history, flushes }
+    let (base, log) = leaf.take_log();
+    Run { base, log, history, flushes }
 }
 
-/// The disk after a cut at log position `at`: everything up to the last flush before it, and of
-/// what followed each sector or none.
+/// The disk after a cut at log position `at`: what was durable, and of what was cached or in flight
+/// each sector or none.
 fn cut(run: &Run, at: usize, rng: &mut Rng) -> Vec<u8> {
-    let mut disk = run.base.clone();
-    let last = run.log[..at].iter().rposition(|e| matches!(e, Event::Flush)).unwrap_or(0);
+    let (mut disk, cached) = durable(&run.base, &run.log[..at], true);
+    let flying = (at..run.log.len()).filter(|&i| run.log[i].sent <= at);
     let mood = rng.below(3);
-    for (i, event) in run.log[..at].iter().enumerate() {
-        let Event::Write(offset, data) = event else { continue };
+    for i in cached.into_iter().chain(flying) {
+        let What::Write { offset, data, .. } = &run.log[i].what else { continue };
         let whole = if rng.one_in(2) { Some(rng.one_in(2)) } else { None };
         for (n, sector) in data.chunks(SECTOR as usize).enumerate() {
             let lands = match mood {
@@ -133,7 +132,7 @@ fn cut(run: &Run, at: usize, rng: &mut Rng) -> Vec<u8> {
                 1 => whole.unwrap_or_else(|| rng.one_in(2)),
                 _ => rng.below(10) < 9,
             };
-            if i < last || lands {
+            if lands {
                 let from = *offset as usize + n * SECTOR as usize;
                 disk[from..from + sector.len()].copy_from_slice(sector);
             }

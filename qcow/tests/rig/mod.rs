@@ -1,20 +1,20 @@
-//! A reactor turned by hand over images on devices in memory that complete in any order and log
-//! each write: the ground on which the datapath's tests stand.
+//! A reactor turned by hand over images on devices in memory ([`LogQueue`]): the ground on which the
+//! datapath's tests stand.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its part")]
+
+mod device;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use block::{
-    BlockQueue, Blocking, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess,
-    MemQueue, Op, Port, Request, SegList, Status, Submit,
-};
-use dma::{Buf, Pool, Region};
+use block::{Blocking, Flags, Op, Port, Status};
+use dma::{Buf, Pool};
 use qcow::create::{CreateOptions, create};
 use qcow::open::{Chain, ChainOptions, Format, Opened};
 use qcow::run::{Image, Options, Stack};
 use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
+
+pub(crate) use device::{Event, Fault, LogQueue, SECTOR, What, durable};
 
 /// A small random generator (xorshift).
 #[derive(Clone)]
@@ -37,163 +37,6 @@ impl Rng {
     }
 }
 
-/// What happened to the device, in order.
-pub(crate) enum Event {
-    Write(u64, Vec<u8>),
-    Flush,
-}
-
-struct Held {
-    request: Request<'static>,
-    segs: SegList,
-}
-
-/// A device in memory that carries requests out in random order and logs what it did.
-pub(crate) struct LogQueue {
-    inner: MemQueue,
-    info: DeviceInfo,
-    held: Vec<Held>,
-    rng: Rng,
-    pub(crate) log: Vec<Event>,
-    /// Whether to keep the log.
-    pub(crate) logging: bool,
-    /// The next writes fail with this, so many times.
-    pub(crate) fail: Option<(Op, Status, u32)>,
-    /// Writes to the range [from, to) of the device fail.
-    pub(crate) no_space_from: u64,
-    pub(crate) writes: u64,
-    pub(crate) reads: u64,
-    pub(crate) flushes: u64,
-    len: u64,
-}
-
-impl LogQueue {
-    pub(crate) fn new(size: u64, seed: u64) -> LogQueue {
-        let inner = MemQueue::new(size, 512).unwrap();
-        let info = DeviceInfo { volatile_cache: true, ..inner.info(0).unwrap().clone() };
-        LogQueue {
-            inner,
-            info,
-            held: Vec::new(),
-            rng: Rng(seed | 1),
-            log: Vec::new(),
-            logging: false,
-            fail: None,
-            no_space_from: u64::MAX,
-            writes: 0,
-            reads: 0,
-            flushes: 0,
-            len: size,
-        }
-    }
-
-    pub(crate) fn data(&self) -> Vec<u8> {
-        let mut all = vec![0; self.len as usize];
-        self.inner.data().read(0, &mut all);
-        all
-    }
-
-    pub(crate) fn load(&mut self, bytes: &[u8]) {
-        self.inner.data().write(0, bytes);
-    }
-
-    fn run(&mut self, h: &Held, out: &mut Completions) {
-        let r = Request { segs: h.segs.as_slice(), ..h.request };
-        let mut status = None;
-        if let Some((op, s, n)) = &mut self.fail
-            && *op == r.op
-            && *n > 0
-        {
-            *n -= 1;
-            status = Some(*s);
-        }
-        if r.op == Op::Write && r.offset + r.len > self.no_space_from {
-            status = Some(Status::NoSpace);
-        }
-        if let Some(status) = status {
-            out.push(Completion { tag: r.tag, status, detail: 0 });
-            return;
-        }
-        match r.op {
-            Op::Read => self.reads += 1,
-            Op::Flush => self.flushes += 1,
-            _ => self.writes += 1,
-        }
-        self.inner.submit(&r).unwrap();
-        let n = self.inner.poll(out);
-        assert_eq!(n, 1);
-        if !self.logging {
-            return;
-        }
-        match r.op {
-            Op::Flush => self.log.push(Event::Flush),
-            Op::Read => {}
-            _ => {
-                let mut data = vec![0; r.len as usize];
-                self.inner.data().read(r.offset as usize, &mut data);
-                self.log.push(Event::Write(r.offset, data));
-            }
-        }
-    }
-}
-
-impl Submit for LogQueue {
-    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
-        (unit == 0).then_some(&self.info)
-    }
-
-    fn room(&self) -> usize {
-        64usize.saturating_sub(self.held.len())
-    }
-
-    fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
-        if self.room() == 0 {
-            return Err(Full);
-        }
-        let segs = SegList::from_slice(r.segs).unwrap();
-        let request = Request { segs: &[], ..*r };
-        self.held.push(Held { request: Request { segs: &[], ..request }, segs });
-        Ok(())
-    }
-}
-
-impl BlockQueue for LogQueue {
-    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
-        self.inner.register(region)
-    }
-
-    fn poll(&mut self, out: &mut Completions) -> usize {
-        if self.held.is_empty() {
-            return 0;
-        }
-        let n = self.rng.below(self.held.len() as u64 + 1).min(out.room() as u64);
-        for _ in 0..n {
-            let at = self.rng.below(self.held.len() as u64) as usize;
-            let h = self.held.swap_remove(at);
-            self.run(&h, out);
-        }
-        n as usize
-    }
-
-    fn in_flight(&self) -> usize {
-        self.held.len()
-    }
-
-    fn arm(&mut self) -> HasWork {
-        if self.held.is_empty() { HasWork::No } else { HasWork::Yes }
-    }
-}
-
-impl LeafAccess for LogQueue {
-    fn unit_len(&self, _unit: u16) -> u64 {
-        self.len
-    }
-
-    fn set_unit_len(&mut self, _unit: u16, _len: u64) -> Result<(), Status> {
-        Ok(())
-    }
-}
-
 pub(crate) type RigCore = Core<LogQueue, Image, PortalFrontend>;
 
 /// An image on a reactor, with a portal to send requests through.
@@ -207,7 +50,12 @@ pub(crate) struct Rig {
 
 /// A fresh image on a device.
 pub(crate) fn fresh(device: u64, seed: u64, options: &CreateOptions) -> LogQueue {
-    let mut storage = Blocking::new(LogQueue::new(device, seed), 0).unwrap();
+    make(LogQueue::new(device, seed), options)
+}
+
+/// A fresh image on this device.
+pub(crate) fn make(leaf: LogQueue, options: &CreateOptions) -> LogQueue {
+    let mut storage = Blocking::new(leaf, 0).unwrap();
     create(&mut storage, "test", options).unwrap();
     storage.into_leaf()
 }

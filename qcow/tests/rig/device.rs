@@ -1,0 +1,318 @@
+//! [`LogQueue`]: a device in memory that carries requests out in any order, has a cache that a power
+//! cut loses, fails, lies and logs as told; and [`durable`], what such a device holds after a cut.
+
+use std::sync::Arc;
+
+use block::{
+    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, MemQueue,
+    Op, Request, SegList, Status, Submit,
+};
+use dma::Region;
+
+use super::Rng;
+
+pub(crate) const SECTOR: usize = 512;
+
+/// Something that the device did.
+pub(crate) struct Event {
+    /// How many events there had been when its request was submitted: a flush vouches for those
+    /// alone, and a write may land in part from then on.
+    pub(crate) sent: usize,
+    pub(crate) what: What,
+}
+
+pub(crate) enum What {
+    Write {
+        offset: u64,
+        data: Vec<u8>,
+        fua: bool,
+    },
+    Flush,
+    /// A flush failed, and the device forgot all that it had not yet made durable.
+    Drop,
+}
+
+/// How a request fails.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Fault {
+    /// Nothing happened.
+    Nothing,
+    /// It was carried out all the same.
+    Done,
+    /// A flush: the cache is lost. Others: as `Nothing`.
+    Drop,
+}
+
+struct Held {
+    request: Request<'static>,
+    segs: SegList,
+    sent: usize,
+}
+
+/// See the module's text.
+pub(crate) struct LogQueue {
+    inner: MemQueue,
+    info: DeviceInfo,
+    held: Vec<Held>,
+    pub(crate) rng: Rng,
+    /// What the device held when the log began.
+    base: Vec<u8>,
+    pub(crate) log: Vec<Event>,
+    logging: bool,
+    /// The next requests of this kind fail, so many times.
+    pub(crate) fail: Option<(Op, Status, u32)>,
+    /// The request with this number fails, as [`LogQueue::requests`] counts.
+    pub(crate) fail_at: Option<(u64, Fault)>,
+    /// Writes behind this byte of the device fail.
+    pub(crate) no_space_from: u64,
+    /// One in so many answers comes again later; 0: none.
+    pub(crate) repeats: u64,
+    answered: Vec<Completion>,
+    /// Requests that are taken at a time.
+    pub(crate) depth: usize,
+    /// Requests carried out or failed so far, and the good ones among them by kind.
+    pub(crate) requests: u64,
+    pub(crate) writes: u64,
+    pub(crate) reads: u64,
+    pub(crate) flushes: u64,
+    pub(crate) discards: u64,
+    len: u64,
+}
+
+impl LogQueue {
+    /// A device full of rubbish, with a volatile cache.
+    pub(crate) fn new(size: u64, seed: u64) -> LogQueue {
+        let inner = MemQueue::new(size, 512).unwrap();
+        inner.data().write(0, &vec![0xD5; size as usize]);
+        LogQueue {
+            info: DeviceInfo {
+                volatile_cache: true,
+                max_transfer: 1 << 20,
+                ..inner.info(0).unwrap().clone()
+            },
+            inner,
+            held: Vec::new(),
+            rng: Rng(seed | 1),
+            base: Vec::new(),
+            log: Vec::new(),
+            logging: false,
+            fail: None,
+            fail_at: None,
+            no_space_from: u64::MAX,
+            repeats: 0,
+            answered: Vec::new(),
+            depth: 64,
+            requests: 0,
+            writes: 0,
+            reads: 0,
+            flushes: 0,
+            discards: 0,
+            len: size,
+        }
+    }
+
+    /// The same, where a completed write is durable.
+    pub(crate) fn without_cache(mut self) -> LogQueue {
+        self.info.volatile_cache = false;
+        self
+    }
+
+    pub(crate) fn data(&self) -> Vec<u8> {
+        let mut all = vec![0; self.len as usize];
+        self.inner.data().read(0, &mut all);
+        all
+    }
+
+    pub(crate) fn load(&mut self, bytes: &[u8]) {
+        self.inner.data().write(0, bytes);
+    }
+
+    pub(crate) fn poke(&mut self, offset: u64, bytes: &[u8]) {
+        self.inner.data().write(offset as usize, bytes);
+    }
+
+    /// Keeps a log from now on; what the device holds now is durable.
+    pub(crate) fn start_log(&mut self) {
+        assert!(self.held.is_empty());
+        self.base = self.data();
+        self.log.clear();
+        self.logging = true;
+    }
+
+    /// Ends the log: what the device held at its start, and what came then.
+    pub(crate) fn take_log(&mut self) -> (Vec<u8>, Vec<Event>) {
+        self.logging = false;
+        (std::mem::take(&mut self.base), std::mem::take(&mut self.log))
+    }
+
+    fn note(&mut self, sent: usize, what: What) {
+        if self.logging {
+            self.log.push(Event { sent, what });
+        }
+    }
+
+    fn fault(&mut self, r: &Request<'_>) -> Option<(Status, Fault)> {
+        if let Some((op, status, n)) = &mut self.fail
+            && *op == r.op
+            && *n > 0
+        {
+            *n -= 1;
+            return Some((*status, Fault::Nothing));
+        }
+        if r.op == Op::Write && r.offset + r.len > self.no_space_from {
+            return Some((Status::NoSpace, Fault::Nothing));
+        }
+        let moves = matches!(r.op, Op::Read | Op::Write);
+        if moves && r.len > u64::from(self.info.max_transfer) {
+            return Some((Status::Invalid, Fault::Nothing));
+        }
+        match self.fail_at {
+            Some((n, fault)) if n == self.requests => Some((Status::Medium, fault)),
+            _ => None,
+        }
+    }
+
+    /// Carries a request out. Returns its answer.
+    fn run(&mut self, h: &Held) -> Completion {
+        let r = Request { segs: h.segs.as_slice(), ..h.request };
+        let fault = self.fault(&r);
+        self.requests += 1;
+        let mut answer = Completion { tag: r.tag, status: Status::Ok, detail: 0 };
+        if let Some((status, fault)) = fault {
+            answer.status = status;
+            if fault == Fault::Drop && r.op == Op::Flush {
+                assert!(self.logging, "only a device with a log can forget");
+                let (disk, _) = durable(&self.base, &self.log, self.info.volatile_cache);
+                self.load(&disk);
+                self.note(h.sent, What::Drop);
+            }
+            if fault != Fault::Done {
+                return answer;
+            }
+        }
+        match r.op {
+            Op::Read => self.reads += 1,
+            Op::Flush => self.flushes += 1,
+            Op::Discard => self.discards += 1,
+            _ => self.writes += 1,
+        }
+        self.inner.submit(&r).unwrap();
+        let mut done = Completions::new();
+        assert_eq!(self.inner.poll(&mut done), 1);
+        if !done.get(0).status.is_ok() {
+            return done.get(0);
+        }
+        match r.op {
+            Op::Read => {}
+            Op::Flush => self.note(h.sent, What::Flush),
+            _ => {
+                if r.op == Op::Discard {
+                    // What a discarded range reads as is the device's affair.
+                    self.poke(r.offset, &vec![0xB7; r.len as usize]);
+                }
+                if self.logging {
+                    let mut data = vec![0; r.len as usize];
+                    self.inner.data().read(r.offset as usize, &mut data);
+                    let fua = r.flags.has(Flags::FUA);
+                    self.note(h.sent, What::Write { offset: r.offset, data, fua });
+                }
+            }
+        }
+        answer
+    }
+}
+
+/// What is on stable storage after these events, and which writes are only in the cache (by index).
+pub(crate) fn durable(base: &[u8], log: &[Event], cache: bool) -> (Vec<u8>, Vec<usize>) {
+    let mut disk = base.to_vec();
+    let mut cached: Vec<usize> = Vec::new();
+    let land = |disk: &mut Vec<u8>, at: usize| {
+        if let What::Write { offset, data, .. } = &log[at].what {
+            disk[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+        }
+    };
+    for (at, event) in log.iter().enumerate() {
+        match &event.what {
+            // Over what is older in the cache: that lands before, if ever.
+            What::Write { fua, .. } if *fua || !cache => land(&mut disk, at),
+            What::Write { .. } => cached.push(at),
+            What::Flush => cached.retain(|&c| {
+                let vouched = c < event.sent;
+                if vouched {
+                    land(&mut disk, c);
+                }
+                !vouched
+            }),
+            What::Drop => cached.clear(),
+        }
+    }
+    (disk, cached)
+}
+
+impl Submit for LogQueue {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        (unit == 0).then_some(&self.info)
+    }
+
+    fn room(&self) -> usize {
+        self.depth.saturating_sub(self.held.len())
+    }
+
+    fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        if self.room() == 0 {
+            return Err(Full);
+        }
+        let segs = SegList::from_slice(r.segs).unwrap();
+        let request =
+            Request { tag: r.tag, op: r.op, flags: r.flags, unit: r.unit, segs: &[], ..*r };
+        self.held.push(Held { request, segs, sent: self.log.len() });
+        Ok(())
+    }
+}
+
+impl BlockQueue for LogQueue {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.inner.register(region)
+    }
+
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        let before = out.len();
+        if self.repeats > 0 && !self.answered.is_empty() && self.rng.one_in(self.repeats) {
+            let at = self.rng.below(self.answered.len() as u64) as usize;
+            out.push(self.answered[at]);
+        }
+        if !self.held.is_empty() {
+            let n = self.rng.below(self.held.len() as u64 + 1).min(out.room() as u64);
+            for _ in 0..n {
+                let at = self.rng.below(self.held.len() as u64) as usize;
+                let h = self.held.swap_remove(at);
+                let answer = self.run(&h);
+                out.push(answer);
+                if self.repeats > 0 {
+                    self.answered.push(answer);
+                    let from = self.answered.len().saturating_sub(8);
+                    self.answered.drain(..from);
+                }
+            }
+        }
+        out.len() - before
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len()
+    }
+
+    fn arm(&mut self) -> HasWork {
+        if self.held.is_empty() { HasWork::No } else { HasWork::Yes }
+    }
+}
+
+impl LeafAccess for LogQueue {
+    fn unit_len(&self, _unit: u16) -> u64 {
+        self.len
+    }
+
+    fn set_unit_len(&mut self, _unit: u16, _len: u64) -> Result<(), Status> {
+        Ok(())
+    }
+}
