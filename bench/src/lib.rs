@@ -3,6 +3,7 @@
 //! - [`demo`] drives a guest ring over an image on the NVMe model and verifies every byte.
 //! - [`path`] steps frontend, reactor and device by hand on one thread; run under callgrind it
 //!   counts instructions layer by layer.
+//! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
 //! Gates are counts; times are only reported, since machines are noisy.
@@ -11,6 +12,7 @@ mod alloc;
 pub mod callgrind;
 pub mod counters;
 pub mod demo;
+pub mod figures;
 mod guest;
 pub mod path;
 mod stamp;

@@ -140,19 +140,24 @@ pub fn measure(
     Ok(totals.into_run(requests))
 }
 
-fn image_file(path: &Path, backing: Option<&str>) -> Result<(), Error> {
+/// A rig on an empty image of the usual size.
+fn rig(path: &Path) -> Result<Rig, Error> {
+    Rig::create(node::ModelSpec::new(path), BLOCKS)
+}
+
+fn image_file(path: &Path, blocks: u64, backing: Option<&str>) -> Result<(), Error> {
     let mut options = std::fs::File::options();
     let file = options.create(true).truncate(true).read(true).write(true).open(path);
     let file = file.map_err(Error::other)?;
     let mut storage = node::HostStorage::of(file, false).map_err(Error::other)?;
-    let mut o = CreateOptions::new(BLOCKS * BLOCK as u64);
+    let mut o = CreateOptions::new(blocks * BLOCK as u64);
     o.backing = backing.map(|name| (name.to_owned(), Format::Qcow2));
     create(&mut storage, "bench", &o).map_err(node::Error::from)?;
     Ok(())
 }
 
 /// A reactor's core on this thread with a ring, a device and the guest's end.
-struct Rig {
+pub(crate) struct Rig {
     core: ReactorCore,
     image: usize,
     guest: Guest,
@@ -163,9 +168,15 @@ struct Rig {
 }
 
 impl Rig {
-    fn open(path: &Path) -> Result<Rig, Error> {
+    /// A rig on an empty image of `blocks` blocks.
+    pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
+        image_file(&spec.path, blocks, None)?;
+        Rig::open(spec, blocks)
+    }
+
+    fn open(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
         let clock = Clock::real();
-        let spec = NodeSpec::Model(node::ModelSpec::new(path));
+        let spec = NodeSpec::Model(spec);
         let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(Format::Qcow2) };
         let parts = Parts::new(node::open_chain(&spec, &open)?)?;
         let mut core = ReactorCore::new(clock.clone()).map_err(Error::other)?;
@@ -175,22 +186,21 @@ impl Rig {
         let device = model.and_then(node::Model::take_device);
         let device = device.ok_or_else(|| Error::other("there is no device"))?;
         let kick = Kick { signal: Signal::default(), wake: core.wake() };
-        let guest = Guest::new(ORDER, BLOCKS, kick)?;
+        let guest = Guest::new(ORDER, blocks, kick)?;
         let frontend = add_ring(&mut core, image, &guest)?;
         Ok(Rig { core, image, guest, frontend, device, rest, clock })
     }
 
     /// Guest, reactor and device once each, the reactor twice: it starts what it took in the
     /// turn after, and reaps in the one after that.
-    fn round(&mut self, mix: Mix, depth: usize, turn: fn(&mut ReactorCore) -> bool) -> u64 {
+    fn round(&mut self, mix: Mix, depth: usize) {
         let now = self.clock.now();
         self.guest.send(mix, depth, now);
-        turn(&mut self.core);
-        turn(&mut self.core);
+        self.core.turn();
+        self.core.turn();
         while self.device.step(self.clock.now()) {}
-        turn(&mut self.core);
+        self.core.turn();
         self.guest.reap(now);
-        3
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -200,28 +210,39 @@ impl Rig {
         }
     }
 
-    /// Maps every cluster and grants every page.
-    fn warm_up(&mut self) -> Result<(), Error> {
-        let turn: fn(&mut ReactorCore) -> bool = ReactorCore::turn;
+    /// Writes the disk once, in order, and flushes.
+    pub(crate) fn fill(&mut self) -> Result<(), Error> {
         while !self.guest.at_end() || self.guest.in_flight() > 0 {
-            self.round(Mix::Fill, 32, turn);
+            self.round(Mix::Fill, 32);
             self.check()?;
         }
-        for _ in 0..2000 {
-            self.round(Mix::Mixed, 32, turn);
+        self.guest.send_flush(self.clock.now());
+        self.settle()
+    }
+
+    /// Maps every cluster and grants every page.
+    fn warm_up(&mut self) -> Result<(), Error> {
+        self.fill()?;
+        for _ in 0..300 {
+            self.round(Mix::Mixed, 32);
         }
         self.settle()
     }
 
+    /// Counters of the device.
+    pub(crate) fn model_stats(&mut self) -> Option<node::ModelCounts> {
+        self.rest.models().first_mut().map(|m| m.stats().snapshot())
+    }
+
     fn settle(&mut self) -> Result<(), Error> {
         while self.guest.in_flight() > 0 {
-            self.round(Mix::Mixed, 0, ReactorCore::turn);
+            self.round(Mix::Mixed, 0);
             self.check()?;
         }
         Ok(())
     }
 
-    fn close(mut self) -> Result<(), Error> {
+    pub(crate) fn close(mut self) -> Result<(), Error> {
         self.settle()?;
         let removed = self.core.remove_frontend(self.frontend);
         drop(removed.ok_or_else(|| Error::other("the ring is still in use"))?);
@@ -244,7 +265,8 @@ fn add_ring(core: &mut ReactorCore, image: usize, guest: &Guest) -> Result<usize
     added.map_err(Error::other)
 }
 
-fn close(core: &mut ReactorCore, image: usize, rest: node::Rest) -> Result<(), Error> {
+/// Closes an image that is turned by hand.
+pub(crate) fn close(core: &mut ReactorCore, image: usize, rest: node::Rest) -> Result<(), Error> {
     if let Some(i) = core.image(image) {
         block::Layer::<Leaf>::close(i);
     }
@@ -265,9 +287,7 @@ fn requests(
     scratch: &Path,
     run: &mut Totals,
 ) -> Result<u64, Error> {
-    let path = scratch.join("path.qcow2");
-    image_file(&path, None)?;
-    let mut rig = Rig::open(&path)?;
+    let mut rig = rig(&scratch.join("path.qcow2"))?;
     rig.warm_up()?;
     rig.guest.reset_figures();
     let clock = rig.clock.clone();
@@ -332,12 +352,11 @@ impl Totals {
 /// The translation alone. The data lies in the last of `layers` images.
 fn translate(layers: usize, count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error> {
     let name = |i: usize| format!("layer{i}.qcow2");
-    image_file(&scratch.join(name(layers - 1)), None)?;
-    let mut rig = Rig::open(&scratch.join(name(layers - 1)))?;
+    let mut rig = rig(&scratch.join(name(layers - 1)))?;
     rig.warm_up()?;
     rig.close()?;
     for i in (0..layers - 1).rev() {
-        image_file(&scratch.join(name(i)), Some(&name(i + 1)))?;
+        image_file(&scratch.join(name(i)), BLOCKS, Some(&name(i + 1)))?;
     }
     let spec = NodeSpec::File(scratch.join(name(0)));
     let parts = Parts::new(node::open_chain(&spec, &OpenOptions::read(Format::Qcow2))?)?;
@@ -402,9 +421,7 @@ fn load_page(core: &mut ReactorCore, at: usize, request: &Request<'_>) -> Result
 
 /// Turns of a reactor with 32 idle rings.
 fn idle(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error> {
-    let path = scratch.join("idle.qcow2");
-    image_file(&path, None)?;
-    let mut rig = Rig::open(&path)?;
+    let mut rig = rig(&scratch.join("idle.qcow2"))?;
     let guests: Result<Vec<Guest>, Error> = (1..32)
         .map(|_| {
             let kick = Kick { signal: Signal::default(), wake: rig.core.wake() };
@@ -433,9 +450,7 @@ fn idle(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error> {
 
 /// Polls of a queue pair with nothing in flight.
 fn empty_poll(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error> {
-    let path = scratch.join("poll.qcow2");
-    image_file(&path, None)?;
-    let mut rig = Rig::open(&path)?;
+    let mut rig = rig(&scratch.join("poll.qcow2"))?;
     let clock = rig.clock.clone();
     let mut out = block::Completions::new();
     run.measure(&clock, || {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use ::bench::callgrind::{Profile, profile};
+use ::bench::figures::{Fill, Open, fill, open_16t};
 use ::bench::path::{Run, Scenario, measure};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -46,6 +47,10 @@ pub(crate) struct Worker {
 #[derive(Serialize)]
 struct Report {
     scenarios: Vec<Row>,
+    /// Filling an empty image, without and with a volatile cache.
+    fill: Vec<Fill>,
+    /// Opening an image of 16 TiB.
+    open_16t: Open,
 }
 
 /// A scenario's figures, each per request (or per turn, translation, poll).
@@ -90,10 +95,12 @@ fn path(p: &Path) -> anyhow::Result<u8> {
         let timed = measure(scenario, depth, 20 * n, dir, true)?;
         rows.push(row(scenario, depth, &once, &twice, n, &timed)?);
     }
+    let fill = vec![fill(false, dir)?, fill(true, dir)?];
+    let report = Report { scenarios: rows, fill, open_16t: open_16t(dir)? };
     if p.json {
-        println!("{}", serde_json::to_string_pretty(&Report { scenarios: rows })?);
+        println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print(&rows);
+        print(&report);
     }
     Ok(0)
 }
@@ -137,8 +144,8 @@ fn row(
     })
 }
 
-fn print(rows: &[Row]) {
-    for r in rows {
+fn print(report: &Report) {
+    for r in &report.scenarios {
         let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
         println!(
             "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks",
@@ -147,4 +154,18 @@ fn print(rows: &[Row]) {
         let layers: Vec<String> = r.layers.iter().map(|(l, n)| format!("{l} {n:.1}")).collect();
         println!("{:<14}            {}", "", layers.join(", "));
     }
+    for f in &report.fill {
+        println!(
+            "filling an empty image, {} volatile cache: {:.3} device writes per guest write, {} flushes in {} writes",
+            if f.volatile_cache { "with" } else { "without" },
+            f.writes_per_write,
+            f.device_flushes,
+            f.guest_writes
+        );
+    }
+    println!(
+        "opening a mapped image of 16 TiB: {:.1} ms, {:.1} MiB",
+        report.open_16t.milliseconds,
+        report.open_16t.memory_bytes as f64 / 1048576.0
+    );
 }

@@ -29,7 +29,7 @@ pub use frontend::{Frontend, Ring};
 pub use host::HostStorage;
 pub use image::Image;
 pub use leaf::Leaf;
-pub use model::{Model, ModelController, ModelStats};
+pub use model::{Model, ModelController, ModelCounts, ModelStats};
 pub use source::Source;
 pub use spec::{ModelSpec, NodeSpec, parse_size};
 

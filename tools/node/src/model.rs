@@ -23,6 +23,9 @@ pub type ModelController = nvme_model::Controller<RegionMemory>;
 /// Counters of the device, readable while it runs.
 pub use nvme_model::Stats as ModelStats;
 
+/// Those counters at a moment.
+pub use nvme_model::StatsSnapshot as ModelCounts;
+
 /// Registers of the model as the driver reaches them.
 pub struct ModelBar(Arc<Registers>);
 
