@@ -7,7 +7,6 @@
 //! generation, is loaded again behind the word.
 
 use std::collections::VecDeque;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use zerocopy::FromZeros;
@@ -41,12 +40,22 @@ const KIND_SHIFT: u32 = 60;
 const LAYER_SHIFT: u32 = 52;
 const OWNED: u64 = 1 << 51;
 const HOST: u64 = (1 << 47) - 1;
-/// Bits that must be right for a write to go in place: no claim, mapped, layer 0, owned.
-const IN_PLACE_MASK: u64 = !HOST;
-const IN_PLACE: u64 = ((Kind::Mapped as u64) << KIND_SHIFT) | OWNED;
-/// Bits that must be right for a read to go straight down; the layer may be any.
-const READ_MASK: u64 = 7 << KIND_SHIFT;
-const READ: u64 = (Kind::Mapped as u64) << KIND_SHIFT;
+
+/// What must be right about a word for a request to go straight down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Way {
+    mask: u64,
+    want: u64,
+}
+
+impl Way {
+    /// A read: mapped, in whatever layer, claimed or not.
+    pub const READ: Way = Way { mask: 7 << KIND_SHIFT, want: (Kind::Mapped as u64) << KIND_SHIFT };
+    /// A write in place: no claim, mapped, layer 0, owned.
+    pub const WRITE: Way = Way { mask: !HOST, want: ((Kind::Mapped as u64) << KIND_SHIFT) | OWNED };
+    /// Nothing goes straight down.
+    pub const NONE: Way = Way { mask: 0, want: 1 };
+}
 
 impl Word {
     /// Nothing known.
@@ -128,16 +137,22 @@ impl Word {
         self.0 & CLAIM != 0
     }
 
+    /// Whether a request may go straight to the device.
+    #[inline]
+    pub fn allows(self, way: Way) -> bool {
+        self.0 & way.mask == way.want
+    }
+
     /// Whether a write may go straight to the device.
     #[inline]
     pub fn writable_in_place(self) -> bool {
-        self.0 & IN_PLACE_MASK == IN_PLACE
+        self.allows(Way::WRITE)
     }
 
     /// Whether a read may go straight to the device.
     #[inline]
     pub fn readable(self) -> bool {
-        self.0 & READ_MASK == READ
+        self.allows(Way::READ)
     }
 
     /// The same without the claim.
@@ -160,7 +175,8 @@ pub struct Map {
     clusters: u64,
     /// Per page of clusters: 0, or generation (high half) and page + 1 (low half).
     directory: Box<[AtomicU64]>,
-    pages: Box<[OnceLock<Box<[AtomicU64]>>]>,
+    /// All pages, one after the other. Zeroed lazily by the kernel: what is not used costs nothing.
+    words: Box<[AtomicU64]>,
 }
 
 impl Map {
@@ -173,12 +189,12 @@ impl Map {
         let no_memory = || format!("no memory for a map of {clusters} clusters");
         let entries =
             usize::try_from(clusters.div_ceil(1 << page_bits)).map_err(|_| no_memory())?;
-        let directory =
-            <[AtomicU64]>::new_box_zeroed_with_elems(entries).map_err(|_| no_memory())?;
+        let zeroed = |n| <[AtomicU64]>::new_box_zeroed_with_elems(n).map_err(|_| no_memory());
+        let directory = zeroed(entries)?;
         let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
         let count = afford.max(least).min(entries).min(u32::MAX as usize - 1);
-        let pages = (0..count).map(|_| OnceLock::new()).collect();
-        Ok(Map { page_bits, clusters, directory, pages })
+        let words = zeroed(count.checked_mul(1 << page_bits).ok_or_else(no_memory)?)?;
+        Ok(Map { page_bits, clusters, directory, words })
     }
 
     /// How many clusters there are.
@@ -195,7 +211,7 @@ impl Map {
 
     /// How many pages can be loaded at a time.
     pub fn page_count(&self) -> usize {
-        self.pages.len()
+        self.words.len() >> self.page_bits
     }
 
     /// The word of a cluster; [`Word::ABSENT`] if its page is not loaded or it does not exist.
@@ -217,8 +233,9 @@ impl Map {
 
     #[inline]
     fn word(&self, entry: u64, cluster: u64) -> Option<&AtomicU64> {
-        let page = self.pages.get((entry as u32 as usize).wrapping_sub(1))?.get()?;
-        page.get(cluster as usize & ((1 << self.page_bits) - 1))
+        // An empty entry gives a place far outside.
+        let page = (entry as u32 as usize).wrapping_sub(1) << self.page_bits;
+        self.words.get(page | cluster as usize & ((1 << self.page_bits) - 1))
     }
 
     /// Replaces a loaded cluster's word if it is `old`. Returns whether it was.
@@ -276,9 +293,8 @@ impl Pages {
             return true;
         }
         let Some(place) = self.free.pop().or_else(|| self.evict(map)) else { return false };
-        let size = 1usize << map.page_bits;
-        let page = map.pages[place as usize]
-            .get_or_init(|| (0..size).map(|_| AtomicU64::new(0)).collect());
+        let start = (place as usize) << map.page_bits;
+        let page = &map.words[start..start + (1 << map.page_bits)];
         for (i, slot) in page.iter().enumerate() {
             slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);
         }

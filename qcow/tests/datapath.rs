@@ -281,7 +281,7 @@ fn hits_go_straight_down() {
     rig.write(4096, &[2; 4096]);
     assert_eq!(rig.read(0, 128 << 10)[4096..8192], [2; 4096]);
     assert_eq!(rig.image().counters().slow.get(), slow);
-    assert_eq!(rig.image().counters().hits.get(), 2);
+    assert_eq!(rig.image().hits(), 2);
 }
 
 #[test]

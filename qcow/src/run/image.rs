@@ -16,7 +16,7 @@ use super::meta::{Tables, page_bits};
 use super::serve::serve;
 use super::shared::{Job, Shared, What};
 use super::stack::Stack;
-use crate::map::Map;
+use crate::map::{Map, Way, Word};
 
 /// How an image is attached.
 #[derive(Clone, Copy, Debug)]
@@ -33,11 +33,9 @@ impl Default for Options {
     }
 }
 
-/// What an image has done so far; all but the first two are written on the slow path only.
+/// What an image has done so far; written on the slow path only.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Requests that went straight down.
-    pub hits: Cell<u64>,
     /// Requests served by a slot task.
     pub slow: Cell<u64>,
     /// Times that a task waited for another.
@@ -58,24 +56,24 @@ pub struct Counters {
     pub allocated: Cell<u64>,
 }
 
-/// Who waits for a slot's request.
-#[derive(Clone, Copy)]
-struct Slot {
-    up: Tag,
-    direct: bool,
-}
-
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
 pub struct Image {
+    // What a hit needs, first.
     map: Arc<Map>,
-    cluster_bits: u32,
-    owner: u16,
-    writable: bool,
-    closing: bool,
-    slots: Box<[Slot]>,
+    shared: Rc<Shared>,
     free: Vec<u16>,
     ports: Box<[Port]>,
-    shared: Rc<Shared>,
+    /// By operation: what lets a request go straight down.
+    ways: [Way; 5],
+    /// Bytes of the disk, whole sectors.
+    size: u64,
+    cluster_bits: u32,
+    owner: u16,
+    hits: u64,
+    // What it does not need.
+    writable: bool,
+    closing: bool,
+    close_slot: u16,
     tasks: Tasks,
     closed: Option<Status>,
 }
@@ -132,16 +130,23 @@ impl Image {
             }
         }
         let tasks = Tasks::new(count, |slot| serve(shared.clone(), slot as u16));
-        let none = Slot { up: Tag::new(0, 0, 0), direct: false };
+        let mut ways = [Way::NONE; 5];
+        ways[Op::Read as usize] = Way::READ;
+        if writable {
+            ways[Op::Write as usize] = Way::WRITE;
+        }
         Ok(Image {
             map,
-            cluster_bits: geometry.cluster_bits(),
-            owner,
-            writable,
-            closing: false,
-            slots: vec![none; count].into_boxed_slice(),
             free: (0..slots).rev().collect(),
             ports,
+            ways,
+            size: shared.info.size,
+            cluster_bits: geometry.cluster_bits(),
+            owner,
+            hits: 0,
+            writable,
+            closing: false,
+            close_slot: slots,
             shared,
             tasks,
             closed: None,
@@ -164,42 +169,50 @@ impl Image {
         self.shared.alloc.borrow().end()
     }
 
+    /// Requests that went straight down so far.
+    pub fn hits(&self) -> u64 {
+        self.hits
+    }
+
     /// Where a request goes if it can go straight down: one mapped run, no change of metadata.
     #[inline]
     pub fn translate(&self, r: &Request<'_>) -> Option<(Port, u64)> {
         let word = self.map.lookup(r.offset >> self.cluster_bits);
-        let direct = match r.op {
-            Op::Read => word.readable(),
-            Op::Write => word.writable_in_place() && self.writable && !r.flags.has(Flags::FUA),
-            _ => false,
-        };
-        if !direct || r.len == 0 || !self.shared.info.contains(r.offset, r.len) {
+        let end = r.offset.wrapping_add(r.len);
+        // `len` wraps below 0 if it is 0, and `end` if the sum overflows: both are refused.
+        let direct = word.allows(self.ways[r.op as usize])
+            && r.flags == Flags::NONE
+            && (r.offset | r.len) & 511 == 0
+            && r.offset < end
+            && end <= self.size;
+        if !direct {
             return None;
         }
-        let last = (r.offset + r.len - 1) >> self.cluster_bits;
-        let mut cluster = r.offset >> self.cluster_bits;
-        if cluster != last {
-            let mut before = word.unclaimed();
-            while cluster < last {
-                cluster += 1;
-                let mut next = self.map.lookup(cluster);
-                if r.op == Op::Read {
-                    next = next.unclaimed();
-                }
-                if !before.continued_by(next, 1 << self.cluster_bits) {
-                    return None;
-                }
-                before = next;
-            }
+        if (r.offset ^ (end - 1)) >> self.cluster_bits != 0 && !self.runs_on(r, word) {
+            return None;
         }
         let port = *self.ports.get(usize::from(word.layer()))?;
         Some((port, word.host() + (r.offset & ((1 << self.cluster_bits) - 1))))
     }
 
+    /// Whether the clusters behind the first one, whose word is `first`, continue it.
+    fn runs_on(&self, r: &Request<'_>, first: Word) -> bool {
+        let last = (r.offset + r.len - 1) >> self.cluster_bits;
+        let mut before = first.unclaimed();
+        ((r.offset >> self.cluster_bits) + 1..=last).all(|cluster| {
+            let next = self.map.lookup(cluster);
+            // What is claimed may be read, but not written.
+            let next = if r.op == Op::Read { next.unclaimed() } else { next };
+            let on = before.continued_by(next, 1 << self.cluster_bits);
+            before = next;
+            on
+        })
+    }
+
     #[cold]
     fn submit_slow<L: BlockQueue>(&mut self, leaves: &mut [L], r: &Request<'_>) {
         let Some(at) = self.free.pop() else { return };
-        self.slots[usize::from(at)] = Slot { up: r.tag, direct: false };
+        self.shared.work(at).up.set(r.tag);
         let c = &self.shared.counters.slow;
         c.set(c.get() + 1);
         let flushes = r.op == Op::Flush;
@@ -242,8 +255,10 @@ impl Image {
     /// Frees a slot; its tag is stale from now on.
     #[inline]
     fn release(&mut self, at: u16) {
-        self.shared.work(at).epoch.set(u64::MAX);
-        self.shared.next_generation(at);
+        let work = self.shared.work(at);
+        work.epoch.set(u64::MAX);
+        work.generation.set(work.generation.get().wrapping_add(1));
+        // Never grows: a slot is free once.
         self.free.push(at);
     }
 }
@@ -265,17 +280,16 @@ impl<L: BlockQueue> Layer<L> for Image {
     #[inline]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
         let Some(&at) = self.free.last() else { return Err(Full) };
-        if let Some((port, offset)) = self.translate(r)
-            && !self.closing
-        {
-            let tag = Tag::new(self.owner, at, self.shared.generation(at));
+        if let Some((port, offset)) = self.translate(r) {
+            let work = self.shared.work(at);
+            let tag = Tag::new(self.owner, at, work.generation.get());
             let below = Request { tag, unit: port.unit, offset, ..*r };
             if leaves[usize::from(port.leaf)].submit(&below).is_ok() {
+                work.up.set(r.tag);
+                work.direct.set(true);
+                work.epoch.set(self.shared.epoch.get());
                 self.free.pop();
-                self.slots[usize::from(at)] = Slot { up: r.tag, direct: true };
-                self.shared.work(at).epoch.set(self.shared.epoch.get());
-                let c = &self.shared.counters.hits;
-                c.set(c.get() + 1);
+                self.hits += 1;
                 return Ok(());
             }
         }
@@ -286,10 +300,10 @@ impl<L: BlockQueue> Layer<L> for Image {
     #[inline]
     fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
         let at = done.tag.slot();
-        let slot = self.slots.get_mut(usize::from(at))?;
-        if slot.direct && done.tag.generation() == self.shared.generation(at) {
-            slot.direct = false;
-            let up = Completion { tag: slot.up, ..done };
+        let work = self.shared.get_work(at)?;
+        if work.direct.get() && done.tag.generation() == work.generation.get() {
+            work.direct.set(false);
+            let up = Completion { tag: work.up.get(), ..done };
             self.release(at);
             return Some(up);
         }
@@ -312,10 +326,11 @@ impl<L: BlockQueue> Layer<L> for Image {
         while out.room() > 0
             && let Some((at, status)) = self.shared.take_finished()
         {
-            if usize::from(at) == self.slots.len() - 1 {
+            if at == self.close_slot {
                 self.closed = Some(status);
             } else {
-                out.push(Completion { tag: self.slots[usize::from(at)].up, status, detail: 0 });
+                let tag = self.shared.work(at).up.get();
+                out.push(Completion { tag, status, detail: 0 });
                 self.release(at);
             }
         }
@@ -330,7 +345,7 @@ impl<L: BlockQueue> Layer<L> for Image {
     fn close(&mut self) {
         if !self.closing {
             self.closing = true;
-            let at = self.slots.len() as u16 - 1;
+            self.ways = [Way::NONE; 5];
             let job = Job {
                 what: What::Close,
                 flags: Flags::NONE,
@@ -338,8 +353,8 @@ impl<L: BlockQueue> Layer<L> for Image {
                 len: 0,
                 segs: SegList::EMPTY,
             };
-            self.shared.give_job(at, job);
-            self.shared.make_ready(at);
+            self.shared.give_job(self.close_slot, job);
+            self.shared.make_ready(self.close_slot);
         }
     }
 

@@ -76,7 +76,10 @@ pub(super) struct Work {
     status: Cell<Status>,
     woken: Cell<bool>,
     result: Cell<Option<Status>>,
-    generation: Cell<u32>,
+    pub(super) generation: Cell<u32>,
+    /// The frontend's tag, and whether its request went straight down.
+    pub(super) up: Cell<Tag>,
+    pub(super) direct: Cell<bool>,
     /// The image's epoch when the slot's request began; `u64::MAX` when it is idle.
     pub(super) epoch: Cell<u64>,
 }
@@ -142,6 +145,8 @@ impl Shared {
             woken: Cell::new(false),
             result: Cell::new(None),
             generation: Cell::new(0),
+            up: Cell::new(Tag::new(0, 0, 0)),
+            direct: Cell::new(false),
             epoch: Cell::new(u64::MAX),
         };
         // Enough data buffers that copy-on-write is not serialised, without taking more than a few
@@ -200,6 +205,12 @@ impl Shared {
     #[inline]
     pub(super) fn work(&self, slot: u16) -> &Work {
         &self.works[usize::from(slot)]
+    }
+
+    /// A slot by a number that came from outside.
+    #[inline]
+    pub(super) fn get_work(&self, slot: u16) -> Option<&Work> {
+        self.works.get(usize::from(slot))
     }
 
     // ---- jobs ----
@@ -294,17 +305,6 @@ impl Shared {
         let left = work.pending.get() - 1;
         work.pending.set(left);
         left == 0
-    }
-
-    #[inline]
-    pub(super) fn generation(&self, slot: u16) -> u32 {
-        self.work(slot).generation.get()
-    }
-
-    #[inline]
-    pub(super) fn next_generation(&self, slot: u16) {
-        let g = &self.work(slot).generation;
-        g.set(g.get().wrapping_add(1));
     }
 
     // ---- waiting for each other ----
