@@ -75,6 +75,12 @@ impl<M: RingMemory> BackRing<M> {
         self.req_cons.wrapping_sub(self.rsp_prod)
     }
 
+    /// Whether no request waits: the cheapest look there is.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.memory.load32(REQ_PROD, Ordering::Relaxed) == self.req_cons
+    }
+
     /// How many requests wait: one look at the producer index, with which the slots before it
     /// become readable.
     ///

@@ -127,6 +127,8 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     stamp: u32,
     owner: u16,
     gates: u8,
+    /// There may be something to do besides what waits in the ring.
+    work: bool,
     armed: bool,
     failed: bool,
     /// Data is durable before it is answered: for a guest that was offered no way to flush.
@@ -243,6 +245,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             stamp: 0,
             owner: config.owner,
             gates: 0,
+            work: false,
             armed: false,
             failed: false,
             write_flags: if durable { Flags::FUA } else { Flags::NONE },
@@ -300,7 +303,39 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         })
     }
 
+    #[inline(never)]
+    fn turn<D: Submit>(&mut self, disk: &mut D) -> bool {
+        if self.stamp != self.swept {
+            self.sweep();
+        }
+        let mut busy = false;
+        if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
+            busy = self.do_todo(disk);
+        }
+        if self.gates == 0 {
+            match self.ring.waiting() {
+                Ok(0) => {}
+                Ok(waiting) => {
+                    self.take(disk, waiting);
+                    busy = true;
+                }
+                Err(why) => self.give_up(why),
+            }
+        }
+        if !self.batch.is_empty() {
+            self.run_batch(disk);
+            busy = true;
+        }
+        if self.ring.unpublished() > 0 {
+            self.publish();
+            busy = true;
+        }
+        self.work = !self.todo.is_empty() || self.pages.pending() > 0;
+        busy
+    }
+
     /// Takes the `waiting` requests, as far as the disk has room.
+    #[inline]
     fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
         let limits = self.limits(disk);
         for _ in 0..(waiting as usize).min(disk.room()) {
@@ -443,6 +478,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
 
     #[inline]
     fn complete(&mut self, done: Completion) {
+        self.work = true;
         let index = done.tag.slot();
         let Some(slot) = self.slots.get_mut(usize::from(index)) else {
             return self.stats.strays.add(1);
@@ -477,43 +513,24 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
     fn poll<D: Submit>(&mut self, disk: &mut D, now: u64) -> bool {
         self.now = now;
         self.stamp = (now >> AGE_SHIFT) as u32;
-        if self.stamp != self.swept {
-            self.sweep();
+        // Most rings of a host are idle in most turns: those cost this and no more.
+        let quiet = !self.work && self.stamp == self.swept;
+        if quiet && (self.gates != 0 || self.ring.is_empty()) {
+            return false;
         }
-        let mut busy = false;
-        if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
-            busy = self.do_todo(disk);
-        }
-        if self.gates == 0 {
-            match self.ring.waiting() {
-                Ok(0) => {}
-                Ok(waiting) => {
-                    self.take(disk, waiting);
-                    busy = true;
-                }
-                Err(why) => self.give_up(why),
-            }
-        }
-        if !self.batch.is_empty() {
-            self.run_batch(disk);
-            busy = true;
-        }
-        if self.ring.unpublished() > 0 {
-            self.publish();
-            busy = true;
-        }
-        busy
+        self.turn(disk)
     }
 
     fn arm(&mut self) -> HasWork {
         // What waits for a clock or for a mapping has nobody to wake the reactor for it.
-        if !self.todo.is_empty() || !self.batch.is_empty() || self.pages.pending() > 0 {
+        let mine = !self.todo.is_empty() || !self.batch.is_empty() || self.pages.pending() > 0;
+        if mine || self.ring.unpublished() > 0 {
             return HasWork::Yes;
         }
         if self.gates != 0 {
             return HasWork::No;
         }
-        self.armed = true;
+        (self.armed, self.work) = (true, true);
         match self.ring.arm() {
             Ok(work) => work,
             Err(why) => {
