@@ -96,7 +96,7 @@ impl Region {
 
     /// Copies `N` 64-bit words out, each read once: for a ring entry that is then looked at in
     /// private memory only. `offset` must be a multiple of 8.
-    #[inline]
+    #[inline(always)]
     pub fn read_words<const N: usize>(&self, offset: usize) -> [u64; N] {
         let at = self.aligned::<u64>(offset, N);
         core::array::from_fn(|i| {
@@ -108,7 +108,7 @@ impl Region {
     }
 
     /// Writes `N` 64-bit words, each once. `offset` must be a multiple of 8.
-    #[inline]
+    #[inline(always)]
     pub fn write_words<const N: usize>(&self, offset: usize, words: &[u64; N]) {
         let at = self.aligned::<u64>(offset, N);
         for (i, &value) in words.iter().enumerate() {
@@ -168,7 +168,7 @@ impl Region {
     }
 
     /// Pointer to `count` words at `offset`, inside the mapping and aligned (the base is a page).
-    #[inline]
+    #[inline(always)]
     fn aligned<T>(&self, offset: usize, count: usize) -> *mut T {
         assert!(offset.is_multiple_of(align_of::<T>()), "misaligned word in a DMA region");
         self.at(offset, count * size_of::<T>()).cast()

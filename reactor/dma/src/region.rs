@@ -221,9 +221,12 @@ impl Region {
 
     /// Pointer to `[offset, offset + len)`. Panics if that is not inside, since offsets come from
     /// our own segments and layouts, never from a guest or device unchecked.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(offset <= self.len && len <= self.len - offset, "access outside a DMA region");
+        // The lengths are constants or below 2^32, and a region ends below 2^63: no overflow that
+        // the comparison would not see.
+        let end = offset.wrapping_add(len);
+        assert!(offset <= end && end <= self.len, "access outside a DMA region");
         // SAFETY: the offset was just found to lie within the mapping.
         unsafe { self.base.as_ptr().add(offset) }
     }
