@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cmd;
+mod gates;
 mod layers;
 mod lexer;
 mod qemu;
@@ -33,6 +34,8 @@ enum Task {
     Test(suite::Args),
     /// Real images, clients and a Linux kernel against `polldisk nbd`.
     RealInput(real_input::Args),
+    /// The counts that a change may not raise, measured on the release binary.
+    Gates,
     /// Check the direction of imports between our crates.
     Layers,
     /// Check the house rules that no compiler lint knows.
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Task::Test(args) => suite::run(&args),
         Task::RealInput(args) => real_input::command(&args),
+        Task::Gates => gates::command(),
         Task::Layers => layers::command(),
         Task::Tidy => tidy::command(),
     };

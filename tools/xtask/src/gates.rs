@@ -1,0 +1,193 @@
+//! `cargo xtask gates`: the counts that a change may not raise, measured on the release binary:
+//! instructions, system calls, allocations, locks, device writes. Each gate that looks for zero
+//! has a positive control: the same run with a wrong thing done on purpose must turn it red.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::cmd::say;
+use crate::suite::{Tally, build_polldisk};
+use crate::tools;
+
+/// Instructions at most: scenario, depth, bound.
+const INSTRUCTIONS: [(&str, u64, f64); 4] = [
+    ("read", 32, 600.0),
+    ("write", 32, 600.0),
+    ("translate-1", 1, 40.0),
+    ("translate-20", 1, 40.0),
+];
+
+/// Device writes per guest write while an empty image is filled.
+const FILL: f64 = 1.2;
+
+/// Memory that opening 16 TiB may take.
+const OPEN_BYTES: f64 = 64.0 * 1024.0 * 1024.0;
+
+/// Runs the gates alone.
+pub(crate) fn command() -> Result<bool> {
+    let tally = run()?;
+    println!("{tally}");
+    Ok(tally.good())
+}
+
+/// Runs all gates.
+pub(crate) fn run() -> Result<Tally> {
+    if let Err(missing) = tools::need(&["valgrind"]) {
+        println!("skipped: gates: {missing:#}");
+        return Ok(Tally { skipped: 1, ..Tally::default() });
+    }
+    let polldisk = build_polldisk()?;
+    let mut tally = Tally::default();
+    let mut judge = |name: &str, result: Result<()>| {
+        match &result {
+            Ok(()) => say(&format!("gates: {name}: ok")),
+            Err(e) => say(&format!("gates: {name}: FAILED: {e:#}")),
+        }
+        tally.passed += u64::from(result.is_ok());
+        tally.failed += u64::from(result.is_err());
+    };
+    let path = json(&polldisk, &["bench", "path", "--json"], 0)?;
+    for (name, depth, bound) in INSTRUCTIONS {
+        judge(
+            &format!("instructions of {name} at depth {depth}"),
+            instructions(&path, name, depth, bound),
+        );
+    }
+    judge("path: no system call, allocation or lock", path_is_quiet(&path));
+    judge("device writes of filling an empty image", fill(&path));
+    judge("memory of opening 16 TiB", open(&path));
+    judge("demo: verified, and quiet on the reactor", demo_is_quiet(&polldisk));
+    for wrong in ["syscall", "alloc", "lock", "corrupt"] {
+        judge(&format!("positive control: {wrong} is noticed"), control(&polldisk, wrong));
+    }
+    Ok(tally)
+}
+
+/// Runs the binary, which must exit with `code`, and reads its JSON.
+fn json(polldisk: &Path, args: &[&str], code: i32) -> Result<Value> {
+    let out = Command::new(polldisk).args(args).output().context("cannot run polldisk")?;
+    let text = String::from_utf8_lossy(&out.stderr);
+    ensure!(
+        out.status.code() == Some(code),
+        "polldisk {}: {}, not exit code {code}: {text}",
+        args.join(" "),
+        out.status
+    );
+    serde_json::from_slice(&out.stdout).context("its output is no JSON")
+}
+
+fn number(value: &Value, key: &str) -> Result<f64> {
+    match value[key].as_f64() {
+        Some(n) => Ok(n),
+        None => bail!("{key} is {}, no number", value[key]),
+    }
+}
+
+fn scenario<'a>(path: &'a Value, name: &str, depth: u64) -> Result<&'a Value> {
+    let rows = path["scenarios"].as_array().context("there are no scenarios")?;
+    let found = rows.iter().find(|r| r["name"] == name && r["depth"] == depth);
+    found.with_context(|| format!("there is no scenario {name} at depth {depth}"))
+}
+
+fn instructions(path: &Value, name: &str, depth: u64, bound: f64) -> Result<()> {
+    let row = scenario(path, name, depth)?;
+    let n = number(row, "instructions_per_request")?;
+    say(&format!("gates:   {n:.1}, at most {bound}: {}", row["layers"]));
+    ensure!(n <= bound, "{n:.1} instructions, at most {bound} are allowed");
+    Ok(())
+}
+
+fn path_is_quiet(path: &Value) -> Result<()> {
+    for (name, depth) in [("read", 1), ("read", 32), ("write", 1), ("write", 32)] {
+        quiet(scenario(path, name, depth)?).with_context(|| format!("{name} at depth {depth}"))?;
+    }
+    Ok(())
+}
+
+/// No system call, allocation or lock, and all of them counted.
+fn quiet(row: &Value) -> Result<()> {
+    for key in ["syscalls", "allocations", "locks"] {
+        let n = number(row, key)?;
+        ensure!(n == 0.0, "{n} {key} per request");
+    }
+    Ok(())
+}
+
+fn fill(path: &Value) -> Result<()> {
+    let rows = path["fill"].as_array().context("there is no fill")?;
+    ensure!(rows.len() == 2, "fill was measured {} times", rows.len());
+    for row in rows {
+        let n = number(row, "writes_per_write")?;
+        say(&format!("gates:   {n:.3} device writes per guest write: {row}"));
+        ensure!((0.9..=FILL).contains(&n), "{n} device writes per guest write");
+    }
+    Ok(())
+}
+
+fn open(path: &Value) -> Result<()> {
+    let (bytes, ms) =
+        (number(&path["open_16t"], "memory_bytes")?, number(&path["open_16t"], "milliseconds")?);
+    say(&format!("gates:   {:.1} MiB in {ms:.1} ms", bytes / 1_048_576.0));
+    ensure!(bytes <= OPEN_BYTES, "{bytes} bytes");
+    Ok(())
+}
+
+fn demo(polldisk: &Path, inject: Option<&str>, code: i32) -> Result<Value> {
+    let mut args = vec!["demo", "--json", "--seconds", "2", "--size", "32M", "--policy", "poll"];
+    if let Some(wrong) = inject {
+        args.extend(["--inject", wrong]);
+    }
+    json(polldisk, &args, code)
+}
+
+fn demo_is_quiet(polldisk: &Path) -> Result<()> {
+    let report = demo(polldisk, None, 0)?;
+    ensure!(report["verified"] == true, "not verified: {}", report["failure"]);
+    ensure!(number(&report, "verified_bytes")? > 0.0, "no byte was verified");
+    quiet(&report)
+}
+
+/// A wrong thing done on purpose must show.
+fn control(polldisk: &Path, wrong: &str) -> Result<()> {
+    if wrong == "corrupt" {
+        let report = demo(polldisk, Some(wrong), 1)?;
+        ensure!(report["verified"] == false, "a changed byte went unnoticed");
+        return Ok(());
+    }
+    let report = demo(polldisk, Some(wrong), 0)?;
+    let key = match wrong {
+        "syscall" => "syscalls",
+        "alloc" => "allocations",
+        _ => "locks",
+    };
+    ensure!(number(&report, key)? > 0.0, "{wrong} went unnoticed");
+    ensure!(quiet(&report).is_err(), "the gate stayed green");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn bounds_are_kept_and_gaps_are_noticed() {
+        let row = |n: f64| {
+            json!({"scenarios": [{"name": "read", "depth": 32,
+            "instructions_per_request": n, "layers": {}}]})
+        };
+        assert!(instructions(&row(600.0), "read", 32, 600.0).is_ok());
+        assert!(instructions(&row(600.1), "read", 32, 600.0).is_err());
+        assert!(instructions(&row(1.0), "read", 1, 600.0).is_err());
+        assert!(quiet(&json!({"syscalls": 0.0, "allocations": 0, "locks": 0})).is_ok());
+        assert!(quiet(&json!({"syscalls": null, "allocations": 0, "locks": 0})).is_err());
+        assert!(quiet(&json!({"syscalls": 0.001, "allocations": 0, "locks": 0})).is_err());
+        assert!(
+            fill(&json!({"fill": [{"writes_per_write": 1.0}, {"writes_per_write": 1.3}]})).is_err()
+        );
+        assert!(fill(&json!({"fill": []})).is_err());
+    }
+}
