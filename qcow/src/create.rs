@@ -179,17 +179,16 @@ pub fn create(storage: &mut dyn Storage, name: &str, options: &CreateOptions) ->
     })?;
     first.resize(geometry.cluster_size() as usize, 0);
 
-    let io = Error::io(name, "set length");
-    storage.set_len(0).map_err(io)?;
-    let is_file = storage.is_empty();
     let bytes = layout.total() * geometry.cluster_size();
+    if storage.capacity() < bytes {
+        return Err(refuse(format!(
+            "has room for {} bytes, but the new image needs {bytes}",
+            storage.capacity()
+        )));
+    }
+    storage.set_len(0).map_err(Error::io(name, "set length"))?;
+    let is_file = storage.is_empty();
     if !is_file {
-        if storage.capacity() < bytes {
-            return Err(refuse(format!(
-                "has room for {} bytes, but the new image needs {bytes}",
-                storage.capacity()
-            )));
-        }
         let io = |e| Error::io(name, "header")(e);
         storage.write_zeroes_at(0, geometry.cluster_size()).map_err(io)?;
         storage.flush().map_err(io)?;
