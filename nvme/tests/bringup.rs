@@ -343,6 +343,7 @@ fn controllers_that_cannot_be_driven() {
     assert!(cap(|c| c.with_css(0x80)).contains("no NVM command set"));
     assert!(cap(|c| c.with_mqes(0)).contains("MQES"));
     assert!(cap(|c| c.with_dstrd(15)).contains("doorbells"));
+    assert!(cap(|c| c.with_mpsmin(15).with_mpsmax(15)).contains("pages of 131072 KiB"));
 }
 
 #[test]

@@ -79,9 +79,6 @@ impl<B: Bar> Controller<B> {
                     let text = format!("CAP was {:#x} and is {:#x}", self.cap.0, cap.0);
                     return Err(Error::Changed(text));
                 }
-                if let Err(e) = self.bar.bus_master_on() {
-                    return Err(Error::Unsupported(format!("it cannot master the bus: {e}")));
-                }
                 let (cc, csts) = (Cc(self.bar.read32(offset::CC)), self.csts());
                 let until = now.saturating_add(self.ready_timeout());
                 if cc.en() == 1 && csts.rdy() == 0 && csts.cfs() == 0 && csts.shst() == 0 {
@@ -107,7 +104,7 @@ impl<B: Bar> Controller<B> {
                     return Err(Error::Gone);
                 }
                 if csts.rdy() == 0 {
-                    self.enable(now);
+                    self.enable(now)?;
                 } else if now >= until {
                     return Err(self.not_ready("disabled"));
                 }
@@ -141,7 +138,11 @@ impl<B: Bar> Controller<B> {
     }
 
     /// Tells the device where the admin queue is and enables it (§7.6.1 steps 3 to 5).
-    fn enable(&mut self, now: u64) {
+    fn enable(&mut self, now: u64) -> Result<(), Error> {
+        // Not a moment earlier: until it is disabled it may use memory of another time.
+        if let Err(e) = self.bar.bus_master_on() {
+            return Err(Error::Unsupported(format!("it cannot master the bus: {e}")));
+        }
         self.admin.reset();
         let [asq, acq, _] = self.admin.bus();
         let aqa = Aqa(0).with_asqs(ENTRIES - 1).with_acqs(ENTRIES - 1);
@@ -156,6 +157,7 @@ impl<B: Bar> Controller<B> {
         self.bar.write32(offset::CC, cc.0);
         let until = now.saturating_add(self.ready_timeout());
         self.phase = Phase::Boot(Boot::WaitEnabled { until });
+        Ok(())
     }
 
     /// The answer to the command of a stage: takes it, and sends the next.

@@ -35,6 +35,9 @@ use serve::{Closing, Service};
 /// Milliseconds in nanoseconds.
 const MS: u64 = 1_000_000;
 
+/// Largest CAP.MPSMIN that is served: pages of 64 KiB. Each queue takes some whole pages.
+const MAX_MPSMIN: u64 = 4;
+
 /// What may be chosen when a controller is opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
@@ -170,6 +173,10 @@ impl<B: Bar> Controller<B> {
             return unsupported("its queues may have one entry only (CAP.MQES 0)".to_owned());
         }
         // The smallest page that it takes: 4 KiB but for rare ones.
+        if cap.mpsmin() > MAX_MPSMIN {
+            let page = 4u64 << cap.mpsmin();
+            return unsupported(format!("it wants memory pages of {page} KiB"));
+        }
         let memory = DeviceMemory::new(mapper, 12 + cap.mpsmin() as u32);
         let dstrd = cap.dstrd() as u8;
         let bells =

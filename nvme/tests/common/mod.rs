@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::{BlockQueue, Completion, Completions, Flags, Op, Request, Status, Submit, Tag};
 use dma::{PageSize, Region, Seg};
@@ -13,7 +14,7 @@ use nvme::{
     Bar, Clock, Controller, DmaMapper, Doorbell, IovaMap, Options, QueuePair, ResetError, State,
 };
 use nvme_model::{DmaFault, HostMemory, NamespaceConfig, Registers, Store};
-use nvme_spec::{Cqe, offset};
+use nvme_spec::{Cqe, Csts, offset};
 use reactor::sync::Mutex;
 use zerocopy::IntoBytes;
 
@@ -39,12 +40,15 @@ pub struct Memory {
     pages: Arc<Mutex<Pages>>,
     regions: Arc<Mutex<Vec<Option<Arc<Region>>>>>,
     next: Arc<Mutex<u64>>,
+    /// The device does not master the bus.
+    cut: Arc<AtomicBool>,
 }
 
 impl Memory {
     pub fn new(layout: Layout) -> Memory {
         let next = Arc::new(Mutex::new(1 << 32));
-        Memory { layout, pages: Arc::default(), regions: Arc::default(), next }
+        let (pages, regions, cut) = Default::default();
+        Memory { layout, pages, regions, next, cut }
     }
 
     pub fn mapped_pages(&self) -> usize {
@@ -59,6 +63,9 @@ impl Memory {
         mut f: impl FnMut(&Region, usize, std::ops::Range<usize>),
     ) -> Result<(), DmaFault> {
         let (pages, regions) = (self.pages.lock(), self.regions.lock());
+        if self.cut.load(Ordering::Relaxed) {
+            return Err(DmaFault { addr, write });
+        }
         let mut done = 0;
         while done < len {
             let at = addr + done as u64;
@@ -157,8 +164,10 @@ pub struct World {
     pub deaf: Cell<bool>,
     pub function_reset: Cell<Hook>,
     pub bus_master_off: Cell<Hook>,
-    /// The device stops mastering the bus: the model is not stepped.
+    /// The device does nothing any more.
     pub mute: Cell<bool>,
+    /// The bus as the device sees it.
+    memory: Memory,
     /// Register writes below the doorbells, and hooks: (offset, value), in order.
     pub writes: RefCell<Vec<(u64, u64)>>,
     pub doorbells: RefCell<BTreeMap<u64, u64>>,
@@ -241,14 +250,16 @@ impl Bar for TestBar {
             Hook::Unsupported => Err(ResetError::Unsupported),
             Hook::Fails | Hook::Lies => Err(ResetError::Failed("no".to_owned())),
             Hook::Works => {
-                self.0.mute.set(true);
+                self.0.memory.cut.store(true, Ordering::Relaxed);
                 Ok(())
             }
         }
     }
 
     fn bus_master_on(&self) -> Result<(), ResetError> {
-        self.0.mute.set(false);
+        let disabled = Csts(self.0.regs().read32(offset::CSTS)).rdy() == 0;
+        assert!(disabled, "let onto the bus while it may still use old memory");
+        self.0.memory.cut.store(false, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -332,6 +343,7 @@ impl Setup {
             function_reset: Cell::default(),
             bus_master_off: Cell::default(),
             mute: Cell::default(),
+            memory: memory.clone(),
             writes: RefCell::default(),
             doorbells: RefCell::default(),
         };
@@ -484,12 +496,12 @@ impl std::fmt::Debug for Rig {
 /// Bytes that tell where they are.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            x as u8
-        })
-        .collect()
+    let mut bytes = vec![0; len];
+    for word in bytes.chunks_mut(8) {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        word.copy_from_slice(&x.to_ne_bytes()[..word.len()]);
+    }
+    bytes
 }
