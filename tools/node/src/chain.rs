@@ -18,6 +18,10 @@ use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec};
 /// An image with its backing files, opened.
 pub type Chain = qcow::open::Chain<Source>;
 
+/// How long an image in use is waited for: a second.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -129,7 +133,18 @@ fn lock(
     if options.force_share && !options.writable {
         return Ok(None);
     }
-    let taken = if options.writable { ImageLock::exclusive(file) } else { ImageLock::shared(file) };
+    let take =
+        || if options.writable { ImageLock::exclusive(file) } else { ImageLock::shared(file) };
+    let mut taken = take();
+    // The writes of a process that was killed end in the kernel, and its lock stands until then: a
+    // restart right after a crash waits for that.
+    for _ in 0..LOCK_TRIES {
+        if !matches!(taken, Err(LockError::InUse(_))) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        taken = take();
+    }
     match taken {
         Ok(lock) => Ok(Some(lock)),
         Err(e @ LockError::InUse(_)) => Err(Error::node(node, e)),

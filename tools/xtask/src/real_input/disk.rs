@@ -51,9 +51,20 @@ pub(crate) enum Verdict {
 
 /// `qemu-img check`; returns whether there are leaks. Corruption is an error in any case.
 pub(crate) fn check(image: &Path, verdict: Verdict) -> Result<bool> {
-    let mut command = Command::new("qemu-img");
-    command.args(["check", "-f", "qcow2"]).arg(image);
-    let done = cmd::run(&mut command, LIMIT)?;
+    let mut tries = 0;
+    let done = loop {
+        let mut command = Command::new("qemu-img");
+        command.args(["check", "-f", "qcow2"]).arg(image);
+        let done = cmd::run(&mut command, LIMIT)?;
+        // A killed process's writes in flight end in the kernel, and until then its lock stands:
+        // rightly, since nobody may open the image before.
+        let locked = done.status.code() == Some(1) && done.tail().contains("lock");
+        if !locked || tries == 100 {
+            break done;
+        }
+        tries += 1;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    };
     match (done.status.code(), verdict) {
         (Some(0), _) => Ok(false),
         (Some(3), Verdict::LeaksAllowed) => Ok(true),
