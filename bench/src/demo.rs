@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::Error;
 use crate::counters::Counters;
 use crate::guest::{Guest, Kick, Mix};
+use crate::reference::Reference;
 use crate::stamp::BLOCK;
 
 /// A ring of 4 pages: 128 requests.
@@ -39,6 +40,25 @@ pub enum Inject {
     Corrupt,
 }
 
+/// What the guest's disk is.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// A fresh image of so many blocks of 4 KiB.
+    Fresh(u64),
+    /// An image that is there.
+    Image {
+        /// Its file.
+        path: PathBuf,
+        /// Its format.
+        format: Format,
+        /// Write to the image itself; else to a scratch overlay.
+        write: bool,
+    },
+}
+
+/// Most blocks of an image that are used: 16 GiB.
+const MOST_BLOCKS: u64 = 4 << 20;
+
 /// What to do.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -52,6 +72,8 @@ pub struct Options {
     pub l2_cache: u64,
     /// Where scratch files go.
     pub scratch: PathBuf,
+    /// What is served.
+    pub disk: What,
     /// A wrong thing to do.
     pub inject: Option<Inject>,
 }
@@ -126,8 +148,10 @@ pub struct Report {
     pub locks: f64,
     /// Events to the guest per request.
     pub notifications: f64,
-    /// Device writes per guest write while filling the empty image.
-    pub fill_writes_per_write: f64,
+    /// What the image's own contents were compared with; `null` for a fresh image.
+    pub compared_with: Option<&'static str>,
+    /// Device writes per guest write while filling the empty image; `null` for another one.
+    pub fill_writes_per_write: Option<f64>,
     /// The measured phases.
     pub phases: Vec<Phase>,
 }
@@ -154,16 +178,16 @@ struct Rig {
 }
 
 impl Rig {
-    fn open(path: &Path, blocks: u64, o: &Options) -> Result<Rig, Error> {
+    fn open(served: &Served, o: &Options) -> Result<Rig, Error> {
         let clock = Clock::real();
-        let spec = NodeSpec::Model(node::ModelSpec::new(path));
-        let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(Format::Qcow2) };
+        let spec = NodeSpec::Model(node::ModelSpec::new(&served.path));
+        let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(served.format) };
         let parts = Parts::new(node::open_chain(&spec, &open)?)?;
         let image = qcow::run::Options { l2_cache: o.l2_cache, ..Default::default() };
         let start = Start { cpu: o.cores[0], policy: o.policy };
         let mut disk = Disk::start(parts, DiskOptions { start, image }, clock.clone())?;
         let wake = ask(&disk, |core| core.wake())?;
-        let guest = Guest::new(ORDER, blocks, Kick { signal: Signal::default(), wake })?;
+        let guest = Guest::new(ORDER, served.blocks, Kick { signal: Signal::default(), wake })?;
         let (ring, grants) = (guest.ring().ring(), guest.ring().grants());
         let image = disk.image();
         let added = ask(&disk, move |core: &mut ReactorCore| {
@@ -340,29 +364,83 @@ fn spoil(inject: Inject) {
     }
 }
 
-/// Runs the demo on a fresh image of `blocks` blocks of 4 KiB; `say` is told what is going on.
+/// What the model serves.
+struct Served {
+    path: PathBuf,
+    format: Format,
+    blocks: u64,
+    reference: Option<(Reference, &'static str)>,
+}
+
+impl Served {
+    fn make(o: &Options, say: &mut dyn FnMut(&str)) -> Result<Served, Error> {
+        let scratch = o.scratch.join("demo.qcow2");
+        let (path, format, write) = match &o.disk {
+            What::Fresh(blocks) => {
+                fresh(&scratch, &CreateOptions::new(blocks * BLOCK as u64))?;
+                let (format, blocks) = (Format::Qcow2, *blocks);
+                return Ok(Served { path: scratch, format, blocks, reference: None });
+            }
+            What::Image { path, format, write } => (path, *format, *write),
+        };
+        let name = path.display();
+        let path = path.canonicalize().map_err(|e| Error::other(format!("{name}: {e}")))?;
+        let look = OpenOptions { top_only: true, ..OpenOptions::read(format) };
+        let size = node::open_chain(&NodeSpec::File(path.clone()), &look)?.size();
+        let blocks = (size / BLOCK as u64).min(MOST_BLOCKS);
+        if blocks == 0 {
+            return Err(Error::other(format!("{name}: is smaller than 4 KiB")));
+        }
+        if blocks == MOST_BLOCKS {
+            say("only the first 16 GiB of the image are used");
+        }
+        say("reading the image by other means, to compare with");
+        let reference = Some(Reference::new(&path, format, &o.scratch)?);
+        if write {
+            return Ok(Served { path, format, blocks, reference });
+        }
+        let mut options = CreateOptions::new(size);
+        let backing = path.to_str().ok_or_else(|| Error::other("the path is not UTF-8"))?;
+        options.backing = Some((backing.to_owned(), format));
+        fresh(&scratch, &options)?;
+        Ok(Served { path: scratch, format: Format::Qcow2, blocks, reference })
+    }
+}
+
+fn fresh(path: &Path, options: &CreateOptions) -> Result<(), Error> {
+    let file = File::options().create(true).truncate(true).read(true).write(true).open(path);
+    let mut storage =
+        node::HostStorage::of(file.map_err(Error::other)?, false).map_err(Error::other)?;
+    Ok(create(&mut storage, "demo.qcow2", options).map_err(node::Error::from)?)
+}
+
+/// Runs the demo; `say` is told what is going on.
 ///
 /// # Errors
 /// If it cannot be run. Data that does not verify is no error but in the report.
-pub fn run(o: &Options, blocks: u64, say: &mut dyn FnMut(&str)) -> Result<Report, Error> {
-    let path = o.scratch.join("demo.qcow2");
-    let file = File::options().create(true).truncate(true).read(true).write(true).open(&path);
-    let mut storage =
-        node::HostStorage::of(file.map_err(Error::other)?, false).map_err(Error::other)?;
-    create(&mut storage, "demo.qcow2", &CreateOptions::new(blocks * BLOCK as u64))
-        .map_err(node::Error::from)?;
-    drop(storage);
+pub fn run(o: &Options, say: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+    let mut served = Served::make(o, say)?;
+    let compared_with = served.reference.as_ref().map(|r| r.1);
+    let (blocks, path) = (served.blocks, served.path.clone());
     if let Some(cpu) = o.cores[1] {
         reactor::pin_current_thread(cpu).map_err(Error::other)?;
     }
-    let mut rig = Rig::open(&path, blocks, o)?;
-    say(&format!("filling {} MiB of an empty image, 32 deep", blocks * BLOCK as u64 >> 20));
-    let before = rig.model.snapshot();
-    rig.turn_until(Mix::Fill, 32, |g, _| g.at_end());
-    rig.drain();
-    rig.flush();
-    let fill = rig.model.snapshot().since(&before);
-    let fill_writes = fill.device_writes() as f64 / blocks as f64;
+    let mut rig = Rig::open(&served, o)?;
+    let mib = (blocks * BLOCK as u64) >> 20;
+    let mut fill_writes = None;
+    if let Some((reference, with)) = served.reference.take() {
+        say(&format!("reading all {mib} MiB of the image, comparing with {with}"));
+        rig.guest.reference = Some(reference);
+        rig.turn_until(Mix::Verify, 32, |g, _| g.at_end() && g.in_flight() == 0);
+    } else {
+        say(&format!("filling {mib} MiB of an empty image, 32 deep"));
+        let before = rig.model.snapshot();
+        rig.turn_until(Mix::Fill, 32, |g, _| g.at_end());
+        rig.drain();
+        rig.flush();
+        let fill = rig.model.snapshot().since(&before);
+        fill_writes = Some(fill.device_writes() as f64 / blocks as f64);
+    }
     let mut phases = Vec::new();
     let each = o.seconds / 5.0;
     for (name, mix, depth) in [
@@ -378,6 +456,7 @@ pub fn run(o: &Options, blocks: u64, say: &mut dyn FnMut(&str)) -> Result<Report
     }
     rig.flush();
     let generations = rig.guest.generations().to_vec();
+    let reference = rig.guest.reference.take();
     let mut failure = rig.guest.failure.clone();
     let (written, mut verified) = (rig.guest.written_bytes, rig.guest.verified_bytes);
     rig.close()?;
@@ -385,7 +464,8 @@ pub fn run(o: &Options, blocks: u64, say: &mut dyn FnMut(&str)) -> Result<Report
         corrupt(&path)?;
     }
     say("opening again with cold caches, reading everything back");
-    let mut rig = Rig::open(&path, blocks, o)?;
+    let mut rig = Rig::open(&served, o)?;
+    rig.guest.reference = reference;
     rig.guest.set_generations(generations);
     rig.guest.rewind();
     rig.turn_until(Mix::Verify, 32, |g, _| g.at_end() && g.in_flight() == 0);
@@ -393,11 +473,7 @@ pub fn run(o: &Options, blocks: u64, say: &mut dyn FnMut(&str)) -> Result<Report
     failure = failure.or(rig.guest.failure.clone());
     verified += reread;
     rig.close()?;
-    let mut storage = node::HostStorage::open(&path, false).map_err(Error::other)?;
-    let check =
-        qcow::check::run(&mut storage, "demo.qcow2", qcow::check::Repair::None, &mut |_| {})
-            .map_err(node::Error::from)?;
-    if check.corruptions + check.leaks + check.check_errors > 0 && failure.is_none() {
+    if served.format == Format::Qcow2 && !checks_clean(&path)? && failure.is_none() {
         failure = Some("the image does not check clean".to_owned());
     }
     let all = blocks * BLOCK as u64;
@@ -425,12 +501,21 @@ pub fn run(o: &Options, blocks: u64, say: &mut dyn FnMut(&str)) -> Result<Report
         allocations: total(&|p| p.allocations),
         locks: total(&|p| p.locks),
         notifications: total(&|p| p.notifications),
+        compared_with,
         fill_writes_per_write: fill_writes,
         phases,
     })
 }
 
-/// Changes one byte of the image's last data cluster.
+fn checks_clean(path: &Path) -> Result<bool, Error> {
+    let mut storage = node::HostStorage::open(path, false).map_err(Error::other)?;
+    let check =
+        qcow::check::run(&mut storage, "demo.qcow2", qcow::check::Repair::None, &mut |_| {})
+            .map_err(node::Error::from)?;
+    Ok(check.corruptions + check.leaks + check.check_errors == 0)
+}
+
+/// Changes one byte in the middle of the image's file, where data is.
 fn corrupt(path: &Path) -> Result<(), Error> {
     let mut storage = node::HostStorage::open(path, true).map_err(Error::other)?;
     let at = storage.len() / 2 + 2048;

@@ -5,6 +5,7 @@ use hdrhistogram::Histogram;
 use reactor::Wake;
 
 use crate::Error;
+use crate::reference::Reference;
 use crate::stamp::{self, BLOCK};
 
 /// Sectors of 512 bytes in a block.
@@ -59,6 +60,8 @@ pub(crate) struct Guest {
     free: Vec<u16>,
     /// How often each block was written; what a read must find.
     generations: Vec<u32>,
+    /// What blocks hold that were never written; zeroes without it.
+    pub(crate) reference: Option<Reference>,
     /// Blocks with a request under way: a second one would race with it.
     busy: Vec<bool>,
     next: u64,
@@ -87,6 +90,7 @@ impl Guest {
             flights: vec![none; slots],
             free: (0..slots as u16).rev().collect(),
             generations: vec![0; blocks],
+            reference: None,
             busy: vec![false; blocks],
             next: 0,
             rng: 0x1234_5678_9abc_def1,
@@ -205,7 +209,11 @@ impl Guest {
             self.requests += 1;
             // Beyond the histogram's bounds is beyond any deadline, and recorded as that.
             self.latency.saturating_record(now.saturating_sub(f.sent).max(1));
-            let right = || stamp::verify(&self.into[..], f.lba, self.generations[f.lba as usize]);
+            let generation = self.generations[f.lba as usize];
+            let mut right = || match (&mut self.reference, generation) {
+                (Some(reference), 0) => reference.matches(f.lba, &self.into[..]),
+                _ => stamp::verify(&self.into[..], f.lba, generation),
+            };
             match f.kind {
                 _ if done.status != 0 => {
                     let (kind, lba, status) = (f.kind, f.lba, done.status);

@@ -15,6 +15,7 @@ pub mod demo;
 pub mod figures;
 mod guest;
 pub mod path;
+mod reference;
 mod stamp;
 mod trap;
 

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use ::bench::callgrind::{Profile, profile};
 use ::bench::figures::{Fill, Open, fill, open_16t};
 use ::bench::path::{Run, Scenario, measure};
+use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -149,7 +149,13 @@ fn print(report: &Report) {
         let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
         println!(
             "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks",
-            r.name, r.depth, r.instructions_per_request, r.copy_instructions, r.ns_per_request, r.allocations, r.locks
+            r.name,
+            r.depth,
+            r.instructions_per_request,
+            r.copy_instructions,
+            r.ns_per_request,
+            r.allocations,
+            r.locks
         );
         let layers: Vec<String> = r.layers.iter().map(|(l, n)| format!("{l} {n:.1}")).collect();
         println!("{:<14}            {}", "", layers.join(", "));

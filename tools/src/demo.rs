@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use ::bench::demo::{Inject, Options, Report, What};
 use anyhow::{Context, bail};
-use ::bench::demo::{Inject, Options, Report};
 use clap::{Args, ValueEnum};
 use reactor::Policy;
 
@@ -14,8 +14,17 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
     /// Size of the image, all of which is written and read back.
-    #[arg(long, default_value = "256M", value_parser = size)]
+    #[arg(long, default_value = "256M", value_parser = size, conflicts_with = "image")]
     size: u64,
+    /// Serve this image instead, through a scratch overlay; its contents are compared too.
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// Format of that image: qcow2 or raw.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
+    format: qcow::open::Format,
+    /// Write to that image itself. This overwrites what it holds.
+    #[arg(long, requires = "image")]
+    write: bool,
     #[command(flatten)]
     reactor: crate::args::Reactor,
     /// Print one JSON object.
@@ -57,6 +66,12 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<u8> {
         policy: demo.reactor.policy.unwrap_or(if alone { Policy::Adaptive } else { Policy::Poll }),
         l2_cache: demo.reactor.l2_cache,
         scratch: PathBuf::from(scratch.path()),
+        disk: match &demo.image {
+            None => What::Fresh(demo.size / 4096),
+            Some(path) => {
+                What::Image { path: path.clone(), format: demo.format, write: demo.write }
+            }
+        },
         inject: demo.inject.map(|w| match w {
             Wrong::Syscall => Inject::Syscall,
             Wrong::Alloc => Inject::Alloc,
@@ -79,13 +94,12 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<u8> {
             _ => println!("one processor for all: this will be slow"),
         }
     }
-    let blocks = demo.size / 4096;
     let mut say = |line: &str| {
         if !demo.json {
             println!("  {line}");
         }
     };
-    let report = ::bench::demo::run(&options, blocks, &mut say)?;
+    let report = ::bench::demo::run(&options, &mut say)?;
     if demo.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -119,10 +133,12 @@ fn print(r: &Report) {
         );
     }
     println!();
-    println!(
-        "filling the empty image took {:.3} device writes per guest write",
-        r.fill_writes_per_write
-    );
+    if let Some(n) = r.fill_writes_per_write {
+        println!("filling the empty image took {n:.3} device writes per guest write");
+    }
+    if let Some(with) = r.compared_with {
+        println!("the image's own contents were compared with {with}");
+    }
     println!(
         "{} MiB written, {} MiB read back and compared, {} MiB of that after closing and opening again",
         r.written_bytes >> 20,
