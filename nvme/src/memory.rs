@@ -425,7 +425,7 @@ pub(crate) mod tests {
         std::thread::scope(|s| {
             for _ in 0..3 {
                 s.spawn(|| {
-                    for _ in 0..2000 {
+                    for _ in 0..300 {
                         let m = memory.map(&region).unwrap();
                         assert_eq!(mapper.mapped.load(Ordering::Relaxed), 1);
                         drop(m);

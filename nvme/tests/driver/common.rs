@@ -1,7 +1,5 @@
 //! A controller model, the driver, and virtual time, turned by hand on one thread.
 
-#![allow(dead_code, unreachable_pub, reason = "shared by test programs that each use a part of it")]
-
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -18,12 +16,12 @@ use nvme_spec::{Cqe, Csts, offset};
 use reactor::sync::Mutex;
 use zerocopy::IntoBytes;
 
-pub const MS: u64 = 1_000_000;
-pub const SECOND: u64 = 1_000 * MS;
+pub(crate) const MS: u64 = 1_000_000;
+pub(crate) const SECOND: u64 = 1_000 * MS;
 
 /// How regions lie on the bus.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// Each in one piece.
     Contiguous,
     /// In single pages, no two of them neighbours, in descending order.
@@ -35,7 +33,7 @@ type Pages = BTreeMap<u64, (usize, usize)>;
 
 /// Host memory by bus address: both what maps it and what the device sees.
 #[derive(Clone)]
-pub struct Memory {
+pub(crate) struct Memory {
     layout: Layout,
     pages: Arc<Mutex<Pages>>,
     regions: Arc<Mutex<Vec<Option<Arc<Region>>>>>,
@@ -45,13 +43,13 @@ pub struct Memory {
 }
 
 impl Memory {
-    pub fn new(layout: Layout) -> Memory {
+    pub(crate) fn new(layout: Layout) -> Memory {
         let next = Arc::new(Mutex::new(1 << 32));
         let (pages, regions, cut) = Default::default();
         Memory { layout, pages, regions, next, cut }
     }
 
-    pub fn mapped_pages(&self) -> usize {
+    pub(crate) fn mapped_pages(&self) -> usize {
         self.pages.lock().len()
     }
 
@@ -130,11 +128,11 @@ impl HostMemory for Memory {
     }
 }
 
-pub type Model = nvme_model::Controller<Memory>;
+pub(crate) type Model = nvme_model::Controller<Memory>;
 
 /// What a hook of the ladder does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Hook {
+pub(crate) enum Hook {
     #[default]
     Unsupported,
     /// Says that it worked, and it did.
@@ -146,40 +144,40 @@ pub enum Hook {
 }
 
 /// The device's side, shared by the bar, the doorbells and the test.
-pub struct World {
-    pub model: RefCell<Model>,
+pub(crate) struct World {
+    pub(crate) model: RefCell<Model>,
     registers: RefCell<Arc<Registers>>,
-    pub now: Cell<u64>,
+    pub(crate) now: Cell<u64>,
     /// How much time a turn takes.
-    pub tick: Cell<u64>,
+    pub(crate) tick: Cell<u64>,
     /// What CSTS reads as, if not what the model says.
-    pub csts: Cell<Option<u32>>,
+    pub(crate) csts: Cell<Option<u32>>,
     /// What VS reads as, if not what the model says.
-    pub vs: Cell<Option<u32>>,
+    pub(crate) vs: Cell<Option<u32>>,
     /// What CAP reads as, if not what the model says.
-    pub cap: Cell<Option<u64>>,
+    pub(crate) cap: Cell<Option<u64>>,
     /// All reads give ones, while the model goes on.
-    pub all_ones: Cell<bool>,
+    pub(crate) all_ones: Cell<bool>,
     /// Writes to registers below the doorbells are dropped.
-    pub deaf: Cell<bool>,
-    pub function_reset: Cell<Hook>,
-    pub bus_master_off: Cell<Hook>,
+    pub(crate) deaf: Cell<bool>,
+    pub(crate) function_reset: Cell<Hook>,
+    pub(crate) bus_master_off: Cell<Hook>,
     /// The device does nothing any more.
-    pub mute: Cell<bool>,
+    pub(crate) mute: Cell<bool>,
     /// The bus as the device sees it.
     memory: Memory,
     /// Register writes below the doorbells, and hooks: (offset, value), in order.
-    pub writes: RefCell<Vec<(u64, u64)>>,
-    pub doorbells: RefCell<BTreeMap<u64, u64>>,
+    pub(crate) writes: RefCell<Vec<(u64, u64)>>,
+    pub(crate) doorbells: RefCell<BTreeMap<u64, u64>>,
 }
 
-pub const FUNCTION_RESET: u64 = u64::MAX;
-pub const BUS_MASTER_OFF: u64 = u64::MAX - 1;
+pub(crate) const FUNCTION_RESET: u64 = u64::MAX;
+pub(crate) const BUS_MASTER_OFF: u64 = u64::MAX - 1;
 
 #[derive(Clone)]
-pub struct TestBar(pub Rc<World>);
+pub(crate) struct TestBar(pub(crate) Rc<World>);
 
-pub struct TestBell {
+pub(crate) struct TestBell {
     world: Rc<World>,
     at: u64,
 }
@@ -265,30 +263,30 @@ impl Bar for TestBar {
 }
 
 impl World {
-    pub fn regs(&self) -> Arc<Registers> {
+    pub(crate) fn regs(&self) -> Arc<Registers> {
         self.registers.borrow().clone()
     }
 
     /// Another device in the same place.
-    pub fn swap(&self, model: Model) {
+    pub(crate) fn swap(&self, model: Model) {
         *self.registers.borrow_mut() = model.registers().clone();
         *self.model.borrow_mut() = model;
     }
 
-    pub fn turn(&self) {
+    pub(crate) fn turn(&self) {
         self.now.set(self.now.get() + self.tick.get());
         if !self.mute.get() {
             self.model.borrow_mut().step(self.now.get());
         }
     }
 
-    pub fn count(&self, at: u64) -> usize {
+    pub(crate) fn count(&self, at: u64) -> usize {
         self.writes.borrow().iter().filter(|w| w.0 == at).count()
     }
 }
 
 /// Turns the model while the driver waits.
-pub struct Turning(pub Rc<World>);
+pub(crate) struct Turning(pub(crate) Rc<World>);
 
 impl Clock for Turning {
     fn now(&mut self) -> u64 {
@@ -301,20 +299,20 @@ impl Clock for Turning {
 }
 
 /// What a test needs to begin.
-pub struct Setup {
-    pub model: nvme_model::Options,
-    pub options: Options,
-    pub layout: Layout,
-    pub namespaces: Vec<NamespaceConfig>,
+pub(crate) struct Setup {
+    pub(crate) model: nvme_model::Options,
+    pub(crate) options: Options,
+    pub(crate) layout: Layout,
+    pub(crate) namespaces: Vec<NamespaceConfig>,
 }
 
-pub fn disk(blocks: u64, lba: u32) -> NamespaceConfig {
+pub(crate) fn disk(blocks: u64, lba: u32) -> NamespaceConfig {
     NamespaceConfig { store: Store::memory(), blocks, lba, read_only: false }
 }
 
 impl Setup {
     /// One namespace of 64 MiB, and the faults given.
-    pub fn new(lba: u32, faults: &str) -> Setup {
+    pub(crate) fn new(lba: u32, faults: &str) -> Setup {
         let model = nvme_model::Options {
             faults: faults.parse().unwrap(),
             ..nvme_model::Options::default()
@@ -327,7 +325,7 @@ impl Setup {
         }
     }
 
-    pub fn world(self) -> (Rc<World>, Memory, Options) {
+    pub(crate) fn world(self) -> (Rc<World>, Memory, Options) {
         let memory = Memory::new(self.layout);
         let model = Model::new(self.model, self.namespaces, memory.clone()).unwrap();
         let world = World {
@@ -350,26 +348,30 @@ impl Setup {
         (Rc::new(world), memory, self.options)
     }
 
-    pub fn open(self) -> Result<Rig, nvme::Error> {
+    pub(crate) fn open(self) -> Result<Rig, nvme::Error> {
         let (world, memory, options) = self.world();
         Rig::open(world, memory, options)
     }
 }
 
 /// An open controller with one queue pair and some memory for data.
-pub struct Rig {
-    pub world: Rc<World>,
-    pub memory: Memory,
-    pub controller: Controller<TestBar>,
-    pub queue: QueuePair<TestBar>,
-    pub data: Arc<Region>,
-    pub done: Vec<Completion>,
+pub(crate) struct Rig {
+    pub(crate) world: Rc<World>,
+    pub(crate) memory: Memory,
+    pub(crate) controller: Controller<TestBar>,
+    pub(crate) queue: QueuePair<TestBar>,
+    pub(crate) data: Arc<Region>,
+    pub(crate) done: Vec<Completion>,
     out: Completions,
     next: u32,
 }
 
 impl Rig {
-    pub fn open(world: Rc<World>, memory: Memory, options: Options) -> Result<Rig, nvme::Error> {
+    pub(crate) fn open(
+        world: Rc<World>,
+        memory: Memory,
+        options: Options,
+    ) -> Result<Rig, nvme::Error> {
         let mapper: Arc<dyn DmaMapper> = Arc::new(memory.clone());
         let mut clock = Turning(world.clone());
         let mut controller = Controller::open(TestBar(world.clone()), mapper, options, &mut clock)?;
@@ -380,12 +382,12 @@ impl Rig {
         Ok(Rig { world, memory, controller, queue, data, done: Vec::new(), out, next: 0 })
     }
 
-    pub fn clock(&self) -> Turning {
+    pub(crate) fn clock(&self) -> Turning {
         Turning(self.world.clone())
     }
 
     /// The reactor's part of a turn.
-    pub fn poll(&mut self) -> usize {
+    pub(crate) fn poll(&mut self) -> usize {
         self.queue.set_now(self.world.now.get());
         self.out.clear();
         let n = self.queue.poll(&mut self.out);
@@ -395,14 +397,14 @@ impl Rig {
     }
 
     /// One turn of everything.
-    pub fn turn(&mut self) -> State {
+    pub(crate) fn turn(&mut self) -> State {
         self.poll();
         self.world.turn();
         self.controller.step(self.world.now.get())
     }
 
     /// Turns until `until` says so; fails after so much virtual time.
-    pub fn turn_until(&mut self, limit: u64, mut until: impl FnMut(&Rig) -> bool) {
+    pub(crate) fn turn_until(&mut self, limit: u64, mut until: impl FnMut(&Rig) -> bool) {
         let end = self.world.now.get() + limit;
         while !until(self) {
             assert!(self.world.now.get() < end, "nothing happened: {self:?}");
@@ -410,18 +412,25 @@ impl Rig {
         }
     }
 
-    pub fn tag(&mut self) -> Tag {
+    pub(crate) fn tag(&mut self) -> Tag {
         self.next += 1;
         Tag::new(7, self.next as u16, self.next)
     }
 
     /// Submits; there must be room.
-    pub fn send(&mut self, op: Op, flags: Flags, unit: u16, offset: u64, segs: &[Seg]) -> Tag {
+    pub(crate) fn send(
+        &mut self,
+        op: Op,
+        flags: Flags,
+        unit: u16,
+        offset: u64,
+        segs: &[Seg],
+    ) -> Tag {
         let len = segs.iter().map(|s| u64::from(s.len())).sum();
         self.send_len(op, flags, unit, offset, len, segs)
     }
 
-    pub fn send_len(
+    pub(crate) fn send_len(
         &mut self,
         op: Op,
         flags: Flags,
@@ -438,44 +447,51 @@ impl Rig {
     }
 
     /// Waits for everything in flight.
-    pub fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         self.turn_until(SECOND * 300, |r| r.queue.in_flight() == 0);
     }
 
     /// How a request ended; exactly once.
-    pub fn answer(&mut self, tag: Tag) -> Completion {
+    pub(crate) fn answer(&mut self, tag: Tag) -> Completion {
         let all: Vec<_> = self.done.iter().filter(|c| c.tag == tag).collect();
         assert_eq!(all.len(), 1, "{all:?}");
         *all[0]
     }
 
     /// One request from begin to end.
-    pub fn run(&mut self, op: Op, flags: Flags, unit: u16, offset: u64, segs: &[Seg]) -> Status {
+    pub(crate) fn run(
+        &mut self,
+        op: Op,
+        flags: Flags,
+        unit: u16,
+        offset: u64,
+        segs: &[Seg],
+    ) -> Status {
         let tag = self.send(op, flags, unit, offset, segs);
         self.drain();
         self.answer(tag).status
     }
 
     /// The same without data.
-    pub fn run_len(&mut self, op: Op, flags: Flags, offset: u64, len: u64) -> Status {
+    pub(crate) fn run_len(&mut self, op: Op, flags: Flags, offset: u64, len: u64) -> Status {
         let tag = self.send_len(op, flags, 0, offset, len, &[]);
         self.drain();
         self.answer(tag).status
     }
 
-    pub fn seg(&self, offset: u64, len: u32) -> Seg {
+    pub(crate) fn seg(&self, offset: u64, len: u32) -> Seg {
         self.data.seg(offset, len).unwrap()
     }
 
     /// What the medium holds.
-    pub fn peek(&self, nsid: u32, offset: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn peek(&self, nsid: u32, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let peeked = self.world.model.borrow_mut().peek(nsid, offset, &mut bytes).unwrap();
         assert!(peeked.is_some());
         bytes
     }
 
-    pub fn device(&self) -> nvme_model::StatsSnapshot {
+    pub(crate) fn device(&self) -> nvme_model::StatsSnapshot {
         self.world.model.borrow().stats().snapshot()
     }
 }
@@ -494,7 +510,7 @@ impl std::fmt::Debug for Rig {
 }
 
 /// Bytes that tell where they are.
-pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = vec![0; len];
     for word in bytes.chunks_mut(8) {

@@ -1,14 +1,12 @@
 //! Everything on threads of its own: the model, the control thread, and two reactors that write
 //! and verify while the controller is reset under them.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::common::{Layout, Memory, disk};
 use block::{BlockQueue, Completions, Flags, Op, Request, Status, Submit, Tag};
-use common::{Layout, Memory, disk};
 use dma::{PageSize, Region};
 use nvme::{Bar, Clock, Controller, DmaMapper, Doorbell, Options, QueuePair, State};
 use nvme_model::{Registers, ThreadDriver};

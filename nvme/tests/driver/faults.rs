@@ -1,9 +1,7 @@
 //! Devices that misbehave: error statuses, retries, lost commands and the ladder.
 
-mod common;
-
+use crate::common::*;
 use block::{BlockQueue, Flags, Op, Status, Submit};
-use common::*;
 use nvme::{DETAIL_QUARANTINED, Error, State};
 use nvme_spec::{Cc, Csts, offset};
 

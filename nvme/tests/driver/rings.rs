@@ -1,9 +1,7 @@
 //! The rings and what keeps them honest: wrap-around, order, room, doorbells, identifiers.
 
-mod common;
-
+use crate::common::*;
 use block::{BlockQueue, Completions, Flags, Full, HasWork, Op, Request, Status, Submit};
-use common::*;
 use nvme_spec::{cq_head_doorbell, sq_tail_doorbell};
 
 /// Writes and reads single blocks at full depth for a while; every block is checked against what

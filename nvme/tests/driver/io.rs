@@ -1,9 +1,7 @@
 //! Requests against the model: every operation, every shape of data, every block size.
 
-mod common;
-
+use crate::common::*;
 use block::{BlockQueue, DeviceInfo, Flags, MAX_SEGS, Op, Status, Submit};
-use common::*;
 use dma::{PageSize, Region, Seg};
 
 /// Fills the data memory with a pattern, and returns what is in `segs`.

@@ -1,11 +1,9 @@
 //! Bring-up: every state that the registers may be found in, limits honoured, and every way in
 //! which it may fail.
 
-mod common;
-
 use std::rc::Rc;
 
-use common::*;
+use crate::common::*;
 use nvme::{Controller, Error, Options, State};
 use nvme_model::Options as ModelOptions;
 use nvme_spec::{Cap, Cc, Csts, StatusCode, offset};

@@ -1,0 +1,8 @@
+//! The driver against the controller model.
+
+mod bringup;
+mod common;
+mod faults;
+mod io;
+mod rings;
+mod threads;
