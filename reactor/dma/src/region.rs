@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -155,6 +155,13 @@ impl Region {
                 return Ok(region);
             }
         }
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            log::info!(
+                "no huge pages to be had for DMA memory, ordinary pages are used (reserve some: \
+                 sysctl vm.nr_hugepages=512)"
+            );
+        });
         Region::new(len, PageSize::Small)
     }
 
