@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use block::{Flags, Op, SegList, Status};
 
+use super::io::Child;
 use super::read::check;
-use super::shared::{Child, Key, META, Shared};
+use super::shared::{Key, META, Shared};
 use super::stack::Top;
 use crate::format::{Geometry, L1Entry, get_refcount, set_refcount};
 use crate::open::MetadataSet;
@@ -492,27 +493,9 @@ impl Shared {
                 segs: SegList::EMPTY,
             };
             self.start(slot, child);
+            let _ = self.wait_if_crowded(slot).await;
         }
         let _ = self.wait(slot).await;
-    }
-
-    /// Writes up to a metadata buffer's worth of bytes, a multiple of 512, and waits.
-    pub(super) async fn write_bytes(
-        &self,
-        slot: u16,
-        offset: u64,
-        bytes: &[u8],
-    ) -> Result<(), Status> {
-        let buf = self.meta_buf(slot).await;
-        let mut segs = SegList::EMPTY;
-        if let Some(seg) = buf.head(bytes.len() as u32) {
-            self.meta_region().write_seg(&seg, bytes);
-            let _one = segs.push(seg);
-        }
-        let status = self.io(slot, self.top(), Op::Write, offset, segs).await;
-        self.give_meta(buf);
-        self.counters.meta_writes.set(self.counters.meta_writes.get() + 1);
-        check(status)
     }
 
     /// Fills a host cluster with zeroes.

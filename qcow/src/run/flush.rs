@@ -15,8 +15,9 @@
 use block::{Flags, Op, SegList, Status};
 use dma::{Buf, Seg};
 
+use super::io::Child;
 use super::read::check;
-use super::shared::{Child, Key, META, Shared};
+use super::shared::{Key, META, Shared};
 
 /// L2 slices kept in memory before a writer has to write back.
 pub(super) const SLICES_MAX: usize = 2048;

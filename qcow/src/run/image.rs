@@ -97,6 +97,16 @@ impl Image {
         let below = stack.layers[0].port;
         let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
         let device = device.ok_or("the leaf queue has no such unit")?;
+        let mut max_transfer = 1 << 20;
+        for l in &stack.layers {
+            let info = leaves[port_of(l)].info(l.port.unit);
+            let info =
+                info.ok_or_else(|| format!("{}: the leaf queue has no such unit", l.name))?;
+            max_transfer = max_transfer.min(info.max_transfer & !4095);
+        }
+        if max_transfer == 0 {
+            return Err("a device takes less than 4 KiB at a time".to_owned());
+        }
         let top = &stack.top;
         let geometry = top.geometry;
         let slots = options.slots.clamp(1, 1024);
@@ -114,7 +124,7 @@ impl Image {
             write_zeroes: true,
             discard: stack.writable,
             discard_granularity: geometry.cluster_size() as u32,
-            max_transfer: 1 << 20,
+            max_transfer,
         };
         let ports = stack.layers.iter().map(|l| l.port).collect();
         let writable = stack.writable;
@@ -300,18 +310,22 @@ impl<L: BlockQueue> Layer<L> for Image {
     #[inline]
     fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
         let at = done.tag.slot();
-        let work = self.shared.get_work(at)?;
-        if work.direct.get() && done.tag.generation() == work.generation.get() {
-            work.direct.set(false);
-            let up = Completion { tag: work.up.get(), ..done };
-            self.release(at);
-            return Some(up);
+        let Some(work) = self.shared.get_work(at) else {
+            // A task's: those are numbered behind the slots.
+            if let Some(at) = self.shared.child_done(done) {
+                self.tasks.run(usize::from(at));
+            }
+            self.shared.send(leaves);
+            return None;
+        };
+        if !work.direct.get() || done.tag.generation() != work.generation.get() {
+            self.shared.stale();
+            return None;
         }
-        if self.shared.child_done(done) {
-            self.tasks.run(usize::from(at));
-        }
-        self.shared.send(leaves);
-        None
+        work.direct.set(false);
+        let up = Completion { tag: work.up.get(), ..done };
+        self.release(at);
+        Some(up)
     }
 
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {

@@ -12,6 +12,7 @@ mod alloc;
 mod close;
 mod flush;
 mod image;
+mod io;
 mod meta;
 mod read;
 mod resolve;

@@ -3,8 +3,9 @@
 use block::{Flags, Op, SegList, Status};
 use dma::Seg;
 
+use super::io::Child;
 use super::resolve::Source;
-use super::shared::{Child, Shared};
+use super::shared::Shared;
 use super::stack::LayerFormat;
 use crate::map::{Kind, Word};
 
@@ -60,6 +61,7 @@ impl Shared {
         self.zero_memory(segs, end - offset, offset + len - end)?;
         let mut at = offset;
         while at < end {
+            self.wait_if_crowded(slot).await?;
             let cluster = at >> bits;
             let word = match self.map.lookup(cluster) {
                 w if w.kind() == Kind::Absent => {

@@ -1,8 +1,7 @@
 //! Filling the map: reading L2 entries down the chain, and finding single ranges where a cluster
 //! is made of parts.
 
-use block::{Op, Port, SegList, Status};
-use dma::Seg;
+use block::{Port, Status};
 
 use super::shared::{Key, META, Shared};
 use super::stack::LayerFormat;
@@ -212,26 +211,6 @@ impl Shared {
         let skip = first * 8 - from as usize;
         let words = bytes[skip..].chunks_exact(8).take(last - first + 1);
         Ok(words.map(|b| u64::from_be_bytes(b.try_into().unwrap_or([0; 8]))).collect())
-    }
-
-    /// Reads up to a metadata buffer's worth of bytes, a multiple of 512.
-    pub(super) async fn read_meta(
-        &self,
-        slot: u16,
-        port: Port,
-        offset: u64,
-        len: usize,
-    ) -> Result<Vec<u8>, Status> {
-        let buf = self.meta_buf(slot).await;
-        let seg = buf.head(len as u32).unwrap_or(Seg::NONE);
-        let mut segs = SegList::EMPTY;
-        let _one = segs.push(seg);
-        let status = self.io(slot, port, Op::Read, offset, segs).await;
-        let mut bytes = vec![0; len];
-        self.meta_region().read_seg(&seg, &mut bytes);
-        self.give_meta(buf);
-        self.counters.meta_reads.set(self.counters.meta_reads.get() + 1);
-        if status.is_ok() { Ok(bytes) } else { Err(status) }
     }
 
     /// Where `[guest, …)` comes from and for how many bytes at most `len` that holds, asked of the

@@ -1,19 +1,21 @@
 //! [`Shared`]: what the tasks of one image have in common, and how they wait.
 //!
-//! A task asks for I/O by [`Shared::start`] and waits by [`Shared::wait`]; it waits for another
-//! task's doing by [`Shared::park`] on a [`Key`], until that one calls [`Shared::unpark`]. Requests
-//! to the leaves collect in an outbox, since only the reactor's calls are lent the leaves.
+//! A task asks for I/O by [`Shared::start`] and waits by [`Shared::wait`] (see [`super::io`]); it
+//! waits for another task's doing by [`Shared::park`] on a [`Key`], until that one calls
+//! [`Shared::unpark`]. Requests to the leaves collect in an outbox, since only the reactor's calls
+//! are lent the leaves.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{BlockQueue, Completion, DeviceInfo, Flags, Op, Port, Request, SegList, Status, Tag};
+use block::{DeviceInfo, Flags, Op, SegList, Status, Tag};
 use dma::{Buf, Pool, Region, RegionId, Seg};
 
 use super::alloc::Allocator;
 use super::flush::Batches;
+use super::io::Children;
 use super::meta::Tables;
 use super::read::Decompressed;
 use super::stack::Stack;
@@ -41,16 +43,6 @@ pub(super) enum What {
     Refuse(Status),
 }
 
-/// A request to a leaf on behalf of a task.
-pub(super) struct Child {
-    pub(super) port: Port,
-    pub(super) op: Op,
-    pub(super) flags: Flags,
-    pub(super) offset: u64,
-    pub(super) len: u64,
-    pub(super) segs: SegList,
-}
-
 /// What a task may wait for besides I/O.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Key {
@@ -72,8 +64,8 @@ pub(super) enum Key {
 pub(super) struct Work {
     job: RefCell<Option<Job>>,
     /// Requests to leaves not yet completed, and the first failure among them.
-    pending: Cell<u32>,
-    status: Cell<Status>,
+    pub(super) pending: Cell<u32>,
+    pub(super) status: Cell<Status>,
     woken: Cell<bool>,
     result: Cell<Option<Status>>,
     pub(super) generation: Cell<u32>,
@@ -110,9 +102,9 @@ pub(super) struct Shared {
     pub(super) epoch: Cell<u64>,
     /// Set when an on-disk contradiction was met while writing: no further writes.
     pub(super) corrupt: Cell<bool>,
-    owner: u16,
+    pub(super) owner: u16,
+    pub(super) children: RefCell<Children>,
     works: Box<[Work]>,
-    outbox: RefCell<VecDeque<(u16, Child)>>,
     parked: RefCell<Vec<(Key, u16)>>,
     ready: RefCell<VecDeque<u16>>,
     finished: RefCell<VecDeque<u16>>,
@@ -168,8 +160,8 @@ impl Shared {
             epoch: Cell::new(0),
             corrupt: Cell::new(false),
             owner,
+            children: RefCell::new(Children::new(slots)),
             works: (0..slots).map(work).collect(),
-            outbox: RefCell::new(VecDeque::with_capacity(slots)),
             parked: RefCell::new(Vec::with_capacity(slots)),
             ready: RefCell::new(VecDeque::with_capacity(slots)),
             finished: RefCell::new(VecDeque::with_capacity(slots)),
@@ -241,70 +233,12 @@ impl Shared {
     pub(super) fn is_quiet(&self) -> bool {
         self.ready.borrow().is_empty()
             && self.finished.borrow().is_empty()
-            && self.outbox.borrow().is_empty()
+            && self.children.borrow().is_quiet()
     }
 
     /// Has a task run in the next turn.
     pub(super) fn make_ready(&self, slot: u16) {
         self.ready.borrow_mut().push_back(slot);
-    }
-
-    // ---- I/O ----
-
-    /// Has a request sent to a leaf for `slot`. Its end is counted; see [`Shared::wait`].
-    pub(super) fn start(&self, slot: u16, child: Child) {
-        let work = self.work(slot);
-        work.pending.set(work.pending.get() + 1);
-        self.outbox.borrow_mut().push_back((slot, child));
-    }
-
-    /// Waits until all that was started for `slot` has ended; the first failure, or Ok.
-    pub(super) async fn wait(&self, slot: u16) -> Status {
-        let work = self.work(slot);
-        reactor::task::until(|| (work.pending.get() == 0).then_some(())).await;
-        work.status.replace(Status::Ok)
-    }
-
-    /// Sends what the tasks asked for as far as the leaves have room. Returns whether any went.
-    pub(super) fn send<L: BlockQueue>(&self, leaves: &mut [L]) -> bool {
-        let mut sent = false;
-        let mut outbox = self.outbox.borrow_mut();
-        while let Some((slot, c)) = outbox.front() {
-            let leaf = &mut leaves[usize::from(c.port.leaf)];
-            if leaf.room() == 0 {
-                break;
-            }
-            let request = Request {
-                tag: Tag::new(self.owner, *slot, self.work(*slot).generation.get()),
-                op: c.op,
-                flags: c.flags,
-                unit: c.port.unit,
-                offset: c.offset,
-                len: c.len,
-                segs: c.segs.as_slice(),
-            };
-            if leaf.submit(&request).is_err() {
-                break;
-            }
-            sent = true;
-            outbox.pop_front();
-        }
-        sent
-    }
-
-    /// Notes a completion for a task's slot. Returns whether the task can go on.
-    pub(super) fn child_done(&self, done: Completion) -> bool {
-        let work = self.work(done.tag.slot());
-        if work.generation.get() != done.tag.generation() || work.pending.get() == 0 {
-            self.counters.stale.set(self.counters.stale.get() + 1);
-            return false;
-        }
-        if done.status != Status::Ok && work.status.get() == Status::Ok {
-            work.status.set(done.status);
-        }
-        let left = work.pending.get() - 1;
-        work.pending.set(left);
-        left == 0
     }
 
     // ---- waiting for each other ----
@@ -400,36 +334,5 @@ impl Shared {
     pub(super) fn zero_seg(&self, len: u64) -> Seg {
         debug_assert!(len <= self.zeroes.len() as u64);
         self.zeroes.seg(0, len as u32).unwrap_or(Seg::NONE)
-    }
-
-    // ---- leaves ----
-
-    /// Where layer 0 lies.
-    pub(super) fn top(&self) -> Port {
-        self.stack.layers[0].port
-    }
-
-    /// Reads or writes one run of bytes at `port` and waits.
-    pub(super) async fn io(
-        &self,
-        slot: u16,
-        port: Port,
-        op: Op,
-        offset: u64,
-        segs: SegList,
-    ) -> Status {
-        let len = segs.bytes();
-        self.start(slot, Child { port, op, flags: Flags::NONE, offset, len, segs });
-        self.wait(slot).await
-    }
-
-    /// Has the device of layer 0 make everything durable that was completed; nothing to do where
-    /// it has no volatile cache.
-    pub(super) async fn device_flush(&self, slot: u16) -> Status {
-        if !self.device.volatile_cache {
-            return Status::Ok;
-        }
-        self.counters.flushes.set(self.counters.flushes.get() + 1);
-        self.io(slot, self.top(), Op::Flush, 0, SegList::EMPTY).await
     }
 }

@@ -8,8 +8,9 @@
 use block::{Flags, Op, SegList, Status};
 use dma::{Buf, Seg};
 
+use super::io::Child;
 use super::read::check;
-use super::shared::{Child, Key, Shared};
+use super::shared::{Key, Shared};
 use crate::format::L2Entry;
 use crate::map::{Kind, Word};
 
@@ -58,6 +59,7 @@ impl Shared {
             if self.corrupt.get() {
                 return Err(Status::Corrupt);
             }
+            self.wait_if_crowded(slot).await?;
             let cluster = at >> bits;
             let word = self.map.lookup(cluster);
             if word.writable_in_place() {

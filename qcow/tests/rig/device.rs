@@ -1,5 +1,5 @@
 //! [`LogQueue`]: a device in memory that carries requests out in any order, has a cache that a power
-//! cut loses, fails, lies and logs as told; and [`durable`], what such a device holds after a cut.
+//! cut loses, and fails, lies and logs as told; and [`durable`], what such a device holds after a cut.
 
 use std::sync::Arc;
 
@@ -22,14 +22,8 @@ pub(crate) struct Event {
 }
 
 pub(crate) enum What {
-    Write {
-        offset: u64,
-        data: Vec<u8>,
-        fua: bool,
-    },
+    Write { offset: u64, data: Vec<u8>, fua: bool },
     Flush,
-    /// A flush failed, and the device forgot all that it had not yet made durable.
-    Drop,
 }
 
 /// How a request fails.
@@ -39,8 +33,6 @@ pub(crate) enum Fault {
     Nothing,
     /// It was carried out all the same.
     Done,
-    /// A flush: the cache is lost. Others: as `Nothing`.
-    Drop,
 }
 
 struct Held {
@@ -180,12 +172,6 @@ impl LogQueue {
         let mut answer = Completion { tag: r.tag, status: Status::Ok, detail: 0 };
         if let Some((status, fault)) = fault {
             answer.status = status;
-            if fault == Fault::Drop && r.op == Op::Flush {
-                assert!(self.logging, "only a device with a log can forget");
-                let (disk, _) = durable(&self.base, &self.log, self.info.volatile_cache);
-                self.load(&disk);
-                self.note(h.sent, What::Drop);
-            }
             if fault != Fault::Done {
                 return answer;
             }
@@ -233,8 +219,19 @@ pub(crate) fn durable(base: &[u8], log: &[Event], cache: bool) -> (Vec<u8>, Vec<
     };
     for (at, event) in log.iter().enumerate() {
         match &event.what {
-            // Over what is older in the cache: that lands before, if ever.
-            What::Write { fua, .. } if *fua || !cache => land(&mut disk, at),
+            What::Write { fua, offset, data } if *fua || !cache => {
+                // What is older in the cache must not land over it later.
+                let end = offset + data.len() as u64;
+                cached.retain(|&c| {
+                    let What::Write { offset: o, data: d, .. } = &log[c].what else { return false };
+                    let over = *o < end && *offset < o + d.len() as u64;
+                    if over {
+                        land(&mut disk, c);
+                    }
+                    !over
+                });
+                land(&mut disk, at);
+            }
             What::Write { .. } => cached.push(at),
             What::Flush => cached.retain(|&c| {
                 let vouched = c < event.sent;
@@ -243,7 +240,6 @@ pub(crate) fn durable(base: &[u8], log: &[Event], cache: bool) -> (Vec<u8>, Vec<
                 }
                 !vouched
             }),
-            What::Drop => cached.clear(),
         }
     }
     (disk, cached)

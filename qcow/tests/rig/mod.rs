@@ -150,6 +150,18 @@ impl Rig {
         done
     }
 
+    /// Turns until everything sent was answered; the answers.
+    pub(crate) fn settle(&mut self) -> Vec<(u64, Status, Option<Vec<u8>>)> {
+        let mut all = Vec::new();
+        for _ in 0..2_000_000 {
+            if self.portal.in_flight() == 0 {
+                return all;
+            }
+            all.extend(self.turn());
+        }
+        panic!("{} requests were never answered", self.portal.in_flight());
+    }
+
     /// Sends one request and turns until it is answered.
     pub(crate) fn call(&mut self, op: Op, offset: u64, len: u64, data: &[u8]) -> (Status, Vec<u8>) {
         self.call_flags(op, Flags::NONE, offset, len, data)
@@ -191,13 +203,19 @@ impl Rig {
     }
 
     /// Closes the image cleanly and returns the devices.
-    pub(crate) fn close(mut self) -> Vec<LogQueue> {
+    pub(crate) fn close(self) -> Vec<LogQueue> {
+        let (status, leaves) = self.end();
+        assert_eq!(status, Status::Ok);
+        leaves
+    }
+
+    /// Closes the image, however that ends, and returns the devices.
+    pub(crate) fn end(mut self) -> (Status, Vec<LogQueue>) {
         block::Layer::<LogQueue>::close(self.image());
         for _ in 0..2_000_000 {
             self.core.turn();
             if let Some((_, status)) = self.core.remove_closed_image(0) {
-                assert_eq!(status, Status::Ok);
-                return self.core.take_leaves();
+                return (status, self.core.take_leaves());
             }
         }
         panic!("the close never ended");
