@@ -98,6 +98,19 @@ impl Refcounts {
     }
 }
 
+impl CreateOptions {
+    /// The sizes of the image that these options make.
+    ///
+    /// # Errors
+    /// A sentence, if they contradict each other or the format.
+    pub fn geometry(&self) -> Result<Geometry, String> {
+        let geometry = check(self)?;
+        let layout = Layout::new(&geometry, self.preallocation)?;
+        make_header(&geometry, &layout, self).encode().map_err(|e| e.to_string())?;
+        Ok(geometry)
+    }
+}
+
 impl<'s> Builder<'s> {
     /// Starts an image in `storage`; what was in it is lost.
     ///

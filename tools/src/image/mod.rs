@@ -1,12 +1,112 @@
-//! `polldisk image …`.
+//! `polldisk image …`: what qemu-img users expect, one file a command. Control path throughout.
 
-use clap::Subcommand;
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod fresh;
+mod info;
+mod map;
+mod print;
+mod reader;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use node::{NodeSpec, OpenOptions};
+use qcow::open::Format;
 
 /// The commands.
 #[derive(Subcommand)]
-pub(crate) enum Command {}
+pub(crate) enum Command {
+    /// Tell what an image is.
+    Info(info::Info),
+    /// Find and repair damage.
+    Check(check::Check),
+    /// Make an empty image; an existing file is overwritten.
+    Create(create::Create),
+    /// List which parts of the disk are data, zeroes or nothing, and where they are.
+    Map(map::Map),
+    /// Copy an image to another format, or compress it.
+    Convert(convert::Convert),
+    /// Compare what two images hold.
+    Compare(compare::Compare),
+}
 
 /// Runs one; returns the exit code.
 pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
-    match command {}
+    let result = match command {
+        Command::Info(c) => info::run(&c).map(|()| 0),
+        Command::Check(c) => check::run(&c),
+        Command::Create(c) => create::run(&c).map(|()| 0),
+        Command::Map(c) => map::run(&c).map(|()| 0),
+        Command::Convert(c) => convert::run(&c).map(|()| 0),
+        Command::Compare(c) => compare::run(&c),
+    };
+    result.or_else(|e| {
+        let usage = e.downcast::<Usage>()?;
+        eprintln!("polldisk: {}", usage.0);
+        Ok(2)
+    })
+}
+
+/// A command line that says something impossible: exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Says that the command line is wrong.
+fn usage<T>(why: impl Into<String>) -> anyhow::Result<T> {
+    Err(anyhow::Error::msg(Usage(why.into())))
+}
+
+/// What may be opened as a backing file.
+#[derive(Args)]
+struct Backing {
+    /// Format of backing files whose image states none.
+    #[arg(long, value_name = "FORMAT", value_parser = crate::args::format)]
+    backing_format: Option<Format>,
+    /// Only open backing files in this folder (may be given several times).
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
+}
+
+/// How images that are only read are opened.
+fn reading(format: Format, backing: &Backing, force_share: bool) -> OpenOptions {
+    OpenOptions {
+        backing_format: backing.backing_format,
+        allow_backing: backing.allow_backing.clone(),
+        force_share,
+        ..OpenOptions::read(format)
+    }
+}
+
+/// Parses a node string, for clap.
+fn node(text: &str) -> Result<NodeSpec, String> {
+    NodeSpec::parse(text).map_err(|e| e.to_string())
+}
+
+/// Parses a size, for clap.
+fn size(text: &str) -> Result<u64, String> {
+    node::parse_size(text)
+        .filter(|&n| i64::try_from(n).is_ok())
+        .ok_or_else(|| format!("{text:?} is no size like 65536, 64k, 10G or 1T"))
+}
+
+/// Refuses what would block or be senseless to open, before it is opened.
+fn refuse_special(spec: &NodeSpec) -> anyhow::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let Some(path) = spec.path() else { return Ok(()) };
+    // If there is nothing, opening says so.
+    let Ok(meta) = std::fs::metadata(path) else { return Ok(()) };
+    let kind = meta.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    anyhow::bail!("{}: is neither a regular file nor a block device", path.display())
 }
