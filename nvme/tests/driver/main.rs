@@ -3,6 +3,7 @@
 mod bringup;
 mod common;
 mod faults;
+mod hostile;
 mod io;
 mod rings;
 mod threads;
