@@ -4,7 +4,7 @@
 use block::Submit;
 
 use super::{Backend, NO_BUFFER, Slot, Stage};
-use crate::abi::{ERROR, INDIRECT_PAGES, OKAY, PAGE, READ, SEGMENTS_PER_PAGE, Segment};
+use crate::abi::{ERROR, OKAY, PAGE, READ, SEGMENTS_PER_PAGE, Segment};
 use crate::grants::{CopyOp, Direction, GNTST_EAGAIN, GNTST_GENERAL_ERROR, GNTST_OKAY};
 use crate::pages::Absent;
 use crate::{EventChannel, Grants, RingMemory};
@@ -234,9 +234,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     fn copied<D: Submit>(&mut self, disk: &mut D, index: u16) {
-        let slot = &mut self.slots[usize::from(index)];
-        (slot.tries, slot.due) = (0, 0);
-        match slot.stage {
+        match self.slots[usize::from(index)].stage {
             Stage::Gather => self.put_data(disk, index),
             Stage::Scatter => self.scattered(index),
             Stage::Fetch => {
@@ -271,12 +269,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     #[cold]
     pub(super) fn hear_of_pages(&mut self) {
         while let Some(end) = self.grants.next_mapped() {
-            let awaited = self.pages.mapped(end.gref, end.page, self.stamp);
-            match end.page {
-                Some(page) if !awaited => self.grants.unmap(page),
-                Some(_) => self.stats.pages_mapped.add(1),
-                None => {}
-            }
+            self.pages.mapped(end.gref, end.page, self.stamp);
+            self.stats.pages_mapped.add(u64::from(end.page.is_some()));
         }
     }
 
@@ -284,12 +278,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn awaits_pages(&self, index: u16) -> bool {
         let slot = &self.slots[usize::from(index)];
         let pending = |gref| self.pages.absent(gref) == Absent::Pending;
-        let pages = if slot.large == NO_BUFFER {
-            &[0; INDIRECT_PAGES]
-        } else {
-            &self.list_pages[usize::from(slot.large)]
+        let lists = match slot.large {
+            NO_BUFFER => &[][..],
+            large => &self.list_pages[usize::from(large)][..usize::from(slot.pages)],
         };
-        pages[..usize::from(slot.pages)].iter().any(|&g| pending(g))
+        lists.iter().any(|&g| pending(g))
             || (0..slot.segments()).any(|i| pending(self.segment(slot, i).gref()))
     }
 }

@@ -143,8 +143,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         // The rest is checked when the segments are there.
         let possible = operation <= WRITE
             && (1..=most).contains(&count)
-            && limits.allow(write, head.sector, 0)
-            && head.sector < limits.sectors;
+            && limits.allow(write, head.sector, 0);
         if !possible {
             self.refuse_data(head.id, operation);
             return true;

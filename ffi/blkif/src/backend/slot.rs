@@ -65,7 +65,7 @@ pub(super) struct Slot {
     pub(super) mapping: bool,
     /// Counted in the backend's held writes.
     pub(super) held: bool,
-    /// Failed attempts at the present stage.
+    /// Attempts that failed so far.
     pub(super) tries: u8,
     /// Pages of segments.
     pub(super) pages: u8,

@@ -50,7 +50,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.gates &= !GATE_BARRIER;
         }
         // A request of one segment is taken without looking at these.
-        (slot.tries, slot.due, slot.pages) = (0, 0, 0);
+        (slot.tries, slot.due) = (0, 0);
         if slot.large != NO_BUFFER {
             self.large.push(slot.large);
             slot.large = NO_BUFFER;
@@ -169,8 +169,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 }
             }
             (Stage::AtFlush, Status::Ok) => {
-                slot.tries = 0;
-                slot.due = 0;
                 self.got_space(index);
                 if self.slots[usize::from(index)].segments() > 0 {
                     self.again(index, Stage::Gather);
