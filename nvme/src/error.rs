@@ -58,6 +58,12 @@ pub enum Error {
     /// All I/O queues that the controller granted are in use.
     #[error("all {0} I/O queues of the controller are in use")]
     NoQueue(u16),
+    /// A queue pair was neither dropped nor polled while the controller was being closed.
+    #[error("queue pair {qid} is still in use and does not let go of its rings")]
+    InUse {
+        /// The submission queue.
+        qid: u16,
+    },
     /// What was asked for needs a controller that is ready.
     #[error("the controller is not ready")]
     NotOpen,

@@ -400,14 +400,15 @@ impl<B: Bar> Controller<B> {
                             if q.stage == Stage::Running { Stage::Unwanted } else { Stage::Ended };
                     }
                 }
-                self.phase = Phase::Closing(Closing::Queues);
+                self.phase = Phase::Closing(Closing::Queues { until: None });
             }
             Phase::Boot(_) | Phase::Ladder(_) => self.abandon(Error::NotOpen),
             Phase::Closing(_) | Phase::Closed | Phase::Dead { .. } => {}
         }
     }
 
-    /// Shuts the controller down and waits for the end of it.
+    /// Shuts the controller down and waits for the end of it. Queue pairs are dropped before, or
+    /// go on being polled meanwhile.
     ///
     /// # Errors
     /// Why it did not end in order. Memory that the device may still use is kept then.

@@ -22,7 +22,7 @@ const ABORT_PATIENCE: u64 = 5_000 * MS;
 /// Asynchronous Event Requests that are kept out.
 const MAX_EVENTS: usize = 4;
 
-/// Least time that a shutdown is given.
+/// Time that queue pairs are given to let go, and least time that a shutdown is given.
 const SHUTDOWN_TIMEOUT: u64 = 10_000 * MS;
 
 /// A command sequence on the admin queue; one at a time.
@@ -82,8 +82,8 @@ impl Service {
 /// How far an orderly end has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Closing {
-    /// Queues are being deleted.
-    Queues,
+    /// Queues are being deleted, each once its queue pair has let go of it.
+    Queues { until: Option<u64> },
     /// The shutdown was notified.
     Shutdown { until: u64 },
     /// EN is 0; RDY must follow.
@@ -332,7 +332,7 @@ impl<B: Bar> Controller<B> {
     pub(super) fn closing(&mut self, now: u64) -> Result<(), Error> {
         let Phase::Closing(stage) = self.phase else { return Ok(()) };
         match stage {
-            Closing::Queues => {
+            Closing::Queues { until } => {
                 self.healthy_csts()?;
                 self.answers(now)?;
                 self.service.logs.clear();
@@ -343,8 +343,14 @@ impl<B: Bar> Controller<B> {
                     q.link.give(Order::Wait);
                 }
                 self.next_task(now);
-                let busy = self.queues.iter().any(|q| q.stage == Stage::Unwanted);
-                if !busy && self.service.task.is_none() {
+                let until = until.unwrap_or(now.saturating_add(SHUTDOWN_TIMEOUT));
+                let busy = self.queues.iter().find(|q| q.stage == Stage::Unwanted);
+                if let Some(q) = busy {
+                    if now >= until && self.service.task.is_none() {
+                        return Err(Error::InUse { qid: q.qid });
+                    }
+                    self.phase = Phase::Closing(Closing::Queues { until: Some(until) });
+                } else if self.service.task.is_none() {
                     let cc = Cc(self.bar.read32(offset::CC));
                     let cc = cc.with_shn(ShutdownNotice::Normal.code());
                     self.bar.write32(offset::CC, cc.0);

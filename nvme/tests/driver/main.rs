@@ -1,6 +1,7 @@
 //! The driver against the controller model.
 
 mod bringup;
+mod closing;
 mod common;
 mod faults;
 mod hostile;
