@@ -1,0 +1,165 @@
+//! What scripts rely on: the JSON of `demo` and `bench`, and how `nbd` begins and ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+const POLLDISK: &str = env!("CARGO_BIN_EXE_polldisk");
+
+fn polldisk(args: &[&str]) -> Command {
+    let mut command = Command::new(POLLDISK);
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// Runs a command whose output is JSON; its exit code must be `code`.
+fn json(args: &[&str], code: i32) -> Value {
+    let out = polldisk(args).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {text}");
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+const SMALL: [&str; 6] = ["demo", "--json", "--seconds", "0.5", "--size", "8M"];
+
+#[test]
+fn demo_says_what_scripts_read() {
+    let r = json(&SMALL, 0);
+    assert_eq!(r["verified"], true);
+    assert!(r["policy"] == "poll" || r["policy"] == "adaptive");
+    assert_eq!(r["reread_bytes"], 8 << 20);
+    for key in ["written_bytes", "verified_bytes", "requests"] {
+        assert!(r[key].as_u64().unwrap() > 0, "{key}");
+    }
+    for key in ["iops", "notifications", "allocations", "locks"] {
+        assert!(r[key].is_number(), "{key}");
+    }
+    assert!(r["syscalls"].is_number() || r["syscalls"].is_null());
+    for key in ["p50", "p99", "p999"] {
+        assert!(r["latency_ns"][key].as_u64().unwrap() > 0, "{key}");
+    }
+    let depths: Vec<u64> =
+        r["phases"].as_array().unwrap().iter().map(|p| p["depth"].as_u64().unwrap()).collect();
+    assert_eq!(depths, [1, 32, 128, 32, 32]);
+}
+
+#[test]
+fn demo_notices_a_changed_byte() {
+    let r = json(&[&SMALL[..], &["--inject", "corrupt"]].concat(), 1);
+    assert_eq!(r["verified"], false);
+    assert!(r["failure"].as_str().unwrap().contains("wrong data"));
+}
+
+#[test]
+fn demo_serves_an_image_and_spares_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("raw.img");
+    let data: Vec<u8> = (0..4u32 << 20).map(|i| (i / 997) as u8).collect();
+    std::fs::write(&image, &data).unwrap();
+    let path = image.to_str().unwrap();
+    let args = ["demo", "--json", "--seconds", "0.5", "-f", "raw", "--image", path];
+    let r = json(&args, 0);
+    assert_eq!(r["verified"], true, "{}", r["failure"]);
+    assert!(r["compared_with"].is_string());
+    assert!(std::fs::read(&image).unwrap() == data, "the image was written to");
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_and_failure_is_1() {
+    let code = |args: &[&str]| polldisk(args).output().unwrap().status.code();
+    assert_eq!(code(&["demo", "--no-such-option"]), Some(2));
+    assert_eq!(code(&["demo", "--size", "5"]), Some(2));
+    assert_eq!(code(&["demo", "--cores", "4000"]), Some(1));
+    assert_eq!(code(&["nbd", "--socket", "/x/y", "file:/no/such/image"]), Some(1));
+    assert_eq!(code(&["nbd", "--socket", "/x/y", "json:{}"]), Some(1));
+}
+
+struct Server(Child);
+
+impl Server {
+    /// Starts a server and waits until it says that it listens.
+    fn start(socket: &Path, node: &str, more: &[&str]) -> Server {
+        let mut command = polldisk(&["nbd", "--socket", socket.to_str().unwrap(), node]);
+        let mut child = command.args(more).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, format!("listening on {}\n", socket.display()));
+        Server(child)
+    }
+
+    /// Sends a signal and waits for the end; the exit code.
+    fn end(&mut self, signal: &str) -> Option<i32> {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "{signal} had no effect");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _ended = self.0.wait();
+    }
+}
+
+fn image(path: &Path) {
+    let args = ["image", "create", path.to_str().unwrap(), "16M"];
+    let out = polldisk(&args).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn nbd_begins_and_ends_as_promised() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (path, socket) = (dir.path().join("a.qcow2"), dir.path().join("s"));
+    image(&path);
+    for node in [format!("file:{}", path.display()), format!("model:{}", path.display())] {
+        for signal in ["-TERM", "-INT"] {
+            let mut server = Server::start(&socket, &node, &[]);
+            let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+            assert_eq!(server.end(signal), Some(0), "{node}");
+            assert!(!socket.exists());
+        }
+    }
+}
+
+#[test]
+fn nbd_refuses_what_is_in_use_and_shares_what_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, socket) = (dir.path().join("a.qcow2"), dir.path().join("s"));
+    let other = dir.path().join("t");
+    image(&path);
+    let node = format!("model:{}", path.display());
+    let refused = |socket: &Path, more: &[&str]| {
+        let mut command = polldisk(&["nbd", "--socket", socket.to_str().unwrap(), &node]);
+        let mut child =
+            command.args(more).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let status = child.wait().unwrap();
+        let mut text = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(status.code(), Some(1), "{text}");
+        text
+    };
+    let mut server = Server::start(&socket, &node, &[]);
+    assert!(refused(&other, &[]).contains("in use"));
+    assert!(refused(&other, &["--read-only"]).contains("in use"));
+    assert_eq!(server.end("-KILL"), None);
+    assert!(socket.exists(), "a killed server leaves its socket");
+    // The stale socket is replaced; two that only read get along; a live socket is refused.
+    let mut one = Server::start(&socket, &node, &["--read-only"]);
+    let mut two = Server::start(&other, &node, &["--read-only"]);
+    assert!(refused(&socket, &["--read-only"]).contains(socket.to_str().unwrap()));
+    assert_eq!((one.end("-TERM"), two.end("-TERM")), (Some(0), Some(0)));
+}
