@@ -66,6 +66,21 @@ fn a_call_that_fails_is_an_error_of_all_in_it() {
 }
 
 #[test]
+fn a_page_that_is_bad_is_not_asked_for_again_because_another_is_paged_out() {
+    for bad in 0..2 {
+        let mut r = persistent_raw(0);
+        r.knobs.borrow_mut().fault =
+            Some(Box::new(
+                move |op: &CopyOp| {
+                    if op.gref == GREF + bad { GNTST_BAD_GNTREF } else { GNTST_EAGAIN }
+                },
+            ));
+        assert_eq!(r.one(Head::direct(WRITE, 2, 1, 0, full(0)), &[full(1)]).1, ERROR);
+        assert_eq!(r.backend.stats().copy_calls.get(), 1);
+    }
+}
+
+#[test]
 fn a_page_that_is_paged_out_is_asked_for_again() {
     for (head, tail) in [
         (Head::direct(READ, 1, 1, 0, full(0)), vec![]),
