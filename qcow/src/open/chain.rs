@@ -12,6 +12,10 @@ use crate::{Error, Result};
 /// chain from taking all file descriptors.
 pub const MAX_DEPTH: usize = 200;
 
+/// Most bytes of L1 tables that a chain may have in memory: one image's largest, twice. A hostile
+/// chain of sparse files could ask for 6 GiB.
+const MAX_CHAIN_L1_BYTES: usize = 2 * crate::format::MAX_L1_BYTES as usize;
+
 /// A layer's storage, opened by whoever knows what names mean.
 pub struct Opened<S> {
     /// The bytes.
@@ -108,6 +112,7 @@ impl<S: Storage> Chain<S> {
     ) -> Result<Chain<S>> {
         let mut ids: Vec<FileId> = Vec::new();
         let mut layers: Vec<Layer<S>> = Vec::new();
+        let mut l1_bytes = 0;
         let mut next = Some((top, options.format.unwrap_or(Format::Qcow2)));
         while let Some((opened, format)) = next.take() {
             if let Some(id) = opened.id {
@@ -121,6 +126,16 @@ impl<S: Storage> Chain<S> {
             }
             let mode = if options.writable && layers.is_empty() { Mode::Write } else { Mode::Read };
             let layer = Self::open_layer(opened, format, mode, options, layers.len())?;
+            l1_bytes += layer.image().map_or(0, |i| i.l1.len() * 8);
+            if l1_bytes > MAX_CHAIN_L1_BYTES {
+                return Err(Error::refused(
+                    &layer.name,
+                    format!(
+                        "the L1 tables of the backing chain up to here have {l1_bytes} bytes; at \
+                         most {MAX_CHAIN_L1_BYTES} are possible"
+                    ),
+                ));
+            }
             if let Some(backing) = layer.backing.as_ref().filter(|_| !options.top_only) {
                 if layers.len() + 1 >= MAX_DEPTH {
                     return Err(Error::refused(
@@ -153,7 +168,11 @@ impl<S: Storage> Chain<S> {
                 (LayerKind::Raw(opened.storage.len()), None)
             }
             Format::Qcow2 => {
-                let image = ImageMeta::open(&mut opened.storage, &opened.name, mode)?;
+                let mut image = ImageMeta::open(&mut opened.storage, &opened.name, mode)?;
+                if index > 0 {
+                    // Nothing is allocated in a backing file.
+                    image.refcount_table = Vec::new();
+                }
                 let backing =
                     backing_of(&image, opened.path.as_deref(), options.backing_format, index + 1);
                 let backing = if options.top_only { backing.ok().flatten() } else { backing? };

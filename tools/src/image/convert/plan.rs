@@ -10,6 +10,8 @@ use crate::image::reader::Reader;
 
 /// Bytes read at a time; a multiple of every cluster size below it.
 const PIECE: u64 = 1 << 20;
+/// Bytes that need no reading are joined up to about this many.
+const RUN: u64 = 1 << 40;
 
 /// What the destination's backing file already holds.
 pub(super) enum Under {
@@ -106,25 +108,26 @@ impl Plan {
         let most = PIECE.max(self.unit);
         let mut compare = Vec::new();
         let mut at = 0;
-        // What follows, if it is known: found at the end of a run of data.
+        // What follows, if it is known: found at the end of a run.
         let mut next: Option<(Part, u64)> = None;
         while at < self.size() {
             let (part, mut len) = match next.take() {
                 Some(known) => known,
                 None => self.run_at(at)?,
             };
+            let longest = if part == Part::Data { most } else { RUN };
+            while len < longest && at + len < self.size() {
+                let (other, more) = self.run_at(at + len)?;
+                if other != part {
+                    next = Some((other, more));
+                    break;
+                }
+                len += more;
+            }
             let piece = match part {
                 Part::Zeroes => Piece::Zeroes { at, len },
                 Part::Kept => Piece::Kept { at, len },
                 Part::Data => {
-                    while len < most && at + len < self.size() {
-                        let (part, more) = self.run_at(at + len)?;
-                        if part != Part::Data {
-                            next = Some((part, more));
-                            break;
-                        }
-                        len += more;
-                    }
                     if len > most {
                         len = most;
                         next = None;
