@@ -26,6 +26,7 @@ struct Attached<F> {
 /// Leaf queues, images and frontends of one reactor. Built and used on the reactor's thread, or
 /// turned by hand on any thread in tests and measurements.
 pub struct Core<L, I, F> {
+    // First, so that they are dropped, and done with all memory, before its owners.
     leaves: Vec<L>,
     images: Vec<Option<(u16, I)>>,
     frontends: Vec<Option<Attached<F>>>,
@@ -354,6 +355,14 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             work |= a.frontend.arm() == HasWork::Yes;
         }
         if work { HasWork::Yes } else { HasWork::No }
+    }
+}
+
+impl<L, I, F> Drop for Core<L, I, F> {
+    fn drop(&mut self) {
+        // Nobody runs calls any more. The fields go after this, leaves first: a frontend that goes
+        // with requests in flight can say that nothing touches their memory any more.
+        self.mailbox.close();
     }
 }
 

@@ -46,7 +46,10 @@ struct Shared {
     replies: ArrayQueue<PortalReply>,
     /// Wakes the service thread.
     client: Wake,
+    /// The service thread's end was dropped.
     gone: AtomicBool,
+    /// The reactor's end was dropped: all that it took is answered.
+    ended: AtomicBool,
 }
 
 /// The service thread's end.
@@ -92,6 +95,7 @@ impl Portal {
             replies: ArrayQueue::new(count),
             client: Wake::new()?,
             gone: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         });
         let portal = Portal { shared: shared.clone(), reactor, depth: count, in_flight: 0 };
         let make = move |owner| PortalFrontend {
@@ -129,15 +133,26 @@ impl Portal {
         Ok(())
     }
 
-    /// The next reply that is there.
+    /// The next reply that is there. What the reactor has not taken when its end goes is answered
+    /// with [`Status::Gone`].
     pub fn receive(&mut self) -> Option<PortalReply> {
-        let reply = self.shared.replies.pop()?;
+        let reply = self.shared.replies.pop().or_else(|| self.unanswered())?;
         self.in_flight -= 1;
         Some(reply)
     }
 
-    /// Waits for a reply. Must only be called with requests in flight.
+    fn unanswered(&self) -> Option<PortalReply> {
+        if !self.shared.ended.load(Ordering::Acquire) {
+            return None;
+        }
+        // Replies from just before the end come first; then nobody else takes requests.
+        let gone = |r: PortalRequest| PortalReply { id: r.id, status: Status::Gone };
+        self.shared.replies.pop().or_else(|| self.shared.requests.pop().map(gone))
+    }
+
+    /// Waits for a reply. Panics if no request is in flight: there would never be one.
     pub fn wait(&mut self) -> PortalReply {
+        assert!(self.in_flight > 0, "waiting for a reply to nothing");
         loop {
             // A reply of a fast device is there before a sleep would have begun.
             for _ in 0..200 {
@@ -147,7 +162,7 @@ impl Portal {
                 std::hint::spin_loop();
             }
             self.arm();
-            if self.shared.replies.is_empty() {
+            if !self.has_reply() {
                 let mut fds = [PollFd::new(self.shared.client.fd(), PollFlags::POLLIN)];
                 let _ = poll(&mut fds, PollTimeout::from(1000u16));
             }
@@ -169,6 +184,7 @@ impl Portal {
     /// Whether a reply waits.
     pub fn has_reply(&self) -> bool {
         !self.shared.replies.is_empty()
+            || (self.in_flight > 0 && self.shared.ended.load(Ordering::Acquire))
     }
 
     /// Readable when a reply came after [`Portal::arm`].
@@ -190,6 +206,18 @@ impl Drop for Portal {
     fn drop(&mut self) {
         self.shared.gone.store(true, Ordering::Release);
         self.reactor.wake();
+    }
+}
+
+impl Drop for PortalFrontend {
+    fn drop(&mut self) {
+        // With requests in flight only if the whole core ends, after its leaves have: nothing
+        // touches the buffers any more.
+        for slot in self.slots.iter().filter(|s| s.busy) {
+            let _ = self.shared.replies.push(PortalReply { id: slot.id, status: Status::Gone });
+        }
+        self.shared.ended.store(true, Ordering::Release);
+        self.shared.client.wake();
     }
 }
 
