@@ -19,9 +19,13 @@ enum Owner {
 
 struct Attached<F> {
     frontend: F,
+    /// Index of its image, or [`NO_IMAGE`].
     image: usize,
     owner: u16,
 }
+
+/// Of a frontend whose image was closed.
+const NO_IMAGE: usize = usize::MAX;
 
 /// Leaf queues, images and frontends of one reactor. Built and used on the reactor's thread, or
 /// turned by hand on any thread in tests and measurements.
@@ -225,12 +229,17 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         Some(a.frontend)
     }
 
-    /// Takes a closed image out, with how its close ended; `None` while it is not closed.
+    /// Takes a closed image out, with how its close ended; `None` while it is not closed. Frontends
+    /// that are still attached are dropped soon, once nothing of them is in flight.
     pub fn remove_closed_image(&mut self, index: usize) -> Option<(I, Status)> {
         let place = self.images.get_mut(index)?;
         let status = place.as_ref()?.1.closed()?;
         let (owner, image) = place.take()?;
         self.owners[usize::from(owner)] = Owner::Nobody;
+        // The place may be the next image's, which they must never come to stand on.
+        for a in self.frontends.iter_mut().flatten().filter(|a| a.image == index) {
+            a.image = NO_IMAGE;
+        }
         Some((image, status))
     }
 
@@ -323,6 +332,8 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
 
     #[cold]
     fn run_calls(&mut self) {
+        // Frontends come by calls: so however busy the reactor is, those that go do not pile up.
+        self.drop_closed();
         // Bounded, so that a flood of calls does not starve the rings.
         for _ in 0..16 {
             let Some(call) = self.mailbox.take() else { break };
@@ -331,10 +342,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         }
     }
 
-    /// Forgets frontends whose other side has gone. Only in idle turns: nothing is urgent here.
+    /// Forgets frontends whose other side or image has gone. Nothing is urgent here.
     fn drop_closed(&mut self) {
         for i in 0..self.frontends.len() {
-            if self.frontends[i].as_ref().is_some_and(|a| a.frontend.closed()) {
+            let place = self.frontends[i].as_ref();
+            if place.is_some_and(|a| a.image == NO_IMAGE || a.frontend.closed()) {
                 drop(self.remove_frontend(i));
             }
         }

@@ -1,17 +1,23 @@
 //! Ends: of a reactor with askers, of a core with portals, of an image with frontends.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use block::{Flags, Frontend, MemQueue, Op, Port, RawImage, Status};
+use block::{
+    Completion, Flags, Frontend, HasWork, Layer, MemQueue, Op, Port, RawImage, Status, Submit,
+};
 use dma::{PageSize, Region};
 use reactor::{Clock, Core, Policy, Portal, PortalFrontend, PortalRequest, Reactor, Start};
 
 const SIZE: u64 = 1 << 20;
 
+/// Measured once: that takes a while.
+static CLOCK: LazyLock<Clock> = LazyLock::new(Clock::real);
+
 fn core<F: Frontend>() -> Result<Core<MemQueue, RawImage, F>, String> {
-    let mut core = Core::new(Clock::real()).map_err(|e| e.to_string())?;
+    let mut core = Core::new(CLOCK.clone()).map_err(|e| e.to_string())?;
     let leaf = core.add_leaf(MemQueue::new(SIZE, 512).map_err(|e| e.to_string())?)?;
     add_image(&mut core, leaf);
     Ok(core)
@@ -82,7 +88,7 @@ fn requests_of_a_portal_whose_reactor_ends_are_answered() {
     portal.send(read(2, &region)).unwrap();
     drop(core);
     let answers = apart(move || {
-        let mut all = vec![portal.wait(), portal.wait()];
+        let mut all = [portal.wait(), portal.wait()];
         all.sort_by_key(|r| r.id);
         // It is not the last word either.
         portal.arm();
@@ -126,4 +132,75 @@ fn requests_of_a_portal_are_answered_however_the_end_falls() {
 fn waiting_for_nothing_panics() {
     let mut core = core().unwrap();
     attach(&mut core).0.wait();
+}
+
+#[test]
+fn a_frontend_never_comes_to_stand_on_another_image() {
+    let mut core = core().unwrap();
+    let (mut portal, region) = attach(&mut core);
+    Layer::<MemQueue>::close(core.image(0).unwrap());
+    while core.remove_closed_image(0).is_none() {
+        core.turn();
+    }
+    assert_eq!(add_image(&mut core, 0), 0, "the next image has the same place");
+    portal.send(read(1, &region)).unwrap();
+    let reply = std::iter::repeat_with(|| core.turn()).take(10).find_map(|_| portal.receive());
+    assert_eq!(reply.unwrap().status, Status::Gone);
+    assert_eq!(core.frontend_count(), 0);
+}
+
+#[test]
+fn a_raw_image_takes_nothing_once_it_closes() {
+    let mut core = core().unwrap();
+    let (mut portal, region) = attach(&mut core);
+    Layer::<MemQueue>::close(core.image(0).unwrap());
+    portal.send(read(1, &region)).unwrap();
+    for _ in 0..10 {
+        core.turn();
+    }
+    assert!(portal.receive().is_none());
+    assert!(core.remove_closed_image(0).is_some());
+    core.turn();
+    assert_eq!(portal.receive().map(|r| r.status), Some(Status::Gone));
+}
+
+/// A frontend that always has something to do, until it is told to close.
+struct Busy(Arc<AtomicBool>);
+
+impl Frontend for Busy {
+    fn regions(&self) -> Vec<Arc<Region>> {
+        Vec::new()
+    }
+
+    fn complete(&mut self, _done: Completion) {}
+
+    fn poll<D: Submit>(&mut self, _disk: &mut D, _now: u64) -> bool {
+        true
+    }
+
+    fn arm(&mut self) -> HasWork {
+        HasWork::Yes
+    }
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn closed(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn frontends_that_come_and_go_beside_a_busy_one_do_not_pile_up() {
+    let mut core = core::<Busy>().unwrap();
+    core.add_frontend(0, |_, _| Ok(Busy(Arc::default()))).unwrap();
+    let mailbox = core.mailbox();
+    for _ in 0..20 {
+        mailbox.post(|core| {
+            core.add_frontend(0, |_, _| Ok(Busy(Arc::new(true.into())))).unwrap();
+        });
+        assert!(core.turn());
+    }
+    assert!(core.frontend_count() <= 2, "{} frontends", core.frontend_count());
 }

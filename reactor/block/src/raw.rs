@@ -46,11 +46,14 @@ impl<L: BlockQueue> Layer<L> for RawImage {
 
     #[inline]
     fn room(&self, leaves: &[L]) -> usize {
-        leaves[usize::from(self.port.leaf)].room()
+        if self.closing == Closing::No { leaves[usize::from(self.port.leaf)].room() } else { 0 }
     }
 
     #[inline]
     fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full> {
+        if self.closing != Closing::No {
+            return Err(Full);
+        }
         let mut below = Request { unit: self.port.unit, ..*request };
         if !self.info.contains(request.offset, request.len) {
             // Past our end though maybe not past the leaf's: have the leaf refuse it, later.
