@@ -1,10 +1,18 @@
 //! [`Wake`]: how another thread wakes a reactor that may sleep, without a system call if it does not.
 
+mod flag;
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use flag::Flag;
+
+/// What `flag` is made of; a model of memory in a test.
+mod atomics {
+    pub(super) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+}
 
 /// A flag that says "I sleep" and the eventfd to write to if so.
 ///
@@ -16,7 +24,7 @@ pub struct Wake(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    sleeping: AtomicBool,
+    flag: Flag,
     fd: EventFd,
 }
 
@@ -27,37 +35,31 @@ impl Wake {
     /// If the process has no descriptor left.
     pub fn new() -> Result<Wake, nix::Error> {
         let fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Wake(Arc::new(Inner { sleeping: AtomicBool::new(false), fd })))
+        Ok(Wake(Arc::new(Inner { flag: Flag::new(), fd })))
     }
 
     /// Wakes the sleeper if it sleeps or is about to.
     #[inline]
     pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.0.sleeping.load(Ordering::Relaxed) {
+        if self.0.flag.must_ring() {
             self.ring();
         }
     }
 
     #[cold]
     fn ring(&self) {
-        if self.0.sleeping.swap(false, Ordering::AcqRel) {
-            // Fails only if the counter is full, and then the sleeper wakes anyway.
-            let _ = self.0.fd.write(1);
-        }
+        // Fails only if the counter is full, and then the sleeper wakes anyway.
+        let _ = self.0.fd.write(1);
     }
 
     /// Says that the caller is going to sleep unless it now finds work.
     pub fn about_to_sleep(&self) {
-        self.0.sleeping.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.0.flag.about_to_sleep();
     }
 
     /// Takes that back, and empties the eventfd.
     pub fn awake(&self) {
-        if !self.0.sleeping.swap(false, Ordering::AcqRel) {
-            let _ = self.0.fd.read();
-        }
+        self.0.flag.awake(|| self.0.fd.read().unwrap_or(0));
     }
 
     /// Becomes readable on a wake-up.
@@ -70,7 +72,7 @@ impl Wake {
 mod tests {
     use super::*;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     fn sleep_on(w: &Wake, ms: u16) -> bool {
         let mut fds = [PollFd::new(w.fd(), PollFlags::POLLIN)];
@@ -107,6 +109,22 @@ mod tests {
             }
         }
         waker.join().unwrap();
+    }
+
+    #[test]
+    fn a_late_ring_cuts_short_one_sleep_at_most() {
+        let w = Wake::new().unwrap();
+        w.about_to_sleep();
+        assert!(w.0.flag.must_ring(), "the waker takes the flag and is then held up");
+        w.awake();
+        w.ring();
+        for _ in 0..2 {
+            w.about_to_sleep();
+            sleep_on(&w, 0);
+            w.awake();
+        }
+        w.about_to_sleep();
+        assert!(!sleep_on(&w, 0), "still readable");
     }
 
     #[test]
