@@ -99,15 +99,15 @@ impl Refcounts {
 }
 
 impl CreateOptions {
-    /// The sizes of the image that these options make.
+    /// Length in bytes of the empty image that these options make.
     ///
     /// # Errors
     /// A sentence, if they contradict each other or the format.
-    pub fn geometry(&self) -> Result<Geometry, String> {
+    pub fn image_len(&self) -> Result<u64, String> {
         let geometry = check(self)?;
         let layout = Layout::new(&geometry, self.preallocation)?;
         make_header(&geometry, &layout, self).encode().map_err(|e| e.to_string())?;
-        Ok(geometry)
+        Ok(layout.total() * geometry.cluster_size())
     }
 }
 

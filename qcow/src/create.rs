@@ -115,7 +115,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2 + self.data
     }
 

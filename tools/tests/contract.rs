@@ -1,5 +1,7 @@
 //! What scripts rely on: the JSON of `demo` and `bench`, and how `nbd` begins and ends.
 
+#![expect(clippy::disallowed_methods, reason = "a test's patience is no hot path")]
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -162,4 +164,52 @@ fn nbd_refuses_what_is_in_use_and_shares_what_is_read() {
     let mut two = Server::start(&other, &node, &["--read-only"]);
     assert!(refused(&socket, &["--read-only"]).contains(socket.to_str().unwrap()));
     assert_eq!((one.end("-TERM"), two.end("-TERM")), (Some(0), Some(0)));
+}
+
+#[test]
+fn a_signal_ends_what_is_not_serving_yet() {
+    use std::os::unix::process::ExitStatusExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (path, socket) = (dir.path().join("a.qcow2"), dir.path().join("s"));
+    image(&path);
+    let mut first = Server::start(&socket, path.to_str().unwrap(), &[]);
+    // The second waits a second for the image; or it waits no more and has failed.
+    let other = dir.path().join("t");
+    let args = ["nbd", "--socket", other.to_str().unwrap(), path.to_str().unwrap()];
+    let mut second = Server(polldisk(&args).stderr(Stdio::null()).spawn().unwrap());
+    std::thread::sleep(Duration::from_millis(200));
+    let pid = second.0.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let status = second.0.wait().unwrap();
+    assert!(status.signal() == Some(15) || status.code() == Some(1), "{status}");
+    assert_eq!(first.end("-TERM"), Some(0));
+}
+
+#[test]
+fn an_interrupted_demo_leaves_no_scratch() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = polldisk(&["demo", "--seconds", "60", "--size", "8M"]);
+    let demo = command.env("TMPDIR", dir.path()).stdout(Stdio::null()).spawn().unwrap();
+    let mut demo = Server(demo);
+    let began = Instant::now();
+    while std::fs::read_dir(dir.path()).unwrap().next().is_none() {
+        assert!(began.elapsed() < Duration::from_secs(20), "no scratch folder");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(demo.end("-INT"), None, "died of the signal");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn messages_name_the_file_and_say_things_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("short");
+    std::fs::write(&path, "QFI").unwrap();
+    for node in [path.display().to_string(), format!("model:{}", path.display())] {
+        let out = polldisk(&["nbd", "--socket", "/x/y", &node]).output().unwrap();
+        let text = String::from_utf8(out.stderr).unwrap();
+        assert!(text.starts_with(&format!("polldisk: {node}: ")), "{text}");
+        assert_eq!(text.matches("too short").count(), 1, "{text}");
+    }
 }

@@ -78,20 +78,17 @@ pub(crate) fn run(args: &Create) -> anyhow::Result<()> {
         }
     }
     .next_multiple_of(512);
-    wanted.check(&args.image)?;
+    let end = wanted.check(&args.image)?;
     let mut place = Place::open(&args.image, &wanted)?;
     let result = match wanted.format {
-        Format::Raw => {
-            make_raw(&mut place, wanted.qcow.size, wanted.raw).map(|()| wanted.qcow.size)
-        }
+        Format::Raw => make_raw(&mut place, wanted.qcow.size, wanted.raw),
         Format::Qcow2 => {
             let name = place.name.clone();
-            let made = qcow::create::create(&mut place, &name, &wanted.qcow);
-            made.map(|()| block::Storage::len(&place)).map_err(anyhow::Error::new)
+            qcow::create::create(&mut place, &name, &wanted.qcow).map_err(anyhow::Error::new)
         }
     };
     match result {
-        Ok(end) => place.close(end)?,
+        Ok(()) => place.close(end)?,
         Err(e) => return Err(place.failed(e)),
     }
     report(args, &wanted)

@@ -106,15 +106,16 @@ impl Wanted {
         Ok(wanted)
     }
 
-    /// Checks the options against each other; to be called when the size is known.
+    /// Checks the options against each other; to be called when the size is known. Length in bytes
+    /// of the empty image.
     ///
     /// # Errors
     /// Says what is wrong.
-    pub(super) fn check(&self, target: &NodeSpec) -> anyhow::Result<()> {
+    pub(super) fn check(&self, target: &NodeSpec) -> anyhow::Result<u64> {
         match self.format {
-            Format::Raw => Ok(()),
-            Format::Qcow2 => match self.qcow.geometry() {
-                Ok(_) => Ok(()),
+            Format::Raw => Ok(self.qcow.size),
+            Format::Qcow2 => match self.qcow.image_len() {
+                Ok(len) => Ok(len),
                 Err(e) => bail!("{target}: {e}"),
             },
         }
