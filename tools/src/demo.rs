@@ -56,8 +56,10 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<u8> {
     if !(0.05..=86_400.0).contains(&demo.seconds) {
         bail!("--seconds {}: 0.05 to 86400 are possible", demo.seconds);
     }
+    let signals = crate::signals::Signals::take()?;
     let scratch = tempfile::Builder::new().prefix("polldisk-demo-").tempdir();
     let scratch = scratch.context("cannot make a scratch folder (TMPDIR names where)")?;
+    signals.remove_at_end(scratch.path());
     let cores = demo.reactor.cores(2)?;
     let alone = cores[0] == cores[1];
     let options = Options {

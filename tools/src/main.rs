@@ -8,6 +8,7 @@ mod demo;
 mod image;
 mod nbd;
 mod output;
+mod signals;
 
 use clap::{Parser, Subcommand};
 
@@ -52,7 +53,7 @@ fn main() -> std::process::ExitCode {
     match result {
         Ok(code) => std::process::ExitCode::from(code),
         Err(e) => {
-            eprintln!("polldisk: {e:#}");
+            eprintln!("polldisk: {}", output::explain(&e));
             std::process::ExitCode::FAILURE
         }
     }

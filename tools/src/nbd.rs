@@ -2,11 +2,12 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use node::{Disk, DiskOptions, ExtentSource, NodeSpec, OpenOptions, Parts};
 use qcow::open::Format;
 use reactor::{Clock, Policy, Start};
@@ -43,11 +44,7 @@ pub(crate) struct Nbd {
 
 /// Serves; returns when told to stop and everything is on disk.
 pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
-    // Blocked before any thread starts, so that only the wait below takes them.
-    let mut stop = SigSet::empty();
-    stop.add(Signal::SIGTERM);
-    stop.add(Signal::SIGINT);
-    stop.thread_block().context("cannot block signals")?;
+    let signals = crate::signals::Signals::take()?;
     let spec = NodeSpec::parse(&nbd.node)?;
     let clock = Clock::real();
     let mut allow = Vec::new();
@@ -62,7 +59,10 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
         clock: clock.clone(),
         ..OpenOptions::read(nbd.format)
     };
-    let parts = Parts::new(node::open_chain(&spec, &options)?)?;
+    let chain = node::open_chain(&spec, &options)?;
+    // Until here a signal ends the process, as long as opening and repairing may take.
+    let stop = signals.told();
+    let parts = Parts::new(chain)?;
     let start = Start {
         cpu: nbd.reactor.first_core()?,
         policy: nbd.reactor.policy.unwrap_or(Policy::Adaptive),
@@ -76,7 +76,7 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &SigSet) -> anyhow::Result<()> {
+fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &Receiver<Signal>) -> anyhow::Result<()> {
     let door = disk.door();
     let extents = ExtentSource::new(door.clone())?;
     let export = ::nbd::Export {
@@ -93,7 +93,7 @@ fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &SigSet) -> anyhow::Resu
     let mut out = std::io::stdout();
     writeln!(out, "listening on {}", nbd.socket.display())?;
     out.flush()?;
-    let signal = stop.wait().context("cannot wait for signals")?;
+    let signal = stop.recv().context("cannot wait for signals")?;
     log::info!("{signal}: stopping");
     let left = server.shutdown(DRAIN);
     if left > 0 {

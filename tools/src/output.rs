@@ -15,6 +15,18 @@ pub(crate) fn init_log(verbose: u8) {
     }
 }
 
+/// An error and its causes in one line. A cause that the text before it ends with is not said twice.
+pub(crate) fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 struct Stderr;
 
 impl log::Log for Stderr {

@@ -1,7 +1,6 @@
 //! Opening: a node as bytes ([`open_source`]), and an image with its backing files
 //! ([`open_chain`]), under the locks that QEMU takes too.
 
-use std::fs::OpenOptions as FileOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -84,13 +83,11 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
 
 fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Source, Error> {
     let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
-    let file = FileOptions::new().read(true).write(options.writable).open(&spec.path);
-    let mut host =
-        HostStorage::of(file.map_err(|e| fail(&e))?, !options.writable).map_err(|e| fail(&e))?;
+    let mut host = HostStorage::open(&spec.path, options.writable).map_err(|e| fail(&e))?;
     let lock = lock(node, host.file(), options)?;
     let capacity = match spec.size {
         Some(size) => size,
-        None => model_capacity(&mut host, options.format).map_err(Error::Image)?,
+        None => model_capacity(&mut host, node, options.format).map_err(Error::Image)?,
     };
     let capacity = capacity.next_multiple_of(4096);
     let read_only = !options.writable;
@@ -110,13 +107,13 @@ fn model_leaf(pair: QueuePair<ModelBar>) -> Result<Leaf, String> {
 }
 
 /// Bytes that a model's namespace needs for an image to grow to its full size in it.
-fn model_capacity(host: &mut HostStorage, format: Format) -> qcow::Result<u64> {
+fn model_capacity(host: &mut HostStorage, node: &str, format: Format) -> qcow::Result<u64> {
     use block::Storage;
     let len = host.len().max(4096);
     if format == Format::Raw {
         return Ok(len);
     }
-    let image = qcow::ImageMeta::open(host, "", qcow::Mode::Check)?;
+    let image = qcow::ImageMeta::open(host, node, qcow::Mode::Check)?;
     let g = &image.geometry;
     let data = g.guest_clusters().saturating_mul(g.cluster_size());
     // L2 tables: 8 bytes a cluster; refcounts: at most 8 bytes a cluster of all this; the rest is

@@ -4,11 +4,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use block::{Status, Storage, StorageError};
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 /// Where a file may end at most.
 const MAX: u64 = i64::MAX as u64 & !4095;
@@ -28,8 +28,14 @@ impl HostStorage {
     /// # Errors
     /// As the kernel says; or that it is neither a regular file nor a block device.
     pub fn open(path: &Path, writable: bool) -> io::Result<HostStorage> {
-        let file = OpenOptions::new().read(true).write(writable).open(path)?;
-        HostStorage::of(file, !writable)
+        // A named pipe would keep us until somebody opens its other end, for ever perhaps.
+        let mut options = OpenOptions::new();
+        options.read(true).write(writable).custom_flags(OFlag::O_NONBLOCK.bits());
+        let storage = HostStorage::of(options.open(path)?, !writable)?;
+        // What is served must wait: io_uring would answer "try again" else.
+        let flags = OFlag::from_bits_retain(fcntl(&storage.file, FcntlArg::F_GETFL)?);
+        fcntl(&storage.file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+        Ok(storage)
     }
 
     /// Takes an opened file.
@@ -140,5 +146,30 @@ impl Storage for HostStorage {
             self.len = len;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::Mode;
+
+    #[test]
+    fn a_named_pipe_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        for writable in [false, true] {
+            let error = HostStorage::open(&path, writable).unwrap_err().to_string();
+            assert!(error.contains("neither a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_opened_file_waits_for_its_data() {
+        let temp = tempfile::NamedTempFile::new().unwrap();
+        let storage = HostStorage::open(temp.path(), true).unwrap();
+        let flags = fcntl(storage.file(), FcntlArg::F_GETFL).unwrap();
+        assert!(!OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
     }
 }
