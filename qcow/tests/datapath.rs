@@ -6,10 +6,12 @@ mod rig;
 use std::collections::HashMap;
 
 use block::{Flags, Op, Status};
+use qcow::Compressor;
 use qcow::create::CreateOptions;
+use qcow::format::Compression;
 use qcow::open::Format;
 use qcow::run::Options;
-use rig::{LogQueue, Rig, Rng, check, fresh, qemu_check, qemu_read};
+use rig::{LogQueue, Rig, Rng, built, check, fresh, qemu_check, qemu_read};
 
 const DISK: u64 = 3 << 20;
 const DEVICE: u64 = 16 << 20;
@@ -366,4 +368,222 @@ fn wrong_requests_are_refused() {
     assert_eq!(rig.read(0, 512), [0; 512]);
     rig.flush();
     rig.close();
+}
+
+/// Guests that let go of clusters and never flush: the space comes back, and memory stays bounded.
+#[test]
+fn what_guests_let_go_of_comes_back_without_a_flush() {
+    let mut rig = Rig::single(fresh(2 << 20, 51, &options(65536, 3, 16)));
+    for round in 0..200u64 {
+        for n in 0..16u64 {
+            rig.send(Op::Write, Flags::NONE, n * 65536, 65536, &[round as u8 + 1; 65536]);
+        }
+        assert!(rig.settle().iter().all(|r| r.1.is_ok()), "round {round}: no space left");
+        assert_eq!(rig.call(Op::Discard, 0, 16 * 65536, &[]).0, Status::Ok);
+    }
+    rig.write(0, &[5; 512]);
+    let mut model = vec![0; DISK as usize];
+    model[..512].fill(5);
+    judge(rig.close().remove(0), &model, true);
+}
+
+/// An image of compressed clusters, and what it holds.
+fn compressed(cluster: u64, count: u64, compression: Compression) -> (LogQueue, Vec<u8>) {
+    let mut o = CreateOptions::new(count * cluster);
+    o.cluster_size = cluster;
+    o.compression = compression;
+    let mut model = Vec::new();
+    let leaf = built(40 << 20, 61, &o, |b| {
+        let mut c = Compressor::new(compression);
+        for n in 0..count {
+            let plain: Vec<u8> = (0..cluster).map(|i| (n + 1 + i / 700) as u8).collect();
+            let mut packed = Vec::new();
+            assert!(c.encode(&plain, &mut packed));
+            b.compressed(n * cluster, &packed).unwrap();
+            model.extend(plain);
+        }
+    });
+    (leaf, model)
+}
+
+/// Parts of compressed clusters overwritten, many at once: each needs its old contents, and there
+/// are far fewer buffers for that than requests.
+#[test]
+fn compressed_clusters_are_read_and_overwritten() {
+    for (cluster, compression, over) in [
+        (2u64 << 20, Compression::Deflate, false),
+        (65536, Compression::Zstd, false),
+        (65536, Compression::Deflate, true),
+        (4096, Compression::Deflate, true),
+    ] {
+        let count = ((24 << 20) / cluster).min(300);
+        let (leaf, mut model) = compressed(cluster, count, compression);
+        let mut leaves = vec![leaf];
+        if over {
+            let mut o = CreateOptions::new(count * cluster);
+            o.cluster_size = cluster;
+            o.backing = Some(("/layer1".to_owned(), Format::Qcow2));
+            leaves.insert(0, fresh(40 << 20, 62, &o));
+        }
+        let formats = [Format::Qcow2; 2];
+        let mut rig = Rig::open(leaves, &formats, Options::default());
+        same(&read_all(&mut rig, model.len()), &model, 0);
+        let base = usize::from(over);
+        rig.leaf(base).slow_reads = true;
+        for n in (0..count).step_by(1 + count as usize / 50) {
+            let at = n * cluster + cluster / 2;
+            rig.send(Op::Write, Flags::NONE, at, 1024, &[0xF0; 1024]);
+            model[at as usize..at as usize + 1024].fill(0xF0);
+        }
+        // All get as far as they can before the first one goes on.
+        for _ in 0..1000 {
+            assert!(rig.turn().is_empty());
+        }
+        rig.leaf(base).slow_reads = false;
+        assert!(rig.settle().iter().all(|r| r.1.is_ok()));
+        same(&read_all(&mut rig, model.len()), &model, 0);
+        assert_eq!(rig.call(Op::WriteZeroes, cluster, 2 * cluster, &[]).0, Status::Ok);
+        model[cluster as usize..3 * cluster as usize].fill(0);
+        let mut leaves = rig.close();
+        let top = judge(leaves.remove(0), &model, !over);
+        leaves.insert(0, top);
+        let mut rig = Rig::open(leaves, &formats, Options::default());
+        same(&read_all(&mut rig, model.len()), &model, 0);
+    }
+}
+
+/// Disks and layers that end within a sector.
+#[test]
+fn sizes_that_are_no_whole_sectors() {
+    // A disk of 100,100 bytes: what lies behind its last whole sector is nobody's.
+    let mut leaf = fresh(DEVICE, 71, &options(4096, 3, 16));
+    leaf.poke(24, &100_100u64.to_be_bytes());
+    let mut rig = Rig::single(leaf);
+    assert_eq!(rig.call(Op::Read, 100_100 & !511, 512, &[]).0, Status::Invalid);
+    rig.write(98_304, &[1; 512]);
+    rig.write(99_328, &[2; 512]);
+    assert_eq!(rig.call(Op::Discard, 98_304, 1536, &[]).0, Status::Ok);
+    rig.write(98_816, &[3; 512]);
+    assert_eq!(rig.read(98_304, 1536), [[0; 512], [3; 512], [0; 512]].concat());
+    judge(rig.close().remove(0), &[], false);
+
+    // Over a qcow2 file of that size and a raw one: the bytes to the end, then zeroes.
+    for raw in [false, true] {
+        let mut base = LogQueue::new(DEVICE, 72);
+        if raw {
+            base.load(&vec![7; 100_352]);
+            base.pretend(100_352, 100_100);
+        } else {
+            let mut o = options(4096, 3, 16);
+            o.size = 100_352;
+            let mut rig = Rig::single(rig::make(base, &o));
+            rig.write(0, &vec![7; 100_352]);
+            base = rig.close().remove(0);
+            base.poke(24, &100_100u64.to_be_bytes());
+        }
+        let format = if raw { Format::Raw } else { Format::Qcow2 };
+        for cluster in [512, 4096, 65536] {
+            let mut o = options(cluster, 3, 16);
+            o.backing = Some(("/layer1".to_owned(), format));
+            let top = fresh(DEVICE, 73, &o);
+            let mut rig = Rig::open(vec![top, base], &[Format::Qcow2, format], Options::default());
+            let mut want = vec![7; 100_100];
+            want.resize(DISK as usize, 0);
+            same(&read_all(&mut rig, DISK as usize), &want, 0);
+            rig.write(99_328, &[9; 512]);
+            rig.write(100_352, &[8; 512]);
+            want[99_328..99_840].fill(9);
+            want[100_352..100_864].fill(8);
+            same(&read_all(&mut rig, DISK as usize), &want, 0);
+            let mut leaves = rig.close();
+            base = leaves.remove(1);
+            judge(leaves.remove(0), &[], false);
+        }
+    }
+}
+
+/// Write-zeroes that must be fast or nothing; unaligned ends; version 2 over a backing file.
+#[test]
+fn zeroes_fast_or_not_at_all() {
+    let mut rig = Rig::single(fresh(DEVICE, 81, &options(65536, 3, 16)));
+    let fast = Flags::FAST_ONLY;
+    rig.write(0, &vec![5; 256 << 10]);
+    let zero =
+        |rig: &mut Rig, offset, len| rig.call_flags(Op::WriteZeroes, fast, offset, len, &[]).0;
+    // Parts of clusters with data would have to be written: not fast, and nothing changes.
+    assert_eq!(zero(&mut rig, 512, 65536 * 2), Status::Unsupported);
+    assert_eq!(zero(&mut rig, 0, 65536 + 512), Status::Unsupported);
+    assert_eq!(rig.read(0, 256 << 10), vec![5; 256 << 10]);
+    assert_eq!(zero(&mut rig, 65536, 65536), Status::Ok);
+    assert_eq!(zero(&mut rig, 65536 + 512, 512), Status::Ok);
+    assert_eq!(zero(&mut rig, (256 << 10) + 512, DISK - (256 << 10) - 512), Status::Ok);
+    let mut model = vec![0; DISK as usize];
+    model[..65536].fill(5);
+    model[131_072..262_144].fill(5);
+    same(&read_all(&mut rig, DISK as usize), &model, 0);
+    judge(rig.close().remove(0), &model, true);
+
+    let mut o = options(65536, 2, 16);
+    o.backing = Some(("/layer1".to_owned(), Format::Raw));
+    let mut base = LogQueue::new(DISK, 82);
+    base.load(&vec![7; DISK as usize]);
+    let top = fresh(DEVICE, 83, &o);
+    let mut rig = Rig::open(vec![top, base], &[Format::Qcow2, Format::Raw], Options::default());
+    assert_eq!(zero(&mut rig, 0, 65536), Status::Unsupported);
+    assert_eq!(rig.call(Op::Discard, 0, DISK, &[]).0, Status::Ok);
+    assert_eq!(rig.call(Op::WriteZeroes, 1024, 200_000 & !511, &[]).0, Status::Ok);
+    let mut model = vec![7; DISK as usize];
+    model[1024..1024 + (200_000 & !511)].fill(0);
+    same(&read_all(&mut rig, DISK as usize), &model, 0);
+    // A discard must not bring back what is below.
+    assert_eq!(rig.call(Op::Discard, 0, DISK, &[]).0, Status::Ok);
+    same(&read_all(&mut rig, DISK as usize), &model, 0);
+    judge(rig.close().remove(0), &model, false);
+}
+
+/// 4 KiB writes one after the other into an empty image at depth 32: what that costs the device.
+#[test]
+fn sequential_writes_cost_little_more_than_their_data() {
+    for cache in [true, false] {
+        for flush_every in [None, Some(4096u64)] {
+            let size = 64 << 20;
+            let mut o = CreateOptions::new(size);
+            o.cluster_size = 65536;
+            let mut leaf = fresh(size + (4 << 20), 91, &o);
+            if !cache {
+                leaf = leaf.without_cache();
+            }
+            let mut rig = Rig::single(leaf);
+            let before = rig.leaf(0).writes + rig.leaf(0).discards;
+            let flushed_before = rig.leaf(0).flushes;
+            let (mut sent, mut flushes) = (0, 0);
+            let count = size / 4096;
+            while sent < count || rig.portal.in_flight() > 0 {
+                while sent < count && rig.portal.in_flight() < 32 {
+                    rig.send(Op::Write, Flags::NONE, sent * 4096, 4096, &[sent as u8; 4096]);
+                    sent += 1;
+                    if flush_every.is_some_and(|n| sent.is_multiple_of(n)) {
+                        rig.send(Op::Flush, Flags::NONE, 0, 0, &[]);
+                        flushes += 1;
+                    }
+                }
+                assert!(rig.turn().iter().all(|r| r.1.is_ok()));
+            }
+            let device = rig.leaf(0).writes + rig.leaf(0).discards - before;
+            let flushed = rig.leaf(0).flushes - flushed_before;
+            let per_write = device as f64 / count as f64;
+            println!(
+                "cache {cache}, {flushes} flushes: {device} device writes for {count} ({per_write:.3}), \
+                 {flushed} device flushes"
+            );
+            assert!(per_write <= 1.2, "{device} device writes for {count}");
+            let most = if cache { 2 * flushes + 8 } else { 0 };
+            assert!(flushed <= most, "{flushed} device flushes");
+            for n in (0..count).step_by(377) {
+                assert_eq!(rig.read(n * 4096, 4096), [n as u8; 4096]);
+            }
+            let (_, bad, leaks) = check(rig.close().remove(0));
+            assert_eq!((bad, leaks), (0, 0));
+        }
+    }
 }

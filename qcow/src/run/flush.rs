@@ -8,9 +8,10 @@
 //! 3. L2 table parts and L1 entries, which only point at what is durable,
 //! 4. a flush again.
 //!
-//! Only then are the clusters that the batch's L2 entries let go of handed to the allocator, which
-//! lowers their refcounts in a later batch. All flushes of guests that arrive before a batch begins
-//! share it. So on stable storage refcount ≥ references holds at every instant.
+//! Only then does anything count as written, and are the clusters that the batch's L2 entries let go
+//! of handed to [`super::reclaim`], which lowers their refcounts in a later batch. All flushes of
+//! guests that arrive before a batch begins share it. So on stable storage refcount ≥ references
+//! holds at every instant. A step that fails ends the batch, and the next one does all of it again.
 
 use block::{Flags, Op, SegList, Status};
 use dma::{Buf, Seg};
@@ -31,16 +32,8 @@ pub(super) struct Batches {
     running: bool,
     begun: u64,
     ended: u64,
-    /// How the last one ended, and a counter of those that failed.
+    /// How the last one ended.
     last: Option<Status>,
-    /// Host clusters that staged changes let go of, with how many references.
-    frees: Vec<u64>,
-}
-
-impl Batches {
-    pub(super) fn is_running(&self) -> bool {
-        self.running
-    }
 }
 
 impl Shared {
@@ -88,72 +81,54 @@ impl Shared {
         }
     }
 
-    /// Notes clusters to be let go of when the change that frees them is durable.
-    pub(super) fn free_later(&self, cluster: u64, count: u64) {
-        self.batches.borrow_mut().frees.extend(cluster..cluster + count);
-    }
-
     /// Whether anything in memory is not on disk.
     pub(super) fn is_dirty(&self) -> bool {
         self.tables.borrow().is_dirty()
-            || !self.batches.borrow().frees.is_empty()
-            || self.alloc.borrow().is_dirty()
+            || self.let_go.borrow().is_anything()
+            || self.alloc.borrow().dirty_slices() > 0
     }
 
     async fn batch(&self, slot: u16) -> Status {
         self.counters.batches.set(self.counters.batches.get() + 1);
         let pages = self.tables.borrow_mut().seal();
         let parts = self.tables.borrow().dirty_l1_parts();
-        let frees = std::mem::take(&mut self.batches.borrow_mut().frees);
+        let frees = self.let_go.borrow_mut().seal();
         match self.write_batch(slot, &pages, &parts).await {
             Ok(()) => {
-                self.alloc.borrow_mut().retire(&self.epoch, frees);
-                self.tables.borrow_mut().trim(SLICES_KEEP);
+                let mut tables = self.tables.borrow_mut();
+                tables.written(&pages, &parts);
+                tables.trim(SLICES_KEEP);
+                self.retire(frees);
                 Status::Ok
             }
             Err(status) => {
-                self.batches.borrow_mut().frees.extend(frees);
+                self.let_go.borrow_mut().unseal(frees);
                 status
             }
         }
     }
 
     async fn write_batch(&self, slot: u16, pages: &[u64], parts: &[usize]) -> Result<(), Status> {
-        let refs = self.alloc.borrow_mut().begin_write();
-        let pieces = refs.iter().map(|(key, offset, bytes)| (*key, *offset, bytes.clone()));
-        let wrote = self.write_meta(slot, pieces).await;
-        self.alloc.borrow_mut().end_write(&refs, wrote.is_ok());
-        wrote?;
-        if pages.is_empty() && parts.is_empty() {
-            return check(self.device_flush(slot).await);
-        }
+        // In one go with the sealing: what is sealed is counted in these.
+        let refs = self.alloc.borrow_mut().begin_write()?;
+        let pieces = refs.iter().map(|(_, offset, bytes)| (*offset, bytes.clone()));
+        self.write_meta(slot, pieces).await?;
         check(self.device_flush(slot).await)?;
+        self.alloc.borrow_mut().end_write(&refs);
+        if pages.is_empty() && parts.is_empty() {
+            return Ok(());
+        }
         let slices = pages.iter().map(|&page| {
             let bytes = self.tables.borrow().slice_bytes(page);
-            (page, self.slice_offset(page), bytes)
+            (self.slice_offset(page), bytes)
         });
-        let wrote = self.write_meta(slot, slices).await;
-        for &page in pages {
-            self.tables.borrow_mut().slice_written(page, wrote.is_ok());
-        }
-        wrote?;
+        self.write_meta(slot, slices).await?;
         let l1 = parts.iter().map(|&part| {
             let offset = self.stack.top.l1_offset + (part * META) as u64;
-            (part as u64, offset, self.tables.borrow().l1_bytes(part))
+            (offset, self.tables.borrow().l1_bytes(part))
         });
-        let wrote = self.write_meta(slot, l1).await;
-        for &part in parts {
-            self.tables.borrow_mut().l1_written(part, wrote.is_ok());
-        }
-        wrote?;
-        let flushed = check(self.device_flush(slot).await);
-        if flushed.is_err() {
-            // The device may have dropped any of it: write all of it again next time.
-            let mut tables = self.tables.borrow_mut();
-            pages.iter().for_each(|&page| tables.slice_written(page, false));
-            parts.iter().for_each(|&part| tables.l1_again(part));
-        }
-        flushed
+        self.write_meta(slot, l1).await?;
+        check(self.device_flush(slot).await)
     }
 
     /// Where a page's part of its L2 table stands on disk.
@@ -165,18 +140,18 @@ impl Shared {
         table + self.geometry.l2_index(guest) as u64 * 8
     }
 
-    /// Writes metadata parts (key, offset, bytes), sorted by offset where they are: neighbours go
-    /// in one request. Waits for all of it.
+    /// Writes metadata parts (offset, bytes): neighbours that follow each other go in one request.
+    /// Waits for all of it.
     async fn write_meta(
         &self,
         slot: u16,
-        parts: impl Iterator<Item = (u64, u64, Vec<u8>)>,
+        parts: impl Iterator<Item = (u64, Vec<u8>)>,
     ) -> Result<(), Status> {
         let mut bufs: Vec<Buf> = Vec::new();
         let mut run = SegList::EMPTY;
         let mut start = 0;
         let mut failed = Status::Ok;
-        for (_, offset, bytes) in parts {
+        for (offset, bytes) in parts {
             let mut buf = self.try_meta_buf();
             if buf.is_none() {
                 self.send_run(slot, start, &mut run);

@@ -74,6 +74,8 @@ pub struct Image {
     writable: bool,
     closing: bool,
     close_slot: u16,
+    /// The close itself has begun: it waits for all requests.
+    close_began: bool,
     tasks: Tasks,
     closed: Option<Status>,
 }
@@ -85,7 +87,7 @@ impl Image {
     /// # Errors
     /// If memory is short or a leaf cannot reach it.
     pub fn attach<L: BlockQueue>(
-        stack: Stack,
+        mut stack: Stack,
         owner: u16,
         leaves: &mut [L],
         options: Options,
@@ -94,26 +96,27 @@ impl Image {
         if let Some(l) = stack.layers.iter().find(|l| port_of(l) >= leaves.len()) {
             return Err(format!("{}: there is no leaf queue {}", l.name, l.port.leaf));
         }
-        let below = stack.layers[0].port;
-        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
-        let device = device.ok_or("the leaf queue has no such unit")?;
         let mut max_transfer = 1 << 20;
-        for l in &stack.layers {
+        for l in &mut stack.layers {
             let info = leaves[port_of(l)].info(l.port.unit);
             let info =
                 info.ok_or_else(|| format!("{}: the leaf queue has no such unit", l.name))?;
+            l.capacity = info.size;
             max_transfer = max_transfer.min(info.max_transfer & !4095);
         }
         if max_transfer == 0 {
             return Err("a device takes less than 4 KiB at a time".to_owned());
         }
-        let top = &stack.top;
+        let below = stack.layers[0].port;
+        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
+        let device = device.ok_or("the leaf queue has no such unit")?;
+        let top = &mut stack.top;
         let geometry = top.geometry;
         let slots = options.slots.clamp(1, 1024);
         let least = 2 * usize::from(slots) + 16;
         let bits = page_bits(&geometry);
         let map = Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
-        let tables = Tables::new(top.l1.clone());
+        let tables = Tables::new(std::mem::take(&mut top.l1));
         let alloc = Allocator::new(top, device.size);
         let info = DeviceInfo {
             size: geometry.size() & !511,
@@ -157,6 +160,7 @@ impl Image {
             writable,
             closing: false,
             close_slot: slots,
+            close_began: false,
             shared,
             tasks,
             closed: None,
@@ -270,6 +274,22 @@ impl Image {
         work.generation.set(work.generation.get().wrapping_add(1));
         // Never grows: a slot is free once.
         self.free.push(at);
+        if self.closing {
+            self.begin_close();
+        }
+    }
+
+    /// Begins the close when nothing is in flight any more.
+    #[cold]
+    fn begin_close(&mut self) {
+        if self.close_began || self.free.len() < usize::from(self.close_slot) {
+            return;
+        }
+        self.close_began = true;
+        let job =
+            Job { what: What::Close, flags: Flags::NONE, offset: 0, len: 0, segs: SegList::EMPTY };
+        self.shared.give_job(self.close_slot, job);
+        self.shared.make_ready(self.close_slot);
     }
 }
 
@@ -360,15 +380,7 @@ impl<L: BlockQueue> Layer<L> for Image {
         if !self.closing {
             self.closing = true;
             self.ways = [Way::NONE; 5];
-            let job = Job {
-                what: What::Close,
-                flags: Flags::NONE,
-                offset: 0,
-                len: 0,
-                segs: SegList::EMPTY,
-            };
-            self.shared.give_job(self.close_slot, job);
-            self.shared.make_ready(self.close_slot);
+            self.begin_close();
         }
     }
 

@@ -1,8 +1,9 @@
 //! [`Tables`]: L1 and L2 tables of layer 0 that are being changed.
 //!
-//! Each table part has an *image*, which holds only what may go to disk in the batch that is
-//! being written, and a list of *pending* changes, which wait for the next one: so an entry whose
-//! data is not durable yet is never written along by chance. See [`super::flush`] for the order.
+//! Each table part is kept twice: as it is *now*, and as an *image* of what may go to disk in the
+//! batch that is being written. What changes during a batch waits for the next one: so an entry
+//! whose data is not durable yet is never written along by chance. See [`super::flush`] for the
+//! order.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -14,9 +15,11 @@ pub(super) const L1_PART: usize = META / 8;
 
 /// A part of an L2 table, as many entries as a page of the map has.
 pub(super) struct Slice {
+    now: Box<[u64]>,
     image: Box<[u64]>,
-    pending: Vec<(u16, u64)>,
-    /// The image differs from what is on disk.
+    /// `now` may differ from the image.
+    changed: bool,
+    /// The image is not known to be durable.
     dirty: bool,
     /// Tasks that are about to change it: it must stay in memory.
     users: u32,
@@ -62,7 +65,9 @@ impl Tables {
     }
 
     pub(super) fn insert(&mut self, page: u64, entries: Vec<u64>) {
-        let slice = Slice { image: entries.into(), pending: Vec::new(), dirty: false, users: 0 };
+        let now: Box<[u64]> = entries.into();
+        let image = now.clone();
+        let slice = Slice { now, image, changed: false, dirty: false, users: 0 };
         self.slices.entry(page).or_insert(slice);
     }
 
@@ -81,20 +86,21 @@ impl Tables {
 
     /// An entry with all changes, if its slice is in memory.
     pub(super) fn entry(&self, page: u64, index: usize) -> Option<u64> {
-        let slice = self.slices.get(&page)?;
-        let late = slice.pending.iter().rev().find(|&&(i, _)| usize::from(i) == index);
-        late.map(|&(_, raw)| raw).or_else(|| slice.image.get(index).copied())
+        self.slices.get(&page)?.now.get(index).copied()
     }
 
     /// Changes an entry of a held slice, from the next batch on.
     pub(super) fn stage(&mut self, page: u64, index: usize, raw: u64) {
-        if let Some(s) = self.slices.get_mut(&page) {
-            s.pending.push((index as u16, raw));
+        if let Some(s) = self.slices.get_mut(&page)
+            && let Some(entry) = s.now.get_mut(index)
+        {
+            *entry = raw;
+            s.changed = true;
         }
     }
 
-    /// Lets pending changes into the images: the start of a batch. What they rely on has completed
-    /// on the device before this call.
+    /// Lets changes into the images: the start of a batch. What they rely on has completed on the
+    /// device before this call. Returns the pages whose slices are to be written.
     pub(super) fn seal(&mut self) -> Vec<u64> {
         for (index, raw) in self.l1_pending.drain(..) {
             self.l1_image[index] = raw;
@@ -102,11 +108,9 @@ impl Tables {
         }
         let mut dirty = Vec::new();
         for (&page, s) in &mut self.slices {
-            for (index, raw) in s.pending.drain(..) {
-                if let Some(entry) = s.image.get_mut(usize::from(index)) {
-                    s.dirty |= *entry != raw;
-                    *entry = raw;
-                }
+            if std::mem::take(&mut s.changed) && s.now != s.image {
+                s.image.copy_from_slice(&s.now);
+                s.dirty = true;
             }
             if s.dirty {
                 dirty.push(page);
@@ -136,35 +140,30 @@ impl Tables {
         image.iter().flat_map(|e| e.to_be_bytes()).collect()
     }
 
-    pub(super) fn slice_written(&mut self, page: u64, done: bool) {
-        if let Some(s) = self.slices.get_mut(&page) {
-            s.dirty = !done;
+    /// The end of a batch: what it wrote is durable.
+    pub(super) fn written(&mut self, pages: &[u64], l1_parts: &[usize]) {
+        for page in pages {
+            if let Some(s) = self.slices.get_mut(page) {
+                s.dirty = false;
+            }
         }
-    }
-
-    pub(super) fn l1_written(&mut self, part: usize, done: bool) {
-        if done {
-            self.l1_dirty.remove(&part);
+        for part in l1_parts {
+            self.l1_dirty.remove(part);
         }
-    }
-
-    /// A part of the L1 table whose write may have been lost.
-    pub(super) fn l1_again(&mut self, part: usize) {
-        self.l1_dirty.insert(part);
     }
 
     /// Whether anything is not on disk.
     pub(super) fn is_dirty(&self) -> bool {
-        !self.l1_pending.is_empty()
-            || !self.l1_dirty.is_empty()
-            || self.slices.values().any(|s| s.dirty || !s.pending.is_empty())
+        self.l1_is_dirty() || self.slices.values().any(|s| s.dirty || s.changed)
     }
 
     /// Whether a slice, or the way to it, is not on disk.
     pub(super) fn page_is_dirty(&self, page: u64) -> bool {
-        !self.l1_pending.is_empty()
-            || !self.l1_dirty.is_empty()
-            || self.slices.get(&page).is_some_and(|s| s.dirty || !s.pending.is_empty())
+        self.l1_is_dirty() || self.slices.get(&page).is_some_and(|s| s.dirty || s.changed)
+    }
+
+    fn l1_is_dirty(&self) -> bool {
+        !self.l1_pending.is_empty() || !self.l1_dirty.is_empty()
     }
 
     pub(super) fn slice_count(&self) -> usize {
@@ -174,7 +173,7 @@ impl Tables {
     /// Forgets clean slices that nobody uses, if there are more than `keep`.
     pub(super) fn trim(&mut self, keep: usize) {
         if self.slices.len() > keep {
-            self.slices.retain(|_, s| s.dirty || s.users > 0 || !s.pending.is_empty());
+            self.slices.retain(|_, s| s.dirty || s.changed || s.users > 0);
         }
     }
 }
@@ -199,11 +198,13 @@ mod tests {
         t.stage(7, 4, 13);
         assert_eq!(t.slice_bytes(7)[24..40], [[0; 7].as_slice(), &[11], &[0; 8]].concat());
         assert_eq!((t.entry(7, 3), t.entry(7, 4)), (Some(12), Some(13)));
-        t.slice_written(7, true);
+        t.written(&[7], &[]);
         assert!(t.is_dirty() && t.page_is_dirty(7) && !t.page_is_dirty(8));
         assert_eq!(t.seal(), [7]);
-        t.slice_written(7, false);
-        assert_eq!(t.seal(), [7], "a failed write stays dirty");
+        assert_eq!(t.seal(), [7], "what is not known to be durable stays dirty");
+        t.written(&[7], &[]);
+        t.stage(7, 4, 13);
+        assert!(t.seal().is_empty(), "nothing is new");
     }
 
     #[test]
@@ -217,7 +218,7 @@ mod tests {
         let bytes = t.l1_bytes(1);
         assert_eq!(bytes.len(), 1024);
         assert_eq!(bytes[87 * 8..88 * 8], 0x10000u64.to_be_bytes());
-        t.l1_written(1, true);
+        t.written(&[], &[1]);
         assert!(!t.is_dirty());
     }
 

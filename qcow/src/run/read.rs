@@ -1,18 +1,19 @@
 //! Reads that do not go straight down: several runs, zeroes, compressed clusters, parts.
 
-use block::{Flags, Op, SegList, Status};
+use block::{Flags, MAX_SEGS, Op, SegList, Status};
 use dma::Seg;
 
 use super::io::Child;
 use super::resolve::Source;
-use super::shared::Shared;
+use super::shared::{META, Shared};
 use super::stack::LayerFormat;
 use crate::map::{Kind, Word};
 
 /// Decompressed clusters kept for the reads that follow in the same cluster.
 const KEPT: usize = 4;
 
-/// The clusters that were decompressed last: (layer, host offset, contents).
+/// The clusters that were decompressed last: (layer, host offset, contents). Nothing is compressed
+/// while an image is open, so that what is at a place never becomes something else.
 #[derive(Default)]
 pub(super) struct Decompressed(Vec<(usize, u64, Vec<u8>)>);
 
@@ -26,11 +27,6 @@ impl Decompressed {
             self.0.remove(0);
         }
         self.0.push((layer, host, data));
-    }
-
-    /// Forgets all: a compressed cluster of layer 0 is gone and its place may be used again.
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
     }
 }
 
@@ -57,7 +53,7 @@ impl Shared {
     ) -> Result<(), Status> {
         let bits = self.geometry.cluster_bits();
         let size = self.geometry.cluster_size();
-        let end = (offset + len).min(self.geometry.size());
+        let end = (offset + len).min(self.geometry.size().next_multiple_of(512));
         self.zero_memory(segs, end - offset, offset + len - end)?;
         let mut at = offset;
         while at < end {
@@ -99,17 +95,23 @@ impl Shared {
                 Kind::Compressed | Kind::Split => {
                     check(self.wait(slot).await)?;
                     let (source, run) = self.resolve(slot, at, to - at).await?;
-                    to = at + run;
+                    // A layer that ends within a sector: zeroes follow.
+                    let whole = run.next_multiple_of(512);
+                    to = at + whole;
                     match source {
                         Source::Zero => self.zero_memory(segs, at - offset, run)?,
                         Source::Data { layer, host } => {
-                            self.start_read(slot, layer, host, segs, at - offset, run)?;
+                            self.start_read(slot, layer, host, segs, at - offset, whole)?;
+                            if whole > run {
+                                check(self.wait(slot).await)?;
+                            }
                         }
                         Source::Compressed { layer, host, len, from } => {
                             self.decompress(slot, layer, host, len).await?;
                             self.copy_out(layer, host, from, segs, at - offset, run)?;
                         }
                     }
+                    self.zero_memory(segs, at - offset + run, whole - run)?;
                 }
                 Kind::Corrupt | Kind::Absent => return Err(Status::Corrupt),
             }
@@ -185,27 +187,10 @@ impl Shared {
         let LayerFormat::Qcow { geometry, compression, .. } = &l.format else {
             return Err(Status::Corrupt);
         };
-        let (from, to) = (host & !511, (host + u64::from(len)).next_multiple_of(512));
-        let mut packed = Vec::with_capacity((to - from) as usize);
-        let buf = self.data_buf(slot).await;
-        let mut status = Status::Ok;
-        while from + (packed.len() as u64) < to && status.is_ok() {
-            let at = from + packed.len() as u64;
-            let n = (to - at).min(u64::from(buf.seg().len()));
-            let seg = buf.head(n as u32).unwrap_or(Seg::NONE);
-            let mut segs = SegList::EMPTY;
-            let _one = segs.push(seg);
-            status = self.io(slot, l.port, Op::Read, at, segs).await;
-            let old = packed.len();
-            packed.resize(old + n as usize, 0);
-            self.data_region().read_seg(&seg, &mut packed[old..]);
-        }
-        self.give_data(buf);
-        check(status)?;
-        let packed = packed.get((host - from) as usize..).unwrap_or(&[]);
+        let packed = self.read_packed(slot, layer, host, len).await?;
         let size = geometry.cluster_size() as usize;
         let mut data = vec![0; size];
-        let unpacked = self.decompressor.borrow_mut().decode(*compression, packed, &mut data);
+        let unpacked = self.decompressor.borrow_mut().decode(*compression, &packed, &mut data);
         unpacked.map_err(|e| {
             log::error!("{}: compressed cluster at {host:#x}: {e}", l.name);
             Status::Corrupt
@@ -215,6 +200,49 @@ impl Shared {
             kept.put(layer, host, data);
         }
         Ok(())
+    }
+
+    /// Reads `len` bytes from `host` on, by way of metadata buffers: the caller may hold a data buffer
+    /// already, and whoever waits for a second one may wait for ever.
+    async fn read_packed(
+        &self,
+        slot: u16,
+        layer: usize,
+        host: u64,
+        len: u32,
+    ) -> Result<Vec<u8>, Status> {
+        let l = &self.stack.layers[layer];
+        let mut at = host & !511;
+        // An entry counts whole sectors: the last ones may lie behind the file's end.
+        let to = (host + u64::from(len)).next_multiple_of(512).min(l.capacity);
+        let skip = (host - at) as usize;
+        let mut packed = Vec::with_capacity(skip + len as usize);
+        while at < to {
+            let mut bufs = vec![self.meta_buf(slot).await];
+            let mut segs = SegList::EMPTY;
+            loop {
+                let left = (to - at).saturating_sub(segs.bytes());
+                let Some(buf) = bufs.last() else { break };
+                let seg = buf.head(left.min(META as u64) as u32).unwrap_or(Seg::NONE);
+                let full = !segs.push(seg) || segs.bytes() >= to - at || bufs.len() == MAX_SEGS;
+                match if full { None } else { self.try_meta_buf() } {
+                    Some(buf) => bufs.push(buf),
+                    None => break,
+                }
+            }
+            let status = self.io(slot, l.port, Op::Read, at, segs).await;
+            for seg in segs.as_slice() {
+                let old = packed.len();
+                packed.resize(old + seg.len() as usize, 0);
+                self.meta_region().read_seg(seg, &mut packed[old..]);
+            }
+            bufs.drain(..).for_each(|b| self.give_meta(b));
+            check(status)?;
+            at += segs.bytes();
+        }
+        packed.resize(packed.len().max(skip), 0);
+        packed.drain(..skip);
+        Ok(packed)
     }
 
     /// Whether a cluster reads as zeroes by its word alone.

@@ -5,7 +5,7 @@ use block::{Port, Status};
 
 use super::shared::{Key, META, Shared};
 use super::stack::LayerFormat;
-use crate::format::{Geometry, L1Entry, L2Entry};
+use crate::format::{Geometry, HOST_OFFSET_BITS, L1Entry, L2Entry};
 use crate::map::{Kind, Word};
 
 /// Where a range of the guest's disk comes from.
@@ -75,6 +75,10 @@ impl Shared {
                     Some(Word::split())
                 } else {
                     match &layer.format {
+                        // A word holds no offsets above that, which only a sparse file has.
+                        LayerFormat::Raw { .. } if guest >> HOST_OFFSET_BITS != 0 => {
+                            Some(Word::split())
+                        }
                         LayerFormat::Raw { .. } => Some(Word::mapped(at as u8, guest, false)),
                         LayerFormat::Qcow { geometry, .. } if geometry.cluster_size() < size => {
                             Some(Word::split())
@@ -111,7 +115,11 @@ impl Shared {
         let raw = *list.get(index as usize)?;
         let inside = g.in_cluster(guest);
         let top = at == 0;
-        match self.decode(at, g, guest, raw) {
+        let entry = self.decode(at, g, guest, raw);
+        if top && !self.info.read_only {
+            self.look_at_count(g, entry);
+        }
+        match entry {
             Err(_) => Some(Word::corrupt()),
             Ok(L2Entry::Unallocated) => None,
             Ok(L2Entry::Normal { host, copied }) => {
@@ -124,7 +132,27 @@ impl Shared {
         }
     }
 
-    /// Decodes an L2 entry and checks that it does not point at metadata; logs what is wrong.
+    /// Looks whether the refcount of what an entry names is 0, as far as that is known without a
+    /// read.
+    fn look_at_count(&self, g: &Geometry, entry: Result<L2Entry, Status>) {
+        let (Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. })
+        | Ok(L2Entry::Compressed { host, .. })) = entry
+        else {
+            return;
+        };
+        if !self.alloc.borrow().seems_counted(g.cluster(host)) {
+            self.miscounted(g.cluster(host));
+        }
+    }
+
+    /// First byte behind everything that a layer can hold.
+    fn end_of(&self, at: usize) -> u64 {
+        let end = self.stack.layers[at].end;
+        if at == 0 { end.max(self.alloc.borrow().grown()) } else { end }
+    }
+
+    /// Decodes an L2 entry and checks that it points neither at metadata nor behind the file's end;
+    /// logs what is wrong.
     pub(super) fn decode(
         &self,
         at: usize,
@@ -137,11 +165,20 @@ impl Shared {
             log::error!("{name}: L2 entry {raw:#018x} of guest offset {guest:#x}: {e}");
             Status::Corrupt
         })?;
-        if at == 0
-            && let Some(host) = entry.host_cluster()
-            && self.alloc.borrow().is_metadata(g.cluster(host))
-        {
+        let (host, len, needed) = match entry {
+            L2Entry::Normal { host, .. } => (host, g.cluster_size(), true),
+            L2Entry::ZeroAllocated { host, .. } => (host, g.cluster_size(), false),
+            L2Entry::Compressed { host, len } => (host, u64::from(len), true),
+            L2Entry::Unallocated | L2Entry::Zero => return Ok(entry),
+        };
+        let mut clusters = g.cluster(host)..=g.cluster(host + len - 1);
+        if at == 0 && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
             log::error!("{name}: guest offset {guest:#x} is mapped to metadata at {host:#x}");
+            return Err(Status::Corrupt);
+        }
+        // The file was cut, or the entry is wrong. A kept cluster need not be there yet.
+        if needed && host >= self.end_of(at) {
+            log::error!("{name}: guest offset {guest:#x} is mapped behind the end at {host:#x}");
             return Err(Status::Corrupt);
         }
         Ok(entry)
@@ -160,7 +197,10 @@ impl Shared {
         if guest >= g.size() {
             return Ok(None);
         }
-        let Some(table) = self.table_offset(at, g, guest)? else { return Ok(None) };
+        let table = self.l1_entry(at, g, guest)?.offset;
+        if table == 0 {
+            return Ok(None);
+        }
         let first = g.l2_index(guest);
         let last = g.l2_index(guest.saturating_add(len - 1).min(guest | (g.l2_span() - 1)));
         if at == 0 {
@@ -178,8 +218,8 @@ impl Shared {
         Ok(Some((g.cluster_start(guest), raw)))
     }
 
-    /// Where the L2 table for `guest` stands in a layer, if there is one.
-    fn table_offset(&self, at: usize, g: &Geometry, guest: u64) -> Result<Option<u64>, Status> {
+    /// A layer's L1 entry for `guest`.
+    pub(super) fn l1_entry(&self, at: usize, g: &Geometry, guest: u64) -> Result<L1Entry, Status> {
         let index = g.l1_index(guest);
         let raw = match at {
             0 => self.tables.borrow().l1(index),
@@ -188,11 +228,16 @@ impl Shared {
                 LayerFormat::Raw { .. } => 0,
             },
         };
+        let name = &self.stack.layers[at].name;
         let entry = L1Entry::decode(raw, g).map_err(|e| {
-            log::error!("{}: L1 entry {index} is {raw:#018x}: {e}", self.stack.layers[at].name);
+            log::error!("{name}: L1 entry {raw:#018x} of guest offset {guest:#x}: {e}");
             Status::Corrupt
         })?;
-        Ok((entry.offset != 0).then_some(entry.offset))
+        if entry.offset != 0 && entry.offset >= self.end_of(at) {
+            log::error!("{name}: the L2 table of guest offset {guest:#x} lies behind the end");
+            return Err(Status::Corrupt);
+        }
+        Ok(entry)
     }
 
     /// Entries `first..=last` of the table at `table`, at most a metadata buffer's worth.

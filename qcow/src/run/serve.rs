@@ -52,7 +52,6 @@ impl Shared {
     fn range_is_dirty(&self, offset: u64, len: u64) -> bool {
         let shift = self.geometry.cluster_bits() + self.map.page_bits();
         let tables = self.tables.borrow();
-        self.batches.borrow().is_running()
-            || (offset >> shift..=(offset + len - 1) >> shift).any(|p| tables.page_is_dirty(p))
+        (offset >> shift..=(offset + len - 1) >> shift).any(|p| tables.page_is_dirty(p))
     }
 }

@@ -18,6 +18,7 @@ use super::flush::Batches;
 use super::io::Children;
 use super::meta::Tables;
 use super::read::Decompressed;
+use super::reclaim::LetGo;
 use super::stack::Stack;
 use crate::compress::Decompressor;
 use crate::format::Geometry;
@@ -95,13 +96,12 @@ pub(super) struct Shared {
     pub(super) tables: RefCell<Tables>,
     pub(super) alloc: RefCell<Allocator>,
     pub(super) batches: RefCell<Batches>,
+    pub(super) let_go: RefCell<LetGo>,
     pub(super) decompressed: RefCell<Decompressed>,
     pub(super) decompressor: RefCell<Decompressor>,
     pub(super) counters: super::image::Counters,
-    /// Counts changes of mappings that freed clusters (see [`super::alloc`]).
+    /// Counts changes of mappings that freed clusters (see [`super::reclaim`]).
     pub(super) epoch: Cell<u64>,
-    /// Set when an on-disk contradiction was met while writing: no further writes.
-    pub(super) corrupt: Cell<bool>,
     pub(super) owner: u16,
     pub(super) children: RefCell<Children>,
     works: Box<[Work]>,
@@ -154,11 +154,11 @@ impl Shared {
             tables: RefCell::new(tables),
             alloc: RefCell::new(alloc),
             batches: RefCell::default(),
+            let_go: RefCell::default(),
             decompressed: RefCell::default(),
             decompressor: RefCell::default(),
             counters: super::image::Counters::default(),
             epoch: Cell::new(0),
-            corrupt: Cell::new(false),
             owner,
             children: RefCell::new(Children::new(slots)),
             works: (0..slots).map(work).collect(),

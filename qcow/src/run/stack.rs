@@ -38,6 +38,11 @@ pub(super) struct Top {
 pub(super) struct StackLayer {
     pub(super) port: Port,
     pub(super) name: String,
+    /// First byte behind the file or device when it was opened: nothing in it lies further on but
+    /// what was allocated since.
+    pub(super) end: u64,
+    /// Bytes that its unit can be read up to; known when the image is attached.
+    pub(super) capacity: u64,
     pub(super) format: LayerFormat,
 }
 
@@ -59,23 +64,25 @@ impl StackLayer {
 }
 
 impl Stack {
-    /// Takes what the datapath needs from an opened chain, whose layers lie at `ports`, and
-    /// prepares the image for writing if it was opened for that.
+    /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose layers
+    /// lie at `ports`, and prepares the image for writing if it was opened for that.
     ///
     /// # Errors
     /// If layer 0 is not QCOW2, its metadata overlaps, or it cannot be read.
     pub fn new<S: Storage>(chain: &mut Chain<S>, ports: &[Port]) -> Result<Stack> {
         let mut layers = Vec::with_capacity(ports.len());
-        for (layer, &port) in chain.layers.iter().zip(ports) {
-            let format = match &layer.kind {
+        for (layer, &port) in chain.layers.iter_mut().zip(ports) {
+            let format = match &mut layer.kind {
+                // Tables may be large: they are taken, not copied.
                 LayerKind::Qcow2(image) => LayerFormat::Qcow {
                     geometry: image.geometry,
                     compression: image.header.compression,
-                    l1: if layers.is_empty() { Vec::new() } else { image.l1.clone() },
+                    l1: if layers.is_empty() { Vec::new() } else { std::mem::take(&mut image.l1) },
                 },
-                LayerKind::Raw { .. } => LayerFormat::Raw { size: layer.size() },
+                LayerKind::Raw(size) => LayerFormat::Raw { size: *size },
             };
-            layers.push(StackLayer { port, name: layer.name.clone(), format });
+            let (name, end) = (layer.name.clone(), layer.storage.len());
+            layers.push(StackLayer { port, name, end, capacity: u64::MAX, format });
         }
         let first = &mut chain.layers[0];
         let name = first.name.clone();
@@ -94,9 +101,9 @@ impl Stack {
         }
         let top = Top {
             geometry: image.geometry,
-            l1: image.l1.clone(),
+            l1: std::mem::take(&mut image.l1),
             l1_offset: image.header.l1_table_offset,
-            refcount_table: image.refcount_table.clone(),
+            refcount_table: std::mem::take(&mut image.refcount_table),
             refcount_table_offset: image.header.refcount_table_offset,
             metadata,
             end,

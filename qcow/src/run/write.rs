@@ -56,9 +56,6 @@ impl Shared {
         let end = offset + len;
         let mut at = offset;
         while at < end {
-            if self.corrupt.get() {
-                return Err(Status::Corrupt);
-            }
             self.wait_if_crowded(slot).await?;
             let cluster = at >> bits;
             let word = self.map.lookup(cluster);
@@ -80,9 +77,13 @@ impl Shared {
             }
             // From here on there is waiting; what is in flight may as well end first.
             check(self.wait(slot).await)?;
-            if self.word(slot, cluster).await?.claimed() {
-                self.park(slot, Key::Cluster(cluster)).await;
+            let word = self.word(slot, cluster).await?;
+            if word.claimed() {
+                self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
                 continue;
+            }
+            if word.kind() == Kind::Corrupt {
+                return Err(Status::Corrupt);
             }
             let Some(claim) = self.claim(cluster, end) else { continue };
             at = self.write_claimed(slot, claim, at, end, offset, segs, flags).await?;
@@ -175,10 +176,8 @@ impl Shared {
             Err(status) => Err(status),
         };
         self.unclaim(&mut claim, 0);
-        result?;
-        let most = self.tables.borrow().slice_count() > super::flush::SLICES_MAX;
-        if most {
-            check(self.flush_tables(slot).await)?;
+        if result.is_ok() {
+            self.write_back_if_much(slot).await?;
         }
         result
     }
@@ -196,6 +195,7 @@ impl Shared {
     ) -> Result<u64, Status> {
         let bits = self.geometry.cluster_bits();
         let kept = kept_zero(claim.words[0]);
+        // As much as one write takes; a claim that got fewer clusters takes less.
         let host = if kept {
             claim.words[0].host()
         } else {
@@ -280,23 +280,6 @@ impl Shared {
             self.give_data(buf);
         }
         check(status)
-    }
-
-    /// Notes that what an L2 entry pointed to is not needed any more once the change is durable.
-    pub(super) fn free_old(&self, guest_cluster: u64, raw: u64) {
-        let guest = guest_cluster << self.geometry.cluster_bits();
-        match self.decode(0, &self.geometry, guest, raw) {
-            Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-                self.free_later(self.geometry.cluster(host), 1);
-            }
-            Ok(L2Entry::Compressed { host, len }) => {
-                let first = self.geometry.cluster(host);
-                let last = self.geometry.cluster(host + u64::from(len) - 1);
-                self.free_later(first, last - first + 1);
-                self.decompressed.borrow_mut().clear();
-            }
-            _ => {}
-        }
     }
 }
 

@@ -61,8 +61,14 @@ impl Shared {
         let last = self.inner_end(end);
         // Without a zero flag a cluster over a backing file can only be zeroed by writing.
         let slow = self.geometry.version() < 3 && self.stack.layers.len() > 1;
-        if slow && flags.has(Flags::FAST_ONLY) {
-            return Err(Status::Unsupported);
+        if flags.has(Flags::FAST_ONLY) {
+            // Nothing may have changed when this says no.
+            let fast = !slow
+                && self.reads_zero_now(slot, offset, first.min(end)).await?
+                && self.reads_zero_now(slot, last.max(first), end).await?;
+            if !fast {
+                return Err(Status::Unsupported);
+            }
         }
         self.zero_part(slot, offset, first.min(end)).await?;
         if slow {
@@ -85,14 +91,22 @@ impl Shared {
         if end == self.info.size { end.next_multiple_of(size) } else { end & !(size - 1) }
     }
 
+    /// Whether a part of one cluster needs no writing to be zero.
+    async fn reads_zero_now(&self, slot: u16, from: u64, to: u64) -> Result<bool, Status> {
+        if from >= to {
+            return Ok(true);
+        }
+        let word = self.word(slot, from >> self.geometry.cluster_bits()).await?;
+        Ok(!word.claimed() && Shared::reads_zero(word))
+    }
+
     /// Zeroes a part of one cluster by writing, unless it reads as zeroes anyway.
     async fn zero_part(&self, slot: u16, from: u64, to: u64) -> Result<(), Status> {
         let to = to.min(self.info.size);
         if from >= to {
             return Ok(());
         }
-        let word = self.word(slot, from >> self.geometry.cluster_bits()).await?;
-        if !word.claimed() && Shared::reads_zero(word) {
+        if self.reads_zero_now(slot, from, to).await? {
             return Ok(());
         }
         let zeroes = [self.zero_seg(to - from)];
@@ -109,9 +123,6 @@ impl Shared {
             if looked % STRIDE == 0 {
                 self.pause(slot).await;
             }
-            if self.corrupt.get() {
-                return Err(Status::Corrupt);
-            }
             // A whole L2 table that does not exist, with nothing below: nothing to do.
             let index = self.geometry.l1_index(cluster << bits);
             if self.stack.layers.len() == 1 && self.tables.borrow().l1(index) == 0 {
@@ -120,7 +131,7 @@ impl Shared {
             }
             let word = self.word(slot, cluster).await?;
             if word.claimed() {
-                self.park(slot, Key::Cluster(cluster)).await;
+                self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
                 continue;
             }
             if self.is_empty_enough(word, way) {
@@ -136,10 +147,7 @@ impl Shared {
                 self.publish(cluster, *new.as_ref().unwrap_or(&word));
                 new?;
                 cluster += 1;
-                let most = self.tables.borrow().slice_count() > super::flush::SLICES_MAX;
-                if most {
-                    check(self.flush_tables(slot).await)?;
-                }
+                self.write_back_if_much(slot).await?;
             }
         }
         Ok(())

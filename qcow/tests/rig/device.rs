@@ -60,6 +60,8 @@ pub(crate) struct LogQueue {
     /// One in so many answers comes again later; 0: none.
     pub(crate) repeats: u64,
     answered: Vec<Completion>,
+    /// Reads are held back.
+    pub(crate) slow_reads: bool,
     /// Requests that are taken at a time.
     pub(crate) depth: usize,
     /// Requests carried out or failed so far, and the good ones among them by kind.
@@ -93,6 +95,7 @@ impl LogQueue {
             no_space_from: u64::MAX,
             repeats: 0,
             answered: Vec::new(),
+            slow_reads: false,
             depth: 64,
             requests: 0,
             writes: 0,
@@ -110,13 +113,23 @@ impl LogQueue {
     }
 
     pub(crate) fn data(&self) -> Vec<u8> {
-        let mut all = vec![0; self.len as usize];
+        let mut all = vec![0; self.inner.data().len()];
         self.inner.data().read(0, &mut all);
         all
     }
 
     pub(crate) fn load(&mut self, bytes: &[u8]) {
         self.inner.data().write(0, bytes);
+    }
+
+    pub(crate) fn peek(&self, offset: u64, into: &mut [u8]) {
+        self.inner.data().read(offset as usize, into);
+    }
+
+    /// Says that the device is of this size, and its file of this length: for offsets that are only
+    /// looked at.
+    pub(crate) fn pretend(&mut self, size: u64, len: u64) {
+        (self.info.size, self.len) = (size, len);
     }
 
     pub(crate) fn poke(&mut self, offset: u64, bytes: &[u8]) {
@@ -281,6 +294,9 @@ impl BlockQueue for LogQueue {
             let n = self.rng.below(self.held.len() as u64 + 1).min(out.room() as u64);
             for _ in 0..n {
                 let at = self.rng.below(self.held.len() as u64) as usize;
+                if self.slow_reads && self.held[at].request.op == Op::Read {
+                    continue;
+                }
                 let h = self.held.swap_remove(at);
                 let answer = self.run(&h);
                 out.push(answer);

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 use block::{Blocking, Flags, Op, Port, Status};
 use dma::{Buf, Pool};
+use qcow::build::Builder;
 use qcow::create::{CreateOptions, create};
 use qcow::open::{Chain, ChainOptions, Format, Opened};
 use qcow::run::{Image, Options, Stack};
@@ -57,6 +58,20 @@ pub(crate) fn fresh(device: u64, seed: u64, options: &CreateOptions) -> LogQueue
 pub(crate) fn make(leaf: LogQueue, options: &CreateOptions) -> LogQueue {
     let mut storage = Blocking::new(leaf, 0).unwrap();
     create(&mut storage, "test", options).unwrap();
+    storage.into_leaf()
+}
+
+/// An image that `fill` writes front to back, on a device.
+pub(crate) fn built(
+    device: u64,
+    seed: u64,
+    options: &CreateOptions,
+    fill: impl FnOnce(&mut Builder<'_>),
+) -> LogQueue {
+    let mut storage = Blocking::new(LogQueue::new(device, seed), 0).unwrap();
+    let mut builder = Builder::new(&mut storage, "test", options).unwrap();
+    fill(&mut builder);
+    builder.finish().unwrap();
     storage.into_leaf()
 }
 
@@ -177,7 +192,7 @@ impl Rig {
     ) -> (Status, Vec<u8>) {
         let id = self.send(op, flags, offset, len, data);
         for _ in 0..2_000_000 {
-            for (done, status, data) in self.turn() {
+            if let Some((done, status, data)) = self.turn().pop() {
                 assert_eq!(done, id);
                 let mut data = data.unwrap_or_default();
                 data.truncate(len as usize);

@@ -1,0 +1,283 @@
+//! Images whose tables lie, met while they are served: an error for what is wrong, the rest goes on,
+//! and nothing is written over metadata or over what another entry names.
+
+mod rig;
+
+use block::{Flags, Op, Status};
+use qcow::create::CreateOptions;
+use qcow::open::Format;
+use qcow::run::Options;
+use rig::{LogQueue, Rig, Rng, check, fresh, open_stack};
+
+const DISK: u64 = 4 << 20;
+const DEVICE: u64 = 8 << 20;
+const CLUSTER: u64 = 4096;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+
+/// An image whose first `clusters` clusters are written, and where its first L2 table lies.
+fn image(clusters: u64) -> (LogQueue, u64) {
+    let mut o = CreateOptions::new(DISK);
+    o.cluster_size = CLUSTER;
+    let mut rig = Rig::single(fresh(DEVICE, 11, &o));
+    for n in 0..clusters {
+        rig.write(n * CLUSTER, &[n as u8 + 1; CLUSTER as usize]);
+    }
+    let leaf = rig.close().remove(0);
+    let l1 = word(&leaf, 40);
+    let l2 = word(&leaf, l1) & !COPIED;
+    (leaf, l2)
+}
+
+fn word(leaf: &LogQueue, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    leaf.peek(at, &mut bytes);
+    u64::from_be_bytes(bytes)
+}
+
+fn set_word(leaf: &mut LogQueue, at: u64, value: u64) {
+    leaf.poke(at, &value.to_be_bytes());
+}
+
+/// Where the 16-bit refcount of a host cluster stands, in the first block.
+fn count_at(leaf: &LogQueue, host: u64) -> u64 {
+    word(leaf, word(leaf, 48)) + host / CLUSTER * 2
+}
+
+#[test]
+fn entries_at_metadata_or_behind_the_end_are_refused_and_the_rest_goes_on() {
+    let (leaf, l2) = image(8);
+    let (l1, refs) = (word(&leaf, 40), word(&leaf, 48));
+    let block = word(&leaf, refs);
+    let sectors = 7 << 58 & !COPIED & !COMPRESSED;
+    let bad = [
+        COPIED | l1,
+        COPIED | l2,
+        refs,
+        COPIED | block,
+        COPIED | l2 | 1,
+        COPIED | DEVICE,
+        COPIED | ((1 << 56) - CLUSTER),
+        1 << 61 | 0x8000,
+        0x8200,
+        COPIED,
+        u64::MAX,
+        // Compressed: in the header, over the L1 table, behind the end.
+        COMPRESSED | 104,
+        COMPRESSED | (l1 - 100) | sectors,
+        COMPRESSED | (DEVICE + 5),
+        COMPRESSED | ((1 << 56) - 1),
+    ];
+    for raw in bad {
+        let mut leaf = LogQueue::new(DEVICE, 1);
+        leaf.load(&image(8).0.data());
+        set_word(&mut leaf, l2 + 8, raw);
+        let before = leaf.data();
+        let what = format!("entry {raw:#x}");
+        let mut rig = Rig::single(leaf);
+        for (op, len) in [
+            (Op::Read, CLUSTER),
+            (Op::Read, 512),
+            (Op::Write, 512),
+            (Op::Write, CLUSTER),
+            (Op::WriteZeroes, CLUSTER),
+            (Op::WriteZeroes, 512),
+            (Op::Discard, CLUSTER),
+        ] {
+            let s = rig.call(op, CLUSTER, len, &vec![0xCC; len as usize]).0;
+            assert_eq!(s, Status::Corrupt, "{what}: {op:?} of {len}");
+        }
+        assert_eq!(rig.read(0, CLUSTER), [1; CLUSTER as usize], "{what}");
+        rig.write(2 * CLUSTER, &[0x77; CLUSTER as usize]);
+        rig.write(100 * CLUSTER, &[0x66; CLUSTER as usize]);
+        rig.flush();
+        let leaf = rig.close().remove(0);
+        let after = leaf.data();
+        // Header, refcount table, L1 table: as they were. The L2 table and refcounts have new
+        // entries, and the bad one is still there.
+        for at in [0, l1, refs] {
+            let range = at as usize..at as usize + 512;
+            assert!(before[range.clone()] == after[range], "{what}: metadata at {at:#x} changed");
+        }
+        assert_eq!(word(&leaf, l2 + 8), raw, "{what}");
+        assert_eq!(leaf.discards, 0, "{what}");
+    }
+}
+
+#[test]
+fn wrong_l1_entries_fail_what_they_map_alone() {
+    let (leaf, l2) = image(8);
+    let l1 = word(&leaf, 40);
+    // Read-only: for writing, opening refuses most of these.
+    for raw in [COPIED | DEVICE, COPIED | ((1 << 56) - CLUSTER), l2 + 512, 1 << 60, COPIED] {
+        let mut leaf = LogQueue::new(DEVICE, 1);
+        leaf.load(&image(8).0.data());
+        set_word(&mut leaf, l1 + 8, raw);
+        let (stack, leaves) = open_stack(vec![leaf], &[Format::Qcow2], false).unwrap();
+        let mut rig = Rig::attach(stack, leaves, Options::default());
+        assert_eq!(rig.call(Op::Read, 512 * CLUSTER, 512, &[]).0, Status::Corrupt, "{raw:#x}");
+        assert_eq!(rig.read(CLUSTER, 512), [2; 512]);
+        assert_eq!(rig.read(511 * CLUSTER, 512), [0; 512]);
+        let s = rig.call(Op::Read, 511 * CLUSTER, 2 * CLUSTER, &[]).0;
+        assert_eq!(s, Status::Corrupt, "{raw:#x}");
+    }
+}
+
+/// Clusters in use with refcount 0: nothing is handed out twice once one was seen.
+#[test]
+fn a_cluster_in_use_without_a_count_stops_allocation() {
+    for behind_all in [false, true] {
+        let (mut leaf, l2) = image(8);
+        // The last ones written lie behind all that will be counted then.
+        for n in if behind_all { 6..8 } else { 2..3 } {
+            let host = word(&leaf, l2 + n * 8) & !COPIED;
+            let at = count_at(&leaf, host);
+            leaf.poke(at, &[0, 0]);
+        }
+        let mut rig = Rig::single(leaf);
+        if !behind_all {
+            // The counts come into memory with the first allocation, the entries with a look.
+            let s = rig.call(Op::Write, 600 * CLUSTER, CLUSTER, &[9; CLUSTER as usize]).0;
+            assert!(matches!(s, Status::Ok | Status::Corrupt));
+        }
+        let old: Vec<Vec<u8>> = (0..8).map(|n| rig.read(n * CLUSTER, CLUSTER)).collect();
+        let s = rig.call(Op::Write, 300 * CLUSTER, CLUSTER, &[0xAA; CLUSTER as usize]).0;
+        assert_eq!(s, Status::Corrupt, "behind all: {behind_all}");
+        // In place is still fine.
+        rig.write(3 * CLUSTER, &[4; CLUSTER as usize]);
+        for (n, old) in old.iter().enumerate() {
+            assert_eq!(rig.read(n as u64 * CLUSTER, CLUSTER), *old);
+        }
+    }
+}
+
+/// Freed twice by two entries that name one cluster with count 1.
+#[test]
+fn a_cluster_that_two_entries_name_is_freed_once() {
+    let (mut leaf, l2) = image(8);
+    let first = word(&leaf, l2);
+    set_word(&mut leaf, l2 + 8, first);
+    let mut rig = Rig::single(leaf);
+    assert_eq!(rig.call(Op::Discard, 0, CLUSTER, &[]).0, Status::Ok);
+    assert_eq!(rig.call(Op::Discard, CLUSTER, CLUSTER, &[]).0, Status::Ok);
+    rig.flush();
+    rig.flush();
+    let s = rig.call(Op::Write, 300 * CLUSTER, CLUSTER, &[0xAA; CLUSTER as usize]).0;
+    assert_eq!(s, Status::Corrupt);
+    assert_eq!(rig.read(5 * CLUSTER, CLUSTER), [6; CLUSTER as usize]);
+}
+
+/// No block counts anything, and the file is longer than the refcount table can count: all that is
+/// known to be in use stays so, and no cluster is handed out twice.
+#[test]
+fn a_refcount_table_of_nothing() {
+    let mut o = CreateOptions::new(DISK);
+    o.cluster_size = 512;
+    o.refcount_bits = 64;
+    let mut rig = Rig::single(fresh(DEVICE, 3, &o));
+    rig.write(0, &[1; 512]);
+    let mut leaf = rig.close().remove(0);
+    let table = word(&leaf, 48);
+    leaf.poke(table, &[0; 512]);
+    leaf.pretend(DEVICE, 7 << 20);
+    let header = leaf.data()[..512].to_vec();
+    let (stack, leaves) = open_stack(vec![leaf], &[Format::Qcow2], true).unwrap();
+    let mut rig = Rig::attach(stack, leaves, Options::default());
+    // The first ones under an L2 table that is there, the others under new ones.
+    let place = |n: u64| if n < 30 { n * 1024 } else { n * 65536 };
+    for n in 1..50 {
+        rig.write(place(n), &[n as u8 + 1; 512]);
+    }
+    rig.flush();
+    let leaf = rig.close().remove(0);
+    let after = leaf.data();
+    assert_eq!(header[..40], after[..40]);
+    assert_eq!(header[60..], after[60..512]);
+    let mut rig = Rig::single(leaf);
+    for n in 0..50 {
+        assert_eq!(rig.read(place(n), 512), [n as u8 + 1; 512]);
+    }
+}
+
+/// Any word anywhere in the L2 table: no panic, no hang, and clusters that are fine stay fine.
+#[test]
+fn rubbish_in_an_l2_table() {
+    let (good, l2) = image(64);
+    let good = good.data();
+    let mut rng = Rng(4);
+    for round in 0..60 {
+        let mut leaf = LogQueue::new(DEVICE, round + 1);
+        leaf.load(&good);
+        let mut hurt = Vec::new();
+        for _ in 0..12 {
+            let n = 32 + rng.below(32);
+            let raw = match rng.below(4) {
+                0 => (rng.next() << 40) ^ rng.next(),
+                1 => COPIED | (rng.below(DEVICE / 512) * 512),
+                2 => (rng.below(DEVICE / CLUSTER) * CLUSTER) | rng.below(2),
+                _ => COMPRESSED | (rng.below(4) << 58) | rng.below(DEVICE),
+            };
+            set_word(&mut leaf, l2 + n * 8, raw);
+            hurt.push(n);
+        }
+        let mut rig = Rig::single(leaf);
+        for _ in 0..60 {
+            let (n, len) = (32 + rng.below(32), 512 * (1 + rng.below(16)));
+            let len = len.min(DISK - n * CLUSTER);
+            let (op, flags) = match rng.below(6) {
+                0 => (Op::Discard, Flags::NONE),
+                1 => (Op::WriteZeroes, Flags::NO_UNMAP),
+                2 => (Op::WriteZeroes, Flags::NONE),
+                3 | 4 => (Op::Read, Flags::NONE),
+                _ => (Op::Write, Flags::NONE),
+            };
+            rig.send(op, flags, n * CLUSTER, len, &vec![1; len as usize]);
+        }
+        rig.settle();
+        let _ = rig.call(Op::Flush, 0, 0, &[]);
+        let (_, mut leaves) = rig.end();
+        let mut back = Rig::single(leaves.remove(0));
+        let all = back.read(0, 256 * 512);
+        for n in 0..32u64 {
+            // Unless an entry named it too, and was written to.
+            let got = &all[(n * CLUSTER) as usize..][..CLUSTER as usize];
+            let kept = got.iter().all(|&b| b == n as u8 + 1);
+            let touched = got.iter().any(|&b| b <= 1 || b == 0xB7);
+            assert!(kept || touched, "round {round}: cluster {n} holds {:x?}", &got[..8]);
+        }
+    }
+}
+
+/// A raw backing file larger than an L2 entry could say.
+#[test]
+fn a_backing_file_beyond_64_pib() {
+    let size = (1 << 56) + (64 << 20);
+    let mut o = CreateOptions::new(size);
+    o.cluster_size = 2 << 20;
+    o.backing = Some(("/layer1".to_owned(), Format::Raw));
+    let top = fresh(32 << 20, 3, &o);
+    let mut raw = LogQueue::new(1 << 20, 4);
+    raw.pretend(1 << 57, 1 << 57);
+    let mut rig = Rig::open(vec![top, raw], &[Format::Qcow2, Format::Raw], Options::default());
+    assert_eq!(rig.read(4096, 512), [0xD5; 512]);
+    for at in [1 << 56, (1 << 56) - 512, size - 512] {
+        assert_ne!(rig.call(Op::Read, at, 512, &[]).0, Status::Ok, "{at:#x}");
+    }
+    // Once it is in the overlay, all is well.
+    assert_eq!(rig.call(Op::WriteZeroes, 1 << 56, 2 << 20, &[]).0, Status::Ok);
+    rig.write((1 << 56) + (256 << 10), &[4; 512]);
+    assert_eq!(rig.read((1 << 56) + (256 << 10), 1024), [[4; 512], [0; 512]].concat());
+}
+
+/// Tables cut off with the file: an error, not zeroes.
+#[test]
+fn a_file_that_was_cut() {
+    let (mut leaf, l2) = image(64);
+    let last = word(&leaf, l2 + 63 * 8) & !COPIED;
+    leaf.pretend(DEVICE, last);
+    let mut rig = Rig::single(leaf);
+    assert_eq!(rig.call(Op::Read, 63 * CLUSTER, 512, &[]).0, Status::Corrupt);
+    assert_eq!(rig.read(62 * CLUSTER, 512), [63; 512]);
+    let (_, bad, _) = check(rig.end().1.remove(0));
+    assert!(bad > 0);
+}
