@@ -125,7 +125,25 @@ fn a_slow_command_is_aborted_and_that_is_all() {
     assert_eq!((c.status, c.detail & 0x7ff), (Status::Timeout, 7), "as the abort has it end");
     let took = (rig.world.now.get() - began) / MS;
     assert!((2000..2020).contains(&took), "{took} ms");
+    // Nor does the controller lose patience later over a command that has ended.
+    pass(&mut rig, 10 * SECOND);
     assert_eq!((rig.device().resets, rig.controller.state()), (0, State::Ready));
+}
+
+#[test]
+fn several_slow_commands_are_aborted_one_after_the_other() {
+    let mut setup = Setup::new(512, "delay=1000000:op=read,count=3");
+    setup.options.command_timeout = 2 * SECOND;
+    let mut rig = setup.open().unwrap();
+    rig.world.tick.set(MS);
+    let tags: Vec<_> = (0..3).map(|_| one(&mut rig, Op::Read)).collect();
+    rig.drain();
+    for tag in tags {
+        assert_eq!(rig.answer(tag).status, Status::Timeout);
+    }
+    assert!(rig.world.now.get() < 3 * SECOND);
+    pass(&mut rig, 10 * SECOND);
+    assert_eq!(rig.device().resets, 0);
 }
 
 #[test]
