@@ -1,6 +1,7 @@
 //! [`Disk`]: an image that runs on a reactor thread, and [`Parts`], what it is made of.
 
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use dma::Region;
 use file::ImageLock;
 use qcow::open::LayerKind;
 use qcow::run::Stack;
-use reactor::{Clock, Core, Portal, Reactor, Start};
+use reactor::{Clock, Core, Mailbox, Portal, Reactor, Start};
 
 use crate::chain::file_leaf;
 use crate::source::Kind;
@@ -110,20 +111,35 @@ impl Parts {
         core: &mut ReactorCore,
         options: qcow::run::Options,
     ) -> Result<(usize, Rest), String> {
-        for leaf in self.leaves {
-            core.add_leaf(leaf)?;
+        let Parts { leaves, plan, top, writable, models, locks, name } = self;
+        match attach_image(core, leaves, plan, top, options) {
+            Ok(index) => Ok((index, Rest { top, writable, models, locks, name })),
+            Err(e) => {
+                // Before the models, whose controllers wait for their queue pairs, and the locks.
+                drop(core.take_leaves());
+                Err(e)
+            }
         }
-        let top = self.top;
-        let index = core.add_image(|owner, leaves| match self.plan {
-            Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
-                .map(|i| Image::Qcow(Box::new(i))),
-            Plan::Raw { size } => RawImage::new(leaves, top, size, owner)
-                .map(|i| Image::Raw(Box::new(i)))
-                .ok_or_else(|| "the leaf queue has no such unit".to_owned()),
-        })?;
-        let Parts { writable, models, locks, name, .. } = self;
-        Ok((index, Rest { top, writable, models, locks, name }))
     }
+}
+
+fn attach_image(
+    core: &mut ReactorCore,
+    leaves: Vec<Leaf>,
+    plan: Plan,
+    top: Port,
+    options: qcow::run::Options,
+) -> Result<usize, String> {
+    for leaf in leaves {
+        core.add_leaf(leaf)?;
+    }
+    core.add_image(|owner, leaves| match plan {
+        Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
+            .map(|i| Image::Qcow(Box::new(i))),
+        Plan::Raw { size } => RawImage::new(leaves, top, size, owner)
+            .map(|i| Image::Raw(Box::new(i)))
+            .ok_or_else(|| "the leaf queue has no such unit".to_owned()),
+    })
 }
 
 /// What is left of [`Parts`] while the image runs: needed to close it.
@@ -181,11 +197,13 @@ impl Rest {
     }
 }
 
-/// An image that runs on a reactor thread of its own.
+/// An image that runs on a reactor thread of its own. To be ended by [`Disk::close`].
 pub struct Disk {
     reactor: Reactor<Leaf, Image, Frontend>,
     image: usize,
-    rest: Rest,
+    /// Without a close the reactor runs on until the process ends, and so must what is below it:
+    /// controllers, and the locks that keep others from the image.
+    rest: ManuallyDrop<Rest>,
     info: block::DeviceInfo,
 }
 
@@ -207,7 +225,9 @@ impl Disk {
         });
         let reactor = reactor.map_err(|e| Error::node(&name, e))?;
         match receive.recv() {
-            Ok((image, rest, Some(info))) => Ok(Disk { reactor, image, rest, info }),
+            Ok((image, rest, Some(info))) => {
+                Ok(Disk { reactor, image, rest: ManuallyDrop::new(rest), info })
+            }
             _ => Err(Error::node(&name, "the reactor ended at once")),
         }
     }
@@ -256,47 +276,56 @@ impl Disk {
     /// If what was in memory could not be written, or a device does not shut down.
     pub fn close(self) -> Result<(), Error> {
         let Disk { reactor, image, rest, .. } = self;
+        let rest = ManuallyDrop::into_inner(rest);
         let mailbox = reactor.mailbox().clone();
-        let gone = || Error::node("reactor", "has ended");
-        for _ in 0..2000 {
-            let busy = mailbox.ask(ReactorCore::frontend_count).ok_or_else(gone)?;
-            if busy == 0 {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        mailbox.post(move |core: &mut ReactorCore| {
-            if let Some(i) = core.image(image) {
-                Layer::<Leaf>::close(i);
-            }
-        });
-        loop {
-            let closed = mailbox.ask(move |core: &mut ReactorCore| {
-                core.image(image).is_none_or(|i| Layer::<Leaf>::closed(i).is_some())
-            });
-            if closed.ok_or_else(gone)? {
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        let closed = close_image(&mailbox, image);
         // Images never leave their thread: what comes next runs there too, models' threads live on.
-        let done = mailbox.ask(move |core: &mut ReactorCore| {
-            let leaves = core.take_leaves();
-            match core.remove_closed_image(image) {
-                Some((i, status)) => rest.finish(&i, status, leaves),
-                None => Err(Error::node("image", "was not there to be closed")),
-            }
+        let done = closed.and_then(|()| {
+            mailbox.ask(move |core: &mut ReactorCore| {
+                let leaves = core.take_leaves();
+                match core.remove_closed_image(image) {
+                    Some((i, status)) => rest.finish(&i, status, leaves),
+                    None => Err(Error::node("image", "was not there to be closed")),
+                }
+            })
         });
-        let result = done.ok_or_else(gone);
+        // Portals that are still open get their answers now.
         reactor.stop();
-        result?
+        done.unwrap_or_else(|| Err(Error::node("reactor", "has ended")))
     }
+}
+
+/// How long a close waits for frontends that are still attached, in nanoseconds.
+const FRONTENDS_NS: u64 = 2_000_000_000;
+
+/// Waits for the frontends to go, for a while, and then for the image to be closed. `None` if the
+/// reactor has ended.
+fn close_image(mailbox: &Mailbox<ReactorCore>, image: usize) -> Option<()> {
+    let look = |core: &mut ReactorCore| (core.frontend_count(), core.now());
+    let (mut attached, began) = mailbox.ask(look)?;
+    let mut now = began;
+    while attached > 0 && now.saturating_sub(began) < FRONTENDS_NS {
+        std::thread::sleep(Duration::from_millis(1));
+        (attached, now) = mailbox.ask(look)?;
+    }
+    mailbox.post(move |core| {
+        if let Some(i) = core.image(image) {
+            Layer::<Leaf>::close(i);
+        }
+    });
+    let closed = move |core: &mut ReactorCore| {
+        core.image(image).is_none_or(|i| Layer::<Leaf>::closed(i).is_some())
+    };
+    while !mailbox.ask(closed)? {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Some(())
 }
 
 /// Makes portals to a running image.
 #[derive(Clone)]
 pub struct Door {
-    mailbox: reactor::Mailbox<ReactorCore>,
+    mailbox: Mailbox<ReactorCore>,
     image: usize,
     name: String,
 }
