@@ -22,6 +22,9 @@ pub struct Extent {
 /// Clusters looked at in one turn of the reactor.
 const STRIDE: u64 = 4096;
 
+/// How often a page of the map is loaded for one question: others may evict it before it is read.
+const TRIES: usize = 16;
+
 /// Extents of `image` from `offset` on as far as its map is loaded, at most `limit` of them and
 /// `len` bytes. Empty if the first cluster is not loaded.
 fn extents(image: &Image, offset: u64, len: u64, limit: usize) -> Vec<Extent> {
@@ -30,7 +33,7 @@ fn extents(image: &Image, offset: u64, len: u64, limit: usize) -> Vec<Extent> {
         return vec![Extent { len, hole: false, zero: false }];
     };
     let cluster = u64::from(info.discard_granularity);
-    let end = (offset + len).min(info.size);
+    let end = offset.saturating_add(len).min(info.size);
     let mut list: Vec<Extent> = Vec::new();
     let mut at = offset;
     for _ in 0..STRIDE {
@@ -79,9 +82,13 @@ impl ExtentSource {
     /// `offset + len`.
     ///
     /// # Errors
-    /// How the read ended that was to bring the map in.
+    /// [`Status::Invalid`] if the range is empty or begins past the end; else how the read ended
+    /// that was to bring the map in.
     pub fn status(&self, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>, Status> {
-        loop {
+        if len == 0 {
+            return Err(Status::Invalid);
+        }
+        for _ in 0..TRIES {
             let image = self.door.image();
             let list = self.door.ask(move |core: &mut ReactorCore| {
                 core.image(image).map(|i| extents(i, offset, len, limit.max(1)))
@@ -92,6 +99,8 @@ impl ExtentSource {
                 Some(_) => self.load(offset)?,
             }
         }
+        // True of anything that is inside, as the read just found the offset to be.
+        Ok(vec![Extent { len: len.min(512 - offset % 512), hole: false, zero: false }])
     }
 
     /// Has the page of the map around `offset` loaded.

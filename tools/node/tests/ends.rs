@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use block::{Flags, Op, Status};
 use dma::{PageSize, Region};
-use node::{Disk, DiskOptions, NodeSpec, OpenOptions, Parts, open_chain};
+use node::{Disk, DiskOptions, ExtentSource, NodeSpec, OpenOptions, Parts, open_chain};
 use qcow::create::{CreateOptions, create};
 use qcow::open::Format;
 use reactor::{Clock, Policy, PortalRequest, Start};
@@ -76,4 +76,19 @@ fn an_image_whose_disk_is_not_closed_stays_locked() {
     drop(serve(&spec));
     let again = open_chain(&NodeSpec::parse(&spec).unwrap(), &OpenOptions::write(Format::Qcow2));
     assert!(again.err().unwrap().to_string().contains("in use"));
+}
+
+#[test]
+fn extents_of_nothing_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    make(&path);
+    let disk = serve(&format!("file:{}", path.display()));
+    let extents = ExtentSource::new(disk.door()).unwrap();
+    assert_eq!(extents.status(0, 0, 1), Err(Status::Invalid));
+    assert_eq!(extents.status(64 << 20, 512, 1), Err(Status::Invalid));
+    assert_eq!(extents.status(u64::MAX - 511, 512, 1), Err(Status::Invalid));
+    assert_eq!(extents.status(1000, 512, 1).unwrap()[0].len, 512);
+    drop(extents);
+    disk.close().unwrap();
 }
