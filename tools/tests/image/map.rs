@@ -38,7 +38,11 @@ fn json_is_qemus() {
         }
         same(&env, &format!("-f qcow2 {name}"));
         env.qemu_img(&format!("create -q -f qcow2 -b {name} -F qcow2 over{i}.qcow2 10M")).ok();
-        env.qemu_io(&format!("over{i}.qcow2"), "qcow2", "write 64k 64k; discard 0 1M; write 9M 64k");
+        env.qemu_io(
+            &format!("over{i}.qcow2"),
+            "qcow2",
+            "write 64k 64k; discard 0 1M; write 9M 64k",
+        );
         same(&env, &format!("-f qcow2 over{i}.qcow2"));
     }
     env.qemu_img("create -q -f qcow2 -o cluster_size=2M large.qcow2 40M").ok();
