@@ -239,6 +239,15 @@ impl AddressTable {
         Ok(())
     }
 
+    /// Where a segment begins on the bus, if its region is known and in one piece there.
+    #[inline(always)]
+    pub(crate) fn run(&self, seg: &Seg) -> Option<u64> {
+        let entry = self.entries.get(seg.region().index())?;
+        // The segment lies inside the region it was made from, so the sum does not overflow.
+        let inside = seg.offset() + u64::from(seg.len()) <= entry.len;
+        (inside && entry.base != Entry::PAGED).then(|| entry.base + seg.offset())
+    }
+
     /// The place of a segment, `None` if its region is not known.
     #[inline]
     pub(crate) fn place(&self, seg: &Seg) -> Option<Place<'_>> {

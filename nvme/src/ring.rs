@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use dma::Region;
+use dma::{Entries, Region};
 use nvme_spec::{CQE_SIZE, Cqe, SQE_SIZE, Sqe};
 
 use crate::bar::Doorbell;
@@ -15,9 +15,7 @@ use crate::bar::Doorbell;
 /// The host's side of a submission queue. Its owner never has more commands in flight than
 /// entries less one, so the tail never meets the head and the head need not be known.
 pub(crate) struct SubmissionRing<D> {
-    region: Arc<Region>,
-    base: usize,
-    mask: u32,
+    entries: Entries<SQE_SIZE>,
     tail: u32,
     /// The tail as the device knows it.
     rung: u32,
@@ -27,17 +25,16 @@ pub(crate) struct SubmissionRing<D> {
 impl<D: Doorbell> SubmissionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region.
     pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
-        assert!(entries.is_power_of_two(), "ring indices wrap by a mask");
-        SubmissionRing { region, base, mask: entries - 1, tail: 0, rung: 0, doorbell }
+        let entries = Entries::new(region, base, entries);
+        SubmissionRing { entries, tail: 0, rung: 0, doorbell }
     }
 
     /// Writes an entry; the device learns of it at [`SubmissionRing::ring`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn push(&mut self, sqe: Sqe) {
         let words: [u64; SQE_SIZE / 8] = zerocopy::transmute!(sqe);
-        self.region
-            .write_words(self.base + self.tail as usize * SQE_SIZE, &words.map(u64::from_le));
-        self.tail = (self.tail + 1) & self.mask;
+        self.entries.write_words(self.tail, &words.map(u64::from_le));
+        self.tail = (self.tail + 1) & self.entries.mask();
     }
 
     /// Whether entries were pushed that the device does not know of.
@@ -63,12 +60,8 @@ impl<D: Doorbell> SubmissionRing<D> {
 
 /// The host's side of a completion queue.
 pub(crate) struct CompletionRing<D> {
-    region: Arc<Region>,
-    base: usize,
-    mask: u32,
+    entries: Entries<CQE_SIZE>,
     head: u32,
-    /// Where the last dword of the entry at the head is.
-    at: usize,
     /// The phase bit of a fresh entry, where it stands in an entry's last dword.
     phase: u32,
     doorbell: D,
@@ -98,15 +91,14 @@ const _: () = assert!(Cqe::STATUS_OFFSET == LAST_DWORD + 2 && CQE_SIZE == 16);
 impl<D: Doorbell> CompletionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
     pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
-        assert!(entries.is_power_of_two(), "ring indices wrap by a mask");
-        let at = base + LAST_DWORD;
-        CompletionRing { region, base, mask: entries - 1, head: 0, at, phase: PHASE, doorbell }
+        let entries = Entries::new(region, base, entries);
+        CompletionRing { entries, head: 0, phase: PHASE, doorbell }
     }
 
     /// The fresh entry at the head, if there is one: one 32-bit load.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn peek(&self) -> Option<LastDword> {
-        let dword = self.region.load32(self.at, Ordering::Relaxed);
+        let dword = self.entries.load32::<LAST_DWORD>(self.head, Ordering::Relaxed);
         if dword & PHASE != self.phase {
             return None;
         }
@@ -116,17 +108,16 @@ impl<D: Doorbell> CompletionRing<D> {
 
     /// Dword 0 of the entry at the head, after [`CompletionRing::peek`] found it fresh.
     pub(crate) fn result(&self) -> u32 {
-        self.region.load32(self.at - LAST_DWORD, Ordering::Relaxed)
+        self.entries.load32::<0>(self.head, Ordering::Relaxed)
     }
 
     /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].
     #[inline]
     pub(crate) fn advance(&mut self) {
-        self.head = (self.head + 1) & self.mask;
+        self.head = (self.head + 1) & self.entries.mask();
         if self.head == 0 {
             self.phase ^= PHASE;
         }
-        self.at = self.base + self.head as usize * CQE_SIZE + LAST_DWORD;
     }
 
     /// Tells the device which entries were taken. Nothing it posts later overwrites them before.
@@ -139,7 +130,6 @@ impl<D: Doorbell> CompletionRing<D> {
     /// Back to the start, for a queue that was created anew over zeroed memory.
     pub(crate) fn reset(&mut self) {
         self.head = 0;
-        self.at = self.base + LAST_DWORD;
         self.phase = PHASE;
     }
 }

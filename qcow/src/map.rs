@@ -30,16 +30,16 @@ pub enum Kind {
     Corrupt,
 }
 
-/// One cluster's word: claim (bit 63), kind (62..60), layer (59..52), owned (51), host offset in
-/// units of 512 bytes (46..0).
+/// One cluster's word: layer (bits 63..56), host offset (55..9, a multiple of 512 bytes in its
+/// place), claim (8), owned (3), kind (2..0).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Word(u64);
 
-const CLAIM: u64 = 1 << 63;
-const KIND_SHIFT: u32 = 60;
-const LAYER_SHIFT: u32 = 52;
-const OWNED: u64 = 1 << 51;
-const HOST: u64 = (1 << 47) - 1;
+const LAYER_SHIFT: u32 = 56;
+const HOST: u64 = ((1 << LAYER_SHIFT) - 1) & !511;
+const CLAIM: u64 = 1 << 8;
+const OWNED: u64 = 1 << 3;
+const KIND: u64 = 7;
 
 /// What must be right about a word for a request to go straight down.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,9 +50,9 @@ pub struct Way {
 
 impl Way {
     /// A read: mapped, in whatever layer, claimed or not.
-    pub const READ: Way = Way { mask: 7 << KIND_SHIFT, want: (Kind::Mapped as u64) << KIND_SHIFT };
+    pub const READ: Way = Way { mask: KIND, want: Kind::Mapped as u64 };
     /// A write in place: no claim, mapped, layer 0, owned.
-    pub const WRITE: Way = Way { mask: !HOST, want: ((Kind::Mapped as u64) << KIND_SHIFT) | OWNED };
+    pub const WRITE: Way = Way { mask: !HOST, want: Kind::Mapped as u64 | OWNED };
     /// Nothing goes straight down.
     pub const NONE: Way = Way { mask: 0, want: 1 };
 }
@@ -62,8 +62,8 @@ impl Word {
     pub const ABSENT: Word = Word(0);
 
     fn new(kind: Kind, layer: u8, host: u64) -> Word {
-        debug_assert!(host & 511 == 0 && host >> 9 <= HOST);
-        Word(((kind as u64) << KIND_SHIFT) | (u64::from(layer) << LAYER_SHIFT) | (host >> 9))
+        debug_assert!(host & !HOST == 0);
+        Word(u64::from(layer) << LAYER_SHIFT | host | kind as u64)
     }
 
     /// Data at `host` (a multiple of 512, below 2^56) of `layer`; `owned` if it may be written in
@@ -102,7 +102,7 @@ impl Word {
     /// What it says.
     #[inline]
     pub fn kind(self) -> Kind {
-        match (self.0 >> KIND_SHIFT) & 7 {
+        match self.0 & KIND {
             1 => Kind::Mapped,
             2 => Kind::Zero,
             3 => Kind::Hole,
@@ -122,7 +122,7 @@ impl Word {
     /// Host offset in bytes.
     #[inline]
     pub fn host(self) -> u64 {
-        (self.0 & HOST) << 9
+        self.0 & HOST
     }
 
     /// Whether the cluster's refcount is one, so that it may be written in place.
@@ -164,7 +164,7 @@ impl Word {
     /// Whether `next` continues this mapped word one cluster of `cluster_size` bytes further on.
     #[inline]
     pub fn continued_by(self, next: Word, cluster_size: u64) -> bool {
-        next.0 == self.0.wrapping_add(cluster_size >> 9)
+        next.0 == self.0.wrapping_add(cluster_size) && next.layer() == self.layer()
     }
 }
 
@@ -172,8 +172,11 @@ impl Word {
 #[derive(Debug)]
 pub struct Map {
     page_bits: u32,
+    /// The clusters of a page, as a mask.
+    page_mask: u64,
     clusters: u64,
-    /// Per page of clusters: 0, or generation (high half) and page + 1 (low half).
+    /// Per page of clusters: 0, or generation (high half) and one more than where in `words` the
+    /// page begins (low half).
     directory: Box<[AtomicU64]>,
     /// All pages, one after the other. Zeroed lazily by the kernel: what is not used costs nothing.
     words: Box<[AtomicU64]>,
@@ -192,9 +195,9 @@ impl Map {
         let zeroed = |n| <[AtomicU64]>::new_box_zeroed_with_elems(n).map_err(|_| no_memory());
         let directory = zeroed(entries)?;
         let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
-        let count = afford.max(least).min(entries).min(u32::MAX as usize - 1);
+        let count = afford.max(least).min(entries).min((u32::MAX as usize) >> page_bits);
         let words = zeroed(count.checked_mul(1 << page_bits).ok_or_else(no_memory)?)?;
-        Ok(Map { page_bits, clusters, directory, words })
+        Ok(Map { page_bits, page_mask: (1 << page_bits) - 1, clusters, directory, words })
     }
 
     /// How many clusters there are.
@@ -215,7 +218,7 @@ impl Map {
     }
 
     /// The word of a cluster; [`Word::ABSENT`] if its page is not loaded or it does not exist.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, cluster: u64) -> Word {
         let Some(entry) = self.directory.get((cluster >> self.page_bits) as usize) else {
             return Word::ABSENT;
@@ -226,16 +229,23 @@ impl Map {
         // page's next use, then that use began with emptying this entry, and we see it.
         let value = word.load(Ordering::Acquire);
         if entry.load(Ordering::Relaxed) != seen {
-            return Word::ABSENT;
+            return Map::evicted();
         }
         Word(value)
     }
 
-    #[inline]
+    /// What a reader gets that a page was taken from. By itself, so that the hit has a branch here
+    /// that is never taken, rather than a choice that waits for both loads.
+    #[cold]
+    fn evicted() -> Word {
+        Word::ABSENT
+    }
+
+    #[inline(always)]
     fn word(&self, entry: u64, cluster: u64) -> Option<&AtomicU64> {
         // An empty entry gives a place far outside.
-        let page = (entry as u32 as usize).wrapping_sub(1) << self.page_bits;
-        self.words.get(page | cluster as usize & ((1 << self.page_bits) - 1))
+        let page = (entry as u32 as usize).wrapping_sub(1);
+        self.words.get(page | (cluster & self.page_mask) as usize)
     }
 
     /// Replaces a loaded cluster's word if it is `old`. Returns whether it was.
@@ -299,7 +309,7 @@ impl Pages {
             slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);
         }
         self.generation = self.generation.wrapping_add(1);
-        let value = u64::from(self.generation) << 32 | u64::from(place + 1);
+        let value = u64::from(self.generation) << 32 | (start as u64 + 1);
         entry.store(value, Ordering::Release);
         self.loaded.push_back((number, place));
         true
@@ -335,7 +345,8 @@ impl Pages {
 
     fn place_of(&self, map: &Map, cluster: u64) -> Option<usize> {
         let entry = map.directory.get((cluster >> map.page_bits) as usize)?;
-        (entry.load(Ordering::Relaxed) as u32 as usize).checked_sub(1)
+        let start = (entry.load(Ordering::Relaxed) as u32 as usize).checked_sub(1)?;
+        Some(start >> map.page_bits)
     }
 }
 

@@ -9,32 +9,34 @@ use block::{
 
 use crate::{Clock, Mailbox, Stats, Wake};
 
-/// To whom completions of an owner number go.
-#[derive(Clone, Copy, Debug)]
-enum Owner {
-    Nobody,
-    Image(usize),
-    Frontend(usize),
-}
+/// An owner number is an index into the frontends, or with this bit an index into the images.
+const IMAGE: u16 = 1 << 15;
 
 struct Attached<F> {
     frontend: F,
     /// Index of its image, or [`NO_IMAGE`].
     image: usize,
-    owner: u16,
 }
 
 /// Of a frontend whose image was closed.
 const NO_IMAGE: usize = usize::MAX;
+
+impl<F: Frontend> Attached<F> {
+    /// Whether its other side or its image has gone.
+    fn has_ended(&self) -> bool {
+        self.image == NO_IMAGE || self.frontend.closed()
+    }
+}
 
 /// Leaf queues, images and frontends of one reactor. Built and used on the reactor's thread, or
 /// turned by hand on any thread in tests and measurements.
 pub struct Core<L, I, F> {
     // First, so that they are dropped, and done with all memory, before its owners.
     leaves: Vec<L>,
-    images: Vec<Option<(u16, I)>>,
+    images: Vec<Option<I>>,
     frontends: Vec<Option<Attached<F>>>,
-    owners: Vec<Owner>,
+    /// Which frontend is looked at next for whether its other side has gone.
+    look: usize,
     done: Completions,
     out: Completions,
     clock: Clock,
@@ -62,7 +64,7 @@ impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
         self.image.room(self.leaves)
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         self.image.submit(self.leaves, request)
     }
@@ -79,7 +81,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             leaves: Vec::new(),
             images: Vec::new(),
             frontends: Vec::new(),
-            owners: Vec::new(),
+            look: 0,
             done: Completions::new(),
             out: Completions::new(),
             clock,
@@ -140,22 +142,13 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         make: impl FnOnce(u16, &mut [L]) -> Result<I, E>,
     ) -> Result<usize, E> {
         let index = free_place(&mut self.images);
-        let owner = self.owner(Owner::Image(index));
-        match make(owner, &mut self.leaves) {
-            Ok(image) => {
-                self.images[index] = Some((owner, image));
-                Ok(index)
-            }
-            Err(e) => {
-                self.owners[usize::from(owner)] = Owner::Nobody;
-                Err(e)
-            }
-        }
+        self.images[index] = Some(make(owner(index) | IMAGE, &mut self.leaves)?);
+        Ok(index)
     }
 
     /// An image.
     pub fn image(&mut self, index: usize) -> Option<&mut I> {
-        self.images.get_mut(index)?.as_mut().map(|(_, i)| i)
+        self.images.get_mut(index)?.as_mut()
     }
 
     /// Lends an image together with the leaf queues; `None` if there is no such image.
@@ -164,7 +157,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         index: usize,
         f: impl FnOnce(&mut I, &mut [L]) -> R,
     ) -> Option<R> {
-        let (_, image) = self.images.get_mut(index)?.as_mut()?;
+        let image = self.images.get_mut(index)?.as_mut()?;
         Some(f(image, &mut self.leaves))
     }
 
@@ -179,33 +172,18 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         make: impl FnOnce(u16, &DeviceInfo) -> Result<F, String>,
     ) -> Result<usize, String> {
         let index = free_place(&mut self.frontends);
-        let owner = self.owner(Owner::Frontend(index));
-        let added = self.add_frontend_as(owner, index, image, make);
-        if added.is_err() {
-            self.owners[usize::from(owner)] = Owner::Nobody;
-        }
-        added.map(|()| index)
-    }
-
-    fn add_frontend_as(
-        &mut self,
-        owner: u16,
-        index: usize,
-        image: usize,
-        make: impl FnOnce(u16, &DeviceInfo) -> Result<F, String>,
-    ) -> Result<(), String> {
-        let Some(Some((_, of))) = self.images.get_mut(image) else {
+        let Some(Some(of)) = self.images.get_mut(image) else {
             return Err(format!("there is no image {image}"));
         };
-        let frontend = make(owner, of.info())?;
+        let frontend = make(owner(index), of.info())?;
         for region in frontend.regions() {
             of.register(&region);
             for leaf in &mut self.leaves {
                 leaf.register(&region)?;
             }
         }
-        self.frontends[index] = Some(Attached { frontend, image, owner });
-        Ok(())
+        self.frontends[index] = Some(Attached { frontend, image });
+        Ok(index)
     }
 
     /// A frontend.
@@ -224,18 +202,15 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         if place.as_ref()?.frontend.in_flight() > 0 {
             return None;
         }
-        let a = place.take()?;
-        self.owners[usize::from(a.owner)] = Owner::Nobody;
-        Some(a.frontend)
+        Some(place.take()?.frontend)
     }
 
     /// Takes a closed image out, with how its close ended; `None` while it is not closed. Frontends
     /// that are still attached are dropped soon, once nothing of them is in flight.
     pub fn remove_closed_image(&mut self, index: usize) -> Option<(I, Status)> {
         let place = self.images.get_mut(index)?;
-        let status = place.as_ref()?.1.closed()?;
-        let (owner, image) = place.take()?;
-        self.owners[usize::from(owner)] = Owner::Nobody;
+        let status = place.as_ref()?.closed()?;
+        let image = place.take()?;
         // The place may be the next image's, which they must never come to stand on.
         for a in self.frontends.iter_mut().flatten().filter(|a| a.image == index) {
             a.image = NO_IMAGE;
@@ -258,17 +233,6 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         self.stop
     }
 
-    fn owner(&mut self, of: Owner) -> u16 {
-        let free = self.owners.iter().position(|o| matches!(o, Owner::Nobody));
-        let number = free.unwrap_or_else(|| {
-            self.owners.push(Owner::Nobody);
-            self.owners.len() - 1
-        });
-        self.owners[number] = of;
-        // Each owner holds memory and descriptors; the process is out of both long before this.
-        u16::try_from(number).expect("fewer than 65,536 images and frontends")
-    }
-
     /// One turn: polls everything once. Returns whether there was anything to do.
     #[inline]
     pub fn turn(&mut self) -> bool {
@@ -280,32 +244,40 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             busy = true;
         }
         for l in 0..self.leaves.len() {
-            self.leaves[l].set_now(self.now);
-            let n = self.leaves[l].poll(&mut self.done);
-            if n > 0 {
+            let leaf = &mut self.leaves[l];
+            leaf.set_now(self.now);
+            if leaf.poll(&mut self.done) > 0 {
                 busy = true;
                 self.dispatch();
             }
         }
         for image in self.images.iter_mut().flatten() {
-            busy |= image.1.poll(&mut self.leaves, &mut self.out);
+            busy |= image.poll(&mut self.leaves, &mut self.out);
             if !self.out.is_empty() {
-                answer(&mut self.out, &self.owners, &mut self.frontends, &self.stats);
+                answer(&mut self.out, &mut self.frontends, &self.stats);
             }
         }
-        for place in &mut self.frontends {
-            let Some(a) = place else { continue };
-            let Some(Some((_, image))) = self.images.get_mut(a.image) else { continue };
+        for a in self.frontends.iter_mut().flatten() {
+            if a.frontend.is_quiet(self.now) {
+                continue;
+            }
+            let Some(Some(image)) = self.images.get_mut(a.image) else { continue };
             let mut bound = Bound { image, leaves: &mut self.leaves[..] };
             busy |= a.frontend.poll(&mut bound, self.now);
         }
         self.stats.turns.add(1);
         if busy {
+            // What this turn took is started now, not in the next turn.
+            for leaf in &mut self.leaves {
+                leaf.start();
+            }
             self.stats.busy_ns.add(self.now - began);
         } else {
             self.stats.idle_turns.add(1);
             self.stats.idle_ns.add(self.now - began);
-            self.drop_closed();
+            // Looks at one of them: idle turns come often, and with many rings should be cheap.
+            self.drop_if_closed(self.look);
+            self.look = if self.look < self.frontends.len() { self.look + 1 } else { 0 };
         }
         busy
     }
@@ -314,18 +286,17 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     #[inline]
     fn dispatch(&mut self) {
         self.stats.completions.add(self.done.len() as u64);
-        for i in 0..self.done.len() {
-            let c = self.done.get(i);
-            match self.owners.get(usize::from(c.tag.owner())) {
-                Some(&Owner::Image(at)) => {
-                    if let Some(Some((_, image))) = self.images.get_mut(at)
-                        && let Some(up) = image.complete(&mut self.leaves, c)
-                    {
-                        to_frontend(up, &self.owners, &mut self.frontends, &self.stats);
-                    }
-                }
-                _ => to_frontend(c, &self.owners, &mut self.frontends, &self.stats),
+        for mut c in self.done.iter() {
+            if c.tag.owner() & IMAGE != 0 {
+                let Some(Some(image)) = self.images.get_mut(usize::from(c.tag.owner() ^ IMAGE))
+                else {
+                    self.stats.strays.add(1);
+                    continue;
+                };
+                let Some(up) = image.complete(&mut self.leaves, c) else { continue };
+                c = up;
             }
+            to_frontend(c, &mut self.frontends, &self.stats);
         }
         self.done.clear();
     }
@@ -343,12 +314,18 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     }
 
     /// Forgets frontends whose other side or image has gone. Nothing is urgent here.
+    #[cold]
     fn drop_closed(&mut self) {
-        for i in 0..self.frontends.len() {
-            let place = self.frontends[i].as_ref();
-            if place.is_some_and(|a| a.image == NO_IMAGE || a.frontend.closed()) {
-                drop(self.remove_frontend(i));
-            }
+        for at in 0..self.frontends.len() {
+            self.drop_if_closed(at);
+        }
+    }
+
+    fn drop_if_closed(&mut self, at: usize) {
+        if let Some(Some(a)) = self.frontends.get(at)
+            && a.has_ended()
+        {
+            drop(self.remove_frontend(at));
         }
     }
 
@@ -360,11 +337,13 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             work |=
                 leaf.arm() == HasWork::Yes || (leaf.in_flight() > 0 && leaf.wake_fd().is_none());
         }
-        for (_, image) in self.images.iter_mut().flatten() {
+        for image in self.images.iter_mut().flatten() {
             work |= image.arm() == HasWork::Yes;
         }
         for a in self.frontends.iter_mut().flatten() {
             work |= a.frontend.arm() == HasWork::Yes;
+            // It goes in one of the next turns.
+            work |= a.has_ended() && a.frontend.in_flight() == 0;
         }
         if work { HasWork::Yes } else { HasWork::No }
     }
@@ -386,30 +365,30 @@ fn free_place<T>(list: &mut Vec<Option<T>>) -> usize {
     })
 }
 
-#[inline]
-fn to_frontend<F: Frontend>(
-    c: Completion,
-    owners: &[Owner],
-    frontends: &mut [Option<Attached<F>>],
-    stats: &Stats,
-) {
-    if let Some(&Owner::Frontend(at)) = owners.get(usize::from(c.tag.owner()))
-        && let Some(Some(a)) = frontends.get_mut(at)
-    {
+/// The owner number of a frontend.
+fn owner(index: usize) -> u16 {
+    // Each owner holds memory and descriptors; the process is out of both long before this.
+    assert!(index < usize::from(IMAGE), "fewer than 32,768 images and as many frontends");
+    index as u16
+}
+
+#[inline(always)]
+fn to_frontend<F: Frontend>(c: Completion, frontends: &mut [Option<Attached<F>>], stats: &Stats) {
+    if let Some(Some(a)) = frontends.get_mut(usize::from(c.tag.owner())) {
         a.frontend.complete(c);
     } else {
         stats.strays.add(1);
     }
 }
 
+#[inline(never)]
 fn answer<F: Frontend>(
     out: &mut Completions,
-    owners: &[Owner],
     frontends: &mut [Option<Attached<F>>],
     stats: &Stats,
 ) {
     for c in out.iter() {
-        to_frontend(c, owners, frontends, stats);
+        to_frontend(c, frontends, stats);
     }
     out.clear();
 }

@@ -221,22 +221,30 @@ impl Drop for PortalFrontend {
     }
 }
 
+impl PortalFrontend {
+    /// Answers the request that is in flight under this tag, if there is one.
+    fn reply(&mut self, tag: Tag, status: Status) {
+        let Some(slot) = self.slots.get_mut(usize::from(tag.slot())) else { return };
+        if !slot.busy || slot.generation != tag.generation() {
+            return;
+        }
+        slot.busy = false;
+        slot.generation = slot.generation.wrapping_add(1);
+        self.free.push(tag.slot());
+        // Never full: as many places as slots, and a slot is free only when its reply is here.
+        let _ = self.shared.replies.push(PortalReply { id: slot.id, status });
+        self.replied = true;
+    }
+}
+
 impl Frontend for PortalFrontend {
     fn regions(&self) -> Vec<Arc<Region>> {
         self.regions.clone()
     }
 
+    #[inline]
     fn complete(&mut self, done: Completion) {
-        let Some(slot) = self.slots.get_mut(usize::from(done.tag.slot())) else { return };
-        if !slot.busy || slot.generation != done.tag.generation() {
-            return;
-        }
-        slot.busy = false;
-        slot.generation = slot.generation.wrapping_add(1);
-        self.free.push(done.tag.slot());
-        // Never full: as many places as slots, and a slot is free only when its reply is here.
-        let _ = self.shared.replies.push(PortalReply { id: slot.id, status: done.status });
-        self.replied = true;
+        self.reply(done.tag, done.status);
     }
 
     fn poll<D: Submit>(&mut self, disk: &mut D, _now: u64) -> bool {

@@ -234,7 +234,7 @@ impl<B: Bar> Submit for QueuePair<B> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         self.take(request)
     }
@@ -256,6 +256,16 @@ impl<B: Bar> BlockQueue for QueuePair<B> {
             return 0;
         }
         self.poll_busy(order, out)
+    }
+
+    /// Not while the rings are the controller's: the mode changes in polls only.
+    #[inline]
+    fn start(&mut self) {
+        if self.sq.dirty() && self.mode == Mode::Running {
+            self.sq.ring();
+            self.stats.sq_doorbells += 1;
+            self.work = !self.done.is_empty() || !self.longs.waiting.is_empty();
+        }
     }
 
     #[inline]

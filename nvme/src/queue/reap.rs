@@ -1,6 +1,6 @@
 //! Completions become answers.
 
-use block::{Completions, Op, Status as Outcome};
+use block::{BlockQueue as _, Completions, Op, Status as Outcome};
 use nvme_spec::Status;
 
 use super::QueuePair;
@@ -16,10 +16,7 @@ impl<B: Bar> QueuePair<B> {
         let before = out.len();
         if u64::from(order) == self.running || self.obey(order) {
             // The device first: what was submitted since the last poll can begin.
-            if self.sq.dirty() {
-                self.sq.ring();
-                self.stats.sq_doorbells += 1;
-            }
+            self.start();
             self.reap(out);
             if !self.longs.waiting.is_empty() {
                 self.send_longs();
@@ -43,19 +40,13 @@ impl<B: Bar> QueuePair<B> {
             let Some(entry) = self.cq.peek() else { break };
             self.cq.advance();
             budget -= 1;
-            let slot = slot_of(entry.cid());
-            match self.trackers.get_mut(slot) {
-                // In flight under this CID, with nothing special about it, and it succeeded.
-                Some(t)
-                    if t.live == u32::from(entry.cid())
-                        && t.parent == NO_PARENT
-                        && entry.status() == 0 =>
-                {
-                    out.ok(t.tag);
-                    self.trackers.free(slot);
-                    succeeded += 1;
-                }
-                _ => self.reap_other(entry),
+            if entry.status() == 0
+                && let Some(tag) = self.trackers.free_plain(entry.cid())
+            {
+                out.ok(tag);
+                succeeded += 1;
+            } else {
+                self.reap_other(entry);
             }
         }
         if budget < full {

@@ -7,7 +7,6 @@ use super::long::{BOUNCE_BYTES, PIPELINE};
 use super::tracker::{Command, NO_BOUNCE};
 use super::{Mode, QueuePair};
 use crate::bar::Bar;
-use crate::memory::Place;
 use crate::prp::{self, ListSlot, PrpError, Prps};
 use crate::units::Unit;
 
@@ -45,7 +44,7 @@ fn zeroes(unit: &Unit, flags: Flags, offset: u64, len: u64) -> Command {
 impl<B: Bar> QueuePair<B> {
     /// [`block::Submit::submit`]: by far the most requests read or write one segment that lies in
     /// one piece and within two pages. This is their straight way; whatever differs goes the other.
-    #[inline]
+    #[inline(always)]
     pub(super) fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
         if let [seg] = r.segs
             && self.mode == Mode::Running
@@ -56,7 +55,7 @@ impl<B: Bar> QueuePair<B> {
             && r.len.wrapping_sub(1) < u64::from(unit.max_command)
             && (r.offset | r.len) & unit.block_mask == 0
             && r.offset.checked_add(r.len).is_some_and(|end| end <= unit.info.size)
-            && let Some(Place::Run(bus)) = self.table.place(seg)
+            && let Some(bus) = self.table.run(seg)
             && let Some(slot) = self.trackers.next()
         {
             let len = r.len as u32;
@@ -67,7 +66,8 @@ impl<B: Bar> QueuePair<B> {
                 return Ok(());
             }
         }
-        self.take_any(r)
+        // A copy, so that the caller's need not be in memory for the straight way.
+        self.take_any(&{ *r })
     }
 
     /// Any request.

@@ -71,6 +71,8 @@ pub(super) struct Tracker {
     pub(super) at: u32,
     opcode: u8,
     pub(super) retries: u8,
+    /// The next free slot, while this one is free.
+    next: u16,
 }
 
 const _: () = assert!(size_of::<Tracker>() == 64);
@@ -114,8 +116,9 @@ impl Tracker {
 /// All trackers of a queue pair, and which are free: last in, first out, for the warmest line.
 pub(super) struct Trackers {
     items: Box<[Tracker]>,
-    free: Box<[u16]>,
-    free_len: usize,
+    /// First of the free slots, which form a list that ends at a slot that does not exist.
+    free: u16,
+    free_len: u32,
 }
 
 impl Trackers {
@@ -134,36 +137,39 @@ impl Trackers {
             at: 0,
             opcode: 0,
             retries: 0,
+            next: 0,
         };
         let mut items = vec![none; count].into_boxed_slice();
         for (slot, t) in items.iter_mut().enumerate() {
             t.live = slot as u32 | Tracker::FREE;
+            t.next = slot as u16 + 1;
         }
-        Trackers { items, free: (0..count as u16).rev().collect(), free_len: count }
+        Trackers { items, free: 0, free_len: count as u32 }
     }
 
     #[inline]
     pub(super) fn free_len(&self) -> usize {
-        self.free_len
+        self.free_len as usize
     }
 
     /// Commands that are not free.
     pub(super) fn busy(&self) -> usize {
-        self.items.len() - self.free_len
+        self.items.len() - self.free_len as usize
     }
 
     /// The slot that [`Trackers::take`] would take.
     #[inline]
     pub(super) fn next(&self) -> Option<usize> {
-        let at = self.free_len.checked_sub(1)?;
-        self.free.get(at).map(|&slot| usize::from(slot))
+        let slot = usize::from(self.free);
+        (slot < self.items.len()).then_some(slot)
     }
 
     /// Takes the slot that [`Trackers::next`] named, for this command; returns its CID.
     #[inline(always)]
     pub(super) fn take(&mut self, slot: usize, command: &Command, tag: Tag, now: u64) -> u16 {
-        self.free_len -= 1;
         let t = &mut self.items[slot];
+        self.free = t.next;
+        self.free_len -= 1;
         let cid = t.cid();
         t.tag = tag;
         t.sent = now;
@@ -179,13 +185,29 @@ impl Trackers {
         cid
     }
 
-    /// Ends the use of a slot.
-    #[inline]
+    /// Ends the use of a slot. Once for each time it was taken.
     pub(super) fn free(&mut self, slot: usize) {
-        self.items[slot].renew(Tracker::FREE);
-        // Never past the end: a slot is freed once for each time it was taken.
-        self.free[self.free_len] = slot as u16;
+        let t = &mut self.items[slot];
+        t.renew(Tracker::FREE);
+        t.next = self.free;
+        self.free = slot as u16;
         self.free_len += 1;
+    }
+
+    /// Ends the use of the slot that `cid` names if it is in flight under exactly this CID, as a
+    /// whole request with nothing special about it. Returns who is to be told.
+    #[inline(always)]
+    pub(super) fn free_plain(&mut self, cid: u16) -> Option<Tag> {
+        let slot = slot_of(cid);
+        let t = self.items.get_mut(slot)?;
+        if t.live != u32::from(cid) || t.parent != NO_PARENT {
+            return None;
+        }
+        t.renew(Tracker::FREE);
+        t.next = self.free;
+        self.free = slot as u16;
+        self.free_len += 1;
+        Some(t.tag)
     }
 
     #[inline]

@@ -56,18 +56,24 @@ pub struct Counters {
     pub allocated: Cell<u64>,
 }
 
+/// No leaf queue has this number.
+const NO_PORT: Port = Port { leaf: u16::MAX, unit: u16::MAX };
+
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
 pub struct Image {
     // What a hit needs, first.
     map: Arc<Map>,
     shared: Rc<Shared>,
     free: Vec<u16>,
-    ports: Box<[Port]>,
+    /// By layer; [`NO_PORT`] where there is none.
+    ports: Box<[Port; 256]>,
     /// By operation: what lets a request go straight down.
     ways: [Way; 5],
     /// Bytes of the disk, whole sectors.
     size: u64,
     cluster_bits: u32,
+    /// Offsets within a cluster, as a mask.
+    cluster_mask: u64,
     owner: u16,
     hits: u64,
     // What it does not need.
@@ -129,7 +135,10 @@ impl Image {
             discard_granularity: geometry.cluster_size() as u32,
             max_transfer,
         };
-        let ports = stack.layers.iter().map(|l| l.port).collect();
+        let mut ports = Box::new([NO_PORT; 256]);
+        for (port, layer) in ports.iter_mut().zip(&stack.layers) {
+            *port = layer.port;
+        }
         let writable = stack.writable;
         // One slot more than the frontend can use: for the close.
         let count = usize::from(slots) + 1;
@@ -155,6 +164,7 @@ impl Image {
             ways,
             size: shared.info.size,
             cluster_bits: geometry.cluster_bits(),
+            cluster_mask: geometry.cluster_size() - 1,
             owner,
             hits: 0,
             writable,
@@ -188,28 +198,46 @@ impl Image {
         self.hits
     }
 
-    /// Where a request goes if it can go straight down: one mapped run, no change of metadata.
-    #[inline]
-    pub fn translate(&self, r: &Request<'_>) -> Option<(Port, u64)> {
-        let word = self.map.lookup(r.offset >> self.cluster_bits);
+    /// Where the byte at `offset` of the disk lies, if an operation of this kind may go straight
+    /// there: mapped, and no change of metadata.
+    #[inline(always)]
+    pub fn translate(&self, op: Op, offset: u64) -> Option<(Port, u64)> {
+        self.word_for(op, offset).map(|word| self.place(word, offset))
+    }
+
+    #[inline(always)]
+    fn word_for(&self, op: Op, offset: u64) -> Option<Word> {
+        let word = self.map.lookup(offset >> self.cluster_bits);
+        word.allows(self.ways[op as usize]).then_some(word)
+    }
+
+    #[inline(always)]
+    fn place(&self, word: Word, offset: u64) -> (Port, u64) {
+        (self.ports[usize::from(word.layer())], word.host() + (offset & self.cluster_mask))
+    }
+
+    /// Where a request goes if it can go straight down as a whole: one mapped run.
+    #[inline(always)]
+    fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
         let end = r.offset.wrapping_add(r.len);
-        // `len` wraps below 0 if it is 0, and `end` if the sum overflows: both are refused.
-        let direct = word.allows(self.ways[r.op as usize])
-            && r.flags == Flags::NONE
+        // Not greater than `offset` if `len` is 0 or the sum overflows.
+        let valid = r.flags == Flags::NONE
             && (r.offset | r.len) & 511 == 0
             && r.offset < end
             && end <= self.size;
-        if !direct {
+        if !valid {
             return None;
         }
-        if (r.offset ^ (end - 1)) >> self.cluster_bits != 0 && !self.runs_on(r, word) {
+        let word = self.word_for(r.op, r.offset)?;
+        let crosses = (r.offset & self.cluster_mask) + (r.len - 1) > self.cluster_mask;
+        if crosses && !self.runs_on(r, word) {
             return None;
         }
-        let port = *self.ports.get(usize::from(word.layer()))?;
-        Some((port, word.host() + (r.offset & ((1 << self.cluster_bits) - 1))))
+        Some(self.place(word, r.offset))
     }
 
     /// Whether the clusters behind the first one, whose word is `first`, continue it.
+    #[inline(never)]
     fn runs_on(&self, r: &Request<'_>, first: Word) -> bool {
         let last = (r.offset + r.len - 1) >> self.cluster_bits;
         let mut before = first.unclaimed();
@@ -266,6 +294,37 @@ impl Image {
         }
     }
 
+    /// A request of a task ended.
+    #[inline(never)]
+    fn complete_child<L: BlockQueue>(&mut self, leaves: &mut [L], tag: Tag, status: Status) {
+        if let Some(at) = self.shared.child_done(tag, status) {
+            self.tasks.run(usize::from(at));
+        }
+        self.shared.send(leaves);
+    }
+
+    /// Lets tasks go on that can, and hands out their results.
+    #[inline(never)]
+    fn go_on<L: BlockQueue>(&mut self, leaves: &mut [L], out: &mut Completions) {
+        for _ in 0..self.shared.ready_count() {
+            if let Some(slot) = self.shared.take_ready() {
+                self.tasks.run(usize::from(slot));
+            }
+        }
+        while out.room() > 0
+            && let Some((at, status)) = self.shared.take_finished()
+        {
+            if at == self.close_slot {
+                self.closed = Some(status);
+            } else {
+                let tag = self.shared.work(at).up.get();
+                out.push(Completion { tag, status, detail: 0 });
+                self.release(at);
+            }
+        }
+        self.shared.send(leaves);
+    }
+
     /// Frees a slot; its tag is stale from now on.
     #[inline]
     fn release(&mut self, at: u16) {
@@ -307,14 +366,16 @@ impl<L: BlockQueue> Layer<L> for Image {
         self.free.len()
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
         let Some(&at) = self.free.last() else { return Err(Full) };
-        if let Some((port, offset)) = self.translate(r) {
+        if let Some((port, offset)) = self.straight(r)
+            && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
+        {
             let work = self.shared.work(at);
             let tag = Tag::new(self.owner, at, work.generation.get());
             let below = Request { tag, unit: port.unit, offset, ..*r };
-            if leaves[usize::from(port.leaf)].submit(&below).is_ok() {
+            if leaf.submit(&below).is_ok() {
                 work.up.set(r.tag);
                 work.direct.set(true);
                 work.epoch.set(self.shared.epoch.get());
@@ -323,19 +384,17 @@ impl<L: BlockQueue> Layer<L> for Image {
                 return Ok(());
             }
         }
-        self.submit_slow(leaves, r);
+        // A copy, so that the caller's need not be in memory for the straight way.
+        self.submit_slow(leaves, &{ *r });
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
         let at = done.tag.slot();
         let Some(work) = self.shared.get_work(at) else {
             // A task's: those are numbered behind the slots.
-            if let Some(at) = self.shared.child_done(done) {
-                self.tasks.run(usize::from(at));
-            }
-            self.shared.send(leaves);
+            self.complete_child(leaves, done.tag, done.status);
             return None;
         };
         if !work.direct.get() || done.tag.generation() != work.generation.get() {
@@ -348,28 +407,13 @@ impl<L: BlockQueue> Layer<L> for Image {
         Some(up)
     }
 
+    #[inline(always)]
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
-        if self.shared.is_quiet() {
-            return false;
+        let busy = !self.shared.is_quiet();
+        if busy {
+            self.go_on(leaves, out);
         }
-        for _ in 0..self.shared.ready_count() {
-            if let Some(slot) = self.shared.take_ready() {
-                self.tasks.run(usize::from(slot));
-            }
-        }
-        while out.room() > 0
-            && let Some((at, status)) = self.shared.take_finished()
-        {
-            if at == self.close_slot {
-                self.closed = Some(status);
-            } else {
-                let tag = self.shared.work(at).up.get();
-                out.push(Completion { tag, status, detail: 0 });
-                self.release(at);
-            }
-        }
-        self.shared.send(leaves);
-        true
+        busy
     }
 
     fn arm(&mut self) -> HasWork {

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use block::{BlockQueue, Completion, Flags, Op, Port, Request, SegList, Status, Tag};
+use block::{BlockQueue, Flags, Op, Port, Request, SegList, Status, Tag};
 use dma::Seg;
 
 use super::read::check;
@@ -136,11 +136,11 @@ impl Shared {
     }
 
     /// Notes the end of a task's request. Returns the task's slot if it can go on.
-    pub(super) fn child_done(&self, done: Completion) -> Option<u16> {
+    pub(super) fn child_done(&self, tag: Tag, status: Status) -> Option<u16> {
         let mut children = self.children.borrow_mut();
-        let at = done.tag.slot().wrapping_sub(children.base);
+        let at = tag.slot().wrapping_sub(children.base);
         let place = children.places.get_mut(usize::from(at));
-        let Some(place) = place.filter(|p| p.busy && p.generation == done.tag.generation()) else {
+        let Some(place) = place.filter(|p| p.busy && p.generation == tag.generation()) else {
             self.stale();
             return None;
         };
@@ -149,8 +149,8 @@ impl Shared {
         let slot = place.slot;
         children.free.push(at);
         let work = self.work(slot);
-        if done.status != Status::Ok && work.status.get() == Status::Ok {
-            work.status.set(done.status);
+        if status != Status::Ok && work.status.get() == Status::Ok {
+            work.status.set(status);
         }
         let left = work.pending.get() - 1;
         work.pending.set(left);

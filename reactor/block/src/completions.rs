@@ -49,7 +49,7 @@ impl Completions {
     }
 
     /// Adds one. Panics if there is no room: whoever fills asks [`Completions::room`] first.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, c: Completion) {
         self.items[self.len] = c;
         self.len += 1;

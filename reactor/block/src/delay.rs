@@ -106,6 +106,10 @@ impl<Q: BlockQueue> BlockQueue for DelayQueue<Q> {
         out.len() - before
     }
 
+    fn start(&mut self) {
+        self.leaf.start();
+    }
+
     fn in_flight(&self) -> usize {
         self.leaf.in_flight() + self.held.len()
     }

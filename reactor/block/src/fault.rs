@@ -210,6 +210,10 @@ impl<Q: BlockQueue> BlockQueue for FaultQueue<Q> {
         out.len() - before
     }
 
+    fn start(&mut self) {
+        self.leaf.start();
+    }
+
     fn in_flight(&self) -> usize {
         self.leaf.in_flight() + self.kept.len()
     }

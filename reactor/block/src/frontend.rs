@@ -10,13 +10,20 @@ use crate::{Completion, HasWork, Submit};
 /// A source of requests on a reactor.
 ///
 /// In each turn the reactor first hands out completions ([`Frontend::complete`]), then calls
-/// [`Frontend::poll`] once. Requests carry the owner number that the frontend was attached with.
+/// [`Frontend::poll`] once, unless [`Frontend::is_quiet`]. Requests carry the owner number that the frontend was attached with.
 pub trait Frontend {
     /// Memory that the frontend's requests may name, to be registered with every leaf queue.
     fn regions(&self) -> Vec<Arc<Region>>;
 
     /// One of the frontend's requests ended. Only notes it; answers leave in `poll`.
     fn complete(&mut self, done: Completion);
+
+    /// Whether a poll at this time would find nothing to do: the cheapest look there is, since most
+    /// frontends of a host are idle in most turns. Says no if that is not easily told.
+    fn is_quiet(&self, now: u64) -> bool {
+        let _ = now;
+        false
+    }
 
     /// Takes new requests as far as there is room for them (a bounded number, so that other
     /// frontends do not starve), submits them, then publishes all answers that are ready, at once.

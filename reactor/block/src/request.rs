@@ -183,6 +183,10 @@ pub trait BlockQueue: Submit {
     /// `out` has room. Returns how many were added.
     fn poll(&mut self, out: &mut Completions) -> usize;
 
+    /// Starts what was submitted, without looking for completions. The reactor calls it at the end
+    /// of a turn, so that nothing waits for the next one; a poll does the same first.
+    fn start(&mut self) {}
+
     /// Requests taken and not yet handed out as completed.
     fn in_flight(&self) -> usize;
 

@@ -440,7 +440,7 @@ impl<Q: BlockQueue> Submit for RmwQueue<Q> {
         self.free.len().min(self.leaf.room())
     }
 
-    #[inline]
+    #[inline(never)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         if self.goes_straight(request) && self.leaf.submit(request).is_ok() {
             self.straight += 1;
@@ -459,6 +459,7 @@ impl<Q: BlockQueue> BlockQueue for RmwQueue<Q> {
         Ok(())
     }
 
+    #[inline(never)]
     fn poll(&mut self, out: &mut Completions) -> usize {
         let before = out.len();
         while out.room() > 0
@@ -486,6 +487,10 @@ impl<Q: BlockQueue> BlockQueue for RmwQueue<Q> {
             self.retry();
         }
         out.len() - before
+    }
+
+    fn start(&mut self) {
+        self.leaf.start();
     }
 
     fn in_flight(&self) -> usize {

@@ -3,6 +3,7 @@
 //! A guest or device may change the bytes at any instant, so no access here makes a reference, and
 //! a copy is one opaque instruction: neither split, repeated nor assumed stable by the compiler.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::{Region, Seg};
@@ -175,10 +176,90 @@ impl Region {
     }
 }
 
+/// A ring of equal entries of `SIZE` bytes in a region, a power of two of them. An index is cut to
+/// the ring, and the ring was found to lie in the region when this was made: so an access needs no
+/// check.
+#[derive(Debug)]
+pub struct Entries<const SIZE: usize> {
+    region: Arc<Region>,
+    base: usize,
+    mask: u32,
+}
+
+impl<const SIZE: usize> Entries<SIZE> {
+    /// `count` entries (a power of two) from `base` on, which must be a multiple of 8.
+    ///
+    /// # Panics
+    /// If they do not lie inside the region: its owner laid it out wrong.
+    pub fn new(region: Arc<Region>, base: usize, count: u32) -> Entries<SIZE> {
+        const { assert!(SIZE > 0 && SIZE.is_multiple_of(8), "entries of whole words") };
+        assert!(count.is_power_of_two(), "ring indices wrap by a mask");
+        assert!(base.is_multiple_of(8), "misaligned ring in a DMA region");
+        let end = (count as usize).checked_mul(SIZE).and_then(|bytes| bytes.checked_add(base));
+        assert!(end.is_some_and(|end| end <= region.len()), "ring outside a DMA region");
+        Entries { region, base, mask: count - 1 }
+    }
+
+    /// How many entries there are, less one: what an index is cut by.
+    #[inline(always)]
+    pub fn mask(&self) -> u32 {
+        self.mask
+    }
+
+    /// Loads the 32-bit word at byte `AT` of an entry.
+    #[inline(always)]
+    pub fn load32<const AT: usize>(&self, index: u32, order: Ordering) -> u32 {
+        const { assert!(AT.is_multiple_of(4) && AT + 4 <= SIZE, "a word of the entry") };
+        // SAFETY: byte `AT` lies in the entry, as was just asserted.
+        let word = unsafe { self.entry(index).add(AT) };
+        // SAFETY: aligned, inside the mapping, and only ever accessed atomically or by copies.
+        unsafe { AtomicU32::from_ptr(word.cast()) }.load(order)
+    }
+
+    /// Writes the first `N` 64-bit words of an entry, each once.
+    #[inline(always)]
+    pub fn write_words<const N: usize>(&self, index: u32, words: &[u64; N]) {
+        const { assert!(N * 8 <= SIZE, "words of the entry") };
+        let at = self.entry(index).cast::<u64>();
+        for (i, &value) in words.iter().enumerate() {
+            // SAFETY: `N` words lie in the entry, as was just asserted.
+            let word = unsafe { at.add(i) };
+            // SAFETY: aligned, inside the mapping, and only ever accessed atomically or by copies.
+            unsafe { AtomicU64::from_ptr(word) }.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Where an entry begins: a multiple of 8.
+    #[inline(always)]
+    fn entry(&self, index: u32) -> *mut u8 {
+        let at = self.base + (index & self.mask) as usize * SIZE;
+        // SAFETY: `new` found all entries up to the mask inside the region, whose length is fixed.
+        unsafe { self.region.base().as_ptr().add(at) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::PageSize;
+
+    #[test]
+    fn entries_are_the_bytes_of_the_region_and_wrap() {
+        let region = Region::new(4096, PageSize::Small).unwrap();
+        let ring = Entries::<16>::new(region.clone(), 4096 - 64, 4);
+        ring.write_words(3, &[1 << 32 | 2, 3]);
+        ring.write_words(4, &[4]);
+        assert_eq!(region.load64(4096 - 16, Ordering::Relaxed), 1 << 32 | 2);
+        assert_eq!(region.load64(4096 - 64, Ordering::Relaxed), 4);
+        assert_eq!(ring.load32::<8>(7, Ordering::Relaxed), 3);
+        assert_eq!(ring.load32::<4>(3, Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "ring outside")]
+    fn entries_outside_panic() {
+        Entries::<16>::new(Region::new(4096, PageSize::Small).unwrap(), 4096 - 56, 4);
+    }
 
     #[test]
     fn copies_and_words_agree() {

@@ -230,13 +230,19 @@ impl Region {
     /// our own segments and layouts, never from a guest or device unchecked.
     #[inline(always)]
     pub(crate) fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        // The lengths are constants or below 2^32, and a region ends below 2^63: no overflow that
-        // the comparison would not see.
-        let end = offset.wrapping_add(len);
-        assert!(offset <= end && end <= self.len, "access outside a DMA region");
+        match self.len.checked_sub(len) {
+            Some(last) if offset <= last => {}
+            _ => outside(),
+        }
         // SAFETY: the offset was just found to lie within the mapping.
         unsafe { self.base.as_ptr().add(offset) }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn outside() -> ! {
+    panic!("access outside a DMA region");
 }
 
 impl Drop for Region {

@@ -69,7 +69,7 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
     let fail = |e: &dyn std::fmt::Display| Error::node(&node, e);
     match spec {
         NodeSpec::Mem(size) => {
-            let leaf = Leaf::Mem(MemQueue::new(*size, 512).map_err(|e| fail(&e))?);
+            let leaf = Leaf::Mem(Box::new(MemQueue::new(*size, 512).map_err(|e| fail(&e))?));
             Ok(Source { kind: Kind::Mem(blocking(leaf, &node)?), lock: None })
         }
         NodeSpec::File(path) => {

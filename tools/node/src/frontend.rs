@@ -33,6 +33,11 @@ impl block::Frontend for Frontend {
     }
 
     #[inline]
+    fn is_quiet(&self, now: u64) -> bool {
+        each!(self, f => f.is_quiet(now))
+    }
+
+    #[inline(always)]
     fn complete(&mut self, done: Completion) {
         each!(self, f => f.complete(done));
     }

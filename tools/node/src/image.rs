@@ -39,17 +39,18 @@ impl Layer<Leaf> for Image {
         each!(self, i => i.room(leaves))
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, leaves: &mut [Leaf], request: &Request<'_>) -> Result<(), Full> {
-        each!(self, i => i.submit(leaves, request))
+        // Copies: see the leaves.
+        each!(self, i => i.submit(leaves, &{ *request }))
     }
 
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
         each!(self, i => i.complete(leaves, done))
     }
 
-    #[inline]
+    #[inline(always)]
     fn poll(&mut self, leaves: &mut [Leaf], out: &mut Completions) -> bool {
         each!(self, i => i.poll(leaves, out))
     }

@@ -136,7 +136,8 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     /// Sectors below `sector-size`, as a mask.
     align: u64,
     now: u64,
-    swept: u32,
+    /// When to look for pages that are not used any more: when `stamp` changes.
+    next_sweep: u64,
     /// Slots with something to do, oldest first.
     todo: Vec<u16>,
     batch: Batch,
@@ -251,7 +252,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             write_flags: if durable { Flags::FUA } else { Flags::NONE },
             align: u64::from(config.sector_size / SECTOR) - 1,
             now: 0,
-            swept: 0,
+            next_sweep: 1 << AGE_SHIFT,
             // A slot may be entered again in the moment before its old entry is dropped.
             todo: Vec::with_capacity(2 * slots),
             batch: Batch::new(slots, large * (large_segments + INDIRECT_PAGES)),
@@ -305,7 +306,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline(never)]
     fn turn<D: Submit>(&mut self, disk: &mut D) -> bool {
-        if self.stamp != self.swept {
+        if self.now >= self.next_sweep {
             self.sweep();
         }
         let mut busy = false;
@@ -462,7 +463,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[cold]
     fn sweep(&mut self) {
-        self.swept = self.stamp;
+        self.next_sweep = (u64::from(self.stamp) + 1) << AGE_SHIFT;
         let (grants, stats) = (&mut self.grants, &self.stats);
         self.pages.sweep(self.stamp, |page| {
             grants.unmap(page);
@@ -476,7 +477,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
         vec![self.bounce.clone()]
     }
 
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, done: Completion) {
         self.work = true;
         let index = done.tag.slot();
@@ -487,13 +488,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
             && slot.generation == done.tag.generation()
             && done.status.is_ok();
         if !plain {
-            return self.complete_slow(done);
+            return self.complete_slow(done.tag, done.status);
         }
         let answer = Response { id: slot.id, operation: slot.operation, status: OKAY };
         if slot.operation == READ {
             let (segment, len) = (Segment(slot.word), slot.len);
             let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
-                return self.complete_slow(done);
+                return self.complete_slow(done.tag, done.status);
             };
             self.stats.page_hits.add(1);
             self.stats.read_bytes.add(u64::from(len));
@@ -510,14 +511,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
     }
 
     #[inline]
+    fn is_quiet(&self, now: u64) -> bool {
+        !self.work && now < self.next_sweep && (self.gates != 0 || self.ring.is_empty())
+    }
+
+    #[inline]
     fn poll<D: Submit>(&mut self, disk: &mut D, now: u64) -> bool {
         self.now = now;
         self.stamp = (now >> AGE_SHIFT) as u32;
-        // Most rings of a host are idle in most turns: those cost this and no more.
-        let quiet = !self.work && self.stamp == self.swept;
-        if quiet && (self.gates != 0 || self.ring.is_empty()) {
-            return false;
-        }
         self.turn(disk)
     }
 

@@ -1,7 +1,7 @@
 //! What a request needs beyond one trip to the disk: flushes before data, barriers, discards in
 //! parts, waiting for space, and the rules for what a guest may be told.
 
-use block::{Completion, Flags, Op, Request, Status, Submit};
+use block::{Flags, Op, Request, Status, Submit, Tag};
 
 use super::{Backend, GATE_BARRIER, GATE_NO_SPACE, GATE_STOPPING, NO_BUFFER, Stage};
 use crate::abi::{ERROR, OKAY, READ, WRITE_BARRIER};
@@ -146,16 +146,16 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     /// Any completion that is not the plain end of a request of one mapped segment.
     #[inline(never)]
-    pub(super) fn complete_slow(&mut self, done: Completion) {
-        let index = done.tag.slot();
+    pub(super) fn complete_slow(&mut self, tag: Tag, status: Status) {
+        let index = tag.slot();
         let slot = &mut self.slots[usize::from(index)];
         if slot.stage == Stage::Plain {
             slot.stage = Stage::AtData;
         }
-        if !slot.at_disk() || slot.generation != done.tag.generation() {
+        if !slot.at_disk() || slot.generation != tag.generation() {
             return self.stats.strays.add(1);
         }
-        match (slot.stage, done.status) {
+        match (slot.stage, status) {
             (Stage::AtData, Status::NoSpace) if slot.operation != READ => {
                 self.wait_for_space(index, Stage::PutData);
             }
