@@ -55,7 +55,7 @@ fn round_trips() {
             if out == "qcow2" {
                 env.clean("to");
                 // And what we wrote, we read.
-                env.image(&format!("convert -O raw to back.raw")).ok();
+                env.image("convert -O raw to back.raw").ok();
                 env.same(name, format, "back.raw", "raw");
             }
             if options.contains("-c") {
@@ -78,7 +78,7 @@ fn round_trips() {
 fn compressed_images_are_small_and_can_be_written_to() {
     let Some(env) = Env::new() else { return };
     let text: Vec<u8> = (0..8u64 << 20)
-        .map(|i| b"the quick brown fox jumps "[(i * i >> 7) as usize % 26])
+        .map(|i| b"the quick brown fox jumps "[((i * i) >> 7) as usize % 26])
         .collect();
     std::fs::write(env.path("text.raw"), &text).unwrap();
     for kind in ["zlib", "zstd"] {
