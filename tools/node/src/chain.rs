@@ -70,12 +70,13 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
     match spec {
         NodeSpec::Mem(size) => {
             let leaf = Leaf::Mem(Box::new(MemQueue::new(*size, 512).map_err(|e| fail(&e))?));
-            Ok(Source { kind: Kind::Mem(blocking(leaf, &node)?), lock: None })
+            Ok(Source { kind: Kind::Mem(blocking(leaf, &node)?), lock: None, id: None })
         }
         NodeSpec::File(path) => {
             let host = HostStorage::open(path, options.writable).map_err(|e| fail(&e))?;
             let lock = lock(&node, host.file(), options)?;
-            Ok(Source { kind: Kind::Host(host), lock })
+            let id = Some(file_id(&host).map_err(|e| fail(&e))?);
+            Ok(Source { kind: Kind::Host(host), lock, id })
         }
         NodeSpec::Model(model) => open_model(model, &node, options),
     }
@@ -85,6 +86,7 @@ fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Sou
     let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
     let mut host = HostStorage::open(&spec.path, options.writable).map_err(|e| fail(&e))?;
     let lock = lock(node, host.file(), options)?;
+    let id = Some(file_id(&host).map_err(|e| fail(&e))?);
     let capacity = match spec.size {
         Some(size) => size,
         None => model_capacity(&mut host, node, options.format).map_err(Error::Image)?,
@@ -94,7 +96,12 @@ fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Sou
     let (model, pair) =
         Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
     let leaf = model_leaf(pair).map_err(|e| fail(&e))?;
-    Ok(Source { kind: Kind::Model(blocking(leaf, node)?, model), lock })
+    Ok(Source { kind: Kind::Model(blocking(leaf, node)?, model), lock, id })
+}
+
+/// Which file it is: of the opened one, since the path may lead elsewhere by now.
+fn file_id(host: &HostStorage) -> std::io::Result<FileId> {
+    host.file().metadata().map(|m| FileId::of(&m))
 }
 
 /// A queue pair as a leaf: 512e over larger blocks.
@@ -158,10 +165,7 @@ fn lock(
 /// If a layer cannot be opened, is in use, is refused, or is no image.
 pub fn open_chain(spec: &NodeSpec, options: &OpenOptions) -> Result<Chain, Error> {
     let source = open_source(spec, options)?;
-    let id = match &source.kind {
-        Kind::Host(h) => h.file().metadata().ok().map(|m| FileId::of(&m)),
-        _ => spec.path().and_then(|p| std::fs::metadata(p).ok()).map(|m| FileId::of(&m)),
-    };
+    let id = source.id;
     let top = Opened {
         storage: source,
         path: spec.path().map(std::path::Path::to_path_buf),
@@ -185,13 +189,13 @@ fn open_backing(backing: &BackingRef, options: &OpenOptions) -> qcow::Result<Ope
         qcow::Error::refused(&backing.named_by, format!("backing file {name}: {why}"))
     };
     let host = HostStorage::open(&found.path, false).map_err(|e| refuse(e.to_string()))?;
-    let id = host.file().metadata().map(|m| FileId::of(&m)).map_err(|e| refuse(e.to_string()))?;
+    let id = file_id(&host).map_err(|e| refuse(e.to_string()))?;
     if id != found.id {
         return Err(refuse("was replaced while it was being opened".to_owned()));
     }
     let reading = OpenOptions { writable: false, ..options.clone() };
     let lock = lock(&name, host.file(), &reading).map_err(|e| refuse(e.to_string()))?;
-    let storage = Source { kind: Kind::Host(host), lock };
+    let storage = Source { kind: Kind::Host(host), lock, id: Some(id) };
     Ok(Opened { storage, path: Some(found.path), name, id: Some(id) })
 }
 

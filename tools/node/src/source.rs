@@ -2,6 +2,7 @@
 
 use block::{Blocking, LeafAccess, Storage, StorageError};
 use file::ImageLock;
+use qcow::open::FileId;
 
 use crate::{HostStorage, Leaf, Model};
 
@@ -10,6 +11,8 @@ pub struct Source {
     pub(crate) kind: Kind,
     /// Held as long as the node is in use.
     pub(crate) lock: Option<ImageLock>,
+    /// The file behind it.
+    pub(crate) id: Option<FileId>,
 }
 
 pub(crate) enum Kind {
