@@ -7,7 +7,7 @@ use block::{Flags, Layer, Op, Status};
 use qcow::create::CreateOptions;
 use qcow::open::Format;
 use qcow::run::Options;
-use rig::{Fault, LogQueue, Rig, Rng, check, durable, fresh};
+use rig::{Fault, LogQueue, Rig, Rng, check, cut, fresh};
 
 const SECTOR: u64 = 512;
 
@@ -103,8 +103,9 @@ fn verify(rig: Rig, model: &Model, what: &str) {
     let mut leaves = rig.crash();
     let mut top = leaves.remove(0);
     let (base, log) = top.take_log();
-    for at in [log.len(), log.len() / 2] {
-        let (disk, _) = durable(&base, &log[..at], true);
+    let mut rng = Rng(log.len() as u64 | 1);
+    for at in [rng.below(log.len() as u64 + 1) as usize, log.len()] {
+        let disk = cut(&base, &log, at, true, &mut rng);
         let mut leaf = LogQueue::new(disk.len() as u64, 7);
         leaf.load(&disk);
         let (leaf, bad, _) = check(leaf);

@@ -6,20 +6,37 @@ mod rig;
 
 use block::{Flags, Op, Status};
 use qcow::create::CreateOptions;
-use rig::{Event, LogQueue, Rig, Rng, What, check, durable, fresh, qemu_check};
+use qcow::open::Format;
+use qcow::run::Options;
+use rig::{Event, LogQueue, Rig, Rng, check, cut, fresh, qemu_check};
 
 const DISK: u64 = 1 << 20;
-const DEVICE: u64 = 6 << 20;
 const SECTOR: u64 = 512;
+const SECTORS: u64 = DISK / SECTOR;
+
+/// What stands in the backing file.
+const BELOW: u64 = 1 << 40;
+
+/// Where it is tried.
+#[derive(Clone, Copy)]
+struct Ground {
+    cluster: u64,
+    refcount_bits: u32,
+    /// Bytes of the device: with little more than the disk, what was let go of is soon used again.
+    device: u64,
+    cache: bool,
+    backing: bool,
+    requests: u32,
+}
 
 /// What one sector was told to hold, in order: (log position when sent, stamp).
 type History = Vec<Vec<(usize, u64)>>;
 
-/// A flush that was answered: log position at its answer, and for each sector how much of its
-/// history had completed when it was sent.
-struct Flushed {
-    at: usize,
-    from: Vec<usize>,
+/// Something became durable: log position when that was answered, and how much of each sector's
+/// history that vouches for.
+enum Vouched {
+    All { at: usize, from: Vec<usize> },
+    Some { at: usize, first: u64, from: Vec<usize> },
 }
 
 fn stamp(value: u64) -> Vec<u8> {
@@ -30,7 +47,7 @@ struct Run {
     base: Vec<u8>,
     log: Vec<Event>,
     history: History,
-    flushes: Vec<Flushed>,
+    vouched: Vec<Vouched>,
 }
 
 enum Sent {
@@ -39,31 +56,56 @@ enum Sent {
         first: u64,
         count: u64,
         sure: bool,
+        fua: bool,
     },
     Flush {
         from: Vec<usize>,
     },
 }
 
+fn backing() -> LogQueue {
+    let mut raw = LogQueue::new(DISK * 3 / 4, 1);
+    raw.load(&stamp(BELOW).repeat(SECTORS as usize * 3 / 4));
+    raw
+}
+
+fn open(ground: &Ground, leaf: LogQueue) -> Rig {
+    if ground.backing {
+        Rig::open(vec![leaf, backing()], &[Format::Qcow2, Format::Raw], Options::default())
+    } else {
+        Rig::single(leaf)
+    }
+}
+
 /// Random writes, zeroes, discards and flushes over a device that logs; no two in flight overlap.
-fn run(seed: u64, cluster: u64, count: u32) -> Run {
+fn run(ground: &Ground, seed: u64) -> Run {
     let mut rng = Rng(seed);
     let mut o = CreateOptions::new(DISK);
-    o.cluster_size = cluster;
-    let mut leaf = fresh(DEVICE, seed, &o);
+    o.cluster_size = ground.cluster;
+    o.refcount_bits = ground.refcount_bits;
+    if ground.backing {
+        o.backing = Some(("/layer1".to_owned(), Format::Raw));
+    }
+    let mut leaf = fresh(ground.device, seed, &o);
+    if !ground.cache {
+        leaf = leaf.without_cache();
+    }
     leaf.start_log();
-    let mut rig = Rig::single(leaf);
-    let sectors = (DISK / SECTOR) as usize;
-    let mut history: History = vec![vec![(0, 0)]; sectors];
-    let mut completed: Vec<usize> = vec![0; sectors];
-    let mut flushes = Vec::new();
+    let mut rig = open(ground, leaf);
+    let below = |s| if ground.backing && s < SECTORS * 3 / 4 { BELOW } else { 0 };
+    let mut history: History = (0..SECTORS).map(|s| vec![(0, below(s))]).collect();
+    let mut completed: Vec<usize> = vec![0; SECTORS as usize];
+    let mut vouched = Vec::new();
     let mut flying: Vec<(u64, Sent)> = Vec::new();
     let (mut sent, mut value) = (0, 0);
-    while sent < count || !flying.is_empty() {
-        if sent < count && flying.len() < 12 {
+    // Much of it in few places: so clusters come and go.
+    let crowd = rng.below(SECTORS);
+    while sent < ground.requests || !flying.is_empty() {
+        if sent < ground.requests && flying.len() < 12 {
             let n = if rng.one_in(5) { 1 + rng.below(200) } else { 1 + rng.below(12) };
-            let first = rng.below(DISK / SECTOR);
-            let n = n.min(DISK / SECTOR - first);
+            let near = rng.one_in(2);
+            let first = if near { (crowd + rng.below(64)) % SECTORS } else { rng.below(SECTORS) };
+            let n = n.min(SECTORS - first);
             let clash = flying.iter().any(|(_, f)| match f {
                 Sent::Change { first: b, count, .. } => first < b + count && *b < first + n,
                 Sent::Flush { .. } => false,
@@ -78,35 +120,40 @@ fn run(seed: u64, cluster: u64, count: u32) -> Run {
                     flying.push((id, Sent::Flush { from: completed.clone() }));
                 } else {
                     value += 1;
-                    let write = choice < 12;
+                    let (op, flags) = match choice {
+                        3 => (Op::Write, Flags::FUA),
+                        4..=9 => (Op::Write, Flags::NONE),
+                        10 | 11 => (Op::WriteZeroes, Flags::NONE),
+                        12 | 13 => (Op::WriteZeroes, Flags::NO_UNMAP),
+                        _ => (Op::Discard, Flags::NONE),
+                    };
+                    let write = op == Op::Write;
                     let told = if write { value } else { 0 };
                     for s in first..first + n {
                         history[s as usize].push((at, told));
                     }
                     let data = if write { stamp(value).repeat(n as usize) } else { Vec::new() };
-                    let (op, flags) = match choice {
-                        3..=11 => (Op::Write, Flags::NONE),
-                        12 | 13 => (Op::WriteZeroes, Flags::NONE),
-                        14 => (Op::WriteZeroes, Flags::NO_UNMAP),
-                        _ => (Op::Discard, Flags::NONE),
-                    };
                     let id = rig.send(op, flags, offset, len, &data);
-                    flying.push((id, Sent::Change { first, count: n, sure: op != Op::Discard }));
+                    let (sure, fua) = (op != Op::Discard, flags == Flags::FUA);
+                    flying.push((id, Sent::Change { first, count: n, sure, fua }));
                 }
             }
         }
         for (id, status, _) in rig.turn() {
             assert_eq!(status, Status::Ok);
             let i = flying.iter().position(|f| f.0 == id).unwrap();
+            let at = rig.leaf(0).log.len();
             match flying.swap_remove(i).1 {
-                Sent::Flush { from } => {
-                    let at = rig.leaf(0).log.len();
-                    flushes.push(Flushed { at, from });
-                }
+                Sent::Flush { from } => vouched.push(Vouched::All { at, from }),
                 Sent::Change { sure: false, .. } => {}
-                Sent::Change { first, count, .. } => {
-                    for s in first as usize..(first + count) as usize {
+                Sent::Change { first, count, fua, .. } => {
+                    let range = first as usize..(first + count) as usize;
+                    for s in range.clone() {
                         completed[s] = history[s].len() - 1;
+                    }
+                    if fua {
+                        let from = completed[range].to_vec();
+                        vouched.push(Vouched::Some { at, first, from });
                     }
                 }
             }
@@ -114,57 +161,49 @@ fn run(seed: u64, cluster: u64, count: u32) -> Run {
     }
     let mut leaf = rig.crash().remove(0);
     let (base, log) = leaf.take_log();
-    Run { base, log, history, flushes }
+    Run { base, log, history, vouched }
 }
 
-/// The disk after a cut at log position `at`: what was durable, and of what was cached or in flight
-/// each sector or none.
-fn cut(run: &Run, at: usize, rng: &mut Rng) -> Vec<u8> {
-    let (mut disk, cached) = durable(&run.base, &run.log[..at], true);
-    let flying = (at..run.log.len()).filter(|&i| run.log[i].sent <= at);
-    let mood = rng.below(3);
-    for i in cached.into_iter().chain(flying) {
-        let What::Write { offset, data, .. } = &run.log[i].what else { continue };
-        let whole = if rng.one_in(2) { Some(rng.one_in(2)) } else { None };
-        for (n, sector) in data.chunks(SECTOR as usize).enumerate() {
-            let lands = match mood {
-                0 => false,
-                1 => whole.unwrap_or_else(|| rng.one_in(2)),
-                _ => rng.below(10) < 9,
-            };
-            if lands {
-                let from = *offset as usize + n * SECTOR as usize;
-                disk[from..from + sector.len()].copy_from_slice(sector);
+/// From where on in each sector's history a disk that was cut at log position `at` may be.
+fn vouched_for(run: &Run, at: usize) -> Vec<usize> {
+    let mut all = vec![0; SECTORS as usize];
+    for v in &run.vouched {
+        let (when, first, from) = match v {
+            Vouched::All { at, from } => (at, 0, from),
+            Vouched::Some { at, first, from } => (at, *first as usize, from),
+        };
+        if *when <= at {
+            for (i, &f) in from.iter().enumerate() {
+                all[first + i] = all[first + i].max(f);
             }
         }
     }
-    disk
+    all
 }
 
 /// The image must check without corruption, and each sector hold what was flushed or something
 /// that it was told later.
-fn verify(run: &Run, at: usize, disk: Vec<u8>, seed: u64, ask_qemu: bool) {
-    let what = format!("seed {seed}, cut at {at} of {}", run.log.len());
+fn verify(ground: &Ground, run: &Run, at: usize, disk: Vec<u8>, what: &str, ask_qemu: bool) {
     if ask_qemu && let Some(code) = qemu_check(&disk) {
         assert!(code == 0 || code == 3, "{what}: qemu-img check says {code}");
     }
-    let mut leaf = LogQueue::new(DEVICE, seed);
+    let mut leaf = LogQueue::new(ground.device, 99);
     leaf.load(&disk);
     let (leaf, bad, _) = check(leaf);
     assert_eq!(bad, 0, "{what}: corruption");
-    let mut rig = Rig::single(leaf);
-    let flushed = run.flushes.iter().rev().find(|f| f.at <= at);
-    for first in (0..DISK / SECTOR).step_by(256) {
+    let mut rig = open(ground, leaf);
+    let vouched = vouched_for(run, at);
+    for first in (0..SECTORS).step_by(256) {
         let data = rig.read(first * SECTOR, 256 * SECTOR);
         for (i, sector) in data.chunks(SECTOR as usize).enumerate() {
             let s = first as usize + i;
             let found = u64::from_le_bytes(sector[..8].try_into().unwrap());
             assert!(sector == stamp(found), "{what}: sector {s} is torn");
-            let from = flushed.map_or(0, |f| f.from[s]);
+            let from = vouched[s];
             let mut allowed = run.history[s][from..].iter().filter(|h| h.0 <= at);
             assert!(
                 allowed.any(|h| h.1 == found),
-                "{what}: sector {s} holds {found}, told since the flush: {:?}",
+                "{what}: sector {s} holds {found:#x}, told since it was flushed: {:x?}",
                 &run.history[s][from..]
             );
         }
@@ -176,29 +215,52 @@ fn verify(run: &Run, at: usize, disk: Vec<u8>, seed: u64, ask_qemu: bool) {
     assert_eq!(bad, 0, "{what}: corruption after going on");
 }
 
-fn cuts(cluster: u64, seeds: std::ops::Range<u64>, count: u32, per_seed: u64) {
+fn cuts(ground: Ground, seeds: std::ops::Range<u64>, per_seed: u64) {
     for seed in seeds {
-        let run = run(seed, cluster, count);
+        let run = run(&ground, seed);
         let mut rng = Rng(seed ^ 0x5555);
         for n in 0..per_seed {
             let at = rng.below(run.log.len() as u64 + 1) as usize;
-            let disk = cut(&run, at, &mut rng);
-            verify(&run, at, disk, seed, n == 0);
+            let disk = cut(&run.base, &run.log, at, ground.cache, &mut rng);
+            let what = format!("seed {seed}, cut at {at} of {}", run.log.len());
+            verify(&ground, &run, at, disk, &what, n == 0);
         }
     }
 }
 
+const GROUND: Ground = Ground {
+    cluster: 65536,
+    refcount_bits: 16,
+    device: 5 << 19,
+    cache: true,
+    backing: false,
+    requests: 200,
+};
+
 #[test]
-fn power_cuts_with_64k_clusters() {
-    cuts(65536, 1..12, 150, 10);
+fn clusters_of_64k() {
+    cuts(GROUND, 1..9, 10);
 }
 
 #[test]
-fn power_cuts_with_4k_clusters() {
-    cuts(4096, 100..112, 200, 10);
+fn clusters_of_64k_over_a_backing_file() {
+    cuts(Ground { backing: true, ..GROUND }, 50..58, 10);
 }
 
 #[test]
-fn power_cuts_with_512_byte_clusters() {
-    cuts(512, 200..208, 150, 8);
+fn clusters_of_4k() {
+    cuts(Ground { cluster: 4096, device: 2 << 20, requests: 250, ..GROUND }, 100..108, 10);
+}
+
+#[test]
+fn clusters_of_4k_over_a_backing_file_without_a_cache() {
+    let ground = Ground { cluster: 4096, device: 2 << 20, requests: 250, ..GROUND };
+    cuts(Ground { backing: true, cache: false, ..ground }, 150..158, 10);
+}
+
+#[test]
+fn clusters_of_512_bytes_and_growing_refcount_blocks() {
+    let ground = Ground { cluster: 512, refcount_bits: 64, device: 5 << 19, ..GROUND };
+    cuts(ground, 200..206, 8);
+    cuts(Ground { cache: false, ..ground }, 250..254, 8);
 }

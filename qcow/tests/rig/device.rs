@@ -1,5 +1,6 @@
 //! [`LogQueue`]: a device in memory that carries requests out in any order, has a cache that a power
-//! cut loses, and fails, lies and logs as told; and [`durable`], what such a device holds after a cut.
+//! cut loses, and fails, lies and logs as told; and [`cut`], what such a device holds after a
+//! power cut.
 
 use std::sync::Arc;
 
@@ -221,41 +222,48 @@ impl LogQueue {
     }
 }
 
-/// What is on stable storage after these events, and which writes are only in the cache (by index).
-pub(crate) fn durable(base: &[u8], log: &[Event], cache: bool) -> (Vec<u8>, Vec<usize>) {
+/// The disk after a power cut behind the first `at` events: what was durable, and of what was cached
+/// or in flight each sector or none.
+pub(crate) fn cut(base: &[u8], log: &[Event], at: usize, cache: bool, rng: &mut Rng) -> Vec<u8> {
     let mut disk = base.to_vec();
-    let mut cached: Vec<usize> = Vec::new();
-    let land = |disk: &mut Vec<u8>, at: usize| {
-        if let What::Write { offset, data, .. } = &log[at].what {
-            disk[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
-        }
-    };
-    for (at, event) in log.iter().enumerate() {
+    // Writes that are not under all older ones on the disk, and whether they must land.
+    let mut late: Vec<(usize, bool)> = Vec::new();
+    for (i, event) in log[..at].iter().enumerate() {
         match &event.what {
-            What::Write { fua, offset, data } if *fua || !cache => {
-                // What is older in the cache must not land over it later.
-                let end = offset + data.len() as u64;
-                cached.retain(|&c| {
-                    let What::Write { offset: o, data: d, .. } = &log[c].what else { return false };
-                    let over = *o < end && *offset < o + d.len() as u64;
-                    if over {
-                        land(&mut disk, c);
-                    }
-                    !over
-                });
-                land(&mut disk, at);
-            }
-            What::Write { .. } => cached.push(at),
-            What::Flush => cached.retain(|&c| {
-                let vouched = c < event.sent;
-                if vouched {
-                    land(&mut disk, c);
+            What::Write { fua, .. } => late.push((i, *fua || !cache)),
+            What::Flush => {
+                // All that is older than what it vouches for, too: so the order stays.
+                let vouched = late.partition_point(|l| l.0 < event.sent);
+                for (i, _) in late.drain(..vouched) {
+                    land(&mut disk, &log[i], || true);
                 }
-                !vouched
-            }),
+            }
         }
     }
-    (disk, cached)
+    let flying = (at..log.len()).filter(|&i| log[i].sent <= at).map(|i| (i, false));
+    let mood = rng.below(3);
+    for (i, must) in late.into_iter().chain(flying) {
+        let whole = if rng.one_in(2) { Some(rng.one_in(2)) } else { None };
+        land(&mut disk, &log[i], || {
+            must || match mood {
+                0 => false,
+                1 => whole.unwrap_or_else(|| rng.one_in(2)),
+                _ => rng.below(10) < 9,
+            }
+        });
+    }
+    disk
+}
+
+/// Puts those sectors of a write on the disk for which `lands` says so.
+fn land(disk: &mut [u8], event: &Event, mut lands: impl FnMut() -> bool) {
+    let What::Write { offset, data, .. } = &event.what else { return };
+    for (n, sector) in data.chunks(SECTOR).enumerate() {
+        if lands() {
+            let from = *offset as usize + n * SECTOR;
+            disk[from..from + sector.len()].copy_from_slice(sector);
+        }
+    }
 }
 
 impl Submit for LogQueue {
