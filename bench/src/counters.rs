@@ -7,7 +7,7 @@ use crate::{alloc, trap};
 /// What a thread has done so far. Only differences mean something.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Counters {
-    /// System calls; `None` where they cannot be trapped.
+    /// System calls; `None` where they cannot be trapped, or not any more (see `trap`).
     pub syscalls: Option<u64>,
     /// Allocations.
     pub allocations: u64,
@@ -19,7 +19,10 @@ impl Counters {
     /// Begins to count the calling thread.
     pub fn start() -> Counters {
         let trapped = trap::start();
-        Counters { syscalls: trapped.then(trap::count), ..Counters::start_untrapped() }
+        Counters {
+            syscalls: if trapped { trap::count() } else { None },
+            ..Counters::start_untrapped()
+        }
     }
 
     /// The same without system calls, for a process that runs under a tool which makes them.
@@ -34,7 +37,7 @@ impl Counters {
     /// What the calling thread has done since `start`; stops counting.
     pub fn finish(start: Counters) -> Counters {
         let done = Counters {
-            syscalls: start.syscalls.map(|n| trap::count() - n),
+            syscalls: start.syscalls.and_then(|n| Some(trap::count()? - n)),
             allocations: alloc::count() - start.allocations,
             locks: reactor::sync::locks_taken() - start.locks,
         };
