@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 
@@ -115,8 +116,9 @@ pub struct Region {
     fd: OwnedFd,
 }
 
-// SAFETY: the mapping is valid for the life of the value and every access through it is an opaque
-// copy or an atomic, so no thread can make a data race that Rust would call undefined.
+// SAFETY: the mapping is valid for the life of the value (the file's length is sealed) and every
+// access through it is an opaque copy or an atomic, so no thread can make a data race that Rust
+// would call undefined. Who uses `base` with `unsafe` keeps to that.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -136,9 +138,13 @@ impl Region {
             PageSize::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
             PageSize::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
         };
-        let fd =
-            memfd_create("polldisk", MFdFlags::MFD_CLOEXEC | kind).map_err(os("memfd_create"))?;
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind;
+        let fd = memfd_create("polldisk", flags).map_err(os("memfd_create"))?;
         nix::unistd::ftruncate(&fd, len as i64).map_err(os("ftruncate"))?;
+        // A peer that is given the descriptor could else shorten the file: an access past its end
+        // kills the process.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(os("sealing a memfd"))?;
         Region::map(fd, len, page)
     }
 
@@ -264,6 +270,15 @@ mod tests {
         let b = Region::new(4097, PageSize::Small).unwrap();
         assert_ne!(a.id(), b.id());
         assert_eq!((a.len(), b.len()), (4096, 8192));
+    }
+
+    #[test]
+    fn who_has_the_descriptor_cannot_take_memory_away() {
+        let region = Region::new(8192, PageSize::Small).unwrap();
+        for len in [0, 4096, 16384] {
+            assert_eq!(nix::unistd::ftruncate(region.fd(), len), Err(nix::Error::EPERM));
+        }
+        region.write(8191, &[1]);
     }
 
     #[test]
