@@ -269,6 +269,53 @@ fn a_backing_file_beyond_64_pib() {
     assert_eq!(rig.read((1 << 56) + (256 << 10), 1024), [[4; 512], [0; 512]].concat());
 }
 
+/// A wrong entry below fails what comes from there, not what the overlay has.
+#[test]
+fn wrong_l1_entries_of_a_backing_file() {
+    let (mut base, _) = image(8);
+    let l1 = word(&base, 40);
+    set_word(&mut base, l1, COPIED | DEVICE);
+    let mut o = CreateOptions::new(DISK);
+    o.cluster_size = CLUSTER;
+    o.backing = Some(("/layer1".to_owned(), Format::Qcow2));
+    let mut rig =
+        Rig::open(vec![fresh(DEVICE, 5, &o), base], &[Format::Qcow2; 2], Options::default());
+    assert_eq!(rig.call(Op::Read, CLUSTER, 512, &[]).0, Status::Corrupt);
+    assert_eq!(rig.call(Op::Write, CLUSTER, CLUSTER, &[1; 4096]).0, Status::Corrupt);
+    rig.write(600 * CLUSTER, &[7; 512]);
+    assert_eq!(rig.read(600 * CLUSTER, 1024), [[7; 512], [0; 512]].concat());
+    // What the overlay has in the same page of the map stays there.
+    let mut leaves = rig.close();
+    let mut base = leaves.remove(1);
+    set_word(&mut base, l1, 0);
+    let mut rig = Rig::open(vec![leaves.remove(0), base], &[Format::Qcow2; 2], Options::default());
+    rig.write(2 * CLUSTER, &[8; CLUSTER as usize]);
+    let mut leaves = rig.close();
+    let mut base = leaves.remove(1);
+    set_word(&mut base, l1, COPIED | DEVICE);
+    let mut rig = Rig::open(vec![leaves.remove(0), base], &[Format::Qcow2; 2], Options::default());
+    assert_eq!(rig.call(Op::Read, CLUSTER, 512, &[]).0, Status::Corrupt);
+    assert_eq!(rig.read(2 * CLUSTER, CLUSTER), [8; CLUSTER as usize]);
+}
+
+/// Counts may be wrong: a file is not cut into what was there when it was opened.
+#[test]
+fn a_close_leaves_what_no_count_speaks_of() {
+    let (mut leaf, l2) = image(64);
+    let last = word(&leaf, l2 + 63 * 8) & !COPIED;
+    for n in 60..64 {
+        let host = word(&leaf, l2 + n * 8) & !COPIED;
+        let at = count_at(&leaf, host);
+        leaf.poke(at, &[0, 0]);
+    }
+    leaf.pretend(DEVICE, last + CLUSTER);
+    let mut rig = Rig::single(leaf);
+    assert_eq!(rig.image().end(), last + CLUSTER);
+    // And once it is known that counts are wrong, it is not cut at all.
+    rig.read(63 * CLUSTER, 512);
+    assert_eq!(rig.image().end(), u64::MAX);
+}
+
 /// Tables cut off with the file: an error, not zeroes.
 #[test]
 fn a_file_that_was_cut() {

@@ -43,6 +43,8 @@ pub(super) struct Allocator {
     pub(super) cursor: u64,
     /// Everything at and behind this cluster has never been in use.
     pub(super) high: u64,
+    /// The file's length when it was opened.
+    len: u64,
     /// First byte behind everything that was handed out.
     grown: u64,
     /// The search has come round; nothing is free but what is in `freed`.
@@ -76,6 +78,7 @@ impl Allocator {
             slices: BTreeMap::new(),
             cursor: g.clusters_for(top.end),
             high: g.clusters_for(top.end),
+            len: top.len,
             grown: 0,
             exhausted: false,
             limit: g.cluster(capacity),
@@ -94,9 +97,13 @@ impl Allocator {
         self.slices.values().filter(|s| s.dirty).count()
     }
 
-    /// The first byte behind the last cluster that was ever in use.
+    /// Where the file may be cut: behind everything that was ever counted, and nothing that was
+    /// there when the image was opened, since counts may be wrong.
     pub(super) fn end(&self) -> u64 {
-        self.high << self.geometry.cluster_bits()
+        if self.miscounted {
+            return u64::MAX;
+        }
+        (self.high << self.geometry.cluster_bits()).max(self.len)
     }
 
     /// First byte behind everything that was handed out since the image was opened; 0: nothing.

@@ -188,7 +188,7 @@ impl Image {
     }
 
     /// First byte of layer 0 behind everything that was ever in use: where a file may be cut after
-    /// a clean close.
+    /// a clean close. `u64::MAX` if that is not known.
     pub fn end(&self) -> u64 {
         self.shared.alloc.borrow().end()
     }
@@ -230,7 +230,7 @@ impl Image {
         }
         let word = self.word_for(r.op, r.offset)?;
         let crosses = (r.offset & self.cluster_mask) + (r.len - 1) > self.cluster_mask;
-        if crosses && !self.runs_on(r, word) {
+        if crosses && !self.runs_on(r.op, r.offset, r.len, word) {
             return None;
         }
         Some(self.place(word, r.offset))
@@ -238,13 +238,13 @@ impl Image {
 
     /// Whether the clusters behind the first one, whose word is `first`, continue it.
     #[inline(never)]
-    fn runs_on(&self, r: &Request<'_>, first: Word) -> bool {
-        let last = (r.offset + r.len - 1) >> self.cluster_bits;
+    fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
+        let last = (offset + len - 1) >> self.cluster_bits;
         let mut before = first.unclaimed();
-        ((r.offset >> self.cluster_bits) + 1..=last).all(|cluster| {
+        ((offset >> self.cluster_bits) + 1..=last).all(|cluster| {
             let next = self.map.lookup(cluster);
             // What is claimed may be read, but not written.
-            let next = if r.op == Op::Read { next.unclaimed() } else { next };
+            let next = if op == Op::Read { next.unclaimed() } else { next };
             let on = before.continued_by(next, 1 << self.cluster_bits);
             before = next;
             on
@@ -252,8 +252,7 @@ impl Image {
     }
 
     #[cold]
-    fn submit_slow<L: BlockQueue>(&mut self, leaves: &mut [L], r: &Request<'_>) {
-        let Some(at) = self.free.pop() else { return };
+    fn submit_slow<L: BlockQueue>(&mut self, leaves: &mut [L], at: u16, r: &Request<'_>) {
         self.shared.work(at).up.set(r.tag);
         let c = &self.shared.counters.slow;
         c.set(c.get() + 1);
@@ -326,11 +325,13 @@ impl Image {
     }
 
     /// Frees a slot; its tag is stale from now on.
-    #[inline]
     fn release(&mut self, at: u16) {
-        let work = self.shared.work(at);
-        work.epoch.set(u64::MAX);
-        work.generation.set(work.generation.get().wrapping_add(1));
+        self.shared.work(at).retire();
+        self.give_back(at);
+    }
+
+    #[inline(always)]
+    fn give_back(&mut self, at: u16) {
         // Never grows: a slot is free once.
         self.free.push(at);
         if self.closing {
@@ -368,7 +369,7 @@ impl<L: BlockQueue> Layer<L> for Image {
 
     #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
-        let Some(&at) = self.free.last() else { return Err(Full) };
+        let Some(at) = self.free.pop() else { return Err(Full) };
         if let Some((port, offset)) = self.straight(r)
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
@@ -379,13 +380,12 @@ impl<L: BlockQueue> Layer<L> for Image {
                 work.up.set(r.tag);
                 work.direct.set(true);
                 work.epoch.set(self.shared.epoch.get());
-                self.free.pop();
                 self.hits += 1;
                 return Ok(());
             }
         }
         // A copy, so that the caller's need not be in memory for the straight way.
-        self.submit_slow(leaves, &{ *r });
+        self.submit_slow(leaves, at, &{ *r });
         Ok(())
     }
 
@@ -402,8 +402,9 @@ impl<L: BlockQueue> Layer<L> for Image {
             return None;
         }
         work.direct.set(false);
+        work.retire();
         let up = Completion { tag: work.up.get(), ..done };
-        self.release(at);
+        self.give_back(at);
         Some(up)
     }
 

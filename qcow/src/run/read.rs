@@ -192,7 +192,7 @@ impl Shared {
         let mut data = vec![0; size];
         let unpacked = self.decompressor.borrow_mut().decode(*compression, &packed, &mut data);
         unpacked.map_err(|e| {
-            log::error!("{}: compressed cluster at {host:#x}: {e}", l.name);
+            self.complain(layer, format_args!("compressed cluster at {host:#x}: {e}"));
             Status::Corrupt
         })?;
         let mut kept = self.decompressed.borrow_mut();

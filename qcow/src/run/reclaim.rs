@@ -204,10 +204,8 @@ impl Shared {
 
     /// The count stays too high, which a check finds.
     fn leak(&self, cluster: u64, status: Status) {
-        let name = &self.stack.layers[0].name;
-        log::warn!(
-            "{name}: host cluster {cluster:#x} leaks: its refcount cannot be read: {status}"
-        );
+        let what = format_args!("host cluster {cluster:#x} leaks, its refcount is lost: {status}");
+        self.complain(0, what);
     }
 
     /// A cluster is (or was) in use, and its refcount says that it is free: no other refcount can be

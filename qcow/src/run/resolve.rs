@@ -59,10 +59,15 @@ impl Shared {
             }
             let entries = match &layer.format {
                 LayerFormat::Qcow { geometry, .. } if geometry.cluster_size() >= size => {
-                    self.page_entries(slot, at, geometry, first << bits, count << bits).await?
+                    self.page_entries(slot, at, geometry, first << bits, count << bits).await
                 }
-                _ => None,
+                _ => Ok(None),
             };
+            if entries == Err(Status::Corrupt) {
+                words.iter_mut().filter(|w| **w == Word::ABSENT).for_each(|w| *w = Word::corrupt());
+                break;
+            }
+            let entries = entries?;
             for (i, word) in words.iter_mut().enumerate() {
                 if *word != Word::ABSENT {
                     continue;
@@ -160,9 +165,8 @@ impl Shared {
         guest: u64,
         raw: u64,
     ) -> Result<L2Entry, Status> {
-        let name = &self.stack.layers[at].name;
         let entry = L2Entry::decode(raw, g).map_err(|e| {
-            log::error!("{name}: L2 entry {raw:#018x} of guest offset {guest:#x}: {e}");
+            self.complain(at, format_args!("L2 entry {raw:#x} of guest offset {guest:#x}: {e}"));
             Status::Corrupt
         })?;
         let (host, len, needed) = match entry {
@@ -173,12 +177,15 @@ impl Shared {
         };
         let mut clusters = g.cluster(host)..=g.cluster(host + len - 1);
         if at == 0 && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
-            log::error!("{name}: guest offset {guest:#x} is mapped to metadata at {host:#x}");
+            self.complain(at, format_args!("offset {guest:#x} is mapped to metadata at {host:#x}"));
             return Err(Status::Corrupt);
         }
         // The file was cut, or the entry is wrong. A kept cluster need not be there yet.
         if needed && host >= self.end_of(at) {
-            log::error!("{name}: guest offset {guest:#x} is mapped behind the end at {host:#x}");
+            self.complain(
+                at,
+                format_args!("offset {guest:#x} is mapped past the end at {host:#x}"),
+            );
             return Err(Status::Corrupt);
         }
         Ok(entry)
@@ -228,13 +235,12 @@ impl Shared {
                 LayerFormat::Raw { .. } => 0,
             },
         };
-        let name = &self.stack.layers[at].name;
         let entry = L1Entry::decode(raw, g).map_err(|e| {
-            log::error!("{name}: L1 entry {raw:#018x} of guest offset {guest:#x}: {e}");
+            self.complain(at, format_args!("L1 entry {raw:#x} of guest offset {guest:#x}: {e}"));
             Status::Corrupt
         })?;
         if entry.offset != 0 && entry.offset >= self.end_of(at) {
-            log::error!("{name}: the L2 table of guest offset {guest:#x} lies behind the end");
+            self.complain(at, format_args!("the L2 table of offset {guest:#x} is past the end"));
             return Err(Status::Corrupt);
         }
         Ok(entry)

@@ -77,8 +77,20 @@ pub(super) struct Work {
     pub(super) epoch: Cell<u64>,
 }
 
+impl Work {
+    /// Ends the use of the slot: its tag is stale from now on.
+    #[inline(always)]
+    pub(super) fn retire(&self) {
+        self.epoch.set(u64::MAX);
+        self.generation.set(self.generation.get().wrapping_add(1));
+    }
+}
+
 /// Bytes of a metadata buffer: the unit in which tables are read and written.
 pub(super) const META: usize = 4096;
+
+/// Messages about what is wrong with an image's files while it is served.
+const COMPLAINTS: u32 = 200;
 
 /// Metadata buffers of an image.
 const META_BUFS: u32 = 64;
@@ -102,6 +114,7 @@ pub(super) struct Shared {
     pub(super) counters: super::image::Counters,
     /// Counts changes of mappings that freed clusters (see [`super::reclaim`]).
     pub(super) epoch: Cell<u64>,
+    complaints: Cell<u32>,
     pub(super) owner: u16,
     pub(super) children: RefCell<Children>,
     works: Box<[Work]>,
@@ -159,6 +172,7 @@ impl Shared {
             decompressor: RefCell::default(),
             counters: super::image::Counters::default(),
             epoch: Cell::new(0),
+            complaints: Cell::new(0),
             owner,
             children: RefCell::new(Children::new(slots)),
             works: (0..slots).map(work).collect(),
@@ -188,6 +202,20 @@ impl Shared {
     /// The memory that a segment names, if it was registered.
     pub(super) fn region(&self, seg: &Seg) -> Option<Arc<Region>> {
         self.regions.borrow().get(seg.region().index())?.clone()
+    }
+
+    /// Says what is wrong with the file of a layer. Guests can have the same found again and again, so
+    /// that ends somewhere.
+    pub(super) fn complain(&self, layer: usize, what: std::fmt::Arguments<'_>) {
+        let count = self.complaints.get() + 1;
+        let name = &self.stack.layers[layer].name;
+        if count <= COMPLAINTS {
+            self.complaints.set(count);
+            log::error!("{name}: {what}");
+        }
+        if count == COMPLAINTS {
+            log::error!("{name}: there is more, of which nothing is said");
+        }
     }
 
     pub(super) fn slots(&self) -> usize {

@@ -31,6 +31,8 @@ pub(super) struct Top {
     pub(super) metadata: MetadataSet,
     /// First host byte behind everything that has a refcount.
     pub(super) end: u64,
+    /// A file's length: what lies before it stays, counted or not. 0 for a device.
+    pub(super) len: u64,
 }
 
 /// One image file of a stack.
@@ -99,6 +101,10 @@ impl Stack {
             metadata = MetadataSet::new(image)?;
             end = image_end(image, &mut first.storage)?;
         }
+        let len = match first.storage.len() {
+            len if len < first.storage.capacity() => len,
+            _ => 0,
+        };
         let top = Top {
             geometry: image.geometry,
             l1: std::mem::take(&mut image.l1),
@@ -107,6 +113,7 @@ impl Stack {
             refcount_table_offset: image.header.refcount_table_offset,
             metadata,
             end,
+            len,
         };
         Ok(Stack { top, layers, writable })
     }

@@ -17,7 +17,7 @@ enum Way {
     Discard,
     /// Must read as zeroes; its space may go.
     Zero,
-    /// Must read as zeroes; its space stays.
+    /// Must read as zeroes; its space stays, if it has any that is its own.
     ZeroKeep,
 }
 
@@ -75,6 +75,7 @@ impl Shared {
             let mut at = first;
             while at < last {
                 self.zero_part(slot, at, at + size).await?;
+                self.at_rest(slot, self.pause(slot)).await;
                 at += size;
             }
         } else {
@@ -121,7 +122,7 @@ impl Shared {
         while cluster < end {
             looked += 1;
             if looked % STRIDE == 0 {
-                self.pause(slot).await;
+                self.at_rest(slot, self.pause(slot)).await;
             }
             // A whole L2 table that does not exist, with nothing below: nothing to do.
             let index = self.geometry.l1_index(cluster << bits);

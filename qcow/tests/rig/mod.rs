@@ -257,6 +257,14 @@ pub(crate) fn check(leaf: LogQueue) -> (LogQueue, u64, u64) {
     (storage.into_leaf(), bad, report.leaks)
 }
 
+/// Repairs all, as a user does after a crash, and returns what is left: (corruptions + errors, leaks).
+pub(crate) fn repair(leaf: LogQueue) -> (LogQueue, u64, u64) {
+    let mut storage = Blocking::new(leaf, 0).unwrap();
+    let report =
+        qcow::check::run(&mut storage, "test", qcow::check::Repair::All, &mut |_| {}).unwrap();
+    (storage.into_leaf(), report.corruptions + report.check_errors, report.leaks)
+}
+
 /// qemu-img's verdict on a device's contents: its exit code, or `None` if there is no qemu-img.
 pub(crate) fn qemu_check(data: &[u8]) -> Option<i32> {
     let file = tempfile::NamedTempFile::new().unwrap();
