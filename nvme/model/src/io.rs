@@ -177,7 +177,9 @@ fn check_change(ns: &Namespace, lba: u64, blocks: u64) -> Result<(), Status> {
 /// The status for an error of the file behind a namespace.
 fn io_status(error: &io::Error, medium: StatusCode) -> Status {
     match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENOSPC | Errno::EDQUOT) => Status::retryable(StatusCode::CAPACITY_EXCEEDED),
+        Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => {
+            Status::retryable(StatusCode::CAPACITY_EXCEEDED)
+        }
         _ => Status::retryable(medium),
     }
 }
