@@ -175,7 +175,13 @@ struct Rig {
     clock: Clock,
     frontend: usize,
     yielding: bool,
+    /// Writes found no space: the guest waits, and nothing more will be measured.
+    full: bool,
 }
+
+/// How long the ring holds writes for which there is no space, in nanoseconds. The first one held
+/// ends the demo, so this only lets what is under way end.
+const NO_SPACE_NS: u64 = 500_000_000;
 
 impl Rig {
     fn open(served: &Served, o: &Options) -> Result<Rig, Error> {
@@ -195,6 +201,7 @@ impl Rig {
             let index = core.add_frontend(image, |owner, _| {
                 let mut config = Config::new(owner, Abi::X86_64, ORDER);
                 config.persistent_pages = config.usual_persistent_pages();
+                config.no_space_timeout = Some(NO_SPACE_NS);
                 let backend = blkif::Backend::new(config, ring, grants, Signal::default())
                     .map_err(|e| e.to_string())?;
                 stats = Some(backend.stats());
@@ -207,7 +214,17 @@ impl Rig {
         let counters = model.stats().clone();
         let device = model.take_device();
         let yielding = o.cores[0] == o.cores[1];
-        Ok(Rig { disk, guest, device, stats, model: counters, clock, frontend, yielding })
+        Ok(Rig {
+            disk,
+            guest,
+            device,
+            stats,
+            model: counters,
+            clock,
+            frontend,
+            yielding,
+            full: false,
+        })
     }
 
     /// Device and guest in turns until `until` says so. Returns the nanoseconds that it took.
@@ -223,7 +240,9 @@ impl Rig {
             self.guest.send(mix, depth, now);
             let mut busy = self.device.as_mut().is_some_and(|d| d.step(now));
             busy |= self.guest.reap(self.clock.now()) > 0;
-            if until(&self.guest, now - began) || self.guest.failure.is_some() {
+            // Looked at only when there is time: the reactor's counters are not read for nothing.
+            self.full |= !busy && self.stats.held_no_space.get() > 0;
+            if until(&self.guest, now - began) || self.guest.failure.is_some() || self.full {
                 return self.clock.now() - began;
             }
             if !busy && self.yielding {
@@ -324,6 +343,16 @@ impl Rig {
         };
         self.drain();
         phase
+    }
+
+    /// Ends everything and says why, if there was no space.
+    fn check_space(self, path: &Path) -> Result<Rig, Error> {
+        if !self.full {
+            return Ok(self);
+        }
+        // What could not be written cannot be written now either.
+        let _ = self.close();
+        Err(Error::other(format!("{}: no space left for the image", path.display())))
     }
 
     /// Ends everything in order.
@@ -435,8 +464,8 @@ pub fn run(o: &Options, say: &mut dyn FnMut(&str)) -> Result<Report, Error> {
     } else {
         say(&format!("filling {mib} MiB of an empty image, 32 deep"));
         let before = rig.model.snapshot();
-        rig.turn_until(Mix::Fill, 32, |g, _| g.at_end());
-        rig.drain();
+        rig.turn_until(Mix::Fill, 32, |g, _| g.at_end() && g.in_flight() == 0);
+        rig = rig.check_space(&path)?;
         rig.flush();
         let fill = rig.model.snapshot().since(&before);
         fill_writes = Some(fill.device_writes() as f64 / blocks as f64);
@@ -453,6 +482,7 @@ pub fn run(o: &Options, say: &mut dyn FnMut(&str)) -> Result<Report, Error> {
         say(&format!("{name}, 4 KiB, {depth} deep"));
         let inject = o.inject.filter(|i| *i != Inject::Corrupt);
         phases.push(rig.phase(name, mix, depth, each, inject));
+        rig = rig.check_space(&path)?;
     }
     rig.flush();
     let generations = rig.guest.generations().to_vec();
