@@ -1,6 +1,7 @@
 //! `polldisk bench …`: measurements that anybody can rerun.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
 
 use ::bench::callgrind::{Profile, profile};
@@ -9,6 +10,8 @@ use ::bench::path::{Run, Scenario, measure};
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::Serialize;
+
+use crate::output::STDOUT;
 
 /// The commands.
 #[derive(Subcommand)]
@@ -69,25 +72,29 @@ struct Row {
 
 /// Runs a measurement.
 pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
+    let mut out = std::io::stdout();
     match command {
         Bench::Path(p) => path(p),
         Bench::PathWorker(w) => {
             let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
-            println!("{}", serde_json::to_string(&run)?);
+            writeln!(out, "{}", serde_json::to_string(&run)?).context(STDOUT)?;
             Ok(0)
         }
     }
 }
 
 fn path(p: &Path) -> anyhow::Result<u8> {
+    let mut out = std::io::stdout();
+    let signals = crate::signals::Signals::take()?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let scratch = tempfile::Builder::new().prefix("polldisk-bench-").tempdir();
     let scratch = scratch.context("cannot make a scratch folder (TMPDIR names where)")?;
     let dir = scratch.path();
+    signals.remove_at_end(dir);
     let mut rows = Vec::new();
     for (scenario, depth) in Scenario::ALL {
         if !p.json {
-            eprintln!("measuring {}, depth {depth}", scenario.name());
+            tell!("measuring {}, depth {depth}", scenario.name());
         }
         let n = p.count.max(100);
         let once = profile(&program, scenario, depth, n, dir)?;
@@ -98,9 +105,9 @@ fn path(p: &Path) -> anyhow::Result<u8> {
     let fill = vec![fill(false, dir)?, fill(true, dir)?];
     let report = Report { scenarios: rows, fill, open_16t: open_16t(dir)? };
     if p.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?).context(STDOUT)?;
     } else {
-        print(&report);
+        print(&mut out, &report).context(STDOUT)?;
     }
     Ok(0)
 }
@@ -144,10 +151,11 @@ fn row(
     })
 }
 
-fn print(report: &Report) {
+fn print(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
     for r in &report.scenarios {
         let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
-        println!(
+        writeln!(
+            out,
             "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks",
             r.name,
             r.depth,
@@ -156,22 +164,25 @@ fn print(report: &Report) {
             r.ns_per_request,
             r.allocations,
             r.locks
-        );
+        )?;
         let layers: Vec<String> = r.layers.iter().map(|(l, n)| format!("{l} {n:.1}")).collect();
-        println!("{:<14}            {}", "", layers.join(", "));
+        writeln!(out, "{:<14}            {}", "", layers.join(", "))?;
     }
     for f in &report.fill {
-        println!(
+        writeln!(
+            out,
             "filling an empty image, {} volatile cache: {:.3} device writes per guest write, {} flushes in {} writes",
             if f.volatile_cache { "with" } else { "without" },
             f.writes_per_write,
             f.device_flushes,
             f.guest_writes
-        );
+        )?;
     }
-    println!(
+    writeln!(
+        out,
         "opening a mapped image of 16 TiB: {:.1} ms, {:.1} MiB",
         report.open_16t.milliseconds,
         report.open_16t.memory_bytes as f64 / 1048576.0
-    );
+    )?;
+    Ok(())
 }

@@ -1,13 +1,17 @@
 //! `polldisk`: the one binary. Parses the command line and hands over to the command's module.
 
 #![forbid(unsafe_code)]
+// They panic when the other end of the pipe is gone.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod output;
 
 mod args;
 mod bench;
 mod demo;
 mod image;
 mod nbd;
-mod output;
 mod signals;
 
 use clap::{Parser, Subcommand};
@@ -44,6 +48,7 @@ enum Command {
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     output::init_log(cli.verbose);
+    signals::outlive_file_limit();
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
@@ -53,7 +58,7 @@ fn main() -> std::process::ExitCode {
     match result {
         Ok(code) => std::process::ExitCode::from(code),
         Err(e) => {
-            eprintln!("polldisk: {}", output::explain(&e));
+            tell!("polldisk: {}", output::explain(&e));
             std::process::ExitCode::FAILURE
         }
     }

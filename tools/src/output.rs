@@ -2,6 +2,17 @@
 
 use std::io::Write;
 
+/// `eprintln!` for the case that nobody reads standard error any more: that one panics.
+macro_rules! tell {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
+/// Why nothing could be printed.
+pub(crate) const STDOUT: &str = "cannot write to standard output";
+
 /// Sends log lines to standard error: warnings and errors always, more with `-v`.
 pub(crate) fn init_log(verbose: u8) {
     let level = match verbose {

@@ -12,6 +12,15 @@ use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal, raise};
 use reactor::sync::Mutex;
 
+/// A write beyond RLIMIT_FSIZE fails as on a full disk, and does not kill the process besides. To be
+/// called before any thread is started.
+pub(crate) fn outlive_file_limit() {
+    // Blocked, not ignored: that takes no unsafe code, and child processes start without it.
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGXFSZ);
+    let _ = set.thread_block();
+}
+
 /// The two signals, from now on in our hands.
 pub(crate) struct Signals(Arc<Mutex<Then>>);
 
@@ -67,5 +76,13 @@ impl Signals {
         let (sender, receiver) = sync_channel(1);
         *self.0.lock() = Then::Tell(sender);
         receiver
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // While the process is dying of a signal the command may fail, for its folder is gone:
+        // waits for the end here, instead of reporting that.
+        drop(self.0.lock());
     }
 }

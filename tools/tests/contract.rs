@@ -213,3 +213,32 @@ fn messages_name_the_file_and_say_things_once() {
         assert_eq!(text.matches("too short").count(), 1, "{text}");
     }
 }
+
+#[test]
+fn nobody_reading_is_a_failure_without_a_crash() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut demo = polldisk(&SMALL);
+    let out = demo.env("TMPDIR", dir.path()).stdout(full()).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    assert!(text.contains("cannot write to standard output"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let status = polldisk(&["demo", "--seconds", "0"]).stderr(full()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn a_demo_without_space_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    // No file may be longer than 16 MiB: the same to a program as a full disk, but for the errno.
+    let script = "ulimit -f 16384; exec \"$0\" \"$@\"";
+    let mut command = Command::new("bash");
+    command.args(["-c", script, POLLDISK, "demo", "--size", "32M"]).env("TMPDIR", dir.path());
+    let mut demo = Server(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut text = String::new();
+    demo.0.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(demo.0.wait().unwrap().code(), Some(1), "{text}");
+    assert!(text.contains("no space left for the image"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -53,7 +53,7 @@ enum What {
 /// Checks; returns the exit code.
 pub(crate) fn run(args: &Check) -> anyhow::Result<u8> {
     if args.format == Format::Raw {
-        eprintln!("polldisk: {}: a raw image holds nothing that could be checked", args.image);
+        tell!("polldisk: {}: a raw image holds nothing that could be checked", args.image);
         return Ok(UNSUPPORTED);
     }
     super::refuse_special(&args.image)?;
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<u8> {
     let report = match result {
         Ok(report) => report,
         Err(e @ qcow::Error::Unsupported { .. }) => {
-            eprintln!("polldisk: {e}");
+            tell!("polldisk: {e}");
             return Ok(UNSUPPORTED);
         }
         Err(e) => return Err(e.into()),
@@ -164,12 +164,12 @@ impl Findings {
             return;
         }
         self.printed += 1;
-        eprintln!("{line}");
+        tell!("{line}");
     }
 
     fn finish(&self) {
         if self.more > 0 {
-            eprintln!("… and {} more lines like these", self.more);
+            tell!("… and {} more lines like these", self.more);
         }
     }
 }
@@ -195,7 +195,7 @@ impl<'s> Watched<'s> {
         let Some(clock) = &self.clock else { return };
         if clock.now() >= self.next {
             self.next = clock.now() + Self::STEP;
-            eprintln!("polldisk: checking: {} of tables read", bytes(self.read));
+            tell!("polldisk: checking: {} of tables read", bytes(self.read));
         }
     }
 }

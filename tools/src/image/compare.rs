@@ -66,7 +66,7 @@ struct Outcome {
 /// Compares; returns the exit code.
 pub(crate) fn run(args: &Compare) -> anyhow::Result<u8> {
     compare(args).or_else(|e| {
-        eprintln!("polldisk: {}", crate::output::explain(&e));
+        tell!("polldisk: {}", crate::output::explain(&e));
         Ok(FAILED)
     })
 }

@@ -115,7 +115,7 @@ fn guess(spec: &NodeSpec) -> anyhow::Result<Format> {
         qcow::format::MAGIC => Format::Qcow2,
         _ => Format::Raw,
     };
-    eprintln!(
+    tell!(
         "polldisk: {spec}: taken for {}, by its first bytes; state the format with -f",
         format.name()
     );

@@ -45,7 +45,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
     };
     result.or_else(|e| {
         let usage = e.downcast::<Usage>()?;
-        eprintln!("polldisk: {}", usage.0);
+        tell!("polldisk: {}", usage.0);
         Ok(2)
     })
 }

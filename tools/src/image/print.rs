@@ -36,8 +36,7 @@ pub(crate) fn out() -> BufWriter<StdoutLock<'static>> {
     BufWriter::new(std::io::stdout().lock())
 }
 
-/// Why nothing could be printed.
-pub(crate) const STDOUT: &str = "cannot write to standard output";
+pub(crate) use crate::output::STDOUT;
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
