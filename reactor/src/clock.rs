@@ -9,7 +9,7 @@ use std::time::Instant;
 pub enum Clock {
     /// The processor's time stamp counter (invariant on every x86-64 server processor).
     Tsc {
-        /// The counter at time 0.
+        /// The counter at time 0, a little before anybody asks.
         zero: u64,
         /// Nanoseconds per tick, as a fraction of 2^32.
         scale: u64,
@@ -36,7 +36,7 @@ impl Clock {
         (Clock::Virtual(word.clone()), word)
     }
 
-    /// Nanoseconds since the clock was made.
+    /// Nanoseconds since some moment shortly before the clock was made.
     #[inline]
     pub fn now(&self) -> u64 {
         match self {
@@ -56,12 +56,27 @@ impl Clock {
         if !std::fs::read_to_string(source).ok()?.split_whitespace().any(|s| s == "tsc") {
             return None;
         }
-        let (t0, c0) = (instant(), tsc());
+        let (c0, t0) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
         std::thread::sleep(std::time::Duration::from_millis(10));
-        let (nanos, ticks) = (t0.elapsed().as_nanos(), u128::from(tsc().wrapping_sub(c0)));
+        let (c1, t1) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
+        let (nanos, ticks) = ((t1 - t0).as_nanos(), u128::from(c1.wrapping_sub(c0)));
         let scale = u64::try_from((nanos << 32).checked_div(ticks)?).ok()?;
-        Some(Clock::Tsc { zero: tsc(), scale })
+        // Of 10 ms ago: no processor whose counter is a little behind can see a time before 0.
+        Some(Clock::Tsc { zero: c0, scale })
     }
+}
+
+/// How often counter and clock are read together.
+#[cfg(target_arch = "x86_64")]
+const TRIES: usize = 16;
+
+/// Counter and time of one moment, out of (counter before, time, counter after): the reading that
+/// took the least. A thread that was not running between the two would set the clock's rate wrong
+/// for good.
+#[cfg(target_arch = "x86_64")]
+fn least_disturbed<T>(readings: impl Iterator<Item = (u64, T, u64)>) -> Option<(u64, T)> {
+    let best = readings.min_by_key(|(before, _, after)| after.wrapping_sub(*before))?;
+    Some((best.0, best.1))
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the clock that others use instead")]
@@ -92,6 +107,13 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(40));
         let (ours, kernels) = (clock.now() - a, t.elapsed().as_nanos() as u64);
         assert!(ours.abs_diff(kernels) < kernels / 10, "{ours} against {kernels}");
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn a_reading_that_was_interrupted_is_not_used() {
+        let readings = [(10, 'a', 5000), (6000, 'b', 6030), (7000, 'c', 7031), (8000, 'd', 99_999)];
+        assert_eq!(least_disturbed(readings.into_iter()), Some((6000, 'b')));
     }
 
     #[test]
