@@ -111,7 +111,7 @@ impl Ring {
 pub(crate) struct Aio {
     context: u64,
     ring: Option<Ring>,
-    /// One per slot; the kernel reads it during `io_submit` only.
+    /// One per slot; the kernel accesses it during `io_submit` only (and writes `key`).
     iocbs: Box<[Iocb]>,
     /// Slots to be submitted, in order.
     queued: VecDeque<u16>,
@@ -213,15 +213,13 @@ impl Aio {
     /// Submits all that is queued: one call, and one more after each request that is refused.
     pub(crate) fn send(&mut self) {
         while !self.queued.is_empty() {
-            let iocbs = &self.iocbs;
+            let iocbs = self.iocbs.as_mut_ptr().expose_provenance();
+            let at = |&slot: &u16| iocbs + usize::from(slot) * size_of::<Iocb>();
             self.list.clear();
-            self.list.extend(
-                self.queued
-                    .iter()
-                    .map(|&slot| (&raw const iocbs[usize::from(slot)]).expose_provenance()),
-            );
+            self.list.extend(self.queued.iter().map(at));
             self.calls += 1;
-            // SAFETY: a list of iocbs, each filled by `push`, whose callers keep what they name.
+            // SAFETY: a list of iocbs of ours, which nothing borrows during the call, each filled by
+            // `push`, whose callers keep what they name.
             let n = unsafe {
                 libc::syscall(
                     libc::SYS_io_submit,
