@@ -321,6 +321,10 @@ impl Rig {
         while window.done.load(Ordering::Acquire) == 0 && self.clock.now() - end < 10_000_000_000 {
             std::thread::sleep(Duration::from_micros(50));
         }
+        if window.done.load(Ordering::Acquire) == 0 {
+            let silent = "the reactor did not say what it has counted".to_owned();
+            self.guest.failure.get_or_insert(silent);
+        }
         let n = requests as f64;
         let calls = window.syscalls.load(Ordering::Relaxed);
         let l = &self.guest.latency;
