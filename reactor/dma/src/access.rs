@@ -203,7 +203,7 @@ impl Region {
     #[inline(always)]
     fn aligned<T>(&self, offset: usize, count: usize) -> *mut T {
         assert!(offset.is_multiple_of(align_of::<T>()), "misaligned word in a DMA region");
-        self.at(offset, count * size_of::<T>()).cast()
+        self.at_words(offset, count * size_of::<T>()).cast()
     }
 }
 
