@@ -330,7 +330,87 @@ fn repeated_answers_are_not_followed() {
     assert_eq!((bad, leaks), (0, 0));
 }
 
-/// However long that takes.
+/// A guest discards what it still writes to or reads. The device is late with that, and the cluster
+/// must not belong to somebody else by then.
+#[test]
+fn late_requests_meet_nobody_elses_data() {
+    for op in [Op::Write, Op::Read] {
+        for cluster in [4096u64, 65536] {
+            let mut o = CreateOptions::new(2 << 20);
+            o.cluster_size = cluster;
+            let mut rig = Rig::single(fresh(4 << 20, 7, &o));
+            rig.write(0, &vec![1; cluster as usize]);
+            rig.flush();
+            let late = rig.send(op, Flags::NONE, 512, 1024, &[2; 1024]);
+            // It goes down at the end of the turn.
+            assert!(rig.turn().is_empty());
+            assert_eq!(block::BlockQueue::in_flight(rig.leaf(0)), 1);
+            rig.leaf(0).stall(true);
+            assert_eq!(rig.call(Op::Discard, 0, cluster, &[]).0, Status::Ok);
+            for n in 1..6 {
+                rig.flush();
+                rig.write(n * cluster, &vec![0x30 + n as u8; cluster as usize]);
+            }
+            rig.leaf(0).stall(false);
+            let done = rig.settle();
+            assert_eq!((done[0].0, done[0].1), (late, Status::Ok));
+            if op == Op::Read {
+                let data = &done[0].2.as_ref().unwrap()[..1024];
+                assert!(data.iter().all(|&b| b <= 1), "{op:?} met {:#x}", data[0]);
+            }
+            for n in 1..6 {
+                let data = rig.read(n * cluster, cluster);
+                assert!(data.iter().all(|&b| b == 0x30 + n as u8), "{op:?} into cluster {n}");
+            }
+            // And in the end it is used again.
+            rig.flush();
+            rig.flush();
+            let (_, bad, leaks) = check(rig.close().remove(0));
+            assert_eq!((bad, leaks), (0, 0));
+        }
+    }
+}
+
+/// A file that could grow for ever on a file system that is full: no search for space that is there
+/// in name only.
+#[test]
+fn a_full_file_system_says_so_at_once() {
+    let mut o = CreateOptions::new(4 << 20);
+    o.cluster_size = 512;
+    o.refcount_bits = 64;
+    let mut leaf = fresh(2 << 20, 7, &o);
+    leaf.pretend(1 << 50, 1 << 20);
+    leaf.no_space_from = 1 << 20;
+    let (stack, leaves) = rig::open_stack(vec![leaf], &[Format::Qcow2], true).unwrap();
+    let mut rig = Rig::attach(stack, leaves, Options::default());
+    let mut at = 0;
+    loop {
+        let s = rig.call(Op::Write, at, 512, &[1; 512]).0;
+        if s == Status::NoSpace {
+            break;
+        }
+        assert_eq!(s, Status::Ok);
+        at += 512;
+    }
+    assert!(at > 512 << 10, "{at}");
+    // And on the way to more refcount blocks, too.
+    for n in 1..200 {
+        let before = rig.leaf(0).requests;
+        let s = rig.call(Op::Write, at + n * 8192, 8192, &[1; 8192]).0;
+        assert_eq!(s, Status::NoSpace);
+        assert!(rig.leaf(0).requests - before < 40, "{n}");
+    }
+    // Until there is room again.
+    rig.leaf(0).no_space_from = u64::MAX;
+    rig.write(at, &[2; 8192]);
+    assert_eq!(rig.read(0, 512), [1; 512]);
+    let mut leaf = rig.end().1.remove(0);
+    leaf.pretend(2 << 20, 2 << 20);
+    let (_, bad, _) = check(leaf);
+    assert_eq!(bad, 0);
+}
+
+/// A close waits for what is in flight, however long that takes.
 #[test]
 fn a_close_waits_for_a_slow_device() {
     let mut o = CreateOptions::new(2 << 20);

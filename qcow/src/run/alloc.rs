@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use block::Status;
 
+use super::refblocks::Block;
 use super::shared::{Key, META, Shared};
 use super::stack::Top;
 use crate::format::{Geometry, get_refcount, set_refcount};
@@ -302,10 +303,10 @@ impl Shared {
                 }
                 (a.cursor, a.limit)
             };
-            match self.ref_block(slot, cursor).await {
-                Ok(true) => {}
-                Ok(false) => continue,
-                Err(Status::NoSpace) => {
+            match self.ref_block(slot, cursor).await? {
+                Block::There => {}
+                Block::Changed => continue,
+                Block::NoPlace => {
                     let mut a = self.alloc.borrow_mut();
                     let end = a.geometry.refcount_table_index(cursor) + 1;
                     // Behind the table's end there is no block to be had at all.
@@ -315,7 +316,6 @@ impl Shared {
                     a.cursor = end;
                     continue;
                 }
-                Err(status) => return Err(status),
             }
             self.ref_slice(slot, cursor).await?;
             {

@@ -14,13 +14,20 @@ use crate::format::{MAX_REFCOUNT_TABLE_BYTES, RefcountBlock};
 /// Words of the refcount table in a sector: what is written when one of them changes.
 const SECTOR_WORDS: usize = 64;
 
+/// What there is of a refcount block.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) enum Block {
+    /// It exists.
+    There,
+    /// There was none, and much may have changed: look again.
+    Changed,
+    /// There is none and no place for one.
+    NoPlace,
+}
+
 impl Shared {
-    /// Makes sure that there is a refcount block for a host cluster. `false`: there was none, and
-    /// much may have changed; look again.
-    ///
-    /// # Errors
-    /// `NoSpace` if there is no place for a block there; else how I/O failed.
-    pub(super) async fn ref_block(&self, slot: u16, cluster: u64) -> Result<bool, Status> {
+    /// Makes sure that there is a refcount block for a host cluster, if that can be.
+    pub(super) async fn ref_block(&self, slot: u16, cluster: u64) -> Result<Block, Status> {
         let (index, entries, moving, present) = {
             let a = self.alloc.borrow();
             let index = a.geometry.refcount_table_index(cluster) as usize;
@@ -28,12 +35,11 @@ impl Shared {
             (index, a.table.len(), a.table_moving, present)
         };
         if present {
-            return Ok(true);
+            return Ok(Block::There);
         }
         if index >= entries || moving {
             // While it is not known which table the header names, none of them may change.
-            self.grow_ref_table(slot).await?;
-            return Ok(false);
+            return self.grow_ref_table(slot).await;
         }
         // Nothing in the block's range is counted, so the block itself takes the first cluster of
         // it that is ours to take.
@@ -43,7 +49,7 @@ impl Shared {
             let end = (start + a.geometry.refcount_block_entries() as u64).min(a.limit);
             (start.max(1)..end).find(|c| !a.metadata.contains(*c))
         };
-        let place = place.ok_or(Status::NoSpace)?;
+        let Some(place) = place else { return Ok(Block::NoPlace) };
         self.write_ref_block(slot, index, place, place..place + 1).await?;
         check(self.device_flush(slot).await)?;
         // The block is durable; now the table may name it.
@@ -62,7 +68,7 @@ impl Shared {
         a.table[index] = place << a.geometry.cluster_bits();
         a.metadata.insert(place);
         a.high = a.high.max(place + 1);
-        Ok(false)
+        Ok(Block::Changed)
     }
 
     /// Writes the refcount block of table entry `index` to its place, with count 1 for `counted`.
@@ -98,7 +104,7 @@ impl Shared {
     }
 
     /// Moves the refcount table to a larger place, with blocks that count it there.
-    async fn grow_ref_table(&self, slot: u16) -> Result<(), Status> {
+    async fn grow_ref_table(&self, slot: u16) -> Result<Block, Status> {
         let g = self.geometry;
         let (mut table, old_offset, limit) = {
             let a = self.alloc.borrow();
@@ -120,7 +126,7 @@ impl Shared {
         }
         let end = base + tables + blocks;
         if tables * g.cluster_size() > MAX_REFCOUNT_TABLE_BYTES || end > limit {
-            return Err(Status::NoSpace);
+            return Ok(Block::NoPlace);
         }
         table.resize((tables * per_cluster) as usize, 0);
         for i in 0..blocks {
@@ -151,6 +157,6 @@ impl Shared {
             a.high = a.high.max(end);
         }
         self.free_later(g.cluster(old_offset), g.clusters_for(old_len * 8));
-        Ok(())
+        Ok(Block::Changed)
     }
 }

@@ -40,6 +40,7 @@ struct Held {
     request: Request<'static>,
     segs: SegList,
     sent: usize,
+    stalled: bool,
 }
 
 /// See the module's text.
@@ -149,6 +150,11 @@ impl LogQueue {
     pub(crate) fn take_log(&mut self) -> (Vec<u8>, Vec<Event>) {
         self.logging = false;
         (std::mem::take(&mut self.base), std::mem::take(&mut self.log))
+    }
+
+    /// Holds back what the device has now, or lets it go on.
+    pub(crate) fn stall(&mut self, stalled: bool) {
+        self.held.iter_mut().for_each(|h| h.stalled = stalled);
     }
 
     fn note(&mut self, sent: usize, what: What) {
@@ -282,7 +288,7 @@ impl Submit for LogQueue {
         let segs = SegList::from_slice(r.segs).unwrap();
         let request =
             Request { tag: r.tag, op: r.op, flags: r.flags, unit: r.unit, segs: &[], ..*r };
-        self.held.push(Held { request, segs, sent: self.log.len() });
+        self.held.push(Held { request, segs, sent: self.log.len(), stalled: false });
         Ok(())
     }
 }
@@ -302,7 +308,8 @@ impl BlockQueue for LogQueue {
             let n = self.rng.below(self.held.len() as u64 + 1).min(out.room() as u64);
             for _ in 0..n {
                 let at = self.rng.below(self.held.len() as u64) as usize;
-                if self.slow_reads && self.held[at].request.op == Op::Read {
+                let slow = self.slow_reads && self.held[at].request.op == Op::Read;
+                if slow || self.held[at].stalled {
                     continue;
                 }
                 let h = self.held.swap_remove(at);
