@@ -284,8 +284,10 @@ impl<B: Bar> BlockQueue for QueuePair<B> {
 
     #[inline]
     fn set_now(&mut self, now: u64) {
+        // Back in time: another owner, with another clock.
+        let due = now >= self.next_timer || now < self.now;
         self.now = now;
-        if now >= self.next_timer {
+        if due {
             self.timers();
         }
     }

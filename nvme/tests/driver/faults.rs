@@ -159,6 +159,21 @@ fn a_late_command_that_completes_after_all_is_good() {
 }
 
 #[test]
+fn deadlines_are_those_of_the_queues_present_owner() {
+    let mut setup = Setup::new(512, "lost:op=read,count=1");
+    setup.options.command_timeout = 2 * SECOND;
+    let mut rig = setup.open().unwrap();
+    rig.world.tick.set(MS);
+    // Whoever had the queue before had a clock that was far ahead.
+    rig.queue.set_now(5000 * SECOND);
+    rig.queue.set_now(0);
+    let lost = one(&mut rig, Op::Read);
+    rig.turn_until(5 * SECOND, |r| r.queue.in_flight() == 0);
+    rig.poll();
+    assert_eq!(rig.answer(lost).status, Status::Timeout);
+}
+
+#[test]
 fn a_lost_command_leads_to_a_reset_and_the_others_are_sent_again() {
     let mut setup = Setup::new(512, "lost:op=read,count=1;lost:op=write,lba=800-900,count=3");
     setup.options.command_timeout = 2 * SECOND;

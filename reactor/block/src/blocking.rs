@@ -3,6 +3,7 @@
 //! For the control path only. Unaligned ranges become whole blocks around them.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use dma::Region;
 
@@ -23,13 +24,15 @@ pub trait LeafAccess: BlockQueue {
 /// Size of the bounce buffer, and so of one request.
 const BOUNCE: usize = 1 << 20;
 
-/// A unit of a leaf queue, used blockingly. Holds the queue for itself.
+/// A unit of a leaf queue, used blockingly. Holds the queue for itself, and tells it the time, so
+/// that a command which the device lost has its deadline here too.
 pub struct Blocking<L> {
     leaf: L,
     unit: u16,
     bounce: Arc<Region>,
     done: Completions,
     generation: u32,
+    began: Instant,
 }
 
 impl<L: LeafAccess> Blocking<L> {
@@ -43,11 +46,13 @@ impl<L: LeafAccess> Blocking<L> {
         }
         let bounce = Region::new_best(BOUNCE).map_err(|e| e.to_string())?;
         leaf.register(&bounce)?;
-        Ok(Blocking { leaf, unit, bounce, done: Completions::new(), generation: 0 })
+        let began = instant();
+        Ok(Blocking { leaf, unit, bounce, done: Completions::new(), generation: 0, began })
     }
 
-    /// Gives the queue back.
-    pub fn into_leaf(self) -> L {
+    /// Gives the queue back. Its next owner has a clock of its own, which begins anew.
+    pub fn into_leaf(mut self) -> L {
+        self.leaf.set_now(0);
         self.leaf
     }
 
@@ -85,12 +90,10 @@ impl<L: LeafAccess> Blocking<L> {
         };
         let fail = |status, detail| StorageError { what, offset, len, status, detail };
         while self.leaf.submit(&request).is_err() {
-            self.done.clear();
-            self.leaf.poll(&mut self.done);
+            self.turn();
         }
         loop {
-            self.done.clear();
-            self.leaf.poll(&mut self.done);
+            self.turn();
             for c in self.done.iter() {
                 if c.tag == tag {
                     return match c.status {
@@ -103,6 +106,14 @@ impl<L: LeafAccess> Blocking<L> {
                 std::thread::yield_now();
             }
         }
+    }
+
+    /// What a reactor does in each of its turns.
+    fn turn(&mut self) {
+        // Never 0, which says that nobody tells the time.
+        self.leaf.set_now(self.began.elapsed().as_nanos() as u64 + 1);
+        self.done.clear();
+        self.leaf.poll(&mut self.done);
     }
 
     /// Calls `f(bounce offset, position in the caller's buffer, bytes)` for each part of the range,
@@ -128,6 +139,11 @@ impl<L: LeafAccess> Blocking<L> {
             Some(part)
         })
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "control path: each look at it waits for a device")]
+fn instant() -> Instant {
+    Instant::now()
 }
 
 /// One request's worth of a range.
@@ -259,6 +275,64 @@ mod tests {
         s.read_at(0, &mut back).unwrap();
         assert!(back[512..4608].iter().all(|&b| b == 0));
         assert_eq!((back[511], back[4608], s.leaf().struck()), (0x11, 0x11, 1));
+    }
+
+    /// Loses every request, and says so once its deadline is over.
+    struct Deaf {
+        mem: MemQueue,
+        lost: Option<Tag>,
+        now: u64,
+    }
+
+    impl crate::Submit for Deaf {
+        fn info(&self, unit: u16) -> Option<&crate::DeviceInfo> {
+            self.mem.info(unit)
+        }
+        fn room(&self) -> usize {
+            usize::from(self.lost.is_none())
+        }
+        fn submit(&mut self, r: &Request<'_>) -> Result<(), crate::Full> {
+            self.lost = Some(r.tag);
+            Ok(())
+        }
+    }
+
+    impl BlockQueue for Deaf {
+        fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+            self.mem.register(region)
+        }
+        fn poll(&mut self, out: &mut Completions) -> usize {
+            let Some(tag) = self.lost.take_if(|_| self.now > 3_000_000) else { return 0 };
+            out.push(crate::Completion { tag, status: Status::Timeout, detail: 0 });
+            1
+        }
+        fn in_flight(&self) -> usize {
+            usize::from(self.lost.is_some())
+        }
+        fn arm(&mut self) -> crate::HasWork {
+            crate::HasWork::Yes
+        }
+        fn set_now(&mut self, now: u64) {
+            self.now = now;
+        }
+    }
+
+    impl LeafAccess for Deaf {
+        fn unit_len(&self, unit: u16) -> u64 {
+            self.mem.unit_len(unit)
+        }
+        fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+            self.mem.set_unit_len(unit, len)
+        }
+    }
+
+    #[test]
+    fn a_lost_request_ends_at_its_deadline() {
+        let leaf = Deaf { mem: MemQueue::new(1 << 20, 512).unwrap(), lost: None, now: 0 };
+        let mut s = Blocking::new(leaf, 0).unwrap();
+        let e = s.read_at(0, &mut [0; 512]).unwrap_err();
+        assert_eq!(e.status, Status::Timeout);
+        assert_eq!(s.into_leaf().now, 0, "the next owner's clock begins anew");
     }
 
     #[test]

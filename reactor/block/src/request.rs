@@ -201,7 +201,8 @@ pub trait BlockQueue: Submit {
         None
     }
 
-    /// Tells the queue the reactor's time, in nanoseconds, once in each turn: for deadlines.
+    /// Tells the queue the reactor's time, in nanoseconds, once in each turn: for deadlines. Time
+    /// goes back only when nothing is in flight: the queue has another owner.
     fn set_now(&mut self, _now: u64) {}
 }
 
