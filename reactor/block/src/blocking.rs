@@ -3,7 +3,7 @@
 //! For the control path only. Unaligned ranges become whole blocks around them.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dma::Region;
 
@@ -23,6 +23,10 @@ pub trait LeafAccess: BlockQueue {
 
 /// Size of the bounce buffer, and so of one request.
 const BOUNCE: usize = 1 << 20;
+
+/// Turns in which a healthy device has answered long since; afterwards each turn sleeps.
+const PATIENCE: u32 = 10_000;
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// A unit of a leaf queue, used blockingly. Holds the queue for itself, and tells it the time, so
 /// that a command which the device lost has its deadline here too.
@@ -92,6 +96,7 @@ impl<L: LeafAccess> Blocking<L> {
         while self.leaf.submit(&request).is_err() {
             self.turn();
         }
+        let mut idle = 0u32;
         loop {
             self.turn();
             for c in self.done.iter() {
@@ -102,7 +107,10 @@ impl<L: LeafAccess> Blocking<L> {
                     };
                 }
             }
-            if self.leaf.arm() == crate::HasWork::Yes {
+            idle = idle.saturating_add(1);
+            if idle > PATIENCE {
+                std::thread::sleep(PAUSE);
+            } else if self.leaf.arm() == crate::HasWork::Yes {
                 std::thread::yield_now();
             }
         }
