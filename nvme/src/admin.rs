@@ -13,6 +13,7 @@ use crate::Error;
 use crate::bar::Doorbell;
 use crate::memory::{DeviceMemory, Mapping};
 use crate::ring::{CompletionRing, SubmissionRing};
+use crate::shadow::Bell;
 
 /// Entries of each ring: within one page whatever the page size.
 pub(crate) const ENTRIES: u32 = 32;
@@ -88,8 +89,8 @@ impl<D: Doorbell> AdminQueue<D> {
         Ok(AdminQueue {
             memory,
             page,
-            sq: SubmissionRing::new(region.clone(), 0, ENTRIES, sq_doorbell),
-            cq: CompletionRing::new(region, page, ENTRIES, cq_doorbell),
+            sq: SubmissionRing::new(region.clone(), 0, ENTRIES, Bell::plain(sq_doorbell)),
+            cq: CompletionRing::new(region, page, ENTRIES, Bell::plain(cq_doorbell)),
             slots: std::array::from_fn(slot),
             stale: 0,
         })

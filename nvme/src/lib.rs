@@ -26,6 +26,7 @@ mod memory;
 mod prp;
 mod queue;
 mod ring;
+mod shadow;
 mod stats;
 mod status;
 mod units;

@@ -11,6 +11,7 @@ use dma::{Entries, Region};
 use nvme_spec::{CQE_SIZE, Cqe, SQE_SIZE, Sqe};
 
 use crate::bar::Doorbell;
+use crate::shadow::Bell;
 
 /// The host's side of a submission queue. Its owner never has more commands in flight than
 /// entries less one, so the tail never meets the head and the head need not be known.
@@ -19,12 +20,12 @@ pub(crate) struct SubmissionRing<D> {
     tail: u32,
     /// The tail as the device knows it.
     rung: u32,
-    doorbell: D,
+    doorbell: Bell<D>,
 }
 
 impl<D: Doorbell> SubmissionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region.
-    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
+    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: Bell<D>) -> Self {
         let entries = Entries::new(region, base, entries);
         SubmissionRing { entries, tail: 0, rung: 0, doorbell }
     }
@@ -43,18 +44,18 @@ impl<D: Doorbell> SubmissionRing<D> {
         self.tail != self.rung
     }
 
-    /// Tells the device of all entries.
+    /// Tells the device of all entries. Returns whether that took a register write.
     #[inline]
-    pub(crate) fn ring(&mut self) {
-        fence(Ordering::Release);
-        self.doorbell.ring(self.tail);
+    pub(crate) fn ring(&mut self) -> bool {
         self.rung = self.tail;
+        self.doorbell.ring(self.tail)
     }
 
     /// Back to an empty ring, as the device sees a queue that was just created.
     pub(crate) fn reset(&mut self) {
         self.tail = 0;
         self.rung = 0;
+        self.doorbell.reset();
     }
 }
 
@@ -64,7 +65,7 @@ pub(crate) struct CompletionRing<D> {
     head: u32,
     /// The phase bit of a fresh entry, where it stands in an entry's last dword.
     phase: u32,
-    doorbell: D,
+    doorbell: Bell<D>,
 }
 
 /// The last dword of a completion entry: CID, phase, status.
@@ -90,7 +91,7 @@ const _: () = assert!(Cqe::STATUS_OFFSET == LAST_DWORD + 2 && CQE_SIZE == 16);
 
 impl<D: Doorbell> CompletionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
-    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: D) -> Self {
+    pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: Bell<D>) -> Self {
         let entries = Entries::new(region, base, entries);
         CompletionRing { entries, head: 0, phase: PHASE, doorbell }
     }
@@ -120,17 +121,18 @@ impl<D: Doorbell> CompletionRing<D> {
         }
     }
 
-    /// Tells the device which entries were taken. Nothing it posts later overwrites them before.
+    /// Tells the device which entries were taken. Nothing it posts later overwrites them before. Returns
+    /// whether that took a register write.
     #[inline]
-    pub(crate) fn ring(&mut self) {
-        fence(Ordering::Release);
-        self.doorbell.ring(self.head);
+    pub(crate) fn ring(&mut self) -> bool {
+        self.doorbell.ring(self.head)
     }
 
     /// Back to the start, for a queue that was created anew over zeroed memory.
     pub(crate) fn reset(&mut self) {
         self.head = 0;
         self.phase = PHASE;
+        self.doorbell.reset();
     }
 }
 
@@ -141,9 +143,9 @@ mod tests {
     use nvme_spec::{Status, StatusCode};
     use zerocopy::IntoBytes;
 
-    struct Bell(std::sync::mpsc::Sender<u32>);
+    struct Wire(std::sync::mpsc::Sender<u32>);
 
-    impl Doorbell for Bell {
+    impl Doorbell for Wire {
         fn ring(&self, value: u32) {
             self.0.send(value).unwrap();
         }
@@ -153,7 +155,7 @@ mod tests {
     fn entries_land_and_one_ring_tells_of_all() {
         let region = Region::new(8192, PageSize::Small).unwrap();
         let (tx, rx) = std::sync::mpsc::channel();
-        let mut sq = SubmissionRing::new(region.clone(), 4096, 4, Bell(tx));
+        let mut sq = SubmissionRing::new(region.clone(), 4096, 4, Bell::plain(Wire(tx)));
         assert!(!sq.dirty());
         let sqe = Sqe::write(7, 1, 99, 7, 0).with_prps(0x1000, 0x2000);
         for _ in 0..3 {
@@ -173,7 +175,7 @@ mod tests {
     fn phase_tells_fresh_from_old_over_many_rounds() {
         let region = Region::new(4096, PageSize::Small).unwrap();
         let (tx, rx) = std::sync::mpsc::channel();
-        let mut cq = CompletionRing::new(region.clone(), 0, 8, Bell(tx));
+        let mut cq = CompletionRing::new(region.clone(), 0, 8, Bell::plain(Wire(tx)));
         let (mut at, mut phase) = (0usize, true);
         for round in 0..1000u32 {
             assert_eq!(cq.peek(), None);

@@ -11,9 +11,9 @@ pub struct Stats {
     pub submitted: u64,
     /// Commands that the device completed.
     pub completed: u64,
-    /// Writes of the submission queue's doorbell.
+    /// Writes of the submission queue's doorbell register.
     pub sq_doorbells: u64,
-    /// Writes of the completion queue's doorbell.
+    /// Writes of the completion queue's doorbell register.
     pub cq_doorbells: u64,
     /// Completions that named no command in flight: late, doubled or invented.
     pub stale_cids: u64,

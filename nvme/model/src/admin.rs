@@ -23,6 +23,7 @@ impl<M: HostMemory> Controller<M> {
             Some(AdminOpcode::DeleteIoSq) => self.delete_sq(sqe),
             Some(AdminOpcode::GetLogPage) => self.get_log_page(sqe),
             Some(AdminOpcode::Abort) => self.abort(sqe),
+            Some(AdminOpcode::DoorbellBufferConfig) => self.doorbell_buffer(sqe),
             Some(AdminOpcode::AsyncEventRequest) => match self.events.request(sqe.cid()) {
                 Ok(()) => return None,
                 Err(status) => Err(status),

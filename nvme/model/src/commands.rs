@@ -49,10 +49,17 @@ impl<M: HostMemory> Controller<M> {
     /// Takes commands of the submission queue that is watched at `at`. Whether there were any.
     #[inline]
     pub(crate) fn run_queue(&mut self, at: usize) -> bool {
+        let Some(&watch) = self.queues.watch.get(at) else { return false };
+        let rung = self.regs.doorbell(watch.sqid, Doorbell::SqTail) != watch.tail
+            || self.regs.doorbell(watch.cqid, Doorbell::CqHead) != watch.head;
+        let awake = self.shadow.is_some() && (rung || watch.awake);
+        if awake {
+            self.look_at_shadow(watch);
+        }
         let Some(watch) = self.queues.watch.get_mut(at) else { return false };
         watch.tail = self.regs.doorbell(watch.sqid, Doorbell::SqTail);
         watch.head = self.regs.doorbell(watch.cqid, Doorbell::CqHead);
-        let Watch { sqid, cqid, tail, head } = *watch;
+        let Watch { sqid, cqid, tail, head, .. } = *watch;
         let tail = self.queues.sq(sqid).map_or(Look::Same, |sq| sq.look(tail));
         let head = self.queues.cq(cqid).map_or(Look::Same, |cq| cq.look(head));
         match tail {
@@ -70,7 +77,17 @@ impl<M: HostMemory> Controller<M> {
             taken += 1;
         }
         // Commands may be left, for want of turns or of room.
-        self.unsettled |= self.queues.sq(sqid).is_some_and(|sq| sq.head != sq.tail);
+        let mut more = self.queues.sq(sqid).is_some_and(|sq| sq.head != sq.tail);
+        if awake {
+            let settled = !more && self.in_flight.is_empty();
+            if let Some(&watch) = self.queues.watch.get(at) {
+                more |= settled && self.ask_for_doorbells(watch);
+            }
+            if let Some(watch) = self.queues.watch.get_mut(at) {
+                watch.awake = more || !settled;
+            }
+        }
+        self.unsettled |= more;
         taken > 0
     }
 

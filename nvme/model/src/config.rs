@@ -28,6 +28,8 @@ pub struct Options {
     pub write_zeroes: bool,
     /// Dataset Management is supported.
     pub dsm: bool,
+    /// Doorbell Buffer Config is supported.
+    pub doorbell_buffer: bool,
     /// Asynchronous Event Requests that may be outstanding, 0's based.
     pub aerl: u8,
     /// Serial number, at most 20 ASCII characters.
@@ -54,6 +56,7 @@ impl Default for Options {
             cache_bytes: 16 << 20,
             write_zeroes: true,
             dsm: true,
+            doorbell_buffer: false,
             aerl: 3,
             serial: "PDMODEL0001".to_owned(),
             model: "polldisk NVMe model".to_owned(),

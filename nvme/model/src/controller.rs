@@ -19,6 +19,7 @@ use crate::prp::Span;
 use crate::queues::{Cq, Queues, Sq};
 use crate::registers::Registers;
 use crate::rng::Rng;
+use crate::shadow::Shadow;
 use crate::stats::Stats;
 use crate::store::Store;
 
@@ -66,6 +67,8 @@ pub struct Controller<M> {
     pub(crate) events: Events,
     pub(crate) errors: ErrorLog,
     pub(crate) life: Life,
+    /// Doorbells in host memory, if the host offered them since the last reset.
+    pub(crate) shadow: Option<Shadow>,
     pub(crate) cc: Cc,
     /// Memory page size in bytes, as CC.MPS said when the controller was enabled.
     pub(crate) page: u64,
@@ -110,6 +113,7 @@ impl<M: HostMemory> Controller<M> {
             events: Events::new(options.aerl),
             errors: ErrorLog::default(),
             life: Life { power_cycles: 1, ..Life::default() },
+            shadow: None,
             cc: Cc(0),
             page: 4096,
             spans: Vec::new(),
@@ -279,6 +283,7 @@ impl<M: HostMemory> Controller<M> {
         self.extras.clear();
         self.events = Events::new(self.options.aerl);
         self.features = Features::new(&self.options);
+        self.shadow = None;
         for ns in &mut self.namespaces {
             ns.cached = self.options.vwc;
         }

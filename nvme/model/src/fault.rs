@@ -29,7 +29,7 @@ use nvme_spec::{AdminOpcode, IoOpcode, Sqe, StatusCode};
 ///        | "noreset"          CC.EN=0 is ignored
 ///        | "stuck"            CC.EN=1 is accepted, but CSTS.RDY never follows
 /// filter = "op=" OP           read write flush zeroes dsm: that command; io: any I/O command;
-///                             admin: any admin command; identify abort create features log:
+///                             admin: any admin command; identify abort create features log doorbells:
 ///                             that kind of admin command; any: all. Default: io
 ///        | "lba=" N [ "-" M ] only if the command touches a block in N..=M (not for op=dsm)
 ///        | "ns=" N            only this namespace; the one to resize or remove (default 1)
@@ -373,10 +373,11 @@ fn parse_op(text: &str) -> Result<OpFilter, String> {
         "create" => OpFilter::AdminOps(&[A::CreateIoCq, A::CreateIoSq]),
         "features" => OpFilter::AdminOps(&[A::SetFeatures, A::GetFeatures]),
         "log" => OpFilter::AdminOps(&[A::GetLogPage]),
+        "doorbells" => OpFilter::AdminOps(&[A::DoorbellBufferConfig]),
         _ => {
             return Err(format!(
                 "op {text:?} is not one of any, io, admin, read, write, flush, zeroes, dsm, \
-                 identify, abort, create, features, log"
+                 identify, abort, create, features, log, doorbells"
             ));
         }
     })

@@ -2,7 +2,7 @@
 
 use nvme_spec::{
     Cns, IdentifyController, IdentifyNamespace, LbaFormat, MAX_ACTIVE_NAMESPACES, NamespaceIdDesc,
-    NamespaceList, NidType, Sqe, StatusCode, Version,
+    NamespaceList, NidType, Oacs, Sqe, StatusCode, Version,
 };
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -66,6 +66,7 @@ impl<M: HostMemory> Controller<M> {
         id.rtd3e = 1_000_000.into();
         id.oaes = IdentifyController::OAES_NAMESPACE.into();
         id.cntrltype = 1;
+        id.oacs = Oacs(0).with_doorbell_buffer(self.options.doorbell_buffer.into()).0.into();
         id.acl = 3;
         id.aerl = self.options.aerl;
         // One firmware slot, read only.

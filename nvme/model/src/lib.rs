@@ -53,6 +53,7 @@ mod prp;
 mod queues;
 mod registers;
 mod rng;
+mod shadow;
 mod stats;
 mod store;
 mod thread;

@@ -39,6 +39,18 @@ pub trait HostMemory {
     /// If any byte is not mapped; bytes before it may have been written.
     fn write(&mut self, addr: u64, from: &[u8]) -> Result<(), DmaFault>;
 
+    /// The device reads a dword at a multiple of 4, in one access, and nothing later before it.
+    ///
+    /// # Errors
+    /// If it is not mapped.
+    fn read_u32(&mut self, addr: u64) -> Result<u32, DmaFault>;
+
+    /// The device writes a dword at a multiple of 4, in one access, and nothing earlier after it.
+    ///
+    /// # Errors
+    /// If it is not mapped.
+    fn write_u32(&mut self, addr: u64, value: u32) -> Result<(), DmaFault>;
+
     /// The device fetches a submission queue entry, at a multiple of 64.
     ///
     /// # Errors
@@ -267,6 +279,17 @@ impl HostMemory for RegionMemory {
             region.write(offset, &from[done..done + n]);
             done += n;
         }
+        Ok(())
+    }
+
+    fn read_u32(&mut self, addr: u64) -> Result<u32, DmaFault> {
+        let (region, offset) = self.locate(addr, false)?;
+        Ok(u32::from_le(region.load32(offset, Ordering::Acquire)))
+    }
+
+    fn write_u32(&mut self, addr: u64, value: u32) -> Result<(), DmaFault> {
+        let (region, offset) = self.locate(addr, true)?;
+        region.store32(offset, value.to_le(), Ordering::Release);
         Ok(())
     }
 

@@ -138,6 +138,8 @@ pub(crate) struct Watch {
     pub(crate) cqid: u16,
     pub(crate) tail: u32,
     pub(crate) head: u32,
+    /// It has work, and so looks at shadow doorbells by itself.
+    pub(crate) awake: bool,
 }
 
 /// All queues of a controller; index is the queue identifier, 0 the admin pair.
@@ -187,7 +189,7 @@ impl Queues {
             cq.users += 1;
         }
         let head = self.cq(sq.cqid).map_or(0, |cq| cq.seen);
-        self.watch.push(Watch { sqid: qid, cqid: sq.cqid, tail: 0, head });
+        self.watch.push(Watch { sqid: qid, cqid: sq.cqid, tail: 0, head, awake: false });
         self.sqs[usize::from(qid)] = Some(sq);
         regs.open_doorbell(qid, Doorbell::SqTail);
     }

@@ -216,6 +216,13 @@ impl Registers {
 
     // What follows is the controller's side.
 
+    /// Puts what stands in the doorbell's shadow in place of the value that was `rung`, unless a
+    /// newer one was rung meanwhile.
+    pub(crate) fn take_doorbell(&self, qid: u16, which: Doorbell, rung: u32, value: u32) {
+        let cell = &self.doorbells[usize::from(qid)].cells[which as usize];
+        let _ = cell.compare_exchange(rung, value, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
     /// The CC cell, to be compared with the one of the last look.
     #[inline]
     pub(crate) fn cc_cell(&self) -> u64 {

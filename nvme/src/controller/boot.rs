@@ -1,5 +1,7 @@
 //! Bring-up (§7.6.1): from whatever state the registers are in to a controller that serves.
 
+use std::sync::Arc;
+
 use nvme_spec::{
     AdminOpcode, Aqa, AsyncEventConfig, Cap, Cc, Cns, FeatureId, FeatureSelect, IdentifyController,
     QueueCounts, SetFeatures, Sqe, Version, VolatileWriteCache, offset,
@@ -10,6 +12,7 @@ use crate::Error;
 use crate::admin::{ENTRIES, Job, Reply};
 use crate::bar::Bar;
 use crate::identify::ControllerInfo;
+use crate::shadow::ShadowBuffers;
 
 /// How far bring-up has come. `until`: when patience ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,6 +37,8 @@ pub(super) enum Boot {
     Scan,
     /// Set Features, Asynchronous Event Configuration, was sent.
     EventConfig,
+    /// Doorbell Buffer Config was sent.
+    Doorbells,
 }
 
 /// From where bring-up began: tells what to try next if it fails.
@@ -216,6 +221,14 @@ impl<B: Bar> Controller<B> {
                 if let Err(e) = reply.ok() {
                     log::warn!("nvme {}: {e}", self.name());
                 }
+                self.offer_doorbells(now);
+            }
+            Boot::Doorbells => {
+                match (reply.ok(), &self.shadow) {
+                    (Ok(_), Some(shadow)) => shadow.set(true),
+                    (Err(e), _) => log::warn!("nvme {}: {e}", self.name()),
+                    (Ok(_), None) => {}
+                }
                 self.become_ready(now);
             }
             Boot::Begin
@@ -271,6 +284,29 @@ impl<B: Bar> Controller<B> {
         self.phase = Phase::Boot(Boot::EventConfig);
         self.send_step(now, "Set Features (asynchronous events)", |cid| {
             Sqe::set_features(cid, SetFeatures::AsyncEventConfig(config))
+        });
+    }
+
+    /// Tells the device of shadow doorbells if it wants any. A reset made it forget them. Until it
+    /// agrees, as for all queues if it does not, the registers are written.
+    fn offer_doorbells(&mut self, now: u64) {
+        if let Some(shadow) = &self.shadow {
+            shadow.set(false);
+            shadow.clear();
+        }
+        if self.info_ref().doorbell_buffer && self.shadow.is_none() {
+            match ShadowBuffers::new(&self.memory, self.cap.dstrd() as u8) {
+                Ok(shadow) => self.shadow = Some(Arc::new(shadow)),
+                Err(e) => log::warn!("nvme {}: {e}", self.name()),
+            }
+        }
+        let offered = self.shadow.as_ref().filter(|_| self.info_ref().doorbell_buffer);
+        let Some([values, events]) = offered.map(|s| s.bus()) else {
+            return self.become_ready(now);
+        };
+        self.phase = Phase::Boot(Boot::Doorbells);
+        self.send_step(now, "Doorbell Buffer Config", |cid| {
+            Sqe::doorbell_buffer_config(cid, values, events)
         });
     }
 

@@ -26,6 +26,7 @@ use crate::identify::{ControllerInfo, Namespace, Refused};
 use crate::link::{Link, Order};
 use crate::memory::{DeviceMemory, DmaMapper, keep_for_good};
 use crate::queue::{MAX_ENTRIES, Parts, QueueMemory, QueuePair};
+use crate::shadow::{Bell, ShadowBuffers};
 use crate::units::{Changing, Unit};
 use boot::{Boot, Origin};
 use ladder::Ladder;
@@ -140,6 +141,8 @@ pub struct Controller<B: Bar> {
     namespaces: Vec<Namespace>,
     refused: Vec<Refused>,
     changing: Option<Arc<[Changing]>>,
+    /// Doorbells in memory, if the device offered them.
+    shadow: Option<Arc<ShadowBuffers>>,
     scan: Scan,
     service: Service,
     /// Queue pairs that the controller granted.
@@ -197,6 +200,7 @@ impl<B: Bar> Controller<B> {
             namespaces: Vec::new(),
             refused: Vec::new(),
             changing: None,
+            shadow: None,
             scan: Scan::default(),
             service: Service::default(),
             granted: 0,
@@ -346,9 +350,11 @@ impl<B: Bar> Controller<B> {
         let free = |qid: &u16| !self.queues.iter().any(|q| q.qid == *qid);
         let qid = (1..=self.granted).find(free).ok_or(Error::NoQueue(self.granted))?;
         let dstrd = self.cap.dstrd() as u8;
-        let bell = |at: u64| {
+        let bell = |at: u64, head: bool| {
             let unreachable = || format!("the doorbells of queue {qid} cannot be reached");
-            self.bar.doorbell(at).ok_or_else(|| Error::Unsupported(unreachable()))
+            let register = self.bar.doorbell(at);
+            let register = register.ok_or_else(|| Error::Unsupported(unreachable()))?;
+            Ok(Bell::new(register, self.shadow.as_ref(), qid, head))
         };
         let most = self.options.queue_entries.min(self.cap.max_queue_entries()).min(MAX_ENTRIES);
         let entries = 1 << most.max(2).ilog2();
@@ -359,8 +365,8 @@ impl<B: Bar> Controller<B> {
         let [a, b, c] = info.retry_delays.map(delay);
         let pair = QueuePair::new(Parts {
             memory: memory.clone(),
-            sq_doorbell: bell(sq_tail_doorbell(qid, dstrd))?,
-            cq_doorbell: bell(cq_head_doorbell(qid, dstrd))?,
+            sq_doorbell: bell(sq_tail_doorbell(qid, dstrd), false)?,
+            cq_doorbell: bell(cq_head_doorbell(qid, dstrd), true)?,
             link: link.clone(),
             device: self.memory.clone(),
             units: self.namespaces.iter().map(|n| Unit::new(n, info)).collect(),
@@ -473,6 +479,9 @@ impl<B: Bar> Controller<B> {
 
     fn keep_memory(&self) {
         keep_for_good(self.admin.memory().clone());
+        if let Some(shadow) = &self.shadow {
+            keep_for_good(shadow.mapping().clone());
+        }
         for q in &self.queues {
             // The link too: commands' memory comes to it when the queue pair is dropped.
             keep_for_good(q.memory.clone());

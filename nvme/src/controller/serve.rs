@@ -213,6 +213,9 @@ impl<B: Bar> Controller<B> {
                 return;
             }
             q.memory.clear();
+            if let Some(shadow) = &self.shadow {
+                shadow.clear_queue(q.qid);
+            }
             let (qid, entries, bus) = (q.qid, q.memory.entries, q.memory.cq_bus());
             self.service.task = Some(Task::CreateCq(qid));
             self.send_step(now, "Create I/O Completion Queue", |cid| {

@@ -27,6 +27,7 @@ use crate::bar::Bar;
 use crate::link::Link;
 use crate::memory::{AddressTable, DeviceMemory};
 use crate::ring::{CompletionRing, SubmissionRing};
+use crate::shadow::Bell;
 use crate::units::{Changing, Unit};
 use crate::{Error, Stats};
 use long::{Bounces, Longs, MAX_LONGS};
@@ -54,8 +55,8 @@ enum Mode {
 /// What a queue pair is made from; put together by the controller.
 pub(crate) struct Parts<B: Bar> {
     pub(crate) memory: Arc<QueueMemory>,
-    pub(crate) sq_doorbell: B::Doorbell,
-    pub(crate) cq_doorbell: B::Doorbell,
+    pub(crate) sq_doorbell: Bell<B::Doorbell>,
+    pub(crate) cq_doorbell: Bell<B::Doorbell>,
     pub(crate) link: Arc<Link>,
     pub(crate) device: Arc<DeviceMemory>,
     pub(crate) units: Box<[Unit]>,
@@ -262,8 +263,7 @@ impl<B: Bar> BlockQueue for QueuePair<B> {
     #[inline]
     fn start(&mut self) {
         if self.sq.dirty() && self.mode == Mode::Running {
-            self.sq.ring();
-            self.stats.sq_doorbells += 1;
+            self.stats.sq_doorbells += u64::from(self.sq.ring());
             self.work = !self.done.is_empty() || !self.longs.waiting.is_empty();
         }
     }

@@ -123,6 +123,16 @@ impl HostMemory for Memory {
         self.each(addr, from.len(), true, |region, at, part| region.write(at, &from[part]))
     }
 
+    fn read_u32(&mut self, addr: u64) -> Result<u32, DmaFault> {
+        let mut word = 0;
+        self.each(addr, 4, false, |region, at, _| word = region.load32(at, Ordering::Acquire))?;
+        Ok(word)
+    }
+
+    fn write_u32(&mut self, addr: u64, value: u32) -> Result<(), DmaFault> {
+        self.each(addr, 4, true, |region, at, _| region.store32(at, value, Ordering::Release))
+    }
+
     fn write_cqe(&mut self, addr: u64, cqe: &Cqe) -> Result<(), DmaFault> {
         self.write(addr, cqe.as_bytes())
     }

@@ -242,6 +242,61 @@ fn doorbells_are_rung_once_per_poll() {
     assert!(s.empty_polls >= 101);
 }
 
+/// Writes of the two doorbell registers of queue 1, as the bar saw them.
+fn register_writes(rig: &Rig) -> u64 {
+    let at = [sq_tail_doorbell(1, 0), cq_head_doorbell(1, 0)];
+    let seen = rig.world.doorbells.borrow();
+    at.iter().map(|a| seen.get(a).copied().unwrap_or(0)).sum()
+}
+
+#[test]
+fn shadow_doorbells_spare_register_writes_and_lose_none() {
+    for entries in [2, 4, 16, 64] {
+        let mut setup = Setup::new(512, "delay=2:op=read,every=3;cfs:op=write,nth=1000");
+        setup.options.queue_entries = entries;
+        setup.model.doorbell_buffer = true;
+        let mut rig = setup.open().unwrap();
+        churn(&mut rig, 4000, u64::from(entries));
+        let s = rig.queue.stats();
+        assert_eq!(s.sq_doorbells + s.cq_doorbells, register_writes(&rig));
+        assert!(s.sq_doorbells > 0, "a device that sleeps is woken");
+        assert!(entries < 16 || s.cq_doorbells < s.completed / 2, "{s:?}");
+        // A reset makes the device forget them, and it is told again.
+        assert_eq!((rig.device().resets, rig.device().dma_faults), (1, 0));
+    }
+}
+
+#[test]
+fn while_the_device_is_busy_no_register_is_written() {
+    let mut setup = Setup::new(512, "delay=50:op=read,count=1");
+    setup.model.doorbell_buffer = true;
+    let mut rig = setup.open().unwrap();
+    let seg = [rig.seg(0, 512)];
+    rig.send(Op::Read, Flags::NONE, 0, 0, &seg);
+    rig.turn();
+    assert_eq!(register_writes(&rig), 1);
+    for _ in 0..20 {
+        rig.send(Op::Write, Flags::NONE, 0, 4096, &seg);
+        rig.turn();
+        rig.turn();
+    }
+    assert!(rig.done.len() >= 19, "the others go on");
+    let s = rig.queue.stats();
+    assert_eq!((s.sq_doorbells, s.cq_doorbells), (1, 1), "{s:?}");
+    rig.drain();
+}
+
+#[test]
+fn a_device_that_refuses_shadow_doorbells_is_driven_by_its_registers() {
+    let mut setup = Setup::new(512, "status=0x002:op=doorbells");
+    setup.model.doorbell_buffer = true;
+    let mut rig = setup.open().unwrap();
+    churn(&mut rig, 500, 5);
+    let s = rig.queue.stats();
+    assert_eq!(s.sq_doorbells + s.cq_doorbells, register_writes(&rig));
+    assert!(s.sq_doorbells >= 500 / 63);
+}
+
 #[test]
 fn arm_says_whether_to_poll_again() {
     let mut rig = Setup::new(512, "").open().unwrap();

@@ -133,11 +133,23 @@ fn turn(
 
 #[test]
 fn resets_under_load_from_another_thread() {
+    resets_under_load(false);
+}
+
+#[test]
+fn resets_under_load_with_shadow_doorbells() {
+    resets_under_load(true);
+}
+
+fn resets_under_load(doorbell_buffer: bool) {
     let memory = Memory::new(Layout::Contiguous);
     let faults = "cfs:op=write,nth=400;cfs:op=read,nth=1300;lost:op=write,nth=2000,count=2;\
                   delay=3:op=read,every=5";
-    let options =
-        nvme_model::Options { faults: faults.parse().unwrap(), ..nvme_model::Options::default() };
+    let options = nvme_model::Options {
+        faults: faults.parse().unwrap(),
+        doorbell_buffer,
+        ..nvme_model::Options::default()
+    };
     let model =
         nvme_model::Controller::new(options, vec![disk(16384, 512)], memory.clone()).unwrap();
     let (registers, stats) = (model.registers().clone(), model.stats().clone());
