@@ -18,11 +18,11 @@ use qcow::open::Format;
 use reactor::{Clock, Policy, Start};
 use serde::Serialize;
 
-use crate::Error;
 use crate::counters::Counters;
 use crate::guest::{Guest, Kick, Mix};
 use crate::reference::Reference;
 use crate::stamp::BLOCK;
+use crate::{Error, Latency};
 
 /// A ring of 4 pages: 128 requests.
 const ORDER: u8 = 2;
@@ -93,17 +93,6 @@ pub struct Phase {
     pub latency_ns: Latency,
     /// Per request on the reactor's thread.
     pub per_request: PerRequest,
-}
-
-/// Percentiles in nanoseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Latency {
-    /// Half are faster.
-    pub p50: u64,
-    /// 99 % are faster.
-    pub p99: u64,
-    /// 99.9 % are faster.
-    pub p999: u64,
 }
 
 /// What a request cost the reactor.
@@ -333,11 +322,7 @@ impl Rig {
             depth,
             requests,
             iops: n * 1e9 / took as f64,
-            latency_ns: Latency {
-                p50: l.value_at_quantile(0.5),
-                p99: l.value_at_quantile(0.99),
-                p999: l.value_at_quantile(0.999),
-            },
+            latency_ns: Latency::of(l),
             per_request: PerRequest {
                 syscalls: (calls != u64::MAX).then_some(calls as f64 / n),
                 allocations: window.allocations.load(Ordering::Relaxed) as f64 / n,

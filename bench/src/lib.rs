@@ -3,6 +3,7 @@
 //! - [`demo`] drives a guest ring over an image on the NVMe model and verifies every byte.
 //! - [`path`] steps frontend, reactor and device by hand on one thread; run under callgrind it
 //!   counts instructions layer by layer.
+//! - [`device`] loads one device through its leaf queue, without an image.
 //! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
@@ -12,14 +13,17 @@ mod alloc;
 pub mod callgrind;
 pub mod counters;
 pub mod demo;
+pub mod device;
 pub mod figures;
 mod guest;
+mod latency;
 pub mod path;
 mod reference;
 mod stamp;
 mod trap;
 
 pub use alloc::CountingAllocator;
+pub use latency::Latency;
 
 /// Why a measurement could not be made.
 #[derive(Debug, thiserror::Error)]

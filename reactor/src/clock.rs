@@ -49,6 +49,14 @@ impl Clock {
         }
     }
 
+    /// Ticks of the time stamp counter per nanosecond; `None` if time comes from elsewhere.
+    pub fn ticks_per_ns(&self) -> Option<f64> {
+        match self {
+            Clock::Tsc { scale, .. } => Some((1u64 << 32) as f64 / *scale as f64),
+            Clock::Monotonic(_) | Clock::Virtual(_) => None,
+        }
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn calibrate() -> Option<Clock> {
         // The kernel uses the TSC as its clock source only where it found it stable.

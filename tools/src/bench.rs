@@ -5,10 +5,13 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use ::bench::callgrind::{Profile, profile};
+use ::bench::device::{MAX_DEPTH, Options, Report};
 use ::bench::figures::{Fill, Open, fill, open_16t};
 use ::bench::path::{Run, Scenario, measure};
-use anyhow::Context;
-use clap::{Args, Subcommand};
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use node::{NodeSpec, OpenOptions, Parts};
+use qcow::open::Format;
 use serde::Serialize;
 
 use crate::output::STDOUT;
@@ -18,6 +21,8 @@ use crate::output::STDOUT;
 pub(crate) enum Bench {
     /// What a request costs on its path, layer by layer, in instructions (needs valgrind).
     Path(Path),
+    /// What a device gives, and what driving it costs: 4 KiB at random, without an image.
+    Device(Device),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(Worker),
@@ -34,6 +39,36 @@ pub(crate) struct Path {
     json: bool,
 }
 
+/// Load a device.
+#[derive(Args)]
+pub(crate) struct Device {
+    /// The node. `randwrite` overwrites what it holds.
+    node: String,
+    /// Requests in flight.
+    #[arg(long, default_value_t = 32)]
+    depth: usize,
+    /// randread or randwrite.
+    #[arg(long, default_value = "randread")]
+    rw: Rw,
+    /// How long, in seconds.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// The processor to run on.
+    #[arg(long)]
+    core: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Rw {
+    #[value(name = "randread")]
+    Read,
+    #[value(name = "randwrite")]
+    Write,
+}
+
 /// One run.
 #[derive(Args)]
 pub(crate) struct Worker {
@@ -48,7 +83,7 @@ pub(crate) struct Worker {
 }
 
 #[derive(Serialize)]
-struct Report {
+struct PathReport {
     scenarios: Vec<Row>,
     /// Filling an empty image, without and with a volatile cache.
     fill: Vec<Fill>,
@@ -75,12 +110,79 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
     let mut out = std::io::stdout();
     match command {
         Bench::Path(p) => path(p),
+        Bench::Device(d) => device(d),
         Bench::PathWorker(w) => {
             let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
             writeln!(out, "{}", serde_json::to_string(&run)?).context(STDOUT)?;
             Ok(0)
         }
     }
+}
+
+fn device(d: &Device) -> anyhow::Result<u8> {
+    if !(0.1..=86_400.0).contains(&d.seconds) {
+        bail!("--seconds {}: 0.1 to 86400 are possible", d.seconds);
+    }
+    if !(1..=MAX_DEPTH).contains(&d.depth) {
+        bail!("--depth {}: 1 to {MAX_DEPTH} are possible", d.depth);
+    }
+    let spec = NodeSpec::parse(&d.node)?;
+    let write = d.rw == Rw::Write;
+    let (raw, core) = (Format::Raw, d.core);
+    let open = if write { OpenOptions::write(raw) } else { OpenOptions::read(raw) };
+    let parts = Parts::new(node::open_chain(&spec, &open)?)?;
+    let options = Options { depth: d.depth, write, seconds: d.seconds, core };
+    let report = ::bench::device::run(parts, &options)?;
+    let mut out = std::io::stdout();
+    if d.json {
+        writeln!(out, "{}", serde_json::to_string(&report)?).context(STDOUT)?;
+    } else {
+        print_device(&mut out, &report).context(STDOUT)?;
+    }
+    Ok(0)
+}
+
+fn print_device(out: &mut impl Write, r: &Report) -> std::io::Result<()> {
+    let us = |ns: u64| ns as f64 / 1000.0;
+    let or_unknown = |n: Option<f64>| n.map_or("?".to_owned(), |n| format!("{n:.0}"));
+    let per = |n: Option<u64>| {
+        n.filter(|&n| n > 0)
+            .map_or("?".to_owned(), |n| format!("{:.1}", r.requests as f64 / n as f64))
+    };
+    let l = &r.latency_ns;
+    writeln!(
+        out,
+        "{} 4 KiB, depth {}: {:.0} IOPS; latency p50 {:.1}, p99 {:.1}, p99.9 {:.1} us",
+        r.rw,
+        r.depth,
+        r.iops,
+        us(l.p50),
+        us(l.p99),
+        us(l.p999)
+    )?;
+    writeln!(
+        out,
+        "{} requests in {} polls, {} of them empty; {} requests per submission doorbell, {} per completion doorbell",
+        r.requests,
+        r.polls,
+        r.empty_polls,
+        per(r.sq_doorbells),
+        per(r.cq_doorbells)
+    )?;
+    writeln!(
+        out,
+        "cycles of the time stamp counter: {} per request, {} per empty poll (fit over {} slices, {:.1} % off)",
+        or_unknown(r.cycles_per_request),
+        or_unknown(r.cycles_per_empty_poll),
+        r.fit_slices,
+        r.fit_error.unwrap_or(0.0) * 100.0
+    )?;
+    writeln!(
+        out,
+        "disturbed by {} involuntary switches and {} ms of steal",
+        r.involuntary_switches,
+        r.steal_ms.map_or("?".to_owned(), |n| n.to_string())
+    )
 }
 
 fn path(p: &Path) -> anyhow::Result<u8> {
@@ -103,7 +205,7 @@ fn path(p: &Path) -> anyhow::Result<u8> {
         rows.push(row(scenario, depth, &once, &twice, n, &timed)?);
     }
     let fill = vec![fill(false, dir)?, fill(true, dir)?];
-    let report = Report { scenarios: rows, fill, open_16t: open_16t(dir)? };
+    let report = PathReport { scenarios: rows, fill, open_16t: open_16t(dir)? };
     if p.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?).context(STDOUT)?;
     } else {
@@ -151,7 +253,7 @@ fn row(
     })
 }
 
-fn print(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
+fn print(out: &mut impl Write, report: &PathReport) -> std::io::Result<()> {
     for r in &report.scenarios {
         let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
         writeln!(

@@ -101,6 +101,14 @@ impl Parts {
         &mut self.models
     }
 
+    /// The queue to the top layer's device, the unit in it, and what is needed to end: for
+    /// measurements of a device, without an image.
+    pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
+        let leaf = self.leaves.swap_remove(usize::from(self.top.leaf));
+        let Parts { top, writable, models, locks, name, .. } = self;
+        (leaf, top.unit, Rest { top, writable, models, locks, name })
+    }
+
     /// Puts leaves and image into a core; returns the image's index and what is needed to close.
     /// To be called on the reactor's thread, on a core without leaves.
     ///
@@ -174,26 +182,41 @@ impl Rest {
         {
             log::warn!("{}: cannot cut the file at the image's end: {s}", self.name);
         }
-        let over_model = self.models.len() == 1;
         drop(leaves);
+        let name = self.name.clone();
+        self.end(end)?;
+        match status {
+            Status::Ok => Ok(()),
+            s => Err(Error::node(name, format!("closing the image: {s}"))),
+        }
+    }
+
+    /// Ends everything below a leaf that was dropped, see [`Parts::into_leaf`].
+    ///
+    /// # Errors
+    /// If a device does not shut down.
+    pub fn finish_leaf(self) -> Result<(), Error> {
+        self.end(None)
+    }
+
+    /// Shuts controllers down and gives locks back. A lone model's file is cut at `cut`.
+    fn end(self, cut: Option<u64>) -> Result<(), Error> {
+        let lone = self.models.len() == 1;
         for model in self.models {
             let file = model.close()?;
-            let cut = || -> std::io::Result<()> {
-                match end {
-                    Some(end) if over_model && end < file.metadata()?.len() => {
+            let shorten = || -> std::io::Result<()> {
+                match cut {
+                    Some(end) if lone && end < file.metadata()?.len() => {
                         file.set_len(end)?;
                         file.sync_all()
                     }
                     _ => Ok(()),
                 }
             };
-            cut().map_err(|e| Error::node(&self.name, e))?;
+            shorten().map_err(|e| Error::node(&self.name, e))?;
         }
         drop(self.locks);
-        match status {
-            Status::Ok => Ok(()),
-            s => Err(Error::node(&self.name, format!("closing the image: {s}"))),
-        }
+        Ok(())
     }
 }
 

@@ -25,6 +25,17 @@ pub enum Leaf {
     ModelRmw(Box<RmwQueue<QueuePair<ModelBar>>>),
 }
 
+impl Leaf {
+    /// What an NVMe queue pair has counted; `None` for other leaves.
+    pub fn nvme_stats(&self) -> Option<nvme::Stats> {
+        match self {
+            Leaf::Model(q) => Some(q.stats()),
+            Leaf::ModelRmw(q) => Some(q.leaf().stats()),
+            Leaf::Mem(_) | Leaf::File(_) => None,
+        }
+    }
+}
+
 macro_rules! each {
     ($self:expr, $q:ident => $e:expr) => {
         match $self {

@@ -30,6 +30,8 @@ pub use host::HostStorage;
 pub use image::Image;
 pub use leaf::Leaf;
 pub use model::{Model, ModelController, ModelCounts, ModelStats};
+/// Counters of an NVMe queue pair.
+pub use nvme::Stats as QueueStats;
 pub use source::Source;
 pub use spec::{ModelSpec, NodeSpec, parse_size};
 
