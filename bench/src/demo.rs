@@ -199,7 +199,7 @@ impl Rig {
             index.and_then(|i| Ok((i, stats.ok_or("there is no ring")?)))
         })?;
         let (frontend, stats) = added.map_err(Error::other)?;
-        let model = disk.models().first_mut().ok_or_else(|| Error::other("there is no model"))?;
+        let model = disk.models().next().ok_or_else(|| Error::other("there is no model"))?;
         let counters = model.stats().clone();
         let device = model.take_device();
         let yielding = o.cores[0] == o.cores[1];
@@ -347,7 +347,7 @@ impl Rig {
     /// Ends everything in order.
     fn close(mut self) -> Result<(), Error> {
         self.drain();
-        let model = self.disk.models().first_mut();
+        let model = self.disk.models().next();
         if let (Some(model), Some(device)) = (model, self.device.take()) {
             model.give_device(device)?;
         }

@@ -194,7 +194,7 @@ impl Rig {
         let mut core = ReactorCore::new(time_of_core).map_err(Error::other)?;
         let (image, mut rest) =
             parts.attach(&mut core, qcow::run::Options::default()).map_err(Error::other)?;
-        let model = rest.models().first_mut();
+        let model = rest.models().next();
         let device = model.and_then(node::Model::take_device);
         let device = device.ok_or_else(|| Error::other("there is no device"))?;
         let kick = Kick { signal: Signal::default(), wake: core.wake() };
@@ -249,7 +249,7 @@ impl Rig {
 
     /// Counters of the device.
     pub(crate) fn model_stats(&mut self) -> Option<node::ModelCounts> {
-        self.rest.models().first_mut().map(|m| m.stats().snapshot())
+        self.rest.models().next().map(|m| m.stats().snapshot())
     }
 
     fn settle(&mut self) -> Result<(), Error> {
@@ -265,7 +265,7 @@ impl Rig {
         let removed = self.core.remove_frontend(self.frontend);
         drop(removed.ok_or_else(|| Error::other("the ring is still in use"))?);
         let Rig { mut core, image, device, mut rest, .. } = self;
-        if let Some(model) = rest.models().first_mut() {
+        if let Some(model) = rest.models().next() {
             model.give_device(device)?;
         }
         close(&mut core, image, rest)

@@ -30,3 +30,26 @@ pub struct Stats {
     /// Requests that ended with each status, by `block::Status as usize`; 0 is not counted.
     pub errors: [u64; block::Status::ALL.len()],
 }
+
+impl Stats {
+    /// Both together.
+    pub fn plus(self, other: Stats) -> Stats {
+        let mut errors = self.errors;
+        errors.iter_mut().zip(other.errors).for_each(|(a, b)| *a += b);
+        Stats {
+            polls: self.polls + other.polls,
+            empty_polls: self.empty_polls + other.empty_polls,
+            submitted: self.submitted + other.submitted,
+            completed: self.completed + other.completed,
+            sq_doorbells: self.sq_doorbells + other.sq_doorbells,
+            cq_doorbells: self.cq_doorbells + other.cq_doorbells,
+            stale_cids: self.stale_cids + other.stale_cids,
+            retries: self.retries + other.retries,
+            resent: self.resent + other.resent,
+            prp_lists: self.prp_lists + other.prp_lists,
+            bounces: self.bounces + other.bounces,
+            splits: self.splits + other.splits,
+            errors,
+        }
+    }
+}

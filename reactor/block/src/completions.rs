@@ -73,6 +73,19 @@ impl Completions {
         self.items[..self.len].iter().copied()
     }
 
+    /// Keeps, of those from the `from`th on, the ones that `keep` says, in their order.
+    pub fn retain_from(&mut self, from: usize, mut keep: impl FnMut(&Completion) -> bool) {
+        let mut kept = from;
+        for i in from..self.len {
+            let c = self.items[i];
+            if keep(&c) {
+                self.items[kept] = c;
+                kept += 1;
+            }
+        }
+        self.len = kept.min(self.len);
+    }
+
     /// Empties the array.
     #[inline]
     pub fn clear(&mut self) {

@@ -12,6 +12,7 @@
 //! - [`MemQueue`] is a leaf in memory.
 //! - [`RmwQueue`] over a leaf presents 4 KiB blocks as 512-byte ones; [`Claims`] keeps such queues of
 //!   several reactors out of each other's way.
+//! - [`StripeQueue`] over several leaves presents them as one device in stripes.
 //! - [`FaultQueue`] and [`DelayQueue`] over a leaf make it fail or tarry, for tests of what is above.
 
 #![forbid(unsafe_code)]
@@ -31,6 +32,7 @@ mod rmw;
 mod seglist;
 mod status;
 mod storage;
+mod stripe;
 
 pub use blocking::{Blocking, LeafAccess};
 pub use claims::Claims;
@@ -49,3 +51,4 @@ pub use rmw::RmwQueue;
 pub use seglist::SegList;
 pub use status::Status;
 pub use storage::{Storage, StorageError};
+pub use stripe::{MAX_MEMBERS, StripeQueue};

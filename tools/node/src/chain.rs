@@ -4,12 +4,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use block::{Claims, MemQueue, RmwQueue, Submit};
+use block::{Claims, MemQueue, RmwQueue, StripeQueue, Submit};
 use file::{ImageLock, LockError};
 use nvme::QueuePair;
 use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened, allowed_host_file};
 use reactor::Clock;
 
+use crate::device::Device;
 use crate::model::ModelBar;
 use crate::source::{Kind, Source, blocking};
 use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec};
@@ -70,22 +71,55 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
     match spec {
         NodeSpec::Mem(size) => {
             let leaf = Leaf::Mem(Box::new(MemQueue::new(*size, 512).map_err(|e| fail(&e))?));
-            Ok(Source { kind: Kind::Mem(blocking(leaf, &node)?), lock: None, id: None })
+            let storage = blocking(leaf, &node)?;
+            Ok(Source { kind: Kind::Leaf(storage, Vec::new()), locks: Vec::new(), id: None })
         }
         NodeSpec::File(path) => {
             let host = HostStorage::open(path, options.writable).map_err(|e| fail(&e))?;
-            let lock = lock(&node, host.file(), options)?;
+            let locks = lock(&node, host.file(), options)?.into_iter().collect();
             let id = Some(file_id(&host).map_err(|e| fail(&e))?);
-            Ok(Source { kind: Kind::Host(host), lock, id })
+            Ok(Source { kind: Kind::Host(host), locks, id })
         }
         NodeSpec::Model(model) => open_model(model, &node, options),
+        NodeSpec::Stripe(size, nodes) => open_stripe(*size, nodes, &node, options),
     }
+}
+
+/// Opens the members one by one; what was opened is closed again if one fails.
+fn open_stripe(
+    size: u64,
+    nodes: &[NodeSpec],
+    node: &str,
+    options: &OpenOptions,
+) -> Result<Source, Error> {
+    // Dropped from the last to the first: a controller's queues before the controller.
+    let mut locks = Vec::new();
+    let mut devices = Vec::new();
+    let mut leaves = Vec::new();
+    for spec in nodes {
+        // Members are whole devices: their length does not depend on what is in them.
+        let source = open_source(spec, &OpenOptions { format: Format::Raw, ..options.clone() })?;
+        locks.extend(source.locks);
+        leaves.push(match source.kind {
+            Kind::Leaf(storage, below) => {
+                devices.extend(below);
+                (storage.into_leaf(), 0)
+            }
+            Kind::Host(host) => {
+                let leaf = file_leaf(vec![host.into_file()]);
+                (leaf.map_err(|e| Error::node(spec.to_string(), e))?, 0)
+            }
+        });
+    }
+    let queue = StripeQueue::new(leaves, size).map_err(|e| Error::node(node, e))?;
+    let storage = blocking(Leaf::Stripe(Box::new(queue)), node)?;
+    Ok(Source { kind: Kind::Leaf(storage, devices), locks, id: None })
 }
 
 fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Source, Error> {
     let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
     let mut host = HostStorage::open(&spec.path, options.writable).map_err(|e| fail(&e))?;
-    let lock = lock(node, host.file(), options)?;
+    let locks = lock(node, host.file(), options)?.into_iter().collect();
     let id = Some(file_id(&host).map_err(|e| fail(&e))?);
     let capacity = match spec.size {
         Some(size) => size,
@@ -96,7 +130,8 @@ fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Sou
     let (model, pair) =
         Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
     let leaf = model_leaf(pair).map_err(|e| fail(&e))?;
-    Ok(Source { kind: Kind::Model(blocking(leaf, node)?, model), lock, id })
+    let devices = vec![Device::Model(model)];
+    Ok(Source { kind: Kind::Leaf(blocking(leaf, node)?, devices), locks, id })
 }
 
 /// Which file it is: of the opened one, since the path may lead elsewhere by now.
@@ -195,7 +230,8 @@ fn open_backing(backing: &BackingRef, options: &OpenOptions) -> qcow::Result<Ope
     }
     let reading = OpenOptions { writable: false, ..options.clone() };
     let lock = lock(&name, host.file(), &reading).map_err(|e| refuse(e.to_string()))?;
-    let storage = Source { kind: Kind::Host(host), lock, id: Some(id) };
+    let locks = lock.into_iter().collect();
+    let storage = Source { kind: Kind::Host(host), locks, id: Some(id) };
     Ok(Opened { storage, path: Some(found.path), name, id: Some(id) })
 }
 

@@ -13,6 +13,7 @@ use qcow::run::Stack;
 use reactor::{Clock, Core, Mailbox, Portal, Reactor, Start};
 
 use crate::chain::file_leaf;
+use crate::device::Device;
 use crate::source::Kind;
 use crate::{Chain, Error, Frontend, Image, Leaf, Model};
 
@@ -34,7 +35,7 @@ pub struct Parts {
     plan: Plan,
     top: Port,
     writable: bool,
-    models: Vec<Model>,
+    devices: Vec<Device>,
     locks: Vec<ImageLock>,
     name: String,
 }
@@ -77,36 +78,35 @@ impl Parts {
                 (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
             }
         };
-        let (mut leaves, mut models, mut locks) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut leaves, mut devices, mut locks) = (Vec::new(), Vec::new(), Vec::new());
         let mut files: Vec<File> = Vec::new();
         for layer in chain.layers {
-            locks.extend(layer.storage.lock);
+            locks.extend(layer.storage.locks);
             match layer.storage.kind {
                 Kind::Host(h) => files.push(h.into_file()),
-                Kind::Mem(b) => leaves.push(b.into_leaf()),
-                Kind::Model(b, model) => {
+                Kind::Leaf(b, below) => {
                     leaves.push(b.into_leaf());
-                    models.push(model);
+                    devices.extend(below);
                 }
             }
         }
         if !files.is_empty() {
             leaves.insert(0, file_leaf(files).map_err(|e| Error::node(&name, e))?);
         }
-        Ok(Parts { leaves, plan, top: ports[0], writable, models, locks, name })
+        Ok(Parts { leaves, plan, top: ports[0], writable, devices, locks, name })
     }
 
     /// The models among the nodes.
-    pub fn models(&mut self) -> &mut [Model] {
-        &mut self.models
+    pub fn models(&mut self) -> impl Iterator<Item = &mut Model> {
+        self.devices.iter_mut().filter_map(Device::as_model)
     }
 
     /// The queue to the top layer's device, the unit in it, and what is needed to end: for
     /// measurements of a device, without an image.
     pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
         let leaf = self.leaves.swap_remove(usize::from(self.top.leaf));
-        let Parts { top, writable, models, locks, name, .. } = self;
-        (leaf, top.unit, Rest { top, writable, models, locks, name })
+        let Parts { top, writable, devices, locks, name, .. } = self;
+        (leaf, top.unit, Rest { top, writable, devices, locks, name })
     }
 
     /// Puts leaves and image into a core; returns the image's index and what is needed to close.
@@ -119,11 +119,11 @@ impl Parts {
         core: &mut ReactorCore,
         options: qcow::run::Options,
     ) -> Result<(usize, Rest), String> {
-        let Parts { leaves, plan, top, writable, models, locks, name } = self;
+        let Parts { leaves, plan, top, writable, devices, locks, name } = self;
         match attach_image(core, leaves, plan, top, options) {
-            Ok(index) => Ok((index, Rest { top, writable, models, locks, name })),
+            Ok(index) => Ok((index, Rest { top, writable, devices, locks, name })),
             Err(e) => {
-                // Before the models, whose controllers wait for their queue pairs, and the locks.
+                // Before the devices, whose controllers wait for their queue pairs, and the locks.
                 drop(core.take_leaves());
                 Err(e)
             }
@@ -154,15 +154,15 @@ fn attach_image(
 pub struct Rest {
     top: Port,
     writable: bool,
-    models: Vec<Model>,
+    devices: Vec<Device>,
     locks: Vec<ImageLock>,
     name: String,
 }
 
 impl Rest {
     /// The models among the nodes.
-    pub fn models(&mut self) -> &mut [Model] {
-        &mut self.models
+    pub fn models(&mut self) -> impl Iterator<Item = &mut Model> {
+        self.devices.iter_mut().filter_map(Device::as_model)
     }
 
     /// Ends everything below an image that was closed and taken out of its core: cuts the file
@@ -201,9 +201,9 @@ impl Rest {
 
     /// Shuts controllers down and gives locks back. A lone model's file is cut at `cut`.
     fn end(self, cut: Option<u64>) -> Result<(), Error> {
-        let lone = self.models.len() == 1;
-        for model in self.models {
-            let file = model.close()?;
+        let lone = self.devices.len() == 1;
+        for device in self.devices {
+            let Some(file) = device.close()? else { continue };
             let shorten = || -> std::io::Result<()> {
                 match cut {
                     Some(end) if lone && end < file.metadata()?.len() => {
@@ -271,8 +271,8 @@ impl Disk {
     }
 
     /// The models among the nodes.
-    pub fn models(&mut self) -> &mut [Model] {
-        &mut self.rest.models
+    pub fn models(&mut self) -> impl Iterator<Item = &mut Model> {
+        self.rest.models()
     }
 
     /// Something that makes portals to this image, for other threads to use at will.

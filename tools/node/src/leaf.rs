@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::{
     BlockQueue, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request, RmwQueue,
-    Status, Submit,
+    Status, StripeQueue, Submit,
 };
 use dma::Region;
 use file::FileQueue;
@@ -23,14 +23,17 @@ pub enum Leaf {
     Model(Box<QueuePair<ModelBar>>),
     /// The same with larger blocks, presented as 512e.
     ModelRmw(Box<RmwQueue<QueuePair<ModelBar>>>),
+    /// Several leaves in stripes.
+    Stripe(Box<StripeQueue<Leaf>>),
 }
 
 impl Leaf {
-    /// What an NVMe queue pair has counted; `None` for other leaves.
+    /// What an NVMe queue pair has counted, or those of a stripe together; `None` for other leaves.
     pub fn nvme_stats(&self) -> Option<nvme::Stats> {
         match self {
             Leaf::Model(q) => Some(q.stats()),
             Leaf::ModelRmw(q) => Some(q.leaf().stats()),
+            Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
             Leaf::Mem(_) | Leaf::File(_) => None,
         }
     }
@@ -43,6 +46,7 @@ macro_rules! each {
             Leaf::File($q) => $e,
             Leaf::Model($q) => $e,
             Leaf::ModelRmw($q) => $e,
+            Leaf::Stripe($q) => $e,
         }
     };
 }

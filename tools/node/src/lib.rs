@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod device;
 mod disk;
 mod extents;
 mod frontend;

@@ -4,36 +4,34 @@ use block::{Blocking, LeafAccess, Storage, StorageError};
 use file::ImageLock;
 use qcow::open::FileId;
 
-use crate::{HostStorage, Leaf, Model};
+use crate::device::Device;
+use crate::{HostStorage, Leaf};
 
 /// An opened node.
 pub struct Source {
     pub(crate) kind: Kind,
     /// Held as long as the node is in use.
-    pub(crate) lock: Option<ImageLock>,
+    pub(crate) locks: Vec<ImageLock>,
     /// The file behind it.
     pub(crate) id: Option<FileId>,
 }
 
 pub(crate) enum Kind {
     Host(HostStorage),
-    Mem(Box<Blocking<Leaf>>),
-    Model(Box<Blocking<Leaf>>, Model),
+    Leaf(Box<Blocking<Leaf>>, Vec<Device>),
 }
 
 macro_rules! each {
     ($self:expr, $s:ident => $e:expr) => {
         match &$self.kind {
             Kind::Host($s) => $e,
-            Kind::Mem($s) => $e,
-            Kind::Model($s, _) => $e,
+            Kind::Leaf($s, _) => $e,
         }
     };
     (mut $self:expr, $s:ident => $e:expr) => {
         match &mut $self.kind {
             Kind::Host($s) => $e,
-            Kind::Mem($s) => $e,
-            Kind::Model($s, _) => $e,
+            Kind::Leaf($s, _) => $e,
         }
     };
 }
@@ -81,15 +79,17 @@ impl Source {
         }
     }
 
-    /// Ends the use of a node in order: a model's controller is shut down, and what it wrote is in
-    /// its file.
+    /// Ends the use of a node in order: controllers are shut down, and what a model wrote is in its
+    /// file.
     ///
     /// # Errors
     /// If the shutdown fails.
     pub fn close(self) -> Result<(), crate::Error> {
-        if let Kind::Model(storage, model) = self.kind {
+        if let Kind::Leaf(storage, devices) = self.kind {
             drop(storage);
-            model.close()?;
+            for device in devices {
+                device.close()?;
+            }
         }
         Ok(())
     }

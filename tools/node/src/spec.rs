@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use block::MAX_MEMBERS;
+
 use crate::Error;
 
 /// A block node as it is named on a command line.
@@ -13,6 +15,8 @@ pub enum NodeSpec {
     Mem(u64),
     /// A file as namespace 1 of an in-process NVMe controller.
     Model(ModelSpec),
+    /// Stripes of that many bytes over the nodes.
+    Stripe(u64, Vec<NodeSpec>),
 }
 
 /// The node `model:PATH?…`.
@@ -50,10 +54,11 @@ impl NodeSpec {
                 None => Err(bad(format!("{rest:?} is no size like 64M or 1G"))),
             },
             "model" => ModelSpec::parse(rest).map(NodeSpec::Model).map_err(bad),
+            "stripe" => stripe(rest).map_err(bad),
             _ if prefix.contains('/') => Ok(NodeSpec::File(plain(text).map_err(bad)?)),
             _ => Err(bad(format!(
-                "unknown kind {prefix:?}; there are file, mem and model (a file whose name holds a \
-                 colon is written file: with %3A for it)"
+                "unknown kind {prefix:?}; there are file, mem, model and stripe (a file whose name \
+                 holds a colon is written file: with %3A for it)"
             ))),
         }
     }
@@ -63,7 +68,7 @@ impl NodeSpec {
         match self {
             NodeSpec::File(path) => Some(path),
             NodeSpec::Model(m) => Some(&m.path),
-            NodeSpec::Mem(_) => None,
+            NodeSpec::Mem(_) | NodeSpec::Stripe(..) => None,
         }
     }
 }
@@ -74,6 +79,10 @@ impl std::fmt::Display for NodeSpec {
             NodeSpec::File(path) => write!(f, "{}", path.display()),
             NodeSpec::Mem(size) => write!(f, "mem:{size}"),
             NodeSpec::Model(m) => write!(f, "model:{}", m.path.display()),
+            NodeSpec::Stripe(size, nodes) => {
+                write!(f, "stripe:{size}")?;
+                nodes.iter().try_for_each(|n| write!(f, ",{n}"))
+            }
         }
     }
 }
@@ -127,6 +136,25 @@ impl ModelSpec {
         }
         Ok(spec)
     }
+}
+
+/// The node `stripe:SIZE,NODE,NODE…`. A comma within a node is written %2C.
+fn stripe(text: &str) -> Result<NodeSpec, String> {
+    let mut parts = text.split(',');
+    let size = parts.next().unwrap_or("");
+    let bytes = parse_size(size).ok_or_else(|| format!("{size:?} is no size like 64k"))?;
+    let nodes = parts.map(|part| {
+        let node = NodeSpec::parse(&part.replace("%2C", ",").replace("%2c", ","));
+        match node.map_err(|e| e.to_string())? {
+            NodeSpec::Stripe(..) => Err("stripes over stripes are not possible".to_owned()),
+            node => Ok(node),
+        }
+    });
+    let nodes: Vec<NodeSpec> = nodes.collect::<Result<_, _>>()?;
+    if !(2..=MAX_MEMBERS).contains(&nodes.len()) {
+        return Err(format!("stripe:SIZE,NODE,NODE…: 2 to {MAX_MEMBERS} nodes are needed"));
+    }
+    Ok(NodeSpec::Stripe(bytes, nodes))
 }
 
 /// A path as it stands.
@@ -196,6 +224,18 @@ mod tests {
         assert_eq!(NodeSpec::parse("mem:64M").unwrap(), NodeSpec::Mem(64 << 20));
         for bad in ["mem:", "mem:0", "mem:100", "mem:1X", "mem:99999999P"] {
             assert!(NodeSpec::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn stripes() {
+        let spec = NodeSpec::parse("stripe:64k,mem:1M,model:/x?fault=lost:op=read%2Cnth=2,a%2cb");
+        let Ok(NodeSpec::Stripe(65536, nodes)) = spec else { panic!("{spec:?}") };
+        assert_eq!((&nodes[0], &nodes[2]), (&NodeSpec::Mem(1 << 20), &file("a,b")));
+        let NodeSpec::Model(m) = &nodes[1] else { panic!("no model") };
+        assert_eq!(m.faults.len(), 1);
+        for bad in ["", "64k", "64k,a", "x,a,b", "4k,a,", "4k,a,z:b", "4k,a,stripe:4k%2Cb%2Cc"] {
+            assert!(NodeSpec::parse(&format!("stripe:{bad}")).is_err(), "{bad}");
         }
     }
 

@@ -132,3 +132,50 @@ fn an_image_in_use_is_refused() {
     disk.close().unwrap();
     drop(open_chain(&spec, &OpenOptions::read(Format::Qcow2)).unwrap());
 }
+
+#[test]
+fn qcow2_on_stripes_lies_where_the_layout_says() {
+    const CHUNK: usize = 16 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    for kinds in [vec!["model:", "model:"], vec!["model:", "file:", "model:", ""]] {
+        let paths: Vec<_> = (0..kinds.len()).map(|i| dir.path().join(format!("m{i}"))).collect();
+        let members = paths.iter().zip(&kinds).map(|(path, kind)| {
+            std::fs::File::create(path).unwrap().set_len(48 << 20).unwrap();
+            let lba = if *kind == "model:" { "?lba=4096&vwc=1" } else { "" };
+            format!(",{kind}{}{lba}", path.display())
+        });
+        let node = format!("stripe:16k{}", members.collect::<String>());
+        let spec = NodeSpec::parse(&node).unwrap();
+        let mut bytes = node::open_source(&spec, &OpenOptions::write(Format::Raw)).unwrap();
+        create(&mut bytes, "test", &CreateOptions::new(64 << 20)).unwrap();
+        bytes.close().unwrap();
+        let disk = serve(&node, Format::Qcow2);
+        exercise(&disk, 77);
+        disk.close().unwrap();
+        // Put together by hand, it is an image like any other.
+        let contents: Vec<Vec<u8>> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+        let whole: Vec<u8> = (0..(48 << 20) / CHUNK)
+            .flat_map(|row| contents.iter().flat_map(move |c| &c[row * CHUNK..(row + 1) * CHUNK]))
+            .copied()
+            .collect();
+        let path = dir.path().join("whole.qcow2");
+        std::fs::write(&path, whole).unwrap();
+        qemu_check(&path);
+        let disk = serve(path.to_str().unwrap(), Format::Qcow2);
+        let mut pool = Pool::new(1, 65536).unwrap();
+        let region = pool.region().clone();
+        let mut portal = disk.portal(1, vec![region.clone()]).unwrap();
+        let buf = pool.take().unwrap();
+        for cluster in [0, 1, 300, 511u64] {
+            let offset = cluster * 65536;
+            let (op, flags, seg) = (Op::Read, Flags::NONE, Some(buf.seg()));
+            let read = PortalRequest { id: 0, op, flags, offset, len: 65536, seg };
+            assert_eq!(portal.call(read), Status::Ok);
+            let mut data = vec![0; 65536];
+            region.read_seg(&buf.seg(), &mut data);
+            assert!(data.iter().all(|&b| b == cluster as u8 ^ 77), "cluster {cluster}");
+        }
+        drop(portal);
+        disk.close().unwrap();
+    }
+}
