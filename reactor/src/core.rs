@@ -41,6 +41,8 @@ pub struct Core<L, I, F> {
     out: Completions,
     clock: Clock,
     now: u64,
+    /// The turn that began at `now` had work.
+    busy: bool,
     stats: Arc<Stats>,
     mailbox: Mailbox<Core<L, I, F>>,
     wake: Wake,
@@ -76,7 +78,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// # Errors
     /// If the process has no descriptor left for the wake-up.
     pub fn new(clock: Clock) -> Result<Self, nix::Error> {
-        let wake = Wake::new()?;
+        let (wake, now) = (Wake::new()?, clock.now());
         Ok(Core {
             leaves: Vec::new(),
             images: Vec::new(),
@@ -85,7 +87,8 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             done: Completions::new(),
             out: Completions::new(),
             clock,
-            now: 0,
+            now,
+            busy: false,
             stats: Arc::default(),
             mailbox: Mailbox::new(wake.clone()),
             wake,
@@ -236,8 +239,13 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// One turn: polls everything once. Returns whether there was anything to do.
     #[inline]
     pub fn turn(&mut self) -> bool {
-        let began = self.now;
-        self.now = self.clock.now();
+        // What has passed since was the last turn's, and a sleep's where that had no work. A thread
+        // that is not pinned may come to a processor whose counter is a little behind.
+        let now = self.clock.now();
+        let passed = now.saturating_sub(self.now);
+        let spent = if self.busy { &self.stats.busy_ns } else { &self.stats.idle_ns };
+        spent.add(passed);
+        self.now = now;
         let mut busy = false;
         if !self.mailbox.is_empty() {
             self.run_calls();
@@ -271,14 +279,13 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             for leaf in &mut self.leaves {
                 leaf.start();
             }
-            self.stats.busy_ns.add(self.now - began);
         } else {
             self.stats.idle_turns.add(1);
-            self.stats.idle_ns.add(self.now - began);
             // Looks at one of them: idle turns come often, and with many rings should be cheap.
             self.drop_if_closed(self.look);
             self.look = if self.look < self.frontends.len() { self.look + 1 } else { 0 };
         }
+        self.busy = busy;
         busy
     }
 

@@ -1,5 +1,7 @@
 //! The loop with real parts: a memory leaf, a raw image on it, a portal to another thread.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use block::{Flags, MemQueue, Op, Port, RawImage, Status};
 use dma::Pool;
 use reactor::{Clock, Core, Policy, Portal, PortalFrontend, PortalRequest, Reactor, Start};
@@ -9,7 +11,11 @@ type TestCore = Core<MemQueue, RawImage, PortalFrontend>;
 const SIZE: u64 = 8 << 20;
 
 fn core() -> Result<TestCore, String> {
-    let mut core = Core::new(Clock::real()).map_err(|e| e.to_string())?;
+    core_with(Clock::real())
+}
+
+fn core_with(clock: Clock) -> Result<TestCore, String> {
+    let mut core = Core::new(clock).map_err(|e| e.to_string())?;
     let leaf = core.add_leaf(MemQueue::new(SIZE, 512).map_err(|e| e.to_string())?)?;
     let port = Port { leaf, unit: 0 };
     core.add_image(|owner, leaves| RawImage::new(leaves, port, SIZE, owner).ok_or("no unit"))?;
@@ -88,6 +94,27 @@ fn traffic_while_polling() {
 #[test]
 fn traffic_with_sleeps() {
     traffic(Policy::Adaptive);
+}
+
+#[test]
+fn time_counts_for_the_turn_in_which_it_passed() {
+    let (clock, time) = Clock::virtual_clock();
+    let mut core = core_with(clock).unwrap();
+    let mut turn_at = |now, work| {
+        time.store(now, Relaxed);
+        if work {
+            core.mailbox().post(|_| ());
+        }
+        assert_eq!(core.turn(), work);
+        (core.stats().busy_ns.get(), core.stats().idle_ns.get())
+    };
+    turn_at(10, false);
+    // Here the reactor slept until there was work.
+    assert_eq!(turn_at(1_000_010, true), (0, 1_000_010));
+    assert_eq!(turn_at(1_000_710, false), (700, 1_000_010));
+    assert_eq!(turn_at(1_000_910, false), (700, 1_000_210));
+    // A processor whose counter is a little behind.
+    assert_eq!(turn_at(1_000_900, false), (700, 1_000_210));
 }
 
 #[test]
