@@ -8,7 +8,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 
+#[cfg(not(miri))]
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+#[cfg(not(miri))]
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 
@@ -132,20 +134,7 @@ impl Region {
         let size = page.bytes();
         let len = len.checked_next_multiple_of(size).filter(|&l| l > 0 && l <= isize::MAX as usize);
         let len = len.ok_or(Error::Length(len.unwrap_or(0)))?;
-        let os = |what| move |source| Error::Os { what, len, source };
-        let kind = match page {
-            PageSize::Small => MFdFlags::empty(),
-            PageSize::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
-            PageSize::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
-        };
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind;
-        let fd = memfd_create("polldisk", flags).map_err(os("memfd_create"))?;
-        nix::unistd::ftruncate(&fd, len as i64).map_err(os("ftruncate"))?;
-        // A peer that is given the descriptor could else shorten the file: an access past its end
-        // kills the process.
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(os("sealing a memfd"))?;
-        Region::map(fd, len, page)
+        Region::map(memory(len, page)?, len, page)
     }
 
     /// As [`Region::new`] with the largest pages that the host has free for it.
@@ -175,6 +164,13 @@ impl Region {
         let id = RegionId::take()?;
         assert!(len >= MIN_LEN, "a region has whole pages");
         let length = std::num::NonZeroUsize::new(len).ok_or(Error::Length(len))?;
+        #[cfg(miri)]
+        // SAFETY: a fresh mapping at an address that the kernel chooses; it overlaps nothing.
+        let mapped = unsafe {
+            let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            nix::sys::mman::mmap_anonymous(None, length, prot, MapFlags::MAP_PRIVATE)
+        };
+        #[cfg(not(miri))]
         // SAFETY: a fresh shared mapping at an address that the kernel chooses; it overlaps nothing.
         let mapped = unsafe {
             nix::sys::mman::mmap(
@@ -256,6 +252,32 @@ impl Region {
     }
 }
 
+/// A file in memory of `len` bytes, a multiple of the page size.
+#[cfg(not(miri))]
+fn memory(len: usize, page: PageSize) -> Result<OwnedFd, Error> {
+    let os = |what| move |source| Error::Os { what, len, source };
+    let kind = match page {
+        PageSize::Small => MFdFlags::empty(),
+        PageSize::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+        PageSize::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+    };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind;
+    let fd = memfd_create("polldisk", flags).map_err(os("memfd_create"))?;
+    nix::unistd::ftruncate(&fd, len as i64).map_err(os("ftruncate"))?;
+    // A peer that is given the descriptor could else shorten the file: an access past its end
+    // kills the process.
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(os("sealing a memfd"))?;
+    Ok(fd)
+}
+
+/// Miri knows no files in memory: any descriptor, and [`Region::map`] takes other memory.
+#[cfg(miri)]
+fn memory(len: usize, _page: PageSize) -> Result<OwnedFd, Error> {
+    let made = nix::sys::eventfd::EventFd::new();
+    made.map(OwnedFd::from).map_err(|source| Error::Os { what: "eventfd", len, source })
+}
+
 /// No region is shorter: one page.
 const MIN_LEN: usize = 4096;
 
@@ -281,6 +303,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri's regions are no files")]
     fn who_has_the_descriptor_cannot_take_memory_away() {
         let region = Region::new(8192, PageSize::Small).unwrap();
         for len in [0, 4096, 16384] {
