@@ -334,41 +334,56 @@ fn repeated_answers_are_not_followed() {
 /// must not belong to somebody else by then.
 #[test]
 fn late_requests_meet_nobody_elses_data() {
-    for op in [Op::Write, Op::Read] {
-        for cluster in [4096u64, 65536] {
-            let mut o = CreateOptions::new(2 << 20);
-            o.cluster_size = cluster;
-            let mut rig = Rig::single(fresh(4 << 20, 7, &o));
-            rig.write(0, &vec![1; cluster as usize]);
-            rig.flush();
-            let late = rig.send(op, Flags::NONE, 512, 1024, &[2; 1024]);
-            // It goes down at the end of the turn.
-            assert!(rig.turn().is_empty());
-            assert_eq!(block::BlockQueue::in_flight(rig.leaf(0)), 1);
-            rig.leaf(0).stall(true);
-            assert_eq!(rig.call(Op::Discard, 0, cluster, &[]).0, Status::Ok);
-            for n in 1..6 {
-                rig.flush();
-                rig.write(n * cluster, &vec![0x30 + n as u8; cluster as usize]);
-            }
-            rig.leaf(0).stall(false);
-            let done = rig.settle();
-            assert_eq!((done[0].0, done[0].1), (late, Status::Ok));
-            if op == Op::Read {
-                let data = &done[0].2.as_ref().unwrap()[..1024];
-                assert!(data.iter().all(|&b| b <= 1), "{op:?} met {:#x}", data[0]);
-            }
-            for n in 1..6 {
-                let data = rig.read(n * cluster, cluster);
-                assert!(data.iter().all(|&b| b == 0x30 + n as u8), "{op:?} into cluster {n}");
-            }
-            // And in the end it is used again.
-            rig.flush();
-            rig.flush();
-            let (_, bad, leaks) = check(rig.close().remove(0));
-            assert_eq!((bad, leaks), (0, 0));
-        }
+    for cluster in [4096u64, 65536] {
+        late(Op::Write, cluster, false);
+        late(Op::Read, cluster, false);
+        late(Op::Write, cluster, true);
     }
+}
+
+/// `waits`: the late request first had to wait for another one's claim.
+fn late(op: Op, cluster: u64, waits: bool) {
+    let mut o = CreateOptions::new(2 << 20);
+    o.cluster_size = cluster;
+    let mut rig = Rig::single(fresh(4 << 20, 7, &o));
+    let late = if waits {
+        let data = vec![1; cluster as usize];
+        let first = rig.send(Op::Write, Flags::NONE, 0, cluster, &data);
+        let late = rig.send(op, Flags::NONE, 512, 1024, &[2; 1024]);
+        let answered = (0..10_000).find_map(|_| rig.turn().pop()).unwrap();
+        assert_eq!((answered.0, answered.1), (first, Status::Ok));
+        late
+    } else {
+        rig.write(0, &vec![1; cluster as usize]);
+        rig.flush();
+        let late = rig.send(op, Flags::NONE, 512, 1024, &[2; 1024]);
+        // It goes down at the end of the turn.
+        assert!(rig.turn().is_empty());
+        late
+    };
+    assert_eq!(block::BlockQueue::in_flight(rig.leaf(0)), 1);
+    rig.leaf(0).stall(true);
+    assert_eq!(rig.call(Op::Discard, 0, cluster, &[]).0, Status::Ok);
+    for n in 1..6 {
+        rig.flush();
+        rig.write(n * cluster, &vec![0x30 + n as u8; cluster as usize]);
+    }
+    rig.leaf(0).stall(false);
+    let done = rig.settle();
+    assert_eq!((done[0].0, done[0].1), (late, Status::Ok));
+    if op == Op::Read {
+        let data = &done[0].2.as_ref().unwrap()[..1024];
+        assert!(data.iter().all(|&b| b <= 1), "{op:?} met {:#x}", data[0]);
+    }
+    for n in 1..6 {
+        let data = rig.read(n * cluster, cluster);
+        assert!(data.iter().all(|&b| b == 0x30 + n as u8), "{op:?} into cluster {n}");
+    }
+    // And in the end it is used again.
+    rig.flush();
+    rig.flush();
+    let (_, bad, leaks) = check(rig.close().remove(0));
+    assert_eq!((bad, leaks), (0, 0));
 }
 
 /// A file that could grow for ever on a file system that is full: no search for space that is there
