@@ -7,7 +7,7 @@ use block::{Flags, Layer, Op, Status};
 use qcow::create::CreateOptions;
 use qcow::open::Format;
 use qcow::run::Options;
-use rig::{Fault, LogQueue, Rig, Rng, check, cut, fresh};
+use rig::{Event, Fault, LogQueue, Rig, Rng, What, check, cut, each_alone, fresh};
 
 const SECTOR: u64 = 512;
 
@@ -160,16 +160,9 @@ fn block_end(rig: &mut Rig) -> u64 {
 
 const SMALL: u64 = 4 << 20;
 
-#[test]
-fn any_single_failure_while_refcount_structures_grow() {
-    let (image, sectors) = small_clusters(SMALL);
-    let open = || {
-        let mut leaf = LogQueue::new(SMALL, 3);
-        leaf.load(&image);
-        Rig::single(leaf)
-    };
-    let start = || Model::new(8192, |s| if s < sectors { 7 } else { 0 });
-    let script = [
+/// Goes on where [`small_clusters`] ended, past the end of the refcount table.
+fn growing(sectors: u64) -> [Step; 9] {
+    [
         Step::Write(sectors, 64),
         Step::Flush,
         Step::Write(sectors + 64, 100),
@@ -179,7 +172,55 @@ fn any_single_failure_while_refcount_structures_grow() {
         Step::Write(0, 8),
         Step::Write(sectors + 400, 128),
         Step::Flush,
-    ];
+    ]
+}
+
+/// What was on the disk before in places that are used for the first time is rubbish or zeroes: a
+/// count of 0 is worse than a wrong one.
+#[test]
+fn each_write_relies_on_durable_ones_while_refcount_structures_grow() {
+    let (image, sectors) = small_clusters(SMALL);
+    let end = image.iter().rposition(|&b| b != 0xD5).unwrap() + 1;
+    for filler in [0xD5, 0] {
+        let mut leaf = LogQueue::new(SMALL, 3);
+        leaf.load(&image);
+        leaf.poke(end as u64, &vec![filler; image.len() - end]);
+        leaf.start_log();
+        let mut rig = Rig::single(leaf);
+        let mut model = Model::new(8192, |s| if s < sectors { 7 } else { 0 });
+        assert!(!play(&mut rig, &growing(sectors), &mut model));
+        let (base, log) = rig.close().remove(0).take_log();
+        assert_ne!(base[48..60], last_header(&log)[48..60], "the refcount table has not moved");
+        let mut leaf = Some(LogQueue::new(SMALL, 7));
+        each_alone(&base, &log, &mut Rng(u64::from(filler) | 1), |at, disk| {
+            let mut on = leaf.take().unwrap();
+            on.load(&disk);
+            let (on, bad, _) = check(on);
+            assert_eq!(bad, 0, "corruption if write {at} of {} lands alone", log.len());
+            leaf = Some(on);
+        });
+    }
+}
+
+/// The header as it was written last.
+fn last_header(log: &[Event]) -> &[u8] {
+    let mut headers = log.iter().filter_map(|e| match &e.what {
+        What::Write { offset: 0, data, .. } => Some(&data[..]),
+        _ => None,
+    });
+    headers.next_back().expect("a header was written")
+}
+
+#[test]
+fn any_single_failure_while_refcount_structures_grow() {
+    let (image, sectors) = small_clusters(SMALL);
+    let open = || {
+        let mut leaf = LogQueue::new(SMALL, 3);
+        leaf.load(&image);
+        Rig::single(leaf)
+    };
+    let start = || Model::new(8192, |s| if s < sectors { 7 } else { 0 });
+    let script = growing(sectors);
     for fault in [Fault::Nothing, Fault::Done] {
         sweep(open, start, &script, fault);
     }

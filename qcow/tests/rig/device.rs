@@ -261,6 +261,30 @@ pub(crate) fn cut(base: &[u8], log: &[Event], at: usize, cache: bool, rng: &mut 
     disk
 }
 
+/// For each write of the log: the disk if the power fails then, and of all that no flush had vouched
+/// for, that write alone lands, whole or some of its sectors. What it relies on must be durable.
+pub(crate) fn each_alone(
+    base: &[u8],
+    log: &[Event],
+    rng: &mut Rng,
+    mut then: impl FnMut(usize, Vec<u8>),
+) {
+    let mut durable = base.to_vec();
+    let mut late: Vec<usize> = Vec::new();
+    for (i, event) in log.iter().enumerate() {
+        if matches!(event.what, What::Flush) {
+            let vouched = late.partition_point(|&l| l < event.sent);
+            late.drain(..vouched).for_each(|l| land(&mut durable, &log[l], || true));
+            continue;
+        }
+        late.push(i);
+        let mut disk = durable.clone();
+        let whole = rng.one_in(2);
+        land(&mut disk, event, || whole || rng.one_in(2));
+        then(i, disk);
+    }
+}
+
 /// Puts those sectors of a write on the disk for which `lands` says so.
 fn land(disk: &mut [u8], event: &Event, mut lands: impl FnMut() -> bool) {
     let What::Write { offset, data, .. } = &event.what else { return };

@@ -15,7 +15,7 @@ use qcow::open::{Chain, ChainOptions, Format, Opened};
 use qcow::run::{Image, Options, Stack};
 use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
 
-pub(crate) use device::{Event, Fault, LogQueue, SECTOR, What, cut};
+pub(crate) use device::{Event, Fault, LogQueue, SECTOR, What, cut, each_alone};
 
 /// A small random generator (xorshift).
 #[derive(Clone)]
