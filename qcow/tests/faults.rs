@@ -264,6 +264,36 @@ fn any_single_failure_over_a_backing_file() {
     }
 }
 
+/// The image is closed after the first failure, and its file cut where the image says: what the disk
+/// may name since then must still be there.
+#[test]
+fn a_close_after_any_failure_cuts_nothing_that_is_named() {
+    let (image, sectors) = small_clusters(SMALL);
+    for fault in [Fault::Nothing, Fault::Done] {
+        for n in 0.. {
+            let mut leaf = LogQueue::new(SMALL, 3);
+            leaf.load(&image);
+            let mut rig = Rig::single(leaf);
+            rig.leaf(0).requests = 0;
+            rig.leaf(0).fail_at = Some((n, fault));
+            let mut model = Model::new(8192, |_| 0);
+            let script = growing(sectors);
+            let failed = script.iter().any(|&step| play(&mut rig, &[step], &mut model));
+            if !failed && rig.leaf(0).requests <= n {
+                break;
+            }
+            rig.leaf(0).fail_at = None;
+            let (status, end, mut leaves) = rig.end_at();
+            assert_eq!(status, Status::Ok, "{fault:?} at request {n}");
+            let data = leaves.remove(0).data();
+            let mut leaf = LogQueue::new(end, 7);
+            leaf.load(&data[..end as usize]);
+            let (_, bad, _) = check(leaf);
+            assert_eq!(bad, 0, "{fault:?} at request {n}, cut at {end:#x}");
+        }
+    }
+}
+
 /// Requests at depth over a device on which one request in `one_in` fails.
 #[test]
 fn failures_at_depth() {

@@ -52,9 +52,11 @@ impl Shared {
         let Some(place) = place else { return Ok(Block::NoPlace) };
         self.write_ref_block(slot, index, place, place..place + 1).await?;
         check(self.device_flush(slot).await)?;
-        // The block is durable; now the table may name it.
+        // The block is durable; now the table may name it, and from here on the disk may do so even
+        // if that fails: a close must not cut it off.
         let (at, bytes) = {
-            let a = self.alloc.borrow();
+            let mut a = self.alloc.borrow_mut();
+            a.high = a.high.max(place + 1);
             let first = index & !(SECTOR_WORDS - 1);
             let mut words = a.table[first..(first + SECTOR_WORDS).min(a.table.len())].to_vec();
             words[index - first] = place << a.geometry.cluster_bits();
@@ -67,7 +69,6 @@ impl Shared {
         let mut a = self.alloc.borrow_mut();
         a.table[index] = place << a.geometry.cluster_bits();
         a.metadata.insert(place);
-        a.high = a.high.max(place + 1);
         Ok(Block::Changed)
     }
 
@@ -144,7 +145,13 @@ impl Shared {
         let mut header = self.read_meta(slot, self.top(), 0, 512).await?;
         header[48..56].copy_from_slice(&offset.to_be_bytes());
         header[56..60].copy_from_slice(&(tables as u32).to_be_bytes());
-        self.alloc.borrow_mut().table_moving = true;
+        {
+            // From here on the header may name the new table, even if that fails: a close must not
+            // cut it off.
+            let mut a = self.alloc.borrow_mut();
+            a.table_moving = true;
+            a.high = a.high.max(end);
+        }
         self.write_bytes(slot, 0, &header).await?;
         check(self.device_flush(slot).await)?;
         {
@@ -154,7 +161,6 @@ impl Shared {
             a.table_moving = false;
             (base..end).for_each(|c| a.metadata.insert(c));
             a.cursor = end;
-            a.high = a.high.max(end);
         }
         self.free_later(g.cluster(old_offset), g.clusters_for(old_len * 8));
         Ok(Block::Changed)

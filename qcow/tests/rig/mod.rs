@@ -225,12 +225,18 @@ impl Rig {
     }
 
     /// Closes the image, however that ends, and returns the devices.
-    pub(crate) fn end(mut self) -> (Status, Vec<LogQueue>) {
+    pub(crate) fn end(self) -> (Status, Vec<LogQueue>) {
+        let (status, _, leaves) = self.end_at();
+        (status, leaves)
+    }
+
+    /// The same, and where the file may be cut.
+    pub(crate) fn end_at(mut self) -> (Status, u64, Vec<LogQueue>) {
         block::Layer::<LogQueue>::close(self.image());
         for _ in 0..2_000_000 {
             self.core.turn();
-            if let Some((_, status)) = self.core.remove_closed_image(0) {
-                return (status, self.core.take_leaves());
+            if let Some((image, status)) = self.core.remove_closed_image(0) {
+                return (status, image.end(), self.core.take_leaves());
             }
         }
         panic!("the close never ended");
