@@ -18,6 +18,9 @@ struct Attached<F> {
     image: usize,
 }
 
+/// Leaves whose wake-up descriptors a sleeping reactor listens to, at most.
+pub(crate) const LEAF_WAKERS: usize = 15;
+
 /// Of a frontend whose image was closed.
 const NO_IMAGE: usize = usize::MAX;
 
@@ -339,10 +342,12 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// The final check before sleep: whether anything at all wants another turn.
     pub fn arm(&mut self) -> HasWork {
         let mut work = !self.mailbox.is_empty() || self.stop;
+        let mut wakers = 0;
         for leaf in &mut self.leaves {
+            let can_wake = leaf.wake_fd().is_some() && wakers < LEAF_WAKERS;
+            wakers += usize::from(can_wake);
             // A device command in flight is polled for, never slept over, unless the leaf can wake.
-            work |=
-                leaf.arm() == HasWork::Yes || (leaf.in_flight() > 0 && leaf.wake_fd().is_none());
+            work |= leaf.arm() == HasWork::Yes || (leaf.in_flight() > 0 && !can_wake);
         }
         for image in self.images.iter_mut().flatten() {
             work |= image.arm() == HasWork::Yes;

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use block::{BlockQueue, Frontend, HasWork, Layer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::core::LEAF_WAKERS;
 use crate::{Core, Mailbox, Stats, pin_current_thread};
 
 /// What a reactor does in idle turns.
@@ -153,10 +154,10 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
     wake.about_to_sleep();
     if core.arm() == HasWork::No {
         core.stats().sleeps.add(1);
-        let mut fds: [_; MAX_WAKERS] =
+        let mut fds: [_; 1 + LEAF_WAKERS] =
             std::array::from_fn(|_| PollFd::new(wake.fd(), PollFlags::POLLIN));
         let mut n = 1;
-        for fd in core.leaves().iter().filter_map(BlockQueue::wake_fd).take(MAX_WAKERS - 1) {
+        for fd in core.leaves().iter().filter_map(BlockQueue::wake_fd).take(LEAF_WAKERS) {
             fds[n] = PollFd::new(fd, PollFlags::POLLIN);
             n += 1;
         }
@@ -165,9 +166,6 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
     }
     wake.awake();
 }
-
-/// Wake-up descriptors that a sleep listens to: the reactor's own and those of its leaves.
-const MAX_WAKERS: usize = 16;
 
 /// Longest sleep in milliseconds: bounds the harm of a wake-up that a buggy peer forgot.
 const SLEEP_MS: u16 = 100;

@@ -1,9 +1,14 @@
 //! The loop with real parts: a memory leaf, a raw image on it, a portal to another thread.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use block::{Flags, MemQueue, Op, Port, RawImage, Status};
-use dma::Pool;
+use block::{
+    BlockQueue, Completions, DeviceInfo, Flags, Full, HasWork, MemQueue, Op, Port, RawImage,
+    Request, Status, Submit,
+};
+use dma::{Pool, Region};
 use reactor::{Clock, Core, Policy, Portal, PortalFrontend, PortalRequest, Reactor, Start};
 
 type TestCore = Core<MemQueue, RawImage, PortalFrontend>;
@@ -115,6 +120,57 @@ fn time_counts_for_the_turn_in_which_it_passed() {
     assert_eq!(turn_at(1_000_910, false), (700, 1_000_210));
     // A processor whose counter is a little behind.
     assert_eq!(turn_at(1_000_900, false), (700, 1_000_210));
+}
+
+/// A device with a request in flight that says by a descriptor when that ends.
+struct Slow(std::fs::File);
+
+impl Submit for Slow {
+    fn info(&self, _unit: u16) -> Option<&DeviceInfo> {
+        None
+    }
+
+    fn room(&self) -> usize {
+        0
+    }
+
+    fn submit(&mut self, _request: &Request<'_>) -> Result<(), Full> {
+        Err(Full)
+    }
+}
+
+impl BlockQueue for Slow {
+    fn register(&mut self, _region: &Arc<Region>) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn poll(&mut self, _out: &mut Completions) -> usize {
+        0
+    }
+
+    fn in_flight(&self) -> usize {
+        1
+    }
+
+    fn arm(&mut self) -> HasWork {
+        HasWork::No
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
+#[test]
+fn a_reactor_sleeps_over_no_device_that_it_does_not_listen_to() {
+    let mut core: Core<Slow, RawImage, PortalFrontend> =
+        Core::new(Clock::virtual_clock().0).unwrap();
+    for _ in 0..15 {
+        core.add_leaf(Slow(std::fs::File::open("/dev/null").unwrap())).unwrap();
+        assert_eq!(core.arm(), HasWork::No);
+    }
+    core.add_leaf(Slow(std::fs::File::open("/dev/null").unwrap())).unwrap();
+    assert_eq!(core.arm(), HasWork::Yes);
 }
 
 #[test]
