@@ -323,13 +323,12 @@ impl<B: Bar> Controller<B> {
         let qid = self.queues.last().map(|q| q.qid);
         loop {
             let state = self.step(clock.now());
+            // Nobody else polls it yet: after a reset the controller waits for its acknowledgement.
+            pair.look();
             let entry = self.queues.iter().find(|q| Some(q.qid) == qid);
             let stage = entry.as_ref().map(|q| q.stage);
             match (stage, state) {
-                (Some(Stage::Running), _) => {
-                    pair.look();
-                    return Ok(pair);
-                }
+                (Some(Stage::Running), _) => return Ok(pair),
                 (Some(Stage::Wanted), State::Ready | State::Resetting) => clock.pause(),
                 (_, State::Failed) => return Err(self.error.clone().unwrap_or(Error::NotOpen)),
                 _ => return Err(entry.and_then(|q| q.error.clone()).unwrap_or(Error::NotOpen)),

@@ -4,6 +4,7 @@
 use std::rc::Rc;
 
 use crate::common::*;
+use block::{Flags, Op, Status};
 use nvme::{Controller, Error, Options, State};
 use nvme_model::Options as ModelOptions;
 use nvme_spec::{Cap, Cc, Csts, StatusCode, offset};
@@ -329,6 +330,18 @@ fn a_refused_queue_is_an_error_and_leaves_nothing_behind() {
         assert_eq!(rig.memory.mapped_pages(), pages, "its memory is free again");
         rig.controller.create_queue_pair(&mut clock).unwrap();
     }
+}
+
+#[test]
+fn a_creation_that_is_lost_comes_after_the_reset_or_ends_in_an_error() {
+    for lost in ["lost:op=create,count=1", "lost:op=create,nth=2,count=1"] {
+        let mut rig = Setup::new(512, lost).open().unwrap();
+        assert_eq!(rig.device().resets, 1, "{lost}");
+        let data = [rig.seg(0, 4096)];
+        assert_eq!(rig.run(Op::Write, Flags::NONE, 0, 0, &data), Status::Ok, "{lost}");
+    }
+    let error = Setup::new(512, "lost:op=create").open().unwrap_err();
+    assert!(matches!(error, Error::TooManyResets { .. }), "{error}");
 }
 
 #[test]
