@@ -167,6 +167,26 @@ fn nbd_refuses_what_is_in_use_and_shares_what_is_read() {
 }
 
 #[test]
+fn a_refused_image_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    image(&path);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let l1 = usize::from_be_bytes(bytes[40..48].try_into().unwrap());
+    // An unknown autoclear feature, which a writer clears; and no writer can be had, for this.
+    bytes[90] = 1;
+    bytes[l1 + 7] = 1;
+    std::fs::write(&path, &bytes).unwrap();
+    for node in [path.display().to_string(), format!("model:{}", path.display())] {
+        let out = polldisk(&["nbd", "--socket", "/x/y", &node]).output().unwrap();
+        let text = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(1), "{text}");
+        assert!(text.contains("L1 entry 0") && text.contains("not be written"), "{text}");
+        assert!(std::fs::read(&path).unwrap() == bytes, "{node}: the file has changed");
+    }
+}
+
+#[test]
 fn a_signal_ends_what_is_not_serving_yet() {
     use std::os::unix::process::ExitStatusExt;
     let dir = tempfile::tempdir().unwrap();

@@ -97,9 +97,10 @@ impl Stack {
         let writable = image.mode == crate::Mode::Write;
         let (mut metadata, mut end) = (MetadataSet::default(), 0);
         if writable {
-            image.prepare_write(&mut first.storage)?;
             metadata = MetadataSet::new(image)?;
             end = image_end(image, &mut first.storage)?;
+            // Last: an image that is refused stays as it is.
+            image.prepare_write(&mut first.storage)?;
         }
         let len = match first.storage.len() {
             len if len < first.storage.capacity() => len,
