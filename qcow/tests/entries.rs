@@ -168,7 +168,8 @@ fn a_cluster_that_two_entries_name_is_freed_once() {
 }
 
 /// No block counts anything, and the file is longer than the refcount table can count: all that is
-/// known to be in use stays so, and no cluster is handed out twice.
+/// known to be in use stays so, no cluster is handed out twice, and nothing is handed out any more
+/// once an entry was seen whose cluster is not counted.
 #[test]
 fn a_refcount_table_of_nothing() {
     let mut o = CreateOptions::new(DISK);
@@ -185,8 +186,12 @@ fn a_refcount_table_of_nothing() {
     let mut rig = Rig::attach(stack, leaves, Options::default());
     // The first ones under an L2 table that is there, the others under new ones.
     let place = |n: u64| if n < 30 { n * 1024 } else { n * 65536 };
-    for n in 1..50 {
+    for n in 30..50 {
         rig.write(place(n), &[n as u8 + 1; 512]);
+    }
+    for n in 1..30 {
+        let s = rig.call(Op::Write, place(n), 512, &[0xEE; 512]).0;
+        assert_eq!(s, Status::Corrupt);
     }
     rig.flush();
     let leaf = rig.close().remove(0);
@@ -195,7 +200,43 @@ fn a_refcount_table_of_nothing() {
     assert_eq!(header[60..], after[60..512]);
     let mut rig = Rig::single(leaf);
     for n in 0..50 {
-        assert_eq!(rig.read(place(n), 512), [n as u8 + 1; 512]);
+        let value = if (1..30).contains(&n) { 0 } else { n as u8 + 1 };
+        assert_eq!(rig.read(place(n), 512), [value; 512]);
+    }
+}
+
+/// What lies behind all that the refcount table can count is not overwritten when that table grows:
+/// an L2 table, and data that was looked at.
+#[test]
+fn a_refcount_table_that_grows_spares_what_is_in_its_way() {
+    const PLACE: u64 = 2 << 20;
+    for table in [true, false] {
+        let mut o = CreateOptions::new(DISK);
+        o.cluster_size = 512;
+        o.refcount_bits = 64;
+        let mut rig = Rig::single(fresh(DEVICE, 3, &o));
+        (0..64u64).for_each(|n| rig.write(n * 512, &[n as u8 + 1; 512]));
+        let mut leaf = rig.close().remove(0);
+        let l1 = word(&leaf, 40);
+        let l2 = word(&leaf, l1) & !COPIED;
+        let (name, old) = if table { (l1, l2) } else { (l2, word(&leaf, l2) & !COPIED) };
+        let mut bytes = [0; 512];
+        leaf.peek(old, &mut bytes);
+        leaf.poke(PLACE, &bytes);
+        set_word(&mut leaf, name, COPIED | PLACE);
+        leaf.pretend(DEVICE, PLACE + 512);
+        let mut rig = Rig::single(leaf);
+        assert_eq!(rig.read(0, 512), [1; 512]);
+        let ends: Vec<Status> = (1..96)
+            .map(|n| rig.call(Op::Write, n * 32768, 32768, &[0xAA; 32768]).0)
+            .filter(|s| !s.is_ok())
+            .collect();
+        assert!(ends.iter().all(|s| *s == Status::Corrupt) && !ends.is_empty(), "{ends:?}");
+        let _ = rig.call(Op::Flush, 0, 0, &[]);
+        let leaf = rig.end().1.remove(0);
+        let mut now = [0; 512];
+        leaf.peek(PLACE, &mut now);
+        assert!(now == bytes, "table: {table}");
     }
 }
 

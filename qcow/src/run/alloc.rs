@@ -214,7 +214,7 @@ impl Allocator {
     /// Looks whether a cluster that a table names is counted, as far as that is known without a
     /// read. Returns whether it is.
     pub(super) fn seems_counted(&self, cluster: u64) -> bool {
-        cluster < self.high && self.get(cluster) != Some(0)
+        cluster < self.high && self.place_of(cluster).is_some() && self.get(cluster) != Some(0)
     }
 
     /// Hands nothing out any more. Returns whether that was so before.

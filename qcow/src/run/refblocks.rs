@@ -129,6 +129,12 @@ impl Shared {
         if tables * g.cluster_size() > MAX_REFCOUNT_TABLE_BYTES || end > limit {
             return Ok(Block::NoPlace);
         }
+        // None of this was ever counted: if an L2 table lies there, nor was that.
+        let in_the_way = (base..end).find(|&c| self.alloc.borrow().is_metadata(c));
+        if let Some(cluster) = in_the_way {
+            self.miscounted(cluster);
+            return Err(Status::Corrupt);
+        }
         table.resize((tables * per_cluster) as usize, 0);
         for i in 0..blocks {
             let (index, place) = (old_len + i, base + tables + i);
