@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
-use ::bench::callgrind::{Profile, profile};
+use ::bench::callgrind::{Atomics, Profile, profile};
 use ::bench::device::{MAX_DEPTH, Options, Report};
 use ::bench::figures::{Fill, Open, fill, open_16t};
 use ::bench::path::{Run, Scenario, measure};
@@ -99,6 +99,8 @@ struct Row {
     instructions_per_request: f64,
     layers: BTreeMap<String, f64>,
     copy_instructions: f64,
+    /// Atomic read-modify-writes.
+    atomics: f64,
     ns_per_request: f64,
     syscalls: Option<f64>,
     allocations: f64,
@@ -193,14 +195,15 @@ fn path(p: &Path) -> anyhow::Result<u8> {
     let scratch = scratch.context("cannot make a scratch folder (TMPDIR names where)")?;
     let dir = scratch.path();
     signals.remove_at_end(dir);
+    let atomics = Atomics::of(&program)?;
     let mut rows = Vec::new();
     for (scenario, depth) in Scenario::ALL {
         if !p.json {
             tell!("measuring {}, depth {depth}", scenario.name());
         }
         let n = p.count.max(100);
-        let once = profile(&program, scenario, depth, n, dir)?;
-        let twice = profile(&program, scenario, depth, 2 * n, dir)?;
+        let once = profile(&program, scenario, depth, n, dir, &atomics)?;
+        let twice = profile(&program, scenario, depth, 2 * n, dir, &atomics)?;
         let timed = measure(scenario, depth, 20 * n, dir, true)?;
         rows.push(row(scenario, depth, &once, &twice, n, &timed)?);
     }
@@ -246,6 +249,7 @@ fn row(
         instructions_per_request: total,
         layers,
         copy_instructions: copy,
+        atomics: each(twice.atomics, once.atomics),
         ns_per_request: per(timed.ns),
         syscalls: timed.syscalls.map(per),
         allocations: per(timed.allocations),
@@ -258,14 +262,15 @@ fn print(out: &mut impl Write, report: &PathReport) -> std::io::Result<()> {
         let calls = r.syscalls.map_or("?".to_owned(), |n| format!("{n}"));
         writeln!(
             out,
-            "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks",
+            "{:<14} depth {:>3}: {:>7.1} instructions, copy {:>6.1}; {:>7.1} ns; {calls} syscalls, {} allocations, {} locks, {:.2} atomics",
             r.name,
             r.depth,
             r.instructions_per_request,
             r.copy_instructions,
             r.ns_per_request,
             r.allocations,
-            r.locks
+            r.locks,
+            r.atomics
         )?;
         let layers: Vec<String> = r.layers.iter().map(|(l, n)| format!("{l} {n:.1}")).collect();
         writeln!(out, "{:<14}            {}", "", layers.join(", "))?;
