@@ -114,7 +114,7 @@ pub fn profile(
         .arg(format!("--toggle-collect=*{}*", scenario.symbol()))
         .arg(format!("--callgrind-out-file={}", out.display()))
         .arg(program)
-        .args(["bench", "path-worker", "--scenario", scenario.name()])
+        .args(["bench", "path-worker", "--scenario", &scenario.name()])
         .args(["--depth", &depth.to_string(), "--count", &count.to_string()])
         .arg("--scratch")
         .arg(scratch)

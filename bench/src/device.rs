@@ -101,7 +101,7 @@ pub fn run(parts: Parts, options: &Options) -> Result<Report, Error> {
 
 fn load(leaf: &mut Leaf, unit: u16, options: &Options) -> Result<Report, Error> {
     let clock = Clock::real();
-    let mut load = Load::new(leaf, unit, options)?;
+    let mut load = Load::new(leaf, unit, options.depth, options.write)?;
     let (switches, steal) = (switches()?, steal_ms());
     let total = (options.seconds * 1e9) as u64;
     // Warm up, then measure: three fifths for the rate, one for latencies, one for the fit.
@@ -154,7 +154,7 @@ struct Slice {
 }
 
 /// A device under load.
-struct Load<'a> {
+pub(crate) struct Load<'a> {
     leaf: &'a mut Leaf,
     unit: u16,
     op: Op,
@@ -171,19 +171,25 @@ struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    fn new(leaf: &'a mut Leaf, unit: u16, options: &Options) -> Result<Load<'a>, Error> {
+    /// 4 KiB at random, reads or writes, `depth` in flight.
+    pub(crate) fn new(
+        leaf: &'a mut Leaf,
+        unit: u16,
+        depth: usize,
+        write: bool,
+    ) -> Result<Load<'a>, Error> {
         let info = leaf.info(unit).ok_or_else(|| Error::other("the device has no such unit"))?;
         let blocks = info.size / u64::from(BYTES);
         if blocks == 0 {
             return Err(Error::other("the device is smaller than 4 KiB"));
         }
-        let depth = options.depth.clamp(1, MAX_DEPTH);
+        let depth = depth.clamp(1, MAX_DEPTH);
         let data = Region::new_best(depth * BYTES as usize).map_err(Error::other)?;
         leaf.register(&data).map_err(Error::other)?;
         Ok(Load {
             leaf,
             unit,
-            op: if options.write { Op::Write } else { Op::Read },
+            op: if write { Op::Write } else { Op::Read },
             data,
             blocks,
             random: 0x9e37_79b9_7f4a_7c15,
@@ -229,7 +235,11 @@ impl<'a> Load<'a> {
 
     /// Takes what completed.
     #[inline]
-    fn poll(&mut self, now: u64, latencies: Option<&mut Histogram<u64>>) -> Result<usize, Error> {
+    pub(crate) fn poll(
+        &mut self,
+        now: u64,
+        latencies: Option<&mut Histogram<u64>>,
+    ) -> Result<usize, Error> {
         self.leaf.set_now(now);
         self.out.clear();
         let n = self.leaf.poll(&mut self.out);
@@ -253,7 +263,7 @@ impl<'a> Load<'a> {
 
     /// Sends on every free slot, as far as the queue has room.
     #[inline]
-    fn submit(&mut self, now: u64) {
+    pub(crate) fn submit(&mut self, now: u64) {
         while self.leaf.room() > 0
             && let Some(slot) = self.free.pop()
         {
@@ -281,7 +291,7 @@ impl<'a> Load<'a> {
     }
 
     /// Waits for everything in flight.
-    fn drain(&mut self, clock: &Clock) -> Result<(), Error> {
+    pub(crate) fn drain(&mut self, clock: &Clock) -> Result<(), Error> {
         while self.leaf.in_flight() > 0 {
             self.poll(clock.now(), None)?;
         }

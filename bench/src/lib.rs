@@ -14,6 +14,7 @@ pub mod callgrind;
 pub mod counters;
 pub mod demo;
 pub mod device;
+mod drive;
 pub mod figures;
 mod guest;
 mod latency;

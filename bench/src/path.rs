@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::counters::Counters;
+use crate::drive::{devices, drive};
 use crate::guest::{Guest, Kick, Mix};
 use crate::stamp::BLOCK;
 
@@ -26,6 +27,9 @@ const ORDER: u8 = 0;
 
 /// Blocks of 4 KiB of the disk: within one page of the map.
 const BLOCKS: u64 = 2048;
+
+/// Stripes of that many bytes.
+pub(crate) const STRIPE: u64 = 64 << 10;
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -43,11 +47,17 @@ pub enum Scenario {
     Idle32,
     /// An empty poll of the NVMe queue pair.
     EmptyPoll,
+    /// Random 4 KiB reads of mapped clusters over a stripe of that many devices.
+    ReadStripe(u8),
+    /// The driver alone: random 4 KiB reads of that many devices by one thread.
+    Devices(u8),
+    /// The driver alone over a stripe of that many devices.
+    Stripe(u8),
 }
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 8] = [
+    pub const ALL: [(Scenario, usize); 15] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
@@ -56,18 +66,29 @@ impl Scenario {
         (Scenario::Translate20, 1),
         (Scenario::Idle32, 1),
         (Scenario::EmptyPoll, 1),
+        (Scenario::ReadStripe(2), 32),
+        (Scenario::ReadStripe(4), 32),
+        (Scenario::Devices(1), 32),
+        (Scenario::Devices(2), 32),
+        (Scenario::Devices(4), 32),
+        (Scenario::Stripe(2), 32),
+        (Scenario::Stripe(4), 32),
     ];
 
     /// Name on the command line and in reports.
-    pub fn name(self) -> &'static str {
-        match self {
+    pub fn name(self) -> String {
+        let name = match self {
             Scenario::Read => "read",
             Scenario::Write => "write",
             Scenario::Translate1 => "translate-1",
             Scenario::Translate20 => "translate-20",
             Scenario::Idle32 => "idle-32-rings",
             Scenario::EmptyPoll => "empty-poll",
-        }
+            Scenario::ReadStripe(n) => return format!("read-stripe-{n}"),
+            Scenario::Devices(n) => return format!("devices-{n}"),
+            Scenario::Stripe(n) => return format!("stripe-{n}"),
+        };
+        name.to_owned()
     }
 
     /// The scenario of that name.
@@ -78,9 +99,12 @@ impl Scenario {
     /// The function inside which instructions are collected.
     pub fn symbol(self) -> &'static str {
         match self {
-            Scenario::Read | Scenario::Write | Scenario::Idle32 => "measured_turn",
+            Scenario::Read | Scenario::Write | Scenario::Idle32 | Scenario::ReadStripe(_) => {
+                "measured_turn"
+            }
             Scenario::Translate1 | Scenario::Translate20 => "measured_translate",
             Scenario::EmptyPoll => "measured_poll",
+            Scenario::Devices(_) | Scenario::Stripe(_) => "measured_load",
         }
     }
 }
@@ -132,8 +156,11 @@ pub fn measure(
     let mut totals = Totals { trap, ..Totals::default() };
     let t = &mut totals;
     let requests = match scenario {
-        Scenario::Read => requests(Mix::Read, depth, count, scratch, t)?,
-        Scenario::Write => requests(Mix::Write, depth, count, scratch, t)?,
+        Scenario::Read => requests(Mix::Read, 1, depth, count, scratch, t)?,
+        Scenario::Write => requests(Mix::Write, 1, depth, count, scratch, t)?,
+        Scenario::ReadStripe(n) => requests(Mix::Read, n, depth, count, scratch, t)?,
+        Scenario::Devices(n) => drive(n, false, depth, count, scratch, t)?,
+        Scenario::Stripe(n) => drive(n, true, depth, count, scratch, t)?,
         Scenario::Translate1 => translate(1, count, scratch, t)?,
         Scenario::Translate20 => translate(20, count, scratch, t)?,
         Scenario::Idle32 => idle(count, scratch, t)?,
@@ -148,6 +175,16 @@ pub fn measure(
 fn rig(path: &Path, run: &Totals) -> Result<Rig, Error> {
     let spec = node::ModelSpec::new(path);
     image_file(&spec.path, BLOCKS, None)?;
+    Rig::open(NodeSpec::Model(spec), BLOCKS, !run.trap)
+}
+
+/// The same over a stripe of `count` devices.
+fn striped_rig(count: u8, scratch: &Path, run: &Totals) -> Result<Rig, Error> {
+    let spec = NodeSpec::Stripe(STRIPE, devices(count, scratch)?);
+    let mut storage = node::open_source(&spec, &OpenOptions::write(Format::Raw))?;
+    let options = CreateOptions::new(BLOCKS * BLOCK as u64);
+    create(&mut storage, "bench", &options).map_err(node::Error::from)?;
+    storage.close()?;
     Rig::open(spec, BLOCKS, !run.trap)
 }
 
@@ -168,7 +205,7 @@ pub(crate) struct Rig {
     image: usize,
     guest: Guest,
     frontend: usize,
-    device: node::ModelController,
+    devices: Vec<node::ModelController>,
     rest: node::Rest,
     clock: Clock,
     /// The reactor's time, if it is made up.
@@ -179,12 +216,11 @@ impl Rig {
     /// A rig on an empty image of `blocks` blocks.
     pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
         image_file(&spec.path, blocks, None)?;
-        Rig::open(spec, blocks, false)
+        Rig::open(NodeSpec::Model(spec), blocks, false)
     }
 
-    fn open(spec: node::ModelSpec, blocks: u64, made_up_time: bool) -> Result<Rig, Error> {
+    fn open(spec: NodeSpec, blocks: u64, made_up_time: bool) -> Result<Rig, Error> {
         let clock = Clock::real();
-        let spec = NodeSpec::Model(spec);
         let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(Format::Qcow2) };
         let parts = Parts::new(node::open_chain(&spec, &open)?)?;
         let (time_of_core, time) = match made_up_time {
@@ -194,13 +230,11 @@ impl Rig {
         let mut core = ReactorCore::new(time_of_core).map_err(Error::other)?;
         let (image, mut rest) =
             parts.attach(&mut core, qcow::run::Options::default()).map_err(Error::other)?;
-        let model = rest.models().next();
-        let device = model.and_then(node::Model::take_device);
-        let device = device.ok_or_else(|| Error::other("there is no device"))?;
+        let devices = rest.models().filter_map(node::Model::take_device).collect();
         let kick = Kick { signal: Signal::default(), wake: core.wake() };
         let guest = Guest::new(ORDER, blocks, kick)?;
         let frontend = add_ring(&mut core, image, &guest)?;
-        Ok(Rig { core, image, guest, frontend, device, rest, clock, time })
+        Ok(Rig { core, image, guest, frontend, devices, rest, clock, time })
     }
 
     /// Guest, reactor, device, and the reactor again: it starts what it took in the same turn, and
@@ -210,10 +244,17 @@ impl Rig {
         self.guest.send(mix, depth, now);
         self.tick();
         self.core.turn();
-        while self.device.step(self.clock.now()) {}
+        self.step_devices();
         self.tick();
         self.core.turn();
         self.guest.reap(now);
+    }
+
+    /// Has the devices do all that they can.
+    fn step_devices(&mut self) {
+        for device in &mut self.devices {
+            while device.step(self.clock.now()) {}
+        }
     }
 
     /// Lets 5 µs pass, if time is made up.
@@ -264,8 +305,8 @@ impl Rig {
         self.settle()?;
         let removed = self.core.remove_frontend(self.frontend);
         drop(removed.ok_or_else(|| Error::other("the ring is still in use"))?);
-        let Rig { mut core, image, device, mut rest, .. } = self;
-        if let Some(model) = rest.models().next() {
+        let Rig { mut core, image, devices, mut rest, .. } = self;
+        for (model, device) in rest.models().zip(devices) {
             model.give_device(device)?;
         }
         close(&mut core, image, rest)
@@ -300,12 +341,16 @@ pub(crate) fn close(core: &mut ReactorCore, image: usize, rest: node::Rest) -> R
 
 fn requests(
     mix: Mix,
+    devices: u8,
     depth: usize,
     count: u64,
     scratch: &Path,
     run: &mut Totals,
 ) -> Result<u64, Error> {
-    let mut rig = rig(&scratch.join("path.qcow2"), run)?;
+    let mut rig = match devices {
+        1 => rig(&scratch.join("path.qcow2"), run)?,
+        n => striped_rig(n, scratch, run)?,
+    };
     rig.warm_up()?;
     rig.guest.reset_figures();
     let clock = rig.clock.clone();
@@ -314,7 +359,7 @@ fn requests(
         rig.guest.send(mix, depth, now);
         rig.tick();
         run.measure(&clock, || measured_turn(&mut rig.core));
-        while rig.device.step(clock.now()) {}
+        rig.step_devices();
         rig.tick();
         run.measure(&clock, || measured_turn(&mut rig.core));
         run.turns += 2;
@@ -328,9 +373,9 @@ fn requests(
 
 /// Sums up what happens in the measured parts of a loop.
 #[derive(Default)]
-struct Totals {
+pub(crate) struct Totals {
     trap: bool,
-    turns: u64,
+    pub(crate) turns: u64,
     ns: u64,
     syscalls: u64,
     uncounted: bool,
@@ -339,7 +384,8 @@ struct Totals {
 }
 
 impl Totals {
-    fn measure<R>(&mut self, clock: &Clock, f: impl FnOnce() -> R) -> R {
+    /// Runs a part that is measured.
+    pub(crate) fn measure<R>(&mut self, clock: &Clock, f: impl FnOnce() -> R) -> R {
         let start = if self.trap { Counters::start() } else { Counters::start_untrapped() };
         let began = clock.now();
         let result = f();

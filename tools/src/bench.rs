@@ -94,7 +94,7 @@ struct PathReport {
 /// A scenario's figures, each per request (or per turn, translation, poll).
 #[derive(Serialize)]
 struct Row {
-    name: &'static str,
+    name: String,
     depth: usize,
     instructions_per_request: f64,
     layers: BTreeMap<String, f64>,
@@ -234,7 +234,7 @@ fn row(
         .filter(|(_, v)| v.abs() >= 0.05)
         .collect();
     let copy = each(twice.copy, once.copy);
-    let moves = matches!(scenario, Scenario::Read | Scenario::Write);
+    let moves = matches!(scenario, Scenario::Read | Scenario::Write | Scenario::ReadStripe(_));
     anyhow::ensure!(
         !moves || copy >= 512.0,
         "{}: the data copy was not found in the profile ({copy} instructions)",
