@@ -91,6 +91,9 @@ pub struct StripeQueue<Q> {
     waiting: VecDeque<u16>,
     /// Slots whose answer waits for the next poll.
     finished: VecDeque<u16>,
+    /// Requests that every member certainly takes, as of the last poll, less those taken since: a
+    /// request takes one place of a member, or is counted anew.
+    room: usize,
     /// Requests that went to a member as they were.
     straight: usize,
     /// The member that is polled first, so that none is always last.
@@ -158,7 +161,7 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             status: Status::Ok,
             detail: 0,
         };
-        Ok(StripeQueue {
+        let mut queue = StripeQueue {
             members,
             layout,
             info,
@@ -166,10 +169,13 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             free: (0..SLOTS as u16).rev().collect(),
             waiting: VecDeque::with_capacity(SLOTS),
             finished: VecDeque::with_capacity(SLOTS),
+            room: 0,
             straight: 0,
             first: 0,
             strays: 0,
-        })
+        };
+        queue.count_room();
+        Ok(queue)
     }
 
     /// The members' queues.
@@ -183,7 +189,10 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     }
 
     /// Takes a request into a slot and sends what can be sent.
-    fn take(&mut self, index: u16, r: &Request<'_>) {
+    #[cold]
+    #[inline(never)]
+    fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        let index = self.free.pop().ok_or(Full)?;
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
             generation: slot.generation.wrapping_add(1) & (u32::MAX >> PART_BITS),
@@ -202,7 +211,7 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         };
         let moves = matches!(r.op, Op::Read | Op::Write);
         let too_long = moves && r.len > u64::from(self.info.max_transfer);
-        let fits = self.info.contains(r.offset, r.len) && r.segs_fit() && r.unit == 0 && !too_long;
+        let fits = self.info.contains(r.offset, r.len) && r.segs_fit() && !too_long;
         match SegList::from_slice(r.segs) {
             Some(segs) if fits => slot.segs = segs,
             _ => slot.fail(Status::Invalid, 0),
@@ -211,6 +220,8 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             slot.fail(Status::ReadOnly, 0);
         }
         self.send(index);
+        self.count_room();
+        Ok(())
     }
 
     /// Sends the parts of a slot as far as there is room; the slot waits for the rest.
@@ -306,6 +317,15 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         }
     }
 
+    #[inline]
+    fn count_room(&mut self) {
+        let mut least = self.free.len();
+        for (queue, _) in &self.members {
+            least = least.min(queue.room());
+        }
+        self.room = least;
+    }
+
     /// Whether parts are in flight, wait, or are to be answered.
     fn has_slots(&self) -> bool {
         self.free.len() < SLOTS
@@ -320,25 +340,25 @@ impl<Q: LeafAccess> Submit for StripeQueue<Q> {
 
     #[inline]
     fn room(&self) -> usize {
-        let least = self.members.iter().map(|(queue, _)| queue.room()).min();
-        self.free.len().min(least.unwrap_or(0))
+        self.room
     }
 
-    #[inline]
+    /// Hot: a request within one chunk. Only what its member cannot see is looked at here.
+    #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         let r = request;
         let (member, offset, left) = self.layout.locate(r.offset);
-        let inside = r.offset < self.info.size && r.len <= left && r.len > 0;
-        if inside && r.op != Op::Flush && r.unit == 0 && r.tag.owner() != OWNER {
-            // What else may be wrong with it, the member sees as well.
-            let (queue, unit) = &mut self.members[member];
+        // A flush, like everything without length, is no request within a chunk.
+        if r.offset < self.info.size
+            && r.len.wrapping_sub(1) < left
+            && let Some((queue, unit)) = self.members.get_mut(member)
+        {
             queue.submit(&Request { unit: *unit, offset, ..*r })?;
             self.straight += 1;
+            self.room = self.room.saturating_sub(1);
             return Ok(());
         }
-        let index = self.free.pop().ok_or(Full)?;
-        self.take(index, r);
-        Ok(())
+        self.take(r)
     }
 }
 
@@ -352,7 +372,10 @@ impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
         let before = out.len();
         self.first = if self.first + 1 == self.members.len() { 0 } else { self.first + 1 };
         let (early, late) = self.members.split_at_mut(self.first);
-        for (queue, _) in late.iter_mut().chain(early) {
+        for (queue, _) in late {
+            queue.poll(out);
+        }
+        for (queue, _) in early {
             queue.poll(out);
         }
         if self.has_slots() {
@@ -360,6 +383,7 @@ impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
         } else {
             self.straight -= (out.len() - before).min(self.straight);
         }
+        self.count_room();
         out.len() - before
     }
 

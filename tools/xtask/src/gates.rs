@@ -21,6 +21,11 @@ const INSTRUCTIONS: [(&str, u64, f64); 4] = [
     ("translate-20", 1, 40.0),
 ];
 
+/// Cost of a request with several devices as a share of that with one: the driver alone, and the
+/// whole path over a stripe, where it must be routed. The goal for both is 1.1.
+const DEVICES: f64 = 1.1;
+const STRIPES: f64 = 1.25;
+
 /// Device writes per guest write while an empty image is filled.
 const FILL: f64 = 1.2;
 
@@ -57,6 +62,8 @@ pub(crate) fn run() -> Result<Tally> {
             instructions(&path, name, depth, bound),
         );
     }
+    judge("instructions with several devices", several(&path));
+    judge("atomic read-modify-writes", atomics(&path));
     judge("path: no system call, allocation or lock", path_is_quiet(&path));
     judge("device writes of filling an empty image", fill(&path));
     judge("memory of opening 16 TiB", open(&path));
@@ -98,6 +105,34 @@ fn instructions(path: &Value, name: &str, depth: u64, bound: f64) -> Result<()> 
     let n = number(row, "instructions_per_request")?;
     say(&format!("gates:   {n:.1}, at most {bound}: {}", row["layers"]));
     ensure!(n <= bound, "{n:.1} instructions, at most {bound} are allowed");
+    Ok(())
+}
+
+/// What a request costs with several devices, as a share of what it costs with one: of the driver
+/// with 2 and 4 devices, and of the whole path over a stripe.
+fn several(path: &Value) -> Result<()> {
+    for (name, one, most) in [
+        ("devices-2", "devices-1", DEVICES),
+        ("devices-4", "devices-1", DEVICES),
+        ("read-stripe-2", "read", STRIPES),
+        ("read-stripe-4", "read", STRIPES),
+    ] {
+        let cost = |name| number(scenario(path, name, 32)?, "instructions_per_request");
+        let share = cost(name)? / cost(one)?;
+        say(&format!("gates:   {name}: {share:.3} of {one}, at most {most}"));
+        ensure!(share <= most, "{name}: {share:.3} of {one}, at most {most} is allowed");
+    }
+    Ok(())
+}
+
+/// One for each batch of requests (the fence before a ring's final check), none for each request.
+fn atomics(path: &Value) -> Result<()> {
+    for name in ["read", "write", "read-stripe-4", "devices-1", "devices-4"] {
+        let n = number(scenario(path, name, 32)?, "atomics")?;
+        ensure!(n <= 1.0 / 32.0 + 0.001, "{name}: {n} atomic read-modify-writes per request");
+    }
+    let n = number(scenario(path, "read", 1)?, "atomics")?;
+    ensure!(n == 1.0, "read at depth 1: {n} atomic read-modify-writes per request: not counted?");
     Ok(())
 }
 

@@ -228,7 +228,6 @@ fn what_is_wrong_is_answered_and_not_sent() {
     queue.register(&memory).unwrap();
     let seg = [memory.seg(0, 4096).unwrap()];
     let long = [memory.seg(0, 132 << 10).unwrap()];
-    let unit = Request { unit: 1, ..request(1, Op::Read, 0, 4096, &seg) };
     for r in [
         request(1, Op::Read, 2 << 20, 4096, &seg),
         request(1, Op::Read, (2 << 20) - 2048, 4096, &seg),
@@ -238,7 +237,6 @@ fn what_is_wrong_is_answered_and_not_sent() {
         request(1, Op::Read, 0, 0, &[]),
         request(1, Op::Write, 0, 132 << 10, &long),
         request(1, Op::Discard, 1 << 20, 2 << 20, &[]),
-        unit,
     ] {
         queue.submit(&r).unwrap();
         assert_eq!(wait(&mut queue, 1)[0].status, Status::Invalid, "{r:?}");
