@@ -37,5 +37,5 @@ pub use controller::{Controller, Events, Options, State};
 pub use error::Error;
 pub use identify::{ControllerInfo, Namespace, Refused};
 pub use memory::{DmaMapper, IovaMap, quarantined};
-pub use queue::{DETAIL_QUARANTINED, QueuePair};
+pub use queue::QueuePair;
 pub use stats::Stats;

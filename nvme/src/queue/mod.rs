@@ -18,8 +18,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use block::{
-    BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, LeafAccess, Request, Status,
-    Submit,
+    BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, LeafAccess, QUARANTINED,
+    Request, Status, Submit,
 };
 use dma::Region;
 
@@ -33,11 +33,6 @@ use crate::{Error, Stats};
 use long::{Bounces, Longs, MAX_LONGS};
 pub(crate) use memory::QueueMemory;
 use tracker::Trackers;
-
-/// Set in [`Completion::detail`] when the device could not be stopped: it may still read or write
-/// the request's buffers, which must therefore never be used for anything else. The memory itself
-/// stays mapped until the process ends. (A device's own status has 15 bits.)
-pub const DETAIL_QUARANTINED: u16 = 1 << 15;
 
 /// Most entries of a queue.
 pub(crate) const MAX_ENTRIES: u32 = tracker::MAX_TRACKERS as u32 + 1;
@@ -307,7 +302,7 @@ impl<B: Bar> Drop for QueuePair<B> {
     fn drop(&mut self) {
         // What commands may still be using goes to the controller, which lets it go when the
         // device has certainly let go, or never.
-        let safe = self.trackers.busy() == 0 && self.mode != Mode::Gone(DETAIL_QUARANTINED);
+        let safe = self.trackers.busy() == 0 && self.mode != Mode::Gone(QUARANTINED);
         let orphans = if safe { Vec::new() } else { self.table.take_mappings() };
         self.link.leave(orphans);
     }

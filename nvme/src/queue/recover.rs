@@ -1,9 +1,9 @@
 //! Orders of the controller, deadlines, and commands that are sent again.
 
-use block::Status as Outcome;
+use block::{QUARANTINED, Status as Outcome};
 
 use super::tracker::Tracker;
-use super::{DETAIL_QUARANTINED, Mode, NOT_RUNNING, QueuePair};
+use super::{Mode, NOT_RUNNING, QueuePair};
 use crate::bar::Bar;
 use crate::link::Order;
 use crate::status;
@@ -26,7 +26,7 @@ impl<B: Bar> QueuePair<B> {
                     }
                 }
                 Order::Gone => self.give_up(0),
-                Order::Unsafe => self.give_up(DETAIL_QUARANTINED),
+                Order::Unsafe => self.give_up(QUARANTINED),
             }
             let runs = self.mode == Mode::Running;
             self.running = if runs { u64::from(word) } else { NOT_RUNNING };

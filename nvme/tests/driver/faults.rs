@@ -1,8 +1,8 @@
 //! Devices that misbehave: error statuses, retries, lost commands and the ladder.
 
 use crate::common::*;
-use block::{BlockQueue, Flags, Op, Status, Submit};
-use nvme::{DETAIL_QUARANTINED, Error, State};
+use block::{BlockQueue, Flags, Op, QUARANTINED, Status, Submit};
+use nvme::{Error, State};
 use nvme_spec::{Cc, offset};
 
 fn one(rig: &mut Rig, op: Op) -> block::Tag {
@@ -244,8 +244,8 @@ fn a_device_that_ignores_reset_is_stopped_by_the_next_rung() {
         (Hook::Works, Hook::Unsupported, 0, true),
         (Hook::Unsupported, Hook::Works, 0, false),
         (Hook::Lies, Hook::Works, 0, false),
-        (Hook::Fails, Hook::Fails, DETAIL_QUARANTINED, false),
-        (Hook::Unsupported, Hook::Unsupported, DETAIL_QUARANTINED, false),
+        (Hook::Fails, Hook::Fails, QUARANTINED, false),
+        (Hook::Unsupported, Hook::Unsupported, QUARANTINED, false),
     ];
     for (function_reset, bus_master_off, detail, serves) in cases {
         let mut setup = Setup::new(512, "lost:op=read;noreset");
@@ -325,7 +325,7 @@ fn a_device_that_fails_again_and_again_is_given_up() {
 
 #[test]
 fn all_ones_in_flight_and_back_again() {
-    for (bus_master_off, detail) in [(Hook::Works, 0), (Hook::Fails, DETAIL_QUARANTINED)] {
+    for (bus_master_off, detail) in [(Hook::Works, 0), (Hook::Fails, QUARANTINED)] {
         let mut rig = Setup::new(512, "lost:op=read,count=1").open().unwrap();
         rig.world.bus_master_off.set(bus_master_off);
         let bytes = pattern(5, 4096);

@@ -79,6 +79,8 @@ pub struct Image {
     // What it does not need.
     writable: bool,
     closing: bool,
+    /// A device was lost that could not be stopped: see [`block::QUARANTINED`].
+    lost: bool,
     close_slot: u16,
     /// The close itself has begun: it waits for all requests.
     close_began: bool,
@@ -169,6 +171,7 @@ impl Image {
             hits: 0,
             writable,
             closing: false,
+            lost: false,
             close_slot: slots,
             close_began: false,
             shared,
@@ -274,7 +277,7 @@ impl Image {
     fn refusal(&self, r: &Request<'_>) -> Option<Status> {
         let info = &self.shared.info;
         let data = matches!(r.op, Op::Read | Op::Write);
-        if self.closing {
+        if self.closing || self.lost {
             Some(Status::Gone)
         } else if r.op == Op::Flush {
             None
@@ -339,6 +342,17 @@ impl Image {
         }
     }
 
+    /// Refuses everything from now on: other layers' devices must not fill buffers that the lost
+    /// one may still write to.
+    #[cold]
+    fn lose(&mut self) {
+        if !self.lost {
+            log::error!("a device was lost and may still use memory: the image is out of service");
+            self.lost = true;
+            self.ways = [Way::NONE; 5];
+        }
+    }
+
     /// Begins the close when nothing is in flight any more.
     #[cold]
     fn begin_close(&mut self) {
@@ -391,6 +405,9 @@ impl<L: BlockQueue> Layer<L> for Image {
 
     #[inline(always)]
     fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
+        if done.is_quarantined() {
+            self.lose();
+        }
         let at = done.tag.slot();
         let Some(work) = self.shared.get_work(at) else {
             // A task's: those are numbered behind the slots.

@@ -34,6 +34,8 @@ pub(crate) enum Fault {
     Nothing,
     /// It was carried out all the same.
     Done,
+    /// Nothing happened yet: the device is lost, and was not stopped.
+    Stuck,
 }
 
 struct Held {
@@ -179,6 +181,7 @@ impl LogQueue {
             return Some((Status::Invalid, Fault::Nothing));
         }
         match self.fail_at {
+            Some((n, Fault::Stuck)) if n == self.requests => Some((Status::Gone, Fault::Stuck)),
             Some((n, fault)) if n == self.requests => Some((Status::Medium, fault)),
             _ => None,
         }
@@ -192,6 +195,9 @@ impl LogQueue {
         let mut answer = Completion { tag: r.tag, status: Status::Ok, detail: 0 };
         if let Some((status, fault)) = fault {
             answer.status = status;
+            if fault == Fault::Stuck {
+                answer.detail = block::QUARANTINED;
+            }
             if fault != Fault::Done {
                 return answer;
             }

@@ -9,8 +9,23 @@ pub struct Completion {
     pub tag: Tag,
     /// How it ended.
     pub status: Status,
-    /// What the device itself said, for logs: an NVMe status field or an errno; 0 if nothing.
+    /// What the device itself said, for logs: an NVMe status field (15 bits) or an errno; 0 if
+    /// nothing. And [`QUARANTINED`].
     pub detail: u16,
+}
+
+/// Set in [`Completion::detail`] when the device could not be stopped: it may still read or write
+/// the request's buffers, which must therefore never be used for anything else. Whoever answers
+/// from several devices refuses everything from then on, so that nothing is read into such a buffer
+/// again. The memory itself stays mapped until the process ends.
+pub const QUARANTINED: u16 = 1 << 15;
+
+impl Completion {
+    /// Whether the device may still use the request's buffers: see [`QUARANTINED`].
+    #[inline]
+    pub fn is_quarantined(&self) -> bool {
+        self.detail & QUARANTINED != 0
+    }
 }
 
 /// A fixed array that [`crate::BlockQueue::poll`] fills. Made once per reactor.
@@ -84,6 +99,12 @@ impl Completions {
             }
         }
         self.len = kept.min(self.len);
+    }
+
+    /// Those from the `from`th on.
+    #[inline]
+    pub fn iter_from(&self, from: usize) -> impl Iterator<Item = &Completion> + '_ {
+        self.items[..self.len].iter().skip(from)
     }
 
     /// Empties the array.

@@ -36,7 +36,7 @@ mod stripe;
 
 pub use blocking::{Blocking, LeafAccess};
 pub use claims::Claims;
-pub use completions::{Completion, Completions};
+pub use completions::{Completion, Completions, QUARANTINED};
 pub use delay::{Delay, DelayQueue};
 pub use fault::{Fault, FaultQueue, Rule};
 pub use frontend::Frontend;

@@ -20,8 +20,8 @@ use dma::Region;
 
 use self::layout::Layout;
 use crate::{
-    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op, Request,
-    SegList, Status, Submit, Tag,
+    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op,
+    QUARANTINED, Request, SegList, Status, Submit, Tag,
 };
 
 /// Owner number in the tags of the requests that the queue makes. Reactors count theirs from 0.
@@ -76,6 +76,7 @@ impl Slot {
         if self.status.is_ok() {
             (self.status, self.detail) = (status, detail);
         }
+        self.detail |= detail & QUARANTINED;
     }
 }
 
@@ -96,6 +97,10 @@ pub struct StripeQueue<Q> {
     room: usize,
     /// Requests that went to a member as they were.
     straight: usize,
+    /// Bytes that requests may go straight to: the size, or 0 once a member was lost that could not
+    /// be stopped. Then everything is refused: a buffer that it may still write to must not be read
+    /// into from another member.
+    open: u64,
     /// The member that is polled first, so that none is always last.
     first: usize,
     strays: u64,
@@ -171,9 +176,11 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             finished: VecDeque::with_capacity(SLOTS),
             room: 0,
             straight: 0,
+            open: 0,
             first: 0,
             strays: 0,
         };
+        queue.open = queue.info.size;
         queue.count_room();
         Ok(queue)
     }
@@ -218,6 +225,9 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         }
         if self.info.read_only && !matches!(r.op, Op::Read | Op::Flush) {
             slot.fail(Status::ReadOnly, 0);
+        }
+        if self.open == 0 {
+            slot.fail(Status::Gone, 0);
         }
         self.send(index);
         self.count_room();
@@ -349,7 +359,7 @@ impl<Q: LeafAccess> Submit for StripeQueue<Q> {
         let r = request;
         let (member, offset, left) = self.layout.locate(r.offset);
         // A flush, like everything without length, is no request within a chunk.
-        if r.offset < self.info.size
+        if r.offset < self.open
             && r.len.wrapping_sub(1) < left
             && let Some((queue, unit)) = self.members.get_mut(member)
         {
@@ -377,6 +387,9 @@ impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
         }
         for (queue, _) in early {
             queue.poll(out);
+        }
+        if out.iter_from(before).any(|c| c.is_quarantined()) {
+            self.open = 0;
         }
         if self.has_slots() {
             self.settle(before, out);

@@ -2,7 +2,7 @@
 
 use dma::Buf;
 
-use crate::{Flags, Op, SegList, Status, Tag};
+use crate::{Flags, Op, QUARANTINED, SegList, Status, Tag};
 
 /// How far the whole blocks of a request are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,6 +93,7 @@ impl Slot {
         if self.status.is_ok() {
             (self.status, self.detail) = (status, detail);
         }
+        self.detail |= detail & QUARANTINED;
     }
 
     pub(super) fn writes(&self) -> bool {

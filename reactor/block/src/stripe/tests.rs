@@ -6,7 +6,8 @@ use dma::{PageSize, Region, Seg};
 
 use crate::{
     BlockQueue, Completion, Completions, Delay, DelayQueue, DeviceInfo, Fault, FaultQueue, Flags,
-    Full, HasWork, LeafAccess, MemQueue, Op, Request, Rule, Status, StripeQueue, Submit, Tag,
+    Full, HasWork, LeafAccess, MemQueue, Op, QUARANTINED, Request, Rule, Status, StripeQueue,
+    Submit, Tag,
 };
 
 struct Random(u64);
@@ -218,6 +219,123 @@ fn a_failed_part_fails_the_request_once_all_are_back() {
     let small = [memory.seg(0, 4096).unwrap()];
     assert_eq!(run(request(4, Op::Write, 0, 4096, &small)), Status::Ok);
     assert_eq!(run(request(5, Op::Write, 4096, 4096, &small)), Status::Medium);
+}
+
+/// A device that is lost and was not stopped.
+struct Stuck(MemQueue);
+
+impl Submit for Stuck {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        self.0.info(unit)
+    }
+    fn room(&self) -> usize {
+        self.0.room()
+    }
+    fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        self.0.submit(r)
+    }
+}
+
+impl BlockQueue for Stuck {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.0.register(region)
+    }
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        let mut inner = Completions::new();
+        self.0.poll(&mut inner);
+        for c in inner.iter() {
+            out.push(Completion { status: Status::Gone, detail: QUARANTINED, ..c });
+        }
+        inner.len()
+    }
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+    fn arm(&mut self) -> HasWork {
+        self.0.arm()
+    }
+}
+
+impl LeafAccess for Stuck {
+    fn unit_len(&self, unit: u16) -> u64 {
+        self.0.unit_len(unit)
+    }
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        self.0.set_unit_len(unit, len)
+    }
+}
+
+/// One of two kinds of member.
+enum Either {
+    Good(MemQueue),
+    Bad(Stuck),
+}
+
+macro_rules! either {
+    ($self:expr, $q:ident => $e:expr) => {
+        match $self {
+            Either::Good($q) => $e,
+            Either::Bad($q) => $e,
+        }
+    };
+}
+
+impl Submit for Either {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        either!(self, q => q.info(unit))
+    }
+    fn room(&self) -> usize {
+        either!(self, q => q.room())
+    }
+    fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        either!(self, q => q.submit(r))
+    }
+}
+
+impl BlockQueue for Either {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        either!(self, q => q.register(region))
+    }
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        either!(self, q => q.poll(out))
+    }
+    fn in_flight(&self) -> usize {
+        either!(self, q => q.in_flight())
+    }
+    fn arm(&mut self) -> HasWork {
+        either!(self, q => q.arm())
+    }
+}
+
+impl LeafAccess for Either {
+    fn unit_len(&self, unit: u16) -> u64 {
+        either!(self, q => q.unit_len(unit))
+    }
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        either!(self, q => q.set_unit_len(unit, len))
+    }
+}
+
+#[test]
+fn a_member_that_could_not_be_stopped_takes_the_stripe_with_it() {
+    for len in [4096, 12288] {
+        let mem = || MemQueue::new(1 << 20, 512).unwrap();
+        let list = vec![(Either::Good(mem()), 0), (Either::Bad(Stuck(mem())), 0)];
+        let mut queue = StripeQueue::new(list, 4096).unwrap();
+        let memory = Region::new(1 << 20, PageSize::Small).unwrap();
+        queue.register(&memory).unwrap();
+        let mut run = |r: Request<'_>| {
+            queue.submit(&r).unwrap();
+            wait(&mut queue, 1)[0]
+        };
+        let seg = [memory.seg(0, 4096).unwrap()];
+        let more = [memory.seg(0, len).unwrap()];
+        assert_eq!(run(request(1, Op::Read, 0, 4096, &seg)).status, Status::Ok);
+        let c = run(request(2, Op::Read, 4096, len.into(), &more));
+        assert_eq!((c.status, c.is_quarantined()), (Status::Gone, true), "{len}");
+        assert_eq!(run(request(3, Op::Read, 0, 4096, &seg)).status, Status::Gone);
+        assert_eq!(run(request(4, Op::Flush, 0, 0, &[])).status, Status::Gone);
+    }
 }
 
 #[test]
