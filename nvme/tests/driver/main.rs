@@ -7,4 +7,5 @@ mod faults;
 mod hostile;
 mod io;
 mod rings;
+mod table;
 mod threads;
