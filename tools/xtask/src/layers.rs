@@ -29,13 +29,14 @@ enum Level {
 }
 
 /// Every crate of the workspace. A crate that is missing here is an error.
-const CRATES: [(&str, Level); 18] = [
+const CRATES: [(&str, Level); 19] = [
     ("nvme-spec", Level::Layouts),
     ("dma", Level::Memory),
     ("block", Level::Vocabulary),
     ("reactor", Level::Core),
     ("file", Level::Part),
     ("nvme", Level::Part),
+    ("vfio", Level::Part),
     ("volume", Level::Part),
     ("qcow", Level::Part),
     ("xen", Level::Part),
