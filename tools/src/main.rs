@@ -27,6 +27,9 @@ struct Cli {
     /// Print what is done; twice for more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// Drive vfio: devices that no IOMMU keeps from memory: one that misbehaves can write anywhere.
+    #[arg(long, global = true)]
+    unsafe_noiommu: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -49,6 +52,9 @@ fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     output::init_log(cli.verbose);
     signals::outlive_file_limit();
+    if cli.unsafe_noiommu {
+        node::use_unsafe_noiommu();
+    }
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),

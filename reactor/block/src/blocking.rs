@@ -60,6 +60,11 @@ impl<L: LeafAccess> Blocking<L> {
         self.leaf
     }
 
+    /// The unit of the queue.
+    pub fn unit(&self) -> u16 {
+        self.unit
+    }
+
     /// The queue.
     pub fn leaf(&self) -> &L {
         &self.leaf

@@ -13,7 +13,7 @@ use reactor::Clock;
 use crate::device::Device;
 use crate::model::ModelBar;
 use crate::source::{Kind, Source, blocking};
-use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec};
+use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec, vfio};
 
 /// An image with its backing files, opened.
 pub type Chain = qcow::open::Chain<Source>;
@@ -71,7 +71,7 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
     match spec {
         NodeSpec::Mem(size) => {
             let leaf = Leaf::Mem(Box::new(MemQueue::new(*size, 512).map_err(|e| fail(&e))?));
-            let storage = blocking(leaf, &node)?;
+            let storage = blocking(leaf, 0, &node)?;
             Ok(Source { kind: Kind::Leaf(storage, Vec::new()), locks: Vec::new(), id: None })
         }
         NodeSpec::File(path) => {
@@ -81,6 +81,11 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
             Ok(Source { kind: Kind::Host(host), locks, id })
         }
         NodeSpec::Model(model) => open_model(model, &node, options),
+        NodeSpec::Vfio(spec) => {
+            let (leaf, unit, device) = vfio::open(*spec, options.writable, options.clock.clone())?;
+            let storage = blocking(leaf, unit, &node)?;
+            Ok(Source { kind: Kind::Leaf(storage, vec![device]), locks: Vec::new(), id: None })
+        }
         NodeSpec::Stripe(size, nodes) => open_stripe(*size, nodes, &node, options),
     }
 }
@@ -103,7 +108,8 @@ fn open_stripe(
         leaves.push(match source.kind {
             Kind::Leaf(storage, below) => {
                 devices.extend(below);
-                (storage.into_leaf(), 0)
+                let unit = storage.unit();
+                (storage.into_leaf(), unit)
             }
             Kind::Host(host) => {
                 let leaf = file_leaf(vec![host.into_file()]);
@@ -112,7 +118,7 @@ fn open_stripe(
         });
     }
     let queue = StripeQueue::new(leaves, size).map_err(|e| Error::node(node, e))?;
-    let storage = blocking(Leaf::Stripe(Box::new(queue)), node)?;
+    let storage = blocking(Leaf::Stripe(Box::new(queue)), 0, node)?;
     Ok(Source { kind: Kind::Leaf(storage, devices), locks, id: None })
 }
 
@@ -131,7 +137,7 @@ fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Sou
         Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
     let leaf = model_leaf(pair).map_err(|e| fail(&e))?;
     let devices = vec![Device::Model(model)];
-    Ok(Source { kind: Kind::Leaf(blocking(leaf, node)?, devices), locks, id })
+    Ok(Source { kind: Kind::Leaf(blocking(leaf, 0, node)?, devices), locks, id })
 }
 
 /// Which file it is: of the opened one, since the path may lead elsewhere by now.

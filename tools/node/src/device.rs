@@ -2,12 +2,14 @@
 
 use std::fs::File;
 
-use crate::{Error, Model};
+use crate::{Error, Model, vfio};
 
 /// A device that a leaf queue leads to, beyond what the queue itself holds.
 pub(crate) enum Device {
     /// A controller in this process.
     Model(Model),
+    /// A namespace of a device that this process drives.
+    Vfio(vfio::Lease),
 }
 
 impl Device {
@@ -18,6 +20,7 @@ impl Device {
     pub(crate) fn close(self) -> Result<Option<File>, Error> {
         match self {
             Device::Model(model) => model.close().map(Some),
+            Device::Vfio(lease) => lease.close().map(|()| None),
         }
     }
 
@@ -25,6 +28,12 @@ impl Device {
     pub(crate) fn as_model(&mut self) -> Option<&mut Model> {
         match self {
             Device::Model(model) => Some(model),
+            Device::Vfio(_) => None,
         }
+    }
+
+    /// Whether it was opened for reading only, which the device itself does not know.
+    pub(crate) fn is_for_reading(&self) -> bool {
+        matches!(self, Device::Vfio(lease) if !lease.writable())
     }
 }

@@ -58,14 +58,14 @@ impl Parts {
         let ports: Vec<Port> = chain
             .layers
             .iter()
-            .map(|l| match l.storage.kind {
+            .map(|l| match &l.storage.kind {
                 Kind::Host(_) => {
                     files += 1;
                     Port { leaf: 0, unit: files - 1 }
                 }
-                _ => {
+                Kind::Leaf(storage, _) => {
                     others += 1;
-                    Port { leaf: others - 1, unit: 0 }
+                    Port { leaf: others - 1, unit: storage.unit() }
                 }
             })
             .collect();

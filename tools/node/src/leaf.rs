@@ -12,6 +12,7 @@ use file::FileQueue;
 use nvme::QueuePair;
 
 use crate::model::ModelBar;
+use crate::vfio::VfioBar;
 
 /// A reactor's queue to one device.
 pub enum Leaf {
@@ -23,6 +24,10 @@ pub enum Leaf {
     Model(Box<QueuePair<ModelBar>>),
     /// The same with larger blocks, presented as 512e.
     ModelRmw(Box<RmwQueue<QueuePair<ModelBar>>>),
+    /// A queue pair of an NVMe device with 512-byte blocks.
+    Vfio(Box<QueuePair<VfioBar>>),
+    /// The same with larger blocks, presented as 512e.
+    VfioRmw(Box<RmwQueue<QueuePair<VfioBar>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
 }
@@ -33,6 +38,8 @@ impl Leaf {
         match self {
             Leaf::Model(q) => Some(q.stats()),
             Leaf::ModelRmw(q) => Some(q.leaf().stats()),
+            Leaf::Vfio(q) => Some(q.stats()),
+            Leaf::VfioRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
             Leaf::Mem(_) | Leaf::File(_) => None,
         }
@@ -46,6 +53,8 @@ macro_rules! each {
             Leaf::File($q) => $e,
             Leaf::Model($q) => $e,
             Leaf::ModelRmw($q) => $e,
+            Leaf::Vfio($q) => $e,
+            Leaf::VfioRmw($q) => $e,
             Leaf::Stripe($q) => $e,
         }
     };

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod control;
 mod device;
 mod disk;
 mod extents;
@@ -22,6 +23,7 @@ mod leaf;
 mod model;
 mod source;
 mod spec;
+mod vfio;
 
 pub use chain::{Chain, OpenOptions, open_chain, open_source};
 pub use disk::{Disk, DiskOptions, Door, Parts, ReactorCore, Rest};
@@ -34,7 +36,8 @@ pub use model::{Model, ModelController, ModelCounts, ModelStats};
 /// Counters of an NVMe queue pair.
 pub use nvme::Stats as QueueStats;
 pub use source::Source;
-pub use spec::{ModelSpec, NodeSpec, parse_size};
+pub use spec::{ModelSpec, NodeSpec, VfioSpec, parse_size};
+pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};
 
 /// Why a node could not be opened; the text says what, where and why.
 #[derive(Debug, thiserror::Error)]

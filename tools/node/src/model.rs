@@ -6,15 +6,13 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use dma::Region;
-use nvme::{Bar, Controller, DmaMapper, Doorbell, IovaMap, Options, QueuePair};
+use nvme::{Bar, DmaMapper, Doorbell, IovaMap, Options, QueuePair};
 use nvme_model::{Iommu, NamespaceConfig, RegionMemory, Registers, Store, ThreadDriver};
 use reactor::{Clock, sync::Mutex};
 
+use crate::control::Control;
 use crate::{Error, ModelSpec};
 
 /// The device's half, for whoever steps it.
@@ -88,29 +86,12 @@ impl DmaMapper for ModelMapper {
     }
 }
 
-/// The driver's clock on a control thread.
-struct ControlClock(Clock);
-
-impl nvme::Clock for ControlClock {
-    fn now(&mut self) -> u64 {
-        self.0.now()
-    }
-
-    fn pause(&mut self) {
-        std::thread::sleep(Duration::from_micros(50));
-    }
-}
-
-/// How often the control thread looks after a controller that is well.
-const CONTROL_PERIOD: Duration = Duration::from_millis(2);
-
 /// An NVMe controller in this process and the driver's control thread for it.
 pub struct Model {
     node: String,
     device: Option<ThreadDriver<RegionMemory>>,
     stats: Arc<ModelStats>,
-    control: Option<JoinHandle<Result<(), nvme::Error>>>,
-    stop: Arc<AtomicBool>,
+    control: Option<Control<ModelBar>>,
 }
 
 impl Model {
@@ -148,28 +129,12 @@ impl Model {
         let mapper = Arc::new(ModelMapper(Mutex::new(iommu)));
         let device =
             ThreadDriver::spawn(device, || {}).map_err(|e| fail("cannot start a thread", &e))?;
-        let mut time = ControlClock(clock);
-        let mut controller = Controller::open(bar, mapper, Options::default(), &mut time)
-            .map_err(|e| fail("the controller does not come up", &e))?;
-        if let Some(r) = controller.refused().first() {
+        let control = Control::start(&node, bar, mapper, Options::default(), clock, ())?;
+        if let Some(r) = control.refused().first() {
             return Err(fail("namespace", &r.why));
         }
-        let pair = controller
-            .create_queue_pair(&mut time)
-            .map_err(|e| fail("cannot create a queue pair", &e))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopping = stop.clone();
-        let control = std::thread::Builder::new()
-            .name("nvme-control".to_owned())
-            .spawn(move || {
-                while !stopping.load(Ordering::Acquire) {
-                    controller.step(nvme::Clock::now(&mut time));
-                    std::thread::park_timeout(CONTROL_PERIOD);
-                }
-                controller.close(&mut time)
-            })
-            .map_err(|e| fail("cannot start a thread", &e))?;
-        let model = Model { node, device: Some(device), stats, control: Some(control), stop };
+        let pair = control.queue_pair()?;
+        let model = Model { node, device: Some(device), stats, control: Some(control) };
         Ok((model, pair))
     }
 
@@ -209,14 +174,7 @@ impl Model {
     }
 
     fn end(&mut self) -> Result<(), Error> {
-        let Some(control) = self.control.take() else { return Ok(()) };
-        self.stop.store(true, Ordering::Release);
-        control.thread().unpark();
-        match control.join() {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(e)) => Err(Error::node(&self.node, format!("shutdown: {e}"))),
-            Err(_) => Err(Error::node(&self.node, "the control thread panicked")),
-        }
+        self.control.take().map_or(Ok(()), Control::close)
     }
 }
 

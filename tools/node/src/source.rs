@@ -1,6 +1,6 @@
 //! [`Source`]: an opened node as bytes, for the control path.
 
-use block::{Blocking, LeafAccess, Storage, StorageError};
+use block::{Blocking, LeafAccess, Status, Storage, StorageError};
 use file::ImageLock;
 use qcow::open::FileId;
 
@@ -46,7 +46,7 @@ impl Storage for Source {
     }
 
     fn read_only(&self) -> bool {
-        each!(self, s => s.read_only())
+        self.is_for_reading() || each!(self, s => s.read_only())
     }
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
@@ -54,10 +54,12 @@ impl Storage for Source {
     }
 
     fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        self.check("write", offset, from.len() as u64)?;
         each!(mut self, s => s.write_at(offset, from))
     }
 
     fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        self.check("write zeroes", offset, len)?;
         each!(mut self, s => s.write_zeroes_at(offset, len))
     }
 
@@ -71,6 +73,20 @@ impl Storage for Source {
 }
 
 impl Source {
+    /// Whether a device below was opened for reading only, and does not know it.
+    fn is_for_reading(&self) -> bool {
+        matches!(&self.kind, Kind::Leaf(_, below) if below.iter().any(Device::is_for_reading))
+    }
+
+    /// Whether a write may go on.
+    fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), StorageError> {
+        if self.is_for_reading() {
+            let status = Status::ReadOnly;
+            return Err(StorageError { what, offset, len, status, detail: 0 });
+        }
+        Ok(())
+    }
+
     /// The file behind a host node.
     pub fn host(&self) -> Option<&HostStorage> {
         match &self.kind {
@@ -95,8 +111,12 @@ impl Source {
     }
 }
 
-/// A leaf's unit 0 as storage.
-pub(crate) fn blocking(leaf: Leaf, node: &str) -> Result<Box<Blocking<Leaf>>, crate::Error> {
-    debug_assert!(leaf.unit_len(0) > 0);
-    Blocking::new(leaf, 0).map(Box::new).map_err(|e| crate::Error::node(node, e))
+/// A leaf's unit as storage.
+pub(crate) fn blocking(
+    leaf: Leaf,
+    unit: u16,
+    node: &str,
+) -> Result<Box<Blocking<Leaf>>, crate::Error> {
+    debug_assert!(leaf.unit_len(unit) > 0);
+    Blocking::new(leaf, unit).map(Box::new).map_err(|e| crate::Error::node(node, e))
 }

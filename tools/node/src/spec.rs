@@ -15,8 +15,19 @@ pub enum NodeSpec {
     Mem(u64),
     /// A file as namespace 1 of an in-process NVMe controller.
     Model(ModelSpec),
+    /// A namespace of an NVMe device that is bound to vfio-pci.
+    Vfio(VfioSpec),
     /// Stripes of that many bytes over the nodes.
     Stripe(u64, Vec<NodeSpec>),
+}
+
+/// The node `vfio:DDDD:BB:DD.F/NSID`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VfioSpec {
+    /// Where the device is.
+    pub address: vfio::Address,
+    /// The namespace, from 1 on.
+    pub nsid: u32,
 }
 
 /// The node `model:PATH?…`.
@@ -54,11 +65,12 @@ impl NodeSpec {
                 None => Err(bad(format!("{rest:?} is no size like 64M or 1G"))),
             },
             "model" => ModelSpec::parse(rest).map(NodeSpec::Model).map_err(bad),
+            "vfio" => VfioSpec::parse(rest).map(NodeSpec::Vfio).map_err(bad),
             "stripe" => stripe(rest).map_err(bad),
             _ if prefix.contains('/') => Ok(NodeSpec::File(plain(text).map_err(bad)?)),
             _ => Err(bad(format!(
-                "unknown kind {prefix:?}; there are file, mem, model and stripe (a file whose name \
-                 holds a colon is written file: with %3A for it)"
+                "unknown kind {prefix:?}; there are file, mem, model, vfio and stripe (a file whose \
+                 name holds a colon is written file: with %3A for it)"
             ))),
         }
     }
@@ -68,7 +80,7 @@ impl NodeSpec {
         match self {
             NodeSpec::File(path) => Some(path),
             NodeSpec::Model(m) => Some(&m.path),
-            NodeSpec::Mem(_) | NodeSpec::Stripe(..) => None,
+            NodeSpec::Mem(_) | NodeSpec::Vfio(_) | NodeSpec::Stripe(..) => None,
         }
     }
 }
@@ -79,11 +91,33 @@ impl std::fmt::Display for NodeSpec {
             NodeSpec::File(path) => write!(f, "{}", path.display()),
             NodeSpec::Mem(size) => write!(f, "mem:{size}"),
             NodeSpec::Model(m) => write!(f, "model:{}", m.path.display()),
+            NodeSpec::Vfio(v) => v.fmt(f),
             NodeSpec::Stripe(size, nodes) => {
                 write!(f, "stripe:{size}")?;
                 nodes.iter().try_for_each(|n| write!(f, ",{n}"))
             }
         }
+    }
+}
+
+impl VfioSpec {
+    fn parse(text: &str) -> Result<VfioSpec, String> {
+        let (address, nsid) = text
+            .split_once('/')
+            .ok_or("a namespace is needed behind the address, like 0000:01:00.0/1")?;
+        let address = address.parse().map_err(|e: vfio::Error| e.to_string())?;
+        // Digits alone: no sign. 0 and all ones name no single namespace.
+        let digits = !nsid.is_empty() && nsid.bytes().all(|b| b.is_ascii_digit());
+        match nsid.parse() {
+            Ok(n) if digits && n != 0 && n != u32::MAX => Ok(VfioSpec { address, nsid: n }),
+            _ => Err(format!("{nsid:?} is no namespace; they count from 1")),
+        }
+    }
+}
+
+impl std::fmt::Display for VfioSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vfio:{}/{}", self.address, self.nsid)
     }
 }
 
@@ -236,6 +270,28 @@ mod tests {
         assert_eq!(m.faults.len(), 1);
         for bad in ["", "64k", "64k,a", "x,a,b", "4k,a,", "4k,a,z:b", "4k,a,stripe:4k%2Cb%2Cc"] {
             assert!(NodeSpec::parse(&format!("stripe:{bad}")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices() {
+        let text = "vfio:0000:0a:00.1/12";
+        let NodeSpec::Vfio(v) = NodeSpec::parse(text).unwrap() else { panic!("no device") };
+        assert_eq!((v.address.bus, v.nsid), (10, 12));
+        assert_eq!(v.to_string(), text);
+        for bad in [
+            "",
+            "0000:0a:00.1",
+            "0000:0a:00.1/",
+            "0000:0a:00.1/0",
+            "0000:0a:00.1/+1",
+            "0a:00.1/1",
+            "0000:0a:00.1/4294967295",
+            "0000:0a:00.1/4294967296",
+            "0000:0a:00.1/1/2",
+            "/1",
+        ] {
+            assert!(NodeSpec::parse(&format!("vfio:{bad}")).is_err(), "{bad}");
         }
     }
 

@@ -160,6 +160,8 @@ pub(super) struct Place {
     made: bool,
     /// Whether it is a model's, whose file is cut afterwards.
     over_model: bool,
+    /// Whether it is a device, which holds whatever was written to it before.
+    device: bool,
     /// Whether what was in it is lost.
     touched: bool,
 }
@@ -190,7 +192,10 @@ impl Place {
         };
         let over_model = matches!(spec, NodeSpec::Model(_));
         match opened {
-            Ok(source) => Ok(Place { source, name, path, made, over_model, touched: over_model }),
+            Ok(source) => {
+                let device = matches!(spec, NodeSpec::Vfio(_));
+                Ok(Place { source, name, path, made, over_model, device, touched: over_model })
+            }
             Err(e) => {
                 if let (true, Some(path)) = (made, &path) {
                     // It is empty and ours.
@@ -203,7 +208,7 @@ impl Place {
 
     /// Whether it reads as zeroes when it was emptied: all but devices do.
     pub(super) fn is_blank(&self) -> bool {
-        self.path.as_deref().is_none_or(std::path::Path::is_file)
+        !self.device && self.path.as_deref().is_none_or(std::path::Path::is_file)
     }
 
     /// Says what is left after a failure. A file that did not exist before is removed.
