@@ -7,6 +7,7 @@
 
 mod cmd;
 mod gates;
+mod lab;
 mod layers;
 mod lexer;
 mod qemu;
@@ -34,6 +35,9 @@ enum Task {
     Test(suite::Args),
     /// Real images, clients and a Linux kernel against `polldisk nbd`.
     RealInput(real_input::Args),
+    /// Boots a machine with emulated hardware and drives that with `polldisk`.
+    #[command(subcommand)]
+    Lab(lab::Lab),
     /// The counts that a change may not raise, measured on the release binary.
     Gates,
     /// Check the direction of imports between our crates.
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Task::Test(args) => suite::run(&args),
         Task::RealInput(args) => real_input::command(&args),
+        Task::Lab(lab) => lab::command(&lab),
         Task::Gates => gates::command(),
         Task::Layers => layers::command(),
         Task::Tidy => tidy::command(),

@@ -16,7 +16,7 @@ use crate::cmd::{self, program};
 use crate::tools;
 
 /// A boot that takes longer is broken: a busy 2-core machine needs about 60 s for all we do.
-const BOOT: Duration = Duration::from_secs(180);
+pub(crate) const BOOT: Duration = Duration::from_secs(180);
 
 /// What a boot needs, all found or fetched.
 pub(crate) struct Machine {
@@ -55,7 +55,7 @@ impl Machine {
     }
 
     /// An initramfs with busybox, `init`, the modules that `drivers` need in loading order (listed
-    /// in `/modules`), and `files`.
+    /// in `/modules`), and `files`: those in `bin` and `lib64` can be run.
     pub(crate) fn initramfs(
         &self,
         init: &str,
@@ -63,7 +63,7 @@ impl Machine {
         files: &[(&str, &[u8])],
     ) -> Result<Vec<u8>> {
         let mut archive = Archive::default();
-        for folder in ["bin", "lib", "proc", "sys", "dev", "mnt", "tmp"] {
+        for folder in ["bin", "etc", "lib", "lib64", "proc", "sys", "dev", "mnt", "tmp"] {
             archive.add(folder, 0o040_755, &[]);
         }
         archive.add("bin/busybox", 0o100_755, &fs::read(&self.busybox)?);
@@ -75,7 +75,8 @@ impl Machine {
         }
         archive.add("modules", 0o100_644, order.as_bytes());
         for (name, bytes) in files {
-            archive.add(name, 0o100_644, bytes);
+            let program = name.starts_with("bin/") || name.starts_with("lib64/");
+            archive.add(name, if program { 0o100_755 } else { 0o100_644 }, bytes);
         }
         Ok(archive.finish())
     }
@@ -134,6 +135,21 @@ impl Machine {
     /// Boots with the disk at `uri` as the first virtio disk and returns the console's text. The
     /// guest must power itself off within [`BOOT`].
     pub(crate) fn boot(&self, initramfs: &Path, uri: &str, words: &str) -> Result<String> {
+        let mut qemu = self.emulator(initramfs, words);
+        qemu.args(["-machine", "pc", "-smp", "1", "-m", "512"])
+            .args(["-drive", &format!("file={uri},format=raw,if=none,id=disk,discard=unmap")])
+            .args(["-device", "virtio-blk-pci,drive=disk"]);
+        let done = cmd::run(&mut qemu, BOOT)?;
+        if !done.status.success() {
+            bail!("QEMU failed ({})\n{}", done.status, done.tail());
+        }
+        Ok(format!("{}{}", done.stdout, done.stderr))
+    }
+}
+
+impl Machine {
+    /// The emulator with kernel and console, to be given a machine and devices.
+    pub(crate) fn emulator(&self, initramfs: &Path, words: &str) -> Command {
         let mut qemu = Command::new(&self.emulator);
         if let Some(root) = &self.unpacked {
             qemu.env("LD_LIBRARY_PATH", root.join("usr/lib/x86_64-linux-gnu"));
@@ -141,21 +157,15 @@ impl Machine {
                 qemu.arg("-L").arg(root.join(folder));
             }
         }
-        qemu.args(["-accel", "tcg", "-machine", "pc", "-cpu", "max", "-smp", "1", "-m", "512"])
+        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"])
             .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
-            .args(["-drive", &format!("file={uri},format=raw,if=none,id=disk,discard=unmap")])
-            .args(["-device", "virtio-blk-pci,drive=disk"])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(initramfs)
             // no_timer_check: on a loaded host the kernel's timer test fails and it panics.
             .args(["-append", &format!("console=ttyS0 quiet panic=-1 no_timer_check {words}")]);
-        let done = cmd::run(&mut qemu, BOOT)?;
-        if !done.status.success() {
-            bail!("QEMU failed ({})\n{}", done.status, done.tail());
-        }
-        Ok(format!("{}{}", done.stdout, done.stderr))
+        qemu
     }
 }
 

@@ -1,0 +1,171 @@
+# The cases of the VFIO lab; sourced by init.sh. Devices: serial A (512-byte blocks), B (namespaces
+# 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged).
+A=$(address A); B=$(address B); H=$(address H)
+
+# What is found before anything is bound.
+case_refusals() {
+    refused "held by the kernel's driver nvme" polldisk image compare -f raw -F raw vfio:$A/1 vfio:$A/1
+    grep -q driver_override /tmp/said
+    refused "no PCI function at" polldisk image compare -f raw -F raw vfio:0000:7f:1f.7/1 vfio:$A/1
+    grep -q $A /tmp/said
+    refused "no NVMe controller" polldisk image compare -f raw -F raw vfio:0000:00:00.0/1 vfio:$A/1
+}
+
+# The kernel writes, polldisk reads: every byte.
+case_kernel_writes() {
+    to_kernel $A
+    d=$(disk $A 1)
+    fill $d
+    want=$(sum < $d)
+    to_vfio $A
+    polldisk image convert -f raw -O raw vfio:$A/1 /tmp/copy
+    same "$want" "$(sum < /tmp/copy)" "what the kernel wrote"
+    polldisk image compare -f raw -F raw /tmp/copy vfio:$A/1
+    printf x | dd of=/tmp/copy bs=1 seek=500000 conv=notrunc 2>/dev/null
+    refused . polldisk image compare -f raw -F raw /tmp/copy vfio:$A/1
+}
+
+# polldisk writes, the kernel reads.
+case_kernel_reads() {
+    to_vfio $A
+    random /tmp/data 256
+    polldisk image convert -f raw -O raw /tmp/data vfio:$A/1
+    polldisk image compare -f raw -F raw /tmp/data vfio:$A/1
+    to_kernel $A
+    same "$(sum < /tmp/data)" "$(sum < $(disk $A 1))" "what polldisk wrote"
+}
+
+# Namespaces of both block sizes on one device with small transfers, both ways.
+case_namespaces() {
+    to_kernel $B
+    for n in 1 3; do
+        d=$(disk $B $n)
+        fill $d
+        eval want$n=$(sum < $d)
+    done
+    [ $(blockdev --getss $(disk $B 3)) = 4096 ]
+    to_vfio $B
+    for n in 1 3; do
+        polldisk image convert -f raw -O raw vfio:$B/$n /tmp/copy$n
+        eval want=\$want$n
+        same "$want" "$(sum < /tmp/copy$n)" "namespace $n"
+    done
+    refused "no namespace 2; there are 1, 3" polldisk image compare -f raw -F raw vfio:$B/2 vfio:$B/1
+    polldisk image convert -f raw -O raw vfio:$B/1 vfio:$B/3
+    polldisk image compare -f raw -F raw vfio:$B/1 vfio:$B/3
+    to_kernel $B
+    same "$want1" "$(sum < $(disk $B 3))" "a copy within the device"
+}
+
+# Two devices at a time, in one process and in two.
+case_two_devices() {
+    to_vfio $A; to_vfio $B
+    serve a -f raw vfio:$A/1
+    serve b -f raw vfio:$B/3
+    refused "another process" polldisk image compare -f raw -F raw vfio:$A/1 vfio:$A/1
+    for s in a b; do
+        qemu-io -f raw -c "write -P 7 0 4M" -c "read -P 7 0 4M" $(uri $s) > /tmp/io.$s &
+        eval p$s=$!
+    done
+    wait $pa; wait $pb
+    grep -q 'read 4194304/4194304' /tmp/io.a && grep -q 'read 4194304/4194304' /tmp/io.b
+    stop a; stop b
+    polldisk image convert -f raw -O raw vfio:$B/1 vfio:$A/1
+    polldisk image convert -f raw -O raw vfio:$A/1 /tmp/a
+    polldisk image convert -f raw -O raw vfio:$B/1 /tmp/b
+    cmp -n 8388608 /tmp/a /tmp/b
+}
+
+# What a client does to a raw disk and to a namespace; the kernel is the judge of the latter.
+script() {
+    for at in 0 1536 70000 1048064 4194304 5000192; do
+        echo "-c|write -P $((at % 251 + 1)) $((at / 512 * 512)) $(((at % 7 + 1) * 4608))"
+    done
+    echo "-c|write -z 8192 12288|-c|write -z 1049088 512|-c|flush"
+    echo "-c|write -f -P 9 6291456 1024|-c|write -zu 6291968 512|-c|flush"
+}
+case_client() { # over both block sizes
+    to_vfio $A; to_vfio $B
+    truncate -s 8M /tmp/zero
+    truncate -s 8M /tmp/want
+    IFS='|
+'
+    set -- $(script)
+    IFS='
+ '
+    io -f raw "$@" /tmp/want
+    for node in $A/1 $B/1 $B/3; do
+        polldisk image convert -f raw -O raw /tmp/zero vfio:$node
+        serve n -f raw vfio:$node
+        io -f raw "$@" $(uri n)
+        stop n
+        a=${node%/*}
+        to_kernel $a
+        dd if=$(disk $a ${node#*/}) of=/tmp/got bs=1M count=8 iflag=direct 2>/dev/null
+        cmp /tmp/want /tmp/got
+        to_vfio $a
+    done
+}
+
+# A QCOW2 image on a namespace of 4096-byte blocks: made, written, checked here and by qemu-img.
+case_qcow2() {
+    to_vfio $B
+    polldisk image create -f qcow2 vfio:$B/3 6M
+    serve q vfio:$B/3
+    io -f raw -c 'write -P 1 0 1M' -c 'write -P 2 512 512' -c 'write -P 3 5000192 70144' \
+        -c 'write -z 65536 65536' -c 'discard 0 65536' -c 'write -P 4 512 1024' -c flush $(uri q)
+    stop q
+    polldisk image check vfio:$B/3
+    polldisk image convert -O raw vfio:$B/3 /tmp/got
+    to_kernel $B
+    d=$(disk $B 3)
+    qemu-img check -f qcow2 $d
+    qemu-img compare -f qcow2 -F raw $d /tmp/got
+    io -r -f qcow2 -c 'read -P 4 512 1024' -c 'read -P 3 5000192 70144' -c 'read -P 1 131072 900000' \
+        -c 'read -P 0 65536 65536' $d
+}
+
+# An ordinary user with the group's file: refused for lack of locked memory, then served.
+case_memlock() {
+    to_vfio $A
+    g=/dev/vfio/$(basename $(readlink $PCI/$A/iommu_group))
+    chown 1000 $g
+    chmod 666 /dev/vfio/vfio
+    mkdir /tmp/u && chown 1000 /tmp/u
+    random /tmp/u/data 16
+    chmod 644 /tmp/u/data
+    copy="polldisk image convert -f raw -O raw /tmp/u/data vfio:$A/1"
+    refused 'ulimit -l' su lab -c "ulimit -l 64; $copy"
+    su lab -c "ulimit -l 65536; $copy"
+    # A soft limit that the process may raise itself.
+    su lab -c "ulimit -l 65536; ulimit -S -l 64; $copy"
+    chown 0 $g
+}
+
+# Under load the device is taken away: no crash, errors. Then one is plugged in again, and served.
+case_unplug() {
+    to_vfio $H
+    serve h -f raw vfio:$H/1
+    io -f raw -c 'write -P 5 0 4M' -c flush $(uri h)
+    (while qemu-img bench -f raw -t none -c 2000 -d 32 -w --pattern 6 -o 4194304 $(uri h); do :; done) > /tmp/bench 2>&1 &
+    load=$!
+    sleep 1
+    say 'QMP {"execute":"device_del","arguments":{"id":"hot"}}' > /dev/console
+    for _ in $(seq 200); do [ -e $PCI/$H ] || break; sleep 0.1; done
+    [ ! -e $PCI/$H ]
+    wait $load || true
+    tail -3 /tmp/bench
+    running h
+    grep 'the kernel wants it back' /tmp/h.err
+    refused 'fail' qemu-io -f raw -c 'read 0 4096' $(uri h)
+    running h
+    say 'QMP {"execute":"device_add","arguments":{"driver":"nvme","id":"hot","bus":"rp0","drive":"hot","serial":"H"}}' > /dev/console
+    for _ in $(seq 200); do [ -e $PCI/$H ] && break; sleep 0.1; done
+    to_vfio $H
+    for _ in $(seq 100); do grep -q 'there is a device again' /tmp/h.err && break; sleep 0.1; done
+    for _ in $(seq 50); do io -f raw -c 'read -P 5 0 4M' $(uri h) && break; sleep 0.2; done
+    grep 'read 4194304/4194304' /tmp/io
+    io -f raw -c 'write -P 8 1M 1M' -c 'read -P 8 1M 1M' $(uri h)
+    stop h
+    cat /tmp/h.err
+}

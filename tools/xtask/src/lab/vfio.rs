@@ -1,0 +1,111 @@
+//! `cargo xtask lab vfio`: NVMe devices of QEMU behind its IOMMU, in a guest with a Debian kernel that
+//! hands them to vfio-pci. The cases are shell functions in tools/lab/vfio/cases.sh.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::guest;
+use crate::cmd::{now, say};
+use crate::qemu::Machine;
+use crate::suite::{self, Tally};
+use crate::tools::{self, Missing};
+
+const INIT: &str = include_str!("../../../lab/vfio/init.sh");
+const CASES: &str = include_str!("../../../lab/vfio/cases.sh");
+
+/// What the guest loads: VFIO for PCI devices behind an IOMMU.
+const DRIVERS: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
+
+/// The cases with an IOMMU.
+const IOMMU: [&str; 9] = [
+    "refusals",
+    "kernel_writes",
+    "kernel_reads",
+    "namespaces",
+    "two_devices",
+    "client",
+    "qcow2",
+    "memlock",
+    "unplug",
+];
+
+/// What the command can be told.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run only the cases whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+}
+
+/// Runs the command; false when a case failed.
+pub(crate) fn command(args: &Args) -> Result<bool> {
+    let tally = match run(args) {
+        Err(error) => match error.downcast_ref::<Missing>() {
+            Some(missing) => {
+                println!("skipped: lab: {missing}");
+                Tally { skipped: 1, ..Tally::default() }
+            }
+            None => return Err(error),
+        },
+        Ok(tally) => tally,
+    };
+    println!("{tally}");
+    Ok(tally.good())
+}
+
+fn run(args: &Args) -> Result<Tally> {
+    tools::need(&["qemu-img", "qemu-io"])?;
+    let machine = Machine::prepare()?;
+    let folder = crate::cache().join("lab-vfio");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let chosen = |case: &&str| args.only.as_ref().is_none_or(|text| case.contains(text.as_str()));
+    let cases: Vec<&str> = IOMMU.into_iter().filter(chosen).collect();
+    if cases.is_empty() {
+        bail!("no case has this text in its name");
+    }
+    let mut paths = vec![suite::build_polldisk()?];
+    paths.extend(["qemu-img", "qemu-io"].map(|name| tools::find(name).unwrap_or_default()));
+    let programs = guest::programs(&paths)?;
+    boot(&machine, &folder, &programs, &cases)
+}
+
+fn boot(
+    machine: &Machine,
+    folder: &Path,
+    programs: &std::collections::BTreeMap<String, Vec<u8>>,
+    cases: &[&str],
+) -> Result<Tally> {
+    let mut files: Vec<(&str, &[u8])> = vec![("cases.sh", CASES.as_bytes())];
+    files.extend(programs.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())));
+    let initramfs = folder.join("initramfs");
+    fs::write(&initramfs, machine.initramfs(INIT, &DRIVERS, &files)?)?;
+    let words = format!("intel_iommu=on cases={}", cases.join(","));
+    let mut qemu = machine.emulator(&initramfs, &words);
+    qemu.args(["-machine", "q35", "-smp", "2", "-m", "1536"])
+        .args(["-device", "intel-iommu,intremap=on"]);
+    let disk = |name: &str, mib: u64| -> Result<String> {
+        let path: PathBuf = folder.join(format!("{name}.img"));
+        fs::File::create(&path)?.set_len(mib << 20)?;
+        Ok(format!("file,node-name={name},filename={},discard=unmap", path.display()))
+    };
+    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("hot", 16)] {
+        qemu.args(["-blockdev", &disk(name, mib)?]);
+    }
+    let blocks = "logical_block_size=4096,physical_block_size=4096";
+    for device in [
+        "nvme,id=a,serial=A,drive=a",
+        "nvme,id=b,serial=B,mdts=1",
+        "nvme-ns,bus=b,drive=b1,nsid=1",
+        &format!("nvme-ns,bus=b,drive=b3,nsid=3,{blocks}"),
+        "pcie-root-port,id=rp0,chassis=1,slot=1",
+        "nvme,id=hot,serial=H,drive=hot,bus=rp0",
+    ] {
+        qemu.args(["-device", device]);
+    }
+    let start = now();
+    let tally = guest::run(qemu, folder, cases, &folder.join("console"))?;
+    say(&format!("lab: a boot with an IOMMU: {tally}, {:.1} s", start.elapsed().as_secs_f64()));
+    Ok(tally)
+}
