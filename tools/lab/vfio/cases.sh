@@ -1,6 +1,6 @@
 # The cases of the VFIO lab; sourced by init.sh. Devices: serial A (512-byte blocks), B (namespaces
-# 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged).
-A=$(address A); B=$(address B); H=$(address H)
+# 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged), S (slow).
+A=$(address A); B=$(address B); H=$(address H); S=$(address S)
 
 # What is found before anything is bound.
 case_refusals() {
@@ -168,4 +168,52 @@ case_unplug() {
     io -f raw -c 'write -P 8 1M 1M' -c 'read -P 8 1M 1M' $(uri h)
     stop h
     cat /tmp/h.err
+}
+
+# Each rung of the reset ladder with commands in flight: disabled, function reset, bus master off.
+case_ladder() {
+    to_vfio $S
+    ladder $S > /tmp/out || { cat /tmp/out; return 1; }
+    cat /tmp/out > /dev/console
+    # The device is well afterwards.
+    random /tmp/data 16
+    polldisk image convert -f raw -O raw /tmp/data vfio:$S/1
+    to_kernel $S
+    dd if=$(disk $S 1) of=/tmp/got bs=1M count=1 iflag=direct 2>/dev/null
+    cmp /tmp/data /tmp/got
+}
+
+# Unbound while it is served: the kernel gets it back at once; bound again, it is served again.
+case_unbind() {
+    to_vfio $A
+    serve u -f raw vfio:$A/1
+    io -f raw -c 'write -P 5 0 4M' -c flush $(uri u)
+    (while qemu-img bench -f raw -t none -c 2000 -d 32 $(uri u); do :; done) > /tmp/bench 2>&1 &
+    load=$!
+    sleep 1
+    to_kernel $A
+    wait $load || true
+    running u
+    dd if=$(disk $A 1) of=/tmp/got bs=1M count=4 iflag=direct 2>/dev/null
+    [ "$(tr -d '\005' < /tmp/got | wc -c)" = 0 ]
+    to_vfio $A
+    for _ in $(seq 100); do grep -q 'there is a device again' /tmp/u.err && break; sleep 0.1; done
+    for _ in $(seq 50); do io -f raw -c 'read -P 5 0 4M' $(uri u) && break; sleep 0.2; done
+    grep 'read 4194304/4194304' /tmp/io
+    stop u
+}
+
+# A stripe over two devices.
+case_stripe() {
+    to_vfio $A; to_vfio $H
+    node=stripe:64k,vfio:$A/1,vfio:$H/1
+    random /tmp/data 256
+    polldisk image convert -f raw -O raw /tmp/data $node
+    polldisk image compare -f raw -F raw /tmp/data $node
+    to_kernel $A; to_kernel $H
+    dd if=$(disk $A 1) bs=64k count=1 skip=3 of=/tmp/a iflag=direct 2>/dev/null
+    dd if=$(disk $H 1) bs=64k count=1 skip=3 of=/tmp/h iflag=direct 2>/dev/null
+    cat /tmp/a /tmp/h > /tmp/both
+    dd if=/tmp/data bs=64k count=2 skip=6 of=/tmp/part 2>/dev/null
+    cmp /tmp/both /tmp/part
 }

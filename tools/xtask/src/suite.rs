@@ -209,15 +209,20 @@ fn count(line: &str) -> Option<Tally> {
 
 /// Builds `polldisk` for release and returns the binary's path.
 pub(crate) fn build_polldisk() -> Result<PathBuf> {
-    say("building polldisk for release");
-    let status = cargo().args(["build", "--release", "--package", "polldisk"]).status()?;
+    Ok(build(&["--package", "polldisk"])?.join("polldisk"))
+}
+
+/// Builds something for release and returns the folder of what is built.
+pub(crate) fn build(what: &[&str]) -> Result<PathBuf> {
+    say(&format!("building for release: {}", what.join(" ")));
+    let status = cargo().args(["build", "--release"]).args(what).status()?;
     if !status.success() {
-        bail!("polldisk does not build");
+        bail!("{} does not build", what.join(" "));
     }
     let text = cmd::ok(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: serde_json::Value = serde_json::from_str(&text)?;
     let target = metadata["target_directory"].as_str().context("no target folder")?;
-    Ok(PathBuf::from(target).join("release/polldisk"))
+    Ok(PathBuf::from(target).join("release"))
 }
 
 #[cfg(test)]

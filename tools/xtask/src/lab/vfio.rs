@@ -19,7 +19,7 @@ const CASES: &str = include_str!("../../../lab/vfio/cases.sh");
 const DRIVERS: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
 
 /// The cases with an IOMMU.
-const IOMMU: [&str; 9] = [
+const IOMMU: [&str; 12] = [
     "refusals",
     "kernel_writes",
     "kernel_reads",
@@ -28,13 +28,16 @@ const IOMMU: [&str; 9] = [
     "client",
     "qcow2",
     "memlock",
+    "ladder",
+    "unbind",
+    "stripe",
     "unplug",
 ];
 
 /// What the command can be told.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Run only the cases whose name contains this.
+    /// Run only the cases whose name contains one of these, separated by commas.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 }
@@ -60,12 +63,16 @@ fn run(args: &Args) -> Result<Tally> {
     let machine = Machine::prepare()?;
     let folder = crate::cache().join("lab-vfio");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let chosen = |case: &&str| args.only.as_ref().is_none_or(|text| case.contains(text.as_str()));
+    let chosen = |case: &&str| {
+        args.only.as_ref().is_none_or(|text| text.split(',').any(|t| case.contains(t)))
+    };
     let cases: Vec<&str> = IOMMU.into_iter().filter(chosen).collect();
     if cases.is_empty() {
         bail!("no case has this text in its name");
     }
     let mut paths = vec![suite::build_polldisk()?];
+    paths
+        .push(suite::build(&["--package", "node", "--example", "ladder"])?.join("examples/ladder"));
     paths.extend(["qemu-img", "qemu-io"].map(|name| tools::find(name).unwrap_or_default()));
     let programs = guest::programs(&paths)?;
     boot(&machine, &folder, &programs, &cases)
@@ -90,15 +97,19 @@ fn boot(
         fs::File::create(&path)?.set_len(mib << 20)?;
         Ok(format!("file,node-name={name},filename={},discard=unmap", path.display()))
     };
-    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("hot", 16)] {
+    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("s", 16), ("hot", 16)] {
         qemu.args(["-blockdev", &disk(name, mib)?]);
     }
+    // Slow enough that requests are with the device while something happens to it.
+    qemu.args(["-object", "throttle-group,id=slow,x-iops-total=500"])
+        .args(["-blockdev", "throttle,node-name=slow,throttle-group=slow,file=s"]);
     let blocks = "logical_block_size=4096,physical_block_size=4096";
     for device in [
         "nvme,id=a,serial=A,drive=a",
         "nvme,id=b,serial=B,mdts=1",
         "nvme-ns,bus=b,drive=b1,nsid=1",
         &format!("nvme-ns,bus=b,drive=b3,nsid=3,{blocks}"),
+        "nvme,id=s,serial=S,drive=slow",
         "pcie-root-port,id=rp0,chassis=1,slot=1",
         "nvme,id=hot,serial=H,drive=hot,bus=rp0",
     ] {
