@@ -22,17 +22,28 @@ pub(crate) fn devices(count: u8, scratch: &Path) -> Result<Vec<NodeSpec>, Error>
     (0..count).map(device).collect()
 }
 
-/// One thread drives devices through their leaf queues, as deep each as asked, or a stripe of them.
+/// What is driven.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum How {
+    /// Devices, each through its queue.
+    Apart,
+    /// A stripe of devices.
+    Striped,
+    /// One device, through several queues.
+    OneDevice,
+}
+
+/// One thread drives devices through their leaf queues, as deep each as asked.
 pub(crate) fn drive(
     count: u8,
-    striped: bool,
+    how: How,
     depth: usize,
     requests: u64,
     scratch: &Path,
     run: &mut Totals,
 ) -> Result<u64, Error> {
-    let mut nodes = devices(count, scratch)?;
-    if striped {
+    let mut nodes = devices(if how == How::OneDevice { 1 } else { count }, scratch)?;
+    if how == How::Striped {
         nodes = vec![NodeSpec::Stripe(STRIPE, nodes)];
     }
     let (mut leaves, mut rests) = (Vec::new(), Vec::new());
@@ -41,6 +52,12 @@ pub(crate) fn drive(
         let (leaf, unit, rest) = Parts::new(chain)?.into_leaf();
         leaves.push((leaf, unit));
         rests.push(rest);
+    }
+    if how == How::OneDevice {
+        let model = rests[0].models().next().ok_or_else(|| Error::other("there is no model"))?;
+        for _ in 1..count {
+            leaves.push((model.another_queue()?, 0));
+        }
     }
     let mut steppers: Vec<_> = rests.iter_mut().flat_map(node::Rest::models).collect();
     let mut models: Vec<_> = steppers.iter_mut().filter_map(|m| m.take_device()).collect();

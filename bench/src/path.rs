@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::counters::Counters;
-use crate::drive::{devices, drive};
+use crate::drive::{How, devices, drive};
 use crate::guest::{Guest, Kick, Mix};
 use crate::stamp::BLOCK;
 
@@ -53,11 +53,13 @@ pub enum Scenario {
     Devices(u8),
     /// The driver alone over a stripe of that many devices.
     Stripe(u8),
+    /// The driver alone: that many queues of one device, in turn, as that many reactors have them.
+    Reactors(u8),
 }
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 15] = [
+    pub const ALL: [(Scenario, usize); 17] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
@@ -73,6 +75,8 @@ impl Scenario {
         (Scenario::Devices(4), 32),
         (Scenario::Stripe(2), 32),
         (Scenario::Stripe(4), 32),
+        (Scenario::Reactors(1), 32),
+        (Scenario::Reactors(2), 32),
     ];
 
     /// Name on the command line and in reports.
@@ -87,6 +91,7 @@ impl Scenario {
             Scenario::ReadStripe(n) => return format!("read-stripe-{n}"),
             Scenario::Devices(n) => return format!("devices-{n}"),
             Scenario::Stripe(n) => return format!("stripe-{n}"),
+            Scenario::Reactors(n) => return format!("reactors-{n}"),
         };
         name.to_owned()
     }
@@ -104,7 +109,7 @@ impl Scenario {
             }
             Scenario::Translate1 | Scenario::Translate20 => "measured_translate",
             Scenario::EmptyPoll => "measured_poll",
-            Scenario::Devices(_) | Scenario::Stripe(_) => "measured_load",
+            Scenario::Devices(_) | Scenario::Stripe(_) | Scenario::Reactors(_) => "measured_load",
         }
     }
 }
@@ -159,8 +164,9 @@ pub fn measure(
         Scenario::Read => requests(Mix::Read, 1, depth, count, scratch, t)?,
         Scenario::Write => requests(Mix::Write, 1, depth, count, scratch, t)?,
         Scenario::ReadStripe(n) => requests(Mix::Read, n, depth, count, scratch, t)?,
-        Scenario::Devices(n) => drive(n, false, depth, count, scratch, t)?,
-        Scenario::Stripe(n) => drive(n, true, depth, count, scratch, t)?,
+        Scenario::Devices(n) => drive(n, How::Apart, depth, count, scratch, t)?,
+        Scenario::Stripe(n) => drive(n, How::Striped, depth, count, scratch, t)?,
+        Scenario::Reactors(n) => drive(n, How::OneDevice, depth, count, scratch, t)?,
         Scenario::Translate1 => translate(1, count, scratch, t)?,
         Scenario::Translate20 => translate(20, count, scratch, t)?,
         Scenario::Idle32 => idle(count, scratch, t)?,

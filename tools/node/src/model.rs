@@ -7,13 +7,14 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use block::Submit;
 use dma::Region;
 use nvme::{Bar, DmaMapper, Doorbell, IovaMap, Options, QueuePair};
 use nvme_model::{Iommu, NamespaceConfig, RegionMemory, Registers, Store, ThreadDriver};
 use reactor::{Clock, sync::Mutex};
 
 use crate::control::Control;
-use crate::{Error, ModelSpec};
+use crate::{Error, Leaf, ModelSpec};
 
 /// The device's half, for whoever steps it.
 pub type ModelController = nvme_model::Controller<RegionMemory>;
@@ -136,6 +137,21 @@ impl Model {
         let pair = control.queue_pair()?;
         let model = Model { node, device: Some(device), stats, control: Some(control) };
         Ok((model, pair))
+    }
+
+    /// Another queue to the device, as another reactor would have. To be dropped before
+    /// [`Model::close`].
+    ///
+    /// # Errors
+    /// If the controller has none left, is lost, or has blocks of 4 KiB.
+    pub fn another_queue(&self) -> Result<Leaf, Error> {
+        let control = self.control.as_ref();
+        let control = control.ok_or_else(|| Error::node(&self.node, "it was closed"))?;
+        let pair = control.queue_pair()?;
+        if pair.info(0).is_none_or(|i| i.block_size > 512) {
+            return Err(Error::node(&self.node, "queues of several reactors share no claims yet"));
+        }
+        Ok(Leaf::Model(Box::new(pair)))
     }
 
     /// Counters of the device.

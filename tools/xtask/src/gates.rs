@@ -26,6 +26,9 @@ const INSTRUCTIONS: [(&str, u64, f64); 4] = [
 const DEVICES: f64 = 1.1;
 const STRIPES: f64 = 1.25;
 
+/// The same of two queues of one device: nothing is shared, so nothing is added.
+const REACTORS: f64 = 1.01;
+
 /// Device writes per guest write while an empty image is filled.
 const FILL: f64 = 1.2;
 
@@ -114,6 +117,7 @@ fn several(path: &Value) -> Result<()> {
     for (name, one, most) in [
         ("devices-2", "devices-1", DEVICES),
         ("devices-4", "devices-1", DEVICES),
+        ("reactors-2", "reactors-1", REACTORS),
         ("read-stripe-2", "read", STRIPES),
         ("read-stripe-4", "read", STRIPES),
     ] {
@@ -127,7 +131,7 @@ fn several(path: &Value) -> Result<()> {
 
 /// One for each batch of requests (the fence before a ring's final check), none for each request.
 fn atomics(path: &Value) -> Result<()> {
-    for name in ["read", "write", "read-stripe-4", "devices-1", "devices-4"] {
+    for name in ["read", "write", "read-stripe-4", "devices-1", "devices-4", "reactors-2"] {
         let n = number(scenario(path, name, 32)?, "atomics")?;
         ensure!(n <= 1.0 / 32.0 + 0.001, "{name}: {n} atomic read-modify-writes per request");
     }
