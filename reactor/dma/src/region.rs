@@ -103,6 +103,20 @@ pub enum Error {
     /// A region of no bytes, or of more than the address space holds.
     #[error("a DMA region of {0} bytes is not possible")]
     Length(usize),
+    /// What a peer passed is no memory that can be shared: say, a pipe, or a file that may still
+    /// be shortened, so that an access would kill the process.
+    #[error("the peer's descriptor is no memory that it cannot take away: {0}")]
+    NotSealed(&'static str),
+    /// The part of a peer's memory that is to be mapped is not inside, or no whole pages.
+    #[error("{len} bytes at offset {offset} are no whole pages of the peer's {size} bytes")]
+    Outside {
+        /// Where it should begin in the peer's memory.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Bytes that the peer's memory has.
+        size: u64,
+    },
 }
 
 /// A mapping of shared memory that devices, guests and other processes may access.
@@ -134,7 +148,45 @@ impl Region {
         let size = page.bytes();
         let len = len.checked_next_multiple_of(size).filter(|&l| l > 0 && l <= isize::MAX as usize);
         let len = len.ok_or(Error::Length(len.unwrap_or(0)))?;
-        Region::map(memory(len, page)?, len, page)
+        #[cfg(not(miri))]
+        let flags = MapFlags::MAP_POPULATE;
+        #[cfg(miri)]
+        let flags = MapFlags::empty();
+        Region::map(memory(len, page)?, 0, len, page, flags)
+    }
+
+    /// Maps `[offset, offset + len)` of memory that another process made and passed a descriptor of.
+    ///
+    /// Only a memfd that is sealed against being shortened, and that may be written: whatever the
+    /// peer does later, an access never faults. Nothing is made resident, since the peer says how
+    /// much there is. `offset` and `len` are multiples of the memory's page size.
+    ///
+    /// # Errors
+    /// [`Error::NotSealed`] and [`Error::Outside`] as they say; [`Error::Os`] if the kernel refuses,
+    /// e.g. because the descriptor is for reading only.
+    #[cfg(not(miri))]
+    pub fn from_peer(fd: OwnedFd, offset: u64, len: u64) -> Result<Arc<Region>, Error> {
+        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+        match seals {
+            Ok(s) if s.contains(SealFlag::F_SEAL_SHRINK) => {}
+            Ok(_) => return Err(Error::NotSealed("it may still be shortened")),
+            Err(_) => return Err(Error::NotSealed("not a memfd")),
+        }
+        let os = |what| move |source| Error::Os { what, len: len as usize, source };
+        // After the seals: the size that is seen now is there for good.
+        let stat = nix::sys::stat::fstat(&fd).map_err(os("fstat"))?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        let page = match stat.st_blksize as usize {
+            b if b == PageSize::Huge2M.bytes() => PageSize::Huge2M,
+            b if b == PageSize::Huge1G.bytes() => PageSize::Huge1G,
+            _ => PageSize::Small,
+        };
+        let end = offset.checked_add(len).filter(|&end| end <= size && end <= isize::MAX as u64);
+        let whole = (offset | len).is_multiple_of(page.bytes() as u64) && len > 0;
+        let (Some(_), true) = (end, whole) else {
+            return Err(Error::Outside { offset, len, size });
+        };
+        Region::map(fd, offset as i64, len as usize, page, MapFlags::empty())
     }
 
     /// As [`Region::new`] with the largest pages that the host has free for it.
@@ -160,7 +212,13 @@ impl Region {
         Region::new(len, PageSize::Small)
     }
 
-    fn map(fd: OwnedFd, len: usize, page: PageSize) -> Result<Arc<Region>, Error> {
+    fn map(
+        fd: OwnedFd,
+        offset: i64,
+        len: usize,
+        page: PageSize,
+        flags: MapFlags,
+    ) -> Result<Arc<Region>, Error> {
         let id = RegionId::take()?;
         assert!(len >= MIN_LEN, "a region has whole pages");
         let length = std::num::NonZeroUsize::new(len).ok_or(Error::Length(len))?;
@@ -168,7 +226,10 @@ impl Region {
         // SAFETY: a fresh mapping at an address that the kernel chooses; it overlaps nothing.
         let mapped = unsafe {
             let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-            nix::sys::mman::mmap_anonymous(None, length, prot, MapFlags::MAP_PRIVATE)
+            // Miri's regions are no files: `offset` is 0, and all is there at once.
+            let flags = MapFlags::MAP_PRIVATE | flags;
+            debug_assert_eq!(offset, 0);
+            nix::sys::mman::mmap_anonymous(None, length, prot, flags)
         };
         #[cfg(not(miri))]
         // SAFETY: a fresh shared mapping at an address that the kernel chooses; it overlaps nothing.
@@ -177,9 +238,9 @@ impl Region {
                 None,
                 length,
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                MapFlags::MAP_SHARED | flags,
                 &fd,
-                0,
+                offset,
             )
         };
         match mapped {
@@ -209,7 +270,8 @@ impl Region {
         self.page
     }
 
-    /// The memfd behind it, for a peer that maps the same memory.
+    /// The memfd behind it, for a peer that maps the same memory. A region of its own making is all
+    /// of it; one [from a peer](Region::from_peer) may be a part.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -310,6 +372,65 @@ mod tests {
             assert_eq!(nix::unistd::ftruncate(region.fd(), len), Err(nix::Error::EPERM));
         }
         region.write(8191, &[1]);
+    }
+
+    #[cfg(not(miri))]
+    fn passed(region: &Region) -> OwnedFd {
+        region.fd().try_clone_to_owned().unwrap()
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn a_peers_memory_is_the_same_memory() {
+        let ours = Region::new(3 << 12, PageSize::Small).unwrap();
+        let theirs = Region::from_peer(passed(&ours), 4096, 8192).unwrap();
+        assert_eq!((theirs.len(), theirs.page_size()), (8192, PageSize::Small));
+        assert_ne!(ours.id(), theirs.id());
+        ours.write(4096, &[1, 2, 3]);
+        theirs.write(8191, &[9]);
+        let mut bytes = [0; 3];
+        theirs.read(0, &mut bytes);
+        assert_eq!(bytes, [1, 2, 3]);
+        ours.read((3 << 12) - 1, &mut bytes[..1]);
+        assert_eq!(bytes[0], 9);
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn parts_that_a_peer_has_not_are_refused() {
+        let ours = Region::new(8192, PageSize::Small).unwrap();
+        for (offset, len) in [
+            (0, 0),
+            (0, 12288),
+            (4096, 8192),
+            (8192, 4096),
+            (1, 4096),
+            (0, 100),
+            (u64::MAX - 4095, 4096),
+            (0, u64::MAX - 4095),
+            (1 << 63, 4096),
+        ] {
+            let e = Region::from_peer(passed(&ours), offset, len).unwrap_err();
+            assert!(matches!(e, Error::Outside { size: 8192, .. }), "{offset} {len}: {e}");
+        }
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn memory_that_a_peer_could_take_away_is_refused() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let loose = memfd_create("loose", flags).unwrap();
+        nix::unistd::ftruncate(&loose, 4096).unwrap();
+        let copy = loose.try_clone().unwrap();
+        assert!(matches!(Region::from_peer(copy, 0, 4096), Err(Error::NotSealed(_))));
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert!(matches!(Region::from_peer(pipe, 0, 4096), Err(Error::NotSealed(_))));
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        assert!(matches!(Region::from_peer(file.into(), 0, 4096), Err(Error::NotSealed(_))));
+        // May not be shortened, but not be written either: nothing that is no region.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE;
+        fcntl(&loose, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        assert!(matches!(Region::from_peer(loose, 0, 4096), Err(Error::Os { what: "mmap", .. })));
     }
 
     #[test]

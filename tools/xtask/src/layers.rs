@@ -29,7 +29,7 @@ enum Level {
 }
 
 /// Every crate of the workspace. A crate that is missing here is an error.
-const CRATES: [(&str, Level); 19] = [
+const CRATES: [(&str, Level); 20] = [
     ("nvme-spec", Level::Layouts),
     ("dma", Level::Memory),
     ("block", Level::Vocabulary),
@@ -37,6 +37,7 @@ const CRATES: [(&str, Level); 19] = [
     ("file", Level::Part),
     ("nvme", Level::Part),
     ("vfio", Level::Part),
+    ("vfio-user", Level::Part),
     ("volume", Level::Part),
     ("qcow", Level::Part),
     ("xen", Level::Part),
