@@ -63,7 +63,9 @@ impl<M: HostMemory> Controller<M> {
         if self.cc.iocqes() != 4 {
             return Err(deny(StatusCode::INVALID_FIELD));
         }
-        let cq = Cq::new(sqe.prp1.get(), sqe.queue_entries());
+        let interrupts = sqe.dword(1) & Sqe::CQ_INTERRUPTS != 0;
+        let vector = interrupts.then_some(vector as u16);
+        let cq = Cq::new(sqe.prp1.get(), sqe.queue_entries(), vector);
         self.queues.add_cq(&self.regs, qid, cq);
         Ok(0)
     }

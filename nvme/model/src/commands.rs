@@ -317,12 +317,14 @@ impl<M: HostMemory> Controller<M> {
             Err(status) => (0, status),
         };
         let cqe = Cqe::new(result, sq_head, named_sqid, cid, status, cq.phase);
-        let address = cq.tail_address();
+        let (address, vector) = (cq.tail_address(), cq.vector);
         cq.advance();
         self.stats.completions.add(1);
         if let Err(fault) = self.mem.write_cqe(address, &cqe) {
             self.note_fault(fault);
             self.fail();
+        } else if let Some(vector) = vector {
+            self.mem.raise(vector);
         }
     }
 

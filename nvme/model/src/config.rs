@@ -1,6 +1,6 @@
 //! What a controller is made with, and the checks of it.
 
-use nvme_spec::{Cap, Oncs};
+use nvme_spec::{Cap, Oncs, offset};
 
 use crate::fault::Faults;
 use crate::namespace::NamespaceConfig;
@@ -138,6 +138,12 @@ impl Options {
 
     pub(crate) fn oncs(&self) -> Oncs {
         Oncs(0).with_dsm(self.dsm.into()).with_write_zeroes(self.write_zeroes.into())
+    }
+
+    /// Bytes of BAR0 that hold registers and doorbells, rounded up to a page.
+    pub fn bar_len(&self) -> u64 {
+        let doorbells = (u64::from(self.queues) + 1) * 2;
+        (offset::DOORBELLS + (doorbells << (2 + self.dstrd))).next_multiple_of(4096)
     }
 
     /// Largest transfer in bytes.

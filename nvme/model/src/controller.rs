@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
+use dma::Region;
 use nvme_spec::{Cc, Csts, IoOpcode, ShutdownStatus, Status, StatusCode, Version};
 
 use crate::commands::{Extra, InFlight};
@@ -97,8 +98,38 @@ impl<M: HostMemory> Controller<M> {
         namespaces: Vec<NamespaceConfig>,
         mem: M,
     ) -> Result<Controller<M>, ConfigError> {
+        Controller::make(options, namespaces, mem, None)
+    }
+
+    /// The same with doorbells in memory that another process may write: `bar` is laid out as BAR0,
+    /// of which only the doorbells (from 4096 on) are used. Writes to doorbells of queues that do not
+    /// exist are not noticed then.
+    ///
+    /// # Errors
+    /// If an option is out of its range, or `bar` shorter than [`Options::bar_len`].
+    pub fn with_shared_doorbells(
+        options: Options,
+        namespaces: Vec<NamespaceConfig>,
+        mem: M,
+        bar: Arc<Region>,
+    ) -> Result<Controller<M>, ConfigError> {
+        Controller::make(options, namespaces, mem, Some(bar))
+    }
+
+    fn make(
+        options: Options,
+        namespaces: Vec<NamespaceConfig>,
+        mem: M,
+        bar: Option<Arc<Region>>,
+    ) -> Result<Controller<M>, ConfigError> {
         options.check(&namespaces)?;
-        let regs = Registers::new(options.cap(), Version::V1_4, options.queues);
+        if let Some(bar) = &bar
+            && (bar.len() as u64) < options.bar_len()
+        {
+            let (name, value) = ("bar", bar.len() as u64);
+            return Err(ConfigError::Range { name, value, allowed: "the length of BAR0" });
+        }
+        let regs = Registers::new(options.cap(), Version::V1_4, options.queues, bar);
         let namespaces = namespaces
             .into_iter()
             .map(|n| Namespace::new(n, options.cache_bytes, options.vwc))
@@ -253,7 +284,8 @@ impl<M: HostMemory> Controller<M> {
             return;
         }
         self.page = 4096 << cc.mps();
-        let acq = Cq::new(self.regs.acq(), aqa.acqs() + 1);
+        // The admin queue always has interrupts, and the first vector (§5.3).
+        let acq = Cq::new(self.regs.acq(), aqa.acqs() + 1, Some(0));
         self.queues.add_cq(&self.regs, 0, acq);
         let asq = Sq::new(self.regs.asq(), aqa.asqs() + 1, 0);
         self.queues.add_sq(&self.regs, 0, asq);
@@ -274,6 +306,24 @@ impl<M: HostMemory> Controller<M> {
         self.forget();
         self.regs.set_csts(Csts(0));
         self.stats.resets.add(1);
+    }
+
+    /// A function level reset: all registers are back at their values after power-on, and what is in
+    /// flight is dropped. What was written stays.
+    pub fn function_reset(&mut self) {
+        if self.state == State::Gone {
+            return;
+        }
+        self.forget();
+        self.regs.clear_control();
+        self.cc_cell = self.regs.cc_cell();
+        self.cc = Cc(0);
+        self.stats.resets.add(1);
+    }
+
+    /// Host memory, as the controller reaches it.
+    pub fn memory(&mut self) -> &mut M {
+        &mut self.mem
     }
 
     /// Drops all state but the medium and the cache.

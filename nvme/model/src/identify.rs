@@ -12,6 +12,9 @@ use crate::memory::HostMemory;
 use crate::namespace::Namespace;
 use crate::rng::hash;
 
+/// PCI vendor: that of QEMU's emulated controller, so that hosts know what it is.
+pub(crate) const VENDOR: u16 = 0x1b36;
+
 impl<M: HostMemory> Controller<M> {
     pub(crate) fn identify(&mut self, sqe: &Sqe) -> Answer {
         let nsid = sqe.nsid.get();
@@ -56,6 +59,7 @@ impl<M: HostMemory> Controller<M> {
 
     fn identify_controller(&self) -> IdentifyController {
         let mut id: IdentifyController = zeroed();
+        (id.vid, id.ssvid) = (VENDOR.into(), VENDOR.into());
         pad(&mut id.serial, &self.options.serial);
         pad(&mut id.model, &self.options.model);
         pad(&mut id.firmware, FIRMWARE);

@@ -10,6 +10,8 @@
 //! - [`Controller`], owned by whoever calls [`Controller::step`]: the host's own thread turn by
 //!   turn, a simulation, or a thread of its own ([`ThreadDriver`]).
 //!
+//! [`PciConfig`] is what a host finds on a PCI bus, for who serves the model there.
+//!
 //! Host memory is reached by bus address through [`HostMemory`]; [`iommu`] makes one over
 //! [`dma::Region`]s. Whatever the host writes, the model never panics, hangs or takes unbounded
 //! memory.
@@ -49,6 +51,7 @@ mod io;
 mod logs;
 mod memory;
 mod namespace;
+mod pci;
 mod prp;
 mod queues;
 mod registers;
@@ -63,6 +66,7 @@ pub use controller::Controller;
 pub use fault::{FaultError, Faults};
 pub use memory::{DmaFault, HostMemory, IOVA_PAGE, Iommu, MapError, RegionMemory, iommu};
 pub use namespace::NamespaceConfig;
+pub use pci::{BarLayout, CONFIG_LEN, MSIX_ENTRY, PciConfig};
 pub use registers::{DoorbellHandle, Registers};
 pub use stats::{Stats, StatsSnapshot};
 pub use store::Store;

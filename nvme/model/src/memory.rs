@@ -67,6 +67,10 @@ pub trait HostMemory {
     /// # Errors
     /// If it is not mapped.
     fn write_cqe(&mut self, addr: u64, cqe: &Cqe) -> Result<(), DmaFault>;
+
+    /// The device raises an interrupt vector: a write of its own on the bus, after the entry that it
+    /// is about. Nobody listens here; a host that polls needs none.
+    fn raise(&mut self, _vector: u16) {}
 }
 
 /// Pages are mapped whole: bus addresses and lengths are multiples of this.

@@ -26,6 +26,8 @@ pub(crate) struct Cq {
     pub(crate) tail: u32,
     pub(crate) seen: u32,
     pub(crate) phase: bool,
+    /// The interrupt vector that is raised when something is posted.
+    pub(crate) vector: Option<u16>,
     /// Entries that commands already taken will need.
     pub(crate) reserved: u32,
     /// Submission queues that complete here.
@@ -78,8 +80,8 @@ impl Sq {
 }
 
 impl Cq {
-    pub(crate) fn new(base: u64, size: u32) -> Cq {
-        Cq { base, size, head: 0, tail: 0, seen: 0, phase: true, reserved: 0, users: 0 }
+    pub(crate) fn new(base: u64, size: u32, vector: Option<u16>) -> Cq {
+        Cq { base, size, head: 0, tail: 0, seen: 0, phase: true, vector, reserved: 0, users: 0 }
     }
 
     /// Takes note of the head doorbell's value.
@@ -254,7 +256,7 @@ mod tests {
 
     #[test]
     fn heads_that_cannot_be() {
-        let mut cq = Cq::new(0, 4);
+        let mut cq = Cq::new(0, 4, None);
         assert_eq!(cq.room(), 3);
         assert_eq!(cq.look(1), Look::Bad);
         cq.advance();

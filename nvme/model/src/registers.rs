@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use dma::Region;
 use nvme_spec::{Cap, Cc, Csts, Version, offset};
 
 /// Bit of the CC cell that says that EN went from 1 to 0 since the controller last looked, so that
@@ -42,6 +43,9 @@ pub struct Registers {
     /// Writes to doorbells of queues that do not exist.
     stray_doorbells: AtomicU32,
     doorbells: Box<[DoorbellPair]>,
+    /// Where the values are that were written to doorbells, if not in `doorbells`: memory laid out as
+    /// BAR0, which the host may write by itself.
+    shared: Option<Arc<Region>>,
 }
 
 /// Writes one doorbell; see [`Registers::doorbell_handle`].
@@ -75,8 +79,15 @@ pub(crate) struct CcLook {
 }
 
 impl Registers {
-    pub(crate) fn new(cap: Cap, version: Version, io_queues: u16) -> Registers {
+    /// `shared` is long enough for all doorbells.
+    pub(crate) fn new(
+        cap: Cap,
+        version: Version,
+        io_queues: u16,
+        shared: Option<Arc<Region>>,
+    ) -> Registers {
         Registers {
+            shared,
             cap,
             version,
             stride_log2: 2 + cap.dstrd() as u32,
@@ -166,13 +177,21 @@ impl Registers {
         (aligned && pair < self.doorbells.len()).then_some((pair, (index & 1) as usize))
     }
 
+    /// Offset of a doorbell in BAR0.
+    fn at(&self, pair: usize, which: usize) -> usize {
+        offset::DOORBELLS as usize + ((pair * 2 + which) << self.stride_log2)
+    }
+
     #[inline]
     fn ring(&self, found: Option<(usize, usize)>, value: u32) {
-        if let Some((pair, which)) = found {
-            let pair = &self.doorbells[pair];
+        if let Some((index, which)) = found {
+            let pair = &self.doorbells[index];
             if pair.live.load(Ordering::Relaxed) & (1 << which) != 0 {
                 // Pairs with the acquire in `doorbell`: the entries written before are seen.
-                pair.cells[which].store(value, Ordering::Release);
+                match &self.shared {
+                    None => pair.cells[which].store(value, Ordering::Release),
+                    Some(bar) => bar.store32(self.at(index, which), value, Ordering::Release),
+                }
                 return;
             }
         }
@@ -219,6 +238,10 @@ impl Registers {
     /// Puts what stands in the doorbell's shadow in place of the value that was `rung`, unless a
     /// newer one was rung meanwhile.
     pub(crate) fn take_doorbell(&self, qid: u16, which: Doorbell, rung: u32, value: u32) {
+        if let Some(bar) = &self.shared {
+            bar.replace32(self.at(usize::from(qid), which as usize), rung, value);
+            return;
+        }
         let cell = &self.doorbells[usize::from(qid)].cells[which as usize];
         let _ = cell.compare_exchange(rung, value, Ordering::AcqRel, Ordering::Relaxed);
     }
@@ -275,13 +298,22 @@ impl Registers {
     /// The value last written to a doorbell. Acquire: what the host wrote before is seen.
     #[inline]
     pub(crate) fn doorbell(&self, qid: u16, which: Doorbell) -> u32 {
-        self.doorbells[usize::from(qid)].cells[which as usize].load(Ordering::Acquire)
+        match &self.shared {
+            None => self.doorbells[usize::from(qid)].cells[which as usize].load(Ordering::Acquire),
+            Some(bar) => bar.load32(self.at(usize::from(qid), which as usize), Ordering::Acquire),
+        }
     }
 
     /// A queue comes to life: its doorbell starts at 0 and takes writes.
     pub(crate) fn open_doorbell(&self, qid: u16, which: Doorbell) {
         let pair = &self.doorbells[usize::from(qid)];
-        pair.cells[which as usize].store(0, Ordering::Relaxed);
+        match &self.shared {
+            None => pair.cells[which as usize].store(0, Ordering::Relaxed),
+            // Whatever the host wrote while there was no queue.
+            Some(bar) => {
+                bar.store32(self.at(usize::from(qid), which as usize), 0, Ordering::Relaxed);
+            }
+        }
         pair.live.fetch_or(1 << which as u32, Ordering::Release);
     }
 
@@ -315,7 +347,30 @@ mod tests {
     use super::*;
 
     fn registers(dstrd: u64) -> Registers {
-        Registers::new(Cap(0).with_mqes(63).with_dstrd(dstrd), Version::V1_4, 2)
+        Registers::new(Cap(0).with_mqes(63).with_dstrd(dstrd), Version::V1_4, 2, None)
+    }
+
+    #[test]
+    fn shared_doorbells_are_where_bar0_has_them() {
+        for dstrd in [0u8, 5] {
+            let bar = Region::new(8192, dma::PageSize::Small).unwrap();
+            let cap = Cap(0).with_mqes(63).with_dstrd(u64::from(dstrd));
+            let r = Registers::new(cap, Version::V1_4, 2, Some(bar.clone()));
+            let (tail, head) =
+                (nvme_spec::sq_tail_doorbell(2, dstrd), nvme_spec::cq_head_doorbell(2, dstrd));
+            bar.store32(tail as usize, 9, Ordering::Release);
+            r.open_doorbell(2, Doorbell::SqTail);
+            r.open_doorbell(2, Doorbell::CqHead);
+            assert_eq!(r.doorbell(2, Doorbell::SqTail), 0, "begins at 0");
+            bar.store32(tail as usize, 3, Ordering::Release);
+            r.write32(head, 4);
+            assert_eq!(r.doorbell(2, Doorbell::SqTail), 3);
+            assert_eq!(r.doorbell(2, Doorbell::CqHead), 4);
+            assert_eq!(bar.load32(head as usize, Ordering::Relaxed), 4);
+            r.close_doorbell(2, Doorbell::SqTail);
+            r.write32(tail, 5);
+            assert_eq!((bar.load32(tail as usize, Ordering::Relaxed), r.stray_doorbells()), (3, 1));
+        }
     }
 
     #[test]

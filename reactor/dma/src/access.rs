@@ -183,6 +183,16 @@ impl Region {
         unsafe { AtomicU32::from_ptr(at) }.store(value, order);
     }
 
+    /// Stores a 32-bit word if it still is `old`, and orders everything around that. Whether it was.
+    /// `offset` must be a multiple of 4.
+    #[inline]
+    pub fn replace32(&self, offset: usize, old: u32, new: u32) -> bool {
+        let at = self.aligned::<u32>(offset, 1);
+        // SAFETY: aligned, inside the mapping, and only ever accessed atomically or by copies.
+        let word = unsafe { AtomicU32::from_ptr(at) };
+        word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
     /// Loads a 64-bit word. `offset` must be a multiple of 8.
     #[inline]
     pub fn load64(&self, offset: usize, order: Ordering) -> u64 {
@@ -307,6 +317,8 @@ mod tests {
         b.zero(16, 8);
         assert_eq!(b.load64(16, Ordering::Relaxed), 0);
         assert_eq!(b.load16(24, Ordering::Relaxed), 0x0908);
+        assert!(b.replace32(16, 0, 7) && !b.replace32(16, 0, 8));
+        assert_eq!(b.load32(16, Ordering::Relaxed), 7);
     }
 
     #[test]

@@ -9,4 +9,5 @@ mod faults;
 mod host;
 mod hostile;
 mod order;
+mod served;
 mod thread;

@@ -165,6 +165,44 @@ impl Bus {
         Ok(())
     }
 
+    /// Reads a word at a multiple of 4 in one access, and nothing later before it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn read_u32(&self, addr: u64) -> Result<u32, BusFault> {
+        let mut state = self.0.borrow_mut();
+        let (_, window) = state.locate(addr, 0)?;
+        if !window.readable || !addr.is_multiple_of(4) {
+            return Err(BusFault { addr });
+        }
+        // Windows are whole pages, so the word does not straddle two.
+        if let Some(memory) = &window.memory {
+            let at = (addr - window.address) as usize;
+            return Ok(u32::from_le(memory.load32(at, Ordering::Acquire)));
+        }
+        let mut bytes = [0; 4];
+        state.fetch(addr, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Writes a word at a multiple of 4 in one access, and nothing earlier after it.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_u32(&self, addr: u64, value: u32) -> Result<(), BusFault> {
+        let mut state = self.0.borrow_mut();
+        let (_, window) = state.locate(addr, 0)?;
+        if !window.writable || !addr.is_multiple_of(4) {
+            return Err(BusFault { addr });
+        }
+        if let Some(memory) = &window.memory {
+            let at = (addr - window.address) as usize;
+            memory.store32(at, value.to_le(), Ordering::Release);
+            return Ok(());
+        }
+        state.store(addr, &value.to_le_bytes())
+    }
+
     /// Writes 16 bytes at a multiple of 16, the second half (the upper address) last: who sees that
     /// sees the first, and everything written before.
     ///
