@@ -11,6 +11,7 @@ mod args;
 mod bench;
 mod demo;
 mod image;
+mod model;
 mod nbd;
 mod signals;
 
@@ -40,6 +41,8 @@ enum Command {
     Demo(demo::Demo),
     /// Serve one image over NBD on a unix socket.
     Nbd(nbd::Nbd),
+    /// Serve an NVMe controller model to another process, over vfio-user.
+    Model(model::Model),
     /// Measurements.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -58,6 +61,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
+        Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),
         Command::Image(command) => image::run(command),
     };

@@ -33,6 +33,6 @@ mod stats;
 mod work;
 
 pub use export::{AllData, Attach, Export, Extent, Extents};
-pub use listen::Error;
+pub use listen::{Error, SocketFile, listen_on};
 pub use server::{ConnectionInfo, Server};
 pub use stats::Counters;

@@ -41,13 +41,17 @@ pub enum Error {
 
 /// The socket file that a server made, told from one that somebody else made since.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
 }
 
-/// Listens on a new socket of mode 0600. A socket file that nobody listens on is replaced.
-pub(crate) fn open(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
+/// Listens on a new socket of mode 0600. A socket file that nobody listens on is replaced. Also for
+/// servers of other protocols.
+///
+/// # Errors
+/// If somebody listens there, the name is another thing's, or the kernel refuses.
+pub fn listen_on(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
     let os = |what| {
         move |e: Errno| Error::Os { path: path.to_owned(), what, source: std::io::Error::from(e) }
     };
@@ -112,7 +116,7 @@ fn clear(path: &Path, address: &UnixAddr) -> Result<(), Error> {
 
 impl SocketFile {
     /// Removes the file if it is still the one that was made.
-    pub(crate) fn remove(&self) {
+    pub fn remove(&self) {
         let ours = |m: std::fs::Metadata| (m.dev(), m.ino()) == self.identity;
         if std::fs::symlink_metadata(&self.path).is_ok_and(ours)
             && let Err(e) = std::fs::remove_file(&self.path)
@@ -133,10 +137,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
-        let (listener, file) = open(&path).unwrap();
+        let (listener, file) = listen_on(&path).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        assert!(matches!(open(&path), Err(Error::Live(_))));
+        assert!(matches!(listen_on(&path), Err(Error::Live(_))));
         UnixStream::connect(&path).unwrap();
         drop(listener);
         file.remove();
@@ -148,20 +152,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "x").unwrap();
-        let error = open(&path).unwrap_err();
+        let error = listen_on(&path).unwrap_err();
         assert!(error.to_string().ends_with("exists and is not a socket"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"x");
         let long = dir.path().join("n".repeat(200));
-        assert!(matches!(open(&long), Err(Error::Os { what: "not a socket name", .. })));
+        assert!(matches!(listen_on(&long), Err(Error::Os { what: "not a socket name", .. })));
         let nowhere = dir.path().join("no/folder");
-        assert!(matches!(open(&nowhere), Err(Error::Os { what: "cannot bind", .. })));
+        assert!(matches!(listen_on(&nowhere), Err(Error::Os { what: "cannot bind", .. })));
     }
 
     #[test]
     fn a_socket_of_somebody_else_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let (_listener, file) = open(&path).unwrap();
+        let (_listener, file) = listen_on(&path).unwrap();
         std::fs::rename(&path, dir.path().join("old")).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         file.remove();

@@ -18,7 +18,7 @@ use crate::claims::Claims;
 use crate::conn::{Conn, DEPTH};
 use crate::export::Export;
 use crate::handshake::{End, Line, Session, negotiate};
-use crate::listen::{self, Error, SocketFile};
+use crate::listen::{Error, SocketFile, listen_on};
 use crate::proto::Rules;
 use crate::seats::{Guest, Seats};
 use crate::stats::Counters;
@@ -71,7 +71,7 @@ impl Server {
         export.check()?;
         let os = |what| move |source| Error::Os { path: path.to_owned(), what, source };
         let wake = Wake::new().map_err(|e| os("cannot make a wake-up")(e.into()))?;
-        let (listener, file) = listen::open(path)?;
+        let (listener, file) = listen_on(path)?;
         let shared = Arc::new(Shared {
             export,
             clock: Clock::real(),

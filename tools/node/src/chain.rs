@@ -123,21 +123,40 @@ fn open_stripe(
 }
 
 fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Source, Error> {
+    let ModelFile { host, locks, id, capacity } = open_model_file(spec, node, options)?;
+    let read_only = !options.writable;
+    let (model, pair) =
+        Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
+    let leaf = model_leaf(pair).map_err(|e| Error::node(node, e))?;
+    let devices = vec![Device::Model(model)];
+    Ok(Source { kind: Kind::Leaf(blocking(leaf, 0, node)?, devices), locks, id: Some(id) })
+}
+
+/// The file of a model, opened.
+pub(crate) struct ModelFile {
+    pub(crate) host: HostStorage,
+    pub(crate) locks: Vec<ImageLock>,
+    pub(crate) id: FileId,
+    /// Bytes that the namespace shall have.
+    pub(crate) capacity: u64,
+}
+
+/// Opens the file of a model, locked.
+pub(crate) fn open_model_file(
+    spec: &ModelSpec,
+    node: &str,
+    options: &OpenOptions,
+) -> Result<ModelFile, Error> {
     let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
     let mut host = HostStorage::open(&spec.path, options.writable).map_err(|e| fail(&e))?;
     let locks = lock(node, host.file(), options)?.into_iter().collect();
-    let id = Some(file_id(&host).map_err(|e| fail(&e))?);
+    let id = file_id(&host).map_err(|e| fail(&e))?;
     let capacity = match spec.size {
         Some(size) => size,
         None => model_capacity(&mut host, node, options.format).map_err(Error::Image)?,
     };
     let capacity = capacity.next_multiple_of(4096);
-    let read_only = !options.writable;
-    let (model, pair) =
-        Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
-    let leaf = model_leaf(pair).map_err(|e| fail(&e))?;
-    let devices = vec![Device::Model(model)];
-    Ok(Source { kind: Kind::Leaf(blocking(leaf, 0, node)?, devices), locks, id })
+    Ok(ModelFile { host, locks, id, capacity })
 }
 
 /// Which file it is: of the opened one, since the path may lead elsewhere by now.

@@ -21,6 +21,7 @@ mod host;
 mod image;
 mod leaf;
 mod model;
+mod served;
 mod source;
 mod spec;
 mod vfio;
@@ -35,6 +36,7 @@ pub use leaf::Leaf;
 pub use model::{Model, ModelController, ModelCounts, ModelStats};
 /// Counters of an NVMe queue pair.
 pub use nvme::Stats as QueueStats;
+pub use served::ServedModel;
 pub use source::Source;
 pub use spec::{ModelSpec, NodeSpec, VfioSpec, parse_size};
 pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};

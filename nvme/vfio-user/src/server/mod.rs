@@ -86,21 +86,23 @@ pub struct Server<D> {
 
 impl<D: Device> Server<D> {
     /// A device on a listening socket. `patience`: how long a client may take for the rest of a
-    /// message, for an answer, or to read one. `device` is given its way to the client.
+    /// message, for an answer, or to read one. `device` is given its way to the client; if it fails,
+    /// its error is the inner one.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn new(
+    pub fn new<E>(
         listener: UnixListener,
         patience: Duration,
-        device: impl FnOnce(Bus) -> D,
-    ) -> Result<Server<D>, Error> {
+        device: impl FnOnce(Bus) -> Result<D, E>,
+    ) -> Result<Result<Server<D>, E>, Error> {
         let nonblocking = listener.set_nonblocking(true);
         nonblocking.map_err(|source| Error::Os { what: "a listening socket", source })?;
         let clock = Clock::real();
         let patience = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
         let bus = Bus::new(clock.clone(), patience);
-        Ok(Server { listener, device: device(bus.clone()), bus, clock })
+        let device = device(bus.clone());
+        Ok(device.map(|device| Server { listener, device, bus, clock }))
     }
 
     /// Serves until told to stop, and gives the device back, reset.

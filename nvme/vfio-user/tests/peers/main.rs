@@ -124,14 +124,11 @@ impl Served {
         let (stopping, counter) = (stop.clone(), resets.clone());
         let thread = std::thread::spawn(move || {
             let shared = Region::new(BAR as usize, PageSize::Small).unwrap();
-            let server = Server::new(listener, PATIENCE, |bus| Toy {
-                bus,
-                shared,
-                words: [0; 6],
-                todo: 0,
-                resets: counter,
+            let server = Server::new(listener, PATIENCE, |bus| {
+                let (words, todo, resets) = ([0; 6], 0, counter);
+                Ok::<_, ()>(Toy { bus, shared, words, todo, resets })
             });
-            server.unwrap().run(&stopping).unwrap();
+            server.unwrap().unwrap().run(&stopping).unwrap();
         });
         Served { path, resets, stop, thread: Some(thread), _dir: dir }
     }
