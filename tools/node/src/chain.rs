@@ -13,7 +13,7 @@ use reactor::Clock;
 use crate::device::Device;
 use crate::model::ModelBar;
 use crate::source::{Kind, Source, blocking};
-use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec, vfio};
+use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec, remote, vfio};
 
 /// An image with its backing files, opened.
 pub type Chain = qcow::open::Chain<Source>;
@@ -83,6 +83,11 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
         NodeSpec::Model(model) => open_model(model, &node, options),
         NodeSpec::Vfio(spec) => {
             let (leaf, unit, device) = vfio::open(*spec, options.writable, options.clock.clone())?;
+            let storage = blocking(leaf, unit, &node)?;
+            Ok(Source { kind: Kind::Leaf(storage, vec![device]), locks: Vec::new(), id: None })
+        }
+        NodeSpec::Remote(spec) => {
+            let (leaf, unit, device) = remote::open(spec, options.writable, options.clock.clone())?;
             let storage = blocking(leaf, unit, &node)?;
             Ok(Source { kind: Kind::Leaf(storage, vec![device]), locks: Vec::new(), id: None })
         }

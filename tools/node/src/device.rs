@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use crate::{Error, Model, vfio};
+use crate::{Error, Model, remote, vfio};
 
 /// A device that a leaf queue leads to, beyond what the queue itself holds.
 pub(crate) enum Device {
@@ -10,6 +10,8 @@ pub(crate) enum Device {
     Model(Model),
     /// A namespace of a device that this process drives.
     Vfio(vfio::Lease),
+    /// A namespace of a controller in another process.
+    Remote(remote::Lease),
 }
 
 impl Device {
@@ -21,6 +23,7 @@ impl Device {
         match self {
             Device::Model(model) => model.close().map(Some),
             Device::Vfio(lease) => lease.close().map(|()| None),
+            Device::Remote(lease) => lease.close().map(|()| None),
         }
     }
 
@@ -28,12 +31,16 @@ impl Device {
     pub(crate) fn as_model(&mut self) -> Option<&mut Model> {
         match self {
             Device::Model(model) => Some(model),
-            Device::Vfio(_) => None,
+            Device::Vfio(_) | Device::Remote(_) => None,
         }
     }
 
     /// Whether it was opened for reading only, which the device itself does not know.
     pub(crate) fn is_for_reading(&self) -> bool {
-        matches!(self, Device::Vfio(lease) if !lease.writable())
+        match self {
+            Device::Vfio(lease) => !lease.writable(),
+            Device::Remote(lease) => !lease.writable(),
+            Device::Model(_) => false,
+        }
     }
 }

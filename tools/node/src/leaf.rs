@@ -12,6 +12,7 @@ use file::FileQueue;
 use nvme::QueuePair;
 
 use crate::model::ModelBar;
+use crate::remote::RemoteBar;
 use crate::vfio::VfioBar;
 
 /// A reactor's queue to one device.
@@ -28,6 +29,10 @@ pub enum Leaf {
     Vfio(Box<QueuePair<VfioBar>>),
     /// The same with larger blocks, presented as 512e.
     VfioRmw(Box<RmwQueue<QueuePair<VfioBar>>>),
+    /// A queue pair of a controller in another process, with 512-byte blocks.
+    Remote(Box<QueuePair<RemoteBar>>),
+    /// The same with larger blocks, presented as 512e.
+    RemoteRmw(Box<RmwQueue<QueuePair<RemoteBar>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
 }
@@ -40,6 +45,8 @@ impl Leaf {
             Leaf::ModelRmw(q) => Some(q.leaf().stats()),
             Leaf::Vfio(q) => Some(q.stats()),
             Leaf::VfioRmw(q) => Some(q.leaf().stats()),
+            Leaf::Remote(q) => Some(q.stats()),
+            Leaf::RemoteRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
             Leaf::Mem(_) | Leaf::File(_) => None,
         }
@@ -55,6 +62,8 @@ macro_rules! each {
             Leaf::ModelRmw($q) => $e,
             Leaf::Vfio($q) => $e,
             Leaf::VfioRmw($q) => $e,
+            Leaf::Remote($q) => $e,
+            Leaf::RemoteRmw($q) => $e,
             Leaf::Stripe($q) => $e,
         }
     };

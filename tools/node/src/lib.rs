@@ -21,6 +21,7 @@ mod host;
 mod image;
 mod leaf;
 mod model;
+mod remote;
 mod served;
 mod source;
 mod spec;
@@ -36,9 +37,10 @@ pub use leaf::Leaf;
 pub use model::{Model, ModelController, ModelCounts, ModelStats};
 /// Counters of an NVMe queue pair.
 pub use nvme::Stats as QueueStats;
+pub use remote::{MessageDoorbell, RemoteBar, RemoteDoorbell};
 pub use served::ServedModel;
 pub use source::Source;
-pub use spec::{ModelSpec, NodeSpec, VfioSpec, parse_size};
+pub use spec::{ModelSpec, NodeSpec, RemoteSpec, VfioSpec, parse_size};
 pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};
 
 /// Why a node could not be opened; the text says what, where and why.

@@ -17,6 +17,8 @@ pub enum NodeSpec {
     Model(ModelSpec),
     /// A namespace of an NVMe device that is bound to vfio-pci.
     Vfio(VfioSpec),
+    /// A namespace of an NVMe controller behind a vfio-user socket.
+    Remote(RemoteSpec),
     /// Stripes of that many bytes over the nodes.
     Stripe(u64, Vec<NodeSpec>),
 }
@@ -26,6 +28,15 @@ pub enum NodeSpec {
 pub struct VfioSpec {
     /// Where the device is.
     pub address: vfio::Address,
+    /// The namespace, from 1 on.
+    pub nsid: u32,
+}
+
+/// The node `vfio-user:SOCKET/NSID`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RemoteSpec {
+    /// Where the server listens.
+    pub socket: PathBuf,
     /// The namespace, from 1 on.
     pub nsid: u32,
 }
@@ -66,11 +77,12 @@ impl NodeSpec {
             },
             "model" => ModelSpec::parse(rest).map(NodeSpec::Model).map_err(bad),
             "vfio" => VfioSpec::parse(rest).map(NodeSpec::Vfio).map_err(bad),
+            "vfio-user" => RemoteSpec::parse(rest).map(NodeSpec::Remote).map_err(bad),
             "stripe" => stripe(rest).map_err(bad),
             _ if prefix.contains('/') => Ok(NodeSpec::File(plain(text).map_err(bad)?)),
             _ => Err(bad(format!(
-                "unknown kind {prefix:?}; there are file, mem, model, vfio and stripe (a file whose \
-                 name holds a colon is written file: with %3A for it)"
+                "unknown kind {prefix:?}; there are file, mem, model, vfio, vfio-user and stripe (a \
+                 file whose name holds a colon is written file: with %3A for it)"
             ))),
         }
     }
@@ -80,7 +92,9 @@ impl NodeSpec {
         match self {
             NodeSpec::File(path) => Some(path),
             NodeSpec::Model(m) => Some(&m.path),
-            NodeSpec::Mem(_) | NodeSpec::Vfio(_) | NodeSpec::Stripe(..) => None,
+            NodeSpec::Mem(_) | NodeSpec::Vfio(_) | NodeSpec::Remote(_) | NodeSpec::Stripe(..) => {
+                None
+            }
         }
     }
 }
@@ -92,6 +106,7 @@ impl std::fmt::Display for NodeSpec {
             NodeSpec::Mem(size) => write!(f, "mem:{size}"),
             NodeSpec::Model(m) => write!(f, "model:{}", m.path.display()),
             NodeSpec::Vfio(v) => v.fmt(f),
+            NodeSpec::Remote(r) => r.fmt(f),
             NodeSpec::Stripe(size, nodes) => {
                 write!(f, "stripe:{size}")?;
                 nodes.iter().try_for_each(|n| write!(f, ",{n}"))
@@ -118,6 +133,25 @@ impl VfioSpec {
 impl std::fmt::Display for VfioSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "vfio:{}/{}", self.address, self.nsid)
+    }
+}
+
+impl RemoteSpec {
+    fn parse(text: &str) -> Result<RemoteSpec, String> {
+        let (socket, nsid) = text
+            .rsplit_once('/')
+            .ok_or("a namespace is needed behind the socket, like /run/nvme.sock/1")?;
+        // Digits alone: no sign. 0 and all ones name no single namespace.
+        let digits = !nsid.is_empty() && nsid.bytes().all(|b| b.is_ascii_digit());
+        let id = nsid.parse().ok().filter(|&n| digits && n != 0 && n != u32::MAX);
+        let nsid = id.ok_or_else(|| format!("{nsid:?} is no namespace; they count from 1"))?;
+        Ok(RemoteSpec { socket: decode(socket)?, nsid })
+    }
+}
+
+impl std::fmt::Display for RemoteSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vfio-user:{}/{}", self.socket.display(), self.nsid)
     }
 }
 
@@ -292,6 +326,21 @@ mod tests {
             "/1",
         ] {
             assert!(NodeSpec::parse(&format!("vfio:{bad}")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn remotes() {
+        let text = "vfio-user:/run/a.sock/12";
+        let NodeSpec::Remote(r) = NodeSpec::parse(text).unwrap() else { panic!("no remote") };
+        assert_eq!((r.socket.to_str(), r.nsid), (Some("/run/a.sock"), 12));
+        assert_eq!(r.to_string(), text);
+        let NodeSpec::Remote(r) = NodeSpec::parse("vfio-user:a%2fb%3F/1").unwrap() else {
+            panic!("no remote")
+        };
+        assert_eq!(r.socket.to_str(), Some("a/b?"));
+        for bad in ["", "1", "/1", "a", "a/", "a/0", "a/+1", "a/-1", "a/4294967295", "a/1x"] {
+            assert!(NodeSpec::parse(&format!("vfio-user:{bad}")).is_err(), "{bad}");
         }
     }
 

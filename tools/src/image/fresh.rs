@@ -193,7 +193,8 @@ impl Place {
         let over_model = matches!(spec, NodeSpec::Model(_));
         match opened {
             Ok(source) => {
-                let device = matches!(spec, NodeSpec::Vfio(_));
+                let device =
+                    matches!(spec, NodeSpec::Vfio(_) | NodeSpec::Remote(_) | NodeSpec::Stripe(..));
                 Ok(Place { source, name, path, made, over_model, device, touched: over_model })
             }
             Err(e) => {
