@@ -105,11 +105,16 @@ pub(crate) fn run(args: &Info) -> anyhow::Result<()> {
 /// looks like another format.
 fn guess(spec: &NodeSpec) -> anyhow::Result<Format> {
     let mut magic = [0; 4];
-    if let Some(path) = spec.path() {
-        HostStorage::open(path, false)
+    match spec.path() {
+        Some(path) => HostStorage::open(path, false)
             .map_err(anyhow::Error::new)
             .and_then(|mut s| Ok(s.read_at(0, &mut magic)?))
-            .with_context(|| spec.to_string())?;
+            .with_context(|| spec.to_string())?,
+        None => {
+            let mut source = node::open_source(spec, &node::OpenOptions::read(Format::Raw))?;
+            source.read_at(0, &mut magic).with_context(|| spec.to_string())?;
+            source.close()?;
+        }
     }
     let format = match u32::from_be_bytes(magic) {
         qcow::format::MAGIC => Format::Qcow2,

@@ -1,0 +1,205 @@
+//! The node `vfio-user:`: the driver in this process, the model behind a socket.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use block::Storage;
+use node::{NodeSpec, OpenOptions, ServedModel, open_source};
+use qcow::open::Format;
+
+/// A model behind a socket.
+struct Served {
+    dir: tempfile::TempDir,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    fn start(nodes: &[&str]) -> Served {
+        Served::within(tempfile::tempdir().unwrap(), nodes)
+    }
+
+    fn within(dir: tempfile::TempDir, nodes: &[&str]) -> Served {
+        let nodes: Vec<NodeSpec> = nodes.iter().map(|n| NodeSpec::parse(n).unwrap()).collect();
+        let model = ServedModel::open(&nodes, &OpenOptions::write(Format::Raw)).unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = stop.clone();
+        let thread = std::thread::spawn(move || model.serve(listener, &stopping).unwrap());
+        Served { dir, stop, thread: Some(thread) }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
+    fn node(&self, nsid: u32) -> String {
+        format!("vfio-user:{}/{nsid}", self.socket().display())
+    }
+
+    fn stop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn open(node: &str, options: &OpenOptions) -> Result<node::Source, String> {
+    open_source(&NodeSpec::parse(node).unwrap(), options).map_err(|e| e.to_string())
+}
+
+fn writable(node: &str) -> node::Source {
+    open(node, &OpenOptions::write(Format::Raw)).unwrap()
+}
+
+/// Bytes that tell where they belong.
+fn pattern(at: u64, len: usize) -> Vec<u8> {
+    (at..at + len as u64).map(|i| (i ^ i >> 9 ^ i >> 17) as u8).collect()
+}
+
+fn write_and_read(source: &mut node::Source, at: u64, len: usize) {
+    source.write_at(at, &pattern(at, len)).unwrap();
+    let mut back = vec![0; len];
+    source.read_at(at, &mut back).unwrap();
+    assert!(back == pattern(at, len), "wrong bytes at {at}");
+}
+
+#[test]
+fn both_block_sizes_and_what_is_below_a_block() {
+    for (nodes, lba) in [(["mem:16M"], 512), (["model:DIR/disk?lba=4096&size=16M&mdts=2"], 4096)] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("disk"), [7; 8192]).unwrap();
+        let nodes = nodes.map(|n| n.replace("DIR", dir.path().to_str().unwrap()));
+        let served = Served::within(dir, &nodes.each_ref().map(String::as_str));
+        let mut source = writable(&served.node(1));
+        assert_eq!(source.len(), 16 << 20);
+        for (at, len) in [(0, 1 << 20), (3 << 20, 3 << 20), (512, 512), (4096 * 5 + 512, 9 * 512)] {
+            write_and_read(&mut source, at, len);
+        }
+        source.write_zeroes_at(0, 1 << 20).unwrap();
+        let mut zeroes = vec![1; 1 << 20];
+        source.read_at(0, &mut zeroes).unwrap();
+        assert!(zeroes.iter().all(|&b| b == 0));
+        source.flush().unwrap();
+        source.close().unwrap();
+        // The next client finds what the first wrote.
+        let mut again = open(&served.node(1), &OpenOptions::read(Format::Raw)).unwrap();
+        assert!(again.read_only() && again.write_at(0, &[0; 512]).is_err());
+        let mut back = vec![0; 3 << 20];
+        again.read_at(3 << 20, &mut back).unwrap();
+        assert!(back == pattern(3 << 20, 3 << 20), "{lba}");
+        again.close().unwrap();
+    }
+}
+
+#[test]
+fn namespaces_share_a_connection() {
+    let served = Served::start(&["mem:4M", "mem:8M", "mem:12M"]);
+    let mut two = writable(&served.node(2));
+    let mut three = writable(&served.node(3));
+    assert_eq!((two.len(), three.len()), (8 << 20, 12 << 20));
+    two.write_at(0, &[2; 4096]).unwrap();
+    three.write_at(0, &[3; 4096]).unwrap();
+    let mut byte = [0; 512];
+    two.read_at(0, &mut byte).unwrap();
+    assert_eq!(byte[0], 2);
+    let read = OpenOptions::read(Format::Raw);
+    assert!(open(&served.node(2), &read).err().unwrap().contains("in use"));
+    let missing = open(&served.node(4), &read).err().unwrap();
+    assert!(missing.ends_with("the controller has no namespace 4; it has 1, 2, 3"), "{missing}");
+    // Read by two is fine, and not written by a third while one of them is there.
+    let one = open(&served.node(1), &read).unwrap();
+    let other = open(&served.node(1), &read).unwrap();
+    one.close().unwrap();
+    assert!(open(&served.node(1), &OpenOptions::write(Format::Raw)).is_err());
+    other.close().unwrap();
+    writable(&served.node(1)).close().unwrap();
+    two.close().unwrap();
+    drop(three);
+    // All of them are gone, and so is the connection: another can be made.
+    let _other = UnixStream::connect(served.socket()).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(open(&served.node(1), &read).is_err(), "somebody else is connected");
+}
+
+#[test]
+fn stripes_over_two_namespaces_of_one_server() {
+    let served = Served::start(&["mem:4M", "mem:4M"]);
+    let node = format!("stripe:64k,{},{}", served.node(1), served.node(2));
+    let mut source = writable(&node);
+    assert_eq!(source.len(), 8 << 20);
+    write_and_read(&mut source, 0, 8 << 20);
+    source.close().unwrap();
+    let mut second = writable(&served.node(2));
+    let mut bytes = vec![0; 4096];
+    second.read_at(0, &mut bytes).unwrap();
+    assert!(bytes == pattern(65536, 4096));
+    second.close().unwrap();
+}
+
+#[test]
+fn a_device_that_fails_is_reset_over_the_socket_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    // A fatal status, of which CC.EN=0 does not bring it back: only DEVICE_RESET does.
+    let node = format!("model:{}?fault=cfs:op=write,nth=3;noreset:count=1", disk.display());
+    let served = Served::within(dir, &[&node]);
+    let mut source = writable(&served.node(1));
+    for i in 0..8 {
+        write_and_read(&mut source, i * 8192, 4096);
+    }
+    source.close().unwrap();
+}
+
+#[test]
+fn a_server_that_goes_gives_errors_and_no_hang() {
+    let mut served = Served::start(&["mem:8M"]);
+    let mut source = writable(&served.node(1));
+    write_and_read(&mut source, 0, 4096);
+    served.stop();
+    let error = source.write_at(0, &[1; 4096]).unwrap_err();
+    assert_eq!(error.status, block::Status::Gone, "{error}");
+    assert!(source.read_at(0, &mut [0; 4096]).is_err());
+    assert!(source.flush().is_err());
+    assert!(source.close().is_err(), "no shutdown in order");
+    // A new server on the same socket is a new device.
+    std::fs::remove_file(served.socket()).unwrap();
+    let dir = std::mem::replace(&mut served.dir, tempfile::tempdir().unwrap());
+    let served = Served::within(dir, &["mem:8M"]);
+    let mut source = writable(&served.node(1));
+    write_and_read(&mut source, 0, 4096);
+    source.close().unwrap();
+}
+
+#[test]
+fn what_cannot_be_opened_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = OpenOptions::read(Format::Raw);
+    let at = |path: &Path| format!("vfio-user:{}/1", path.display());
+    let nothing = open(&at(&dir.path().join("no")), &read).err().unwrap();
+    assert!(nothing.contains("cannot connect"), "{nothing}");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    assert!(open(&at(&file), &read).is_err());
+    let model = |nodes: &[&str]| {
+        let nodes: Vec<_> = nodes.iter().map(|n| NodeSpec::parse(n).unwrap()).collect();
+        ServedModel::open(&nodes, &read).err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    let path = file.display().to_string();
+    assert!(model(&[&path]).contains("only model: and mem: can be served"));
+    let (a, b) = (format!("model:{path}?vwc=1"), format!("model:{path}?vwc=0"));
+    assert!(model(&[&a, &b]).contains("must be the same"));
+    assert!(model(&[]).contains("no node"));
+}
