@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use dma::{PageSize, Region};
 
@@ -55,6 +56,27 @@ impl Pagemap {
         Ok(Pagemap { file })
     }
 
+    /// Looks up all pages until two looks in a row agree. The kernel may just be trying to move a
+    /// page: then it is mapped nowhere for a moment, until the kernel finds that it is pinned.
+    fn settled(&self, region: &Region) -> Result<Box<[u64]>, String> {
+        let mut before = Err("nothing was looked up".to_owned());
+        for _ in 0..TRIES {
+            let now = self.look_up(region);
+            match (&before, &now) {
+                (Ok(a), Ok(b)) if a == b => return now,
+                (_, Err(e)) if e == NO_FRAMES => return now,
+                _ => {}
+            }
+            // Brings a page back that is not mapped.
+            for at in (0..region.len()).step_by(PAGE) {
+                region.read(at, &mut [0]);
+            }
+            before = now;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        before.and_then(|_| Err("DMA memory is moved about although it is pinned".to_owned()))
+    }
+
     fn look_up(&self, region: &Region) -> Result<Box<[u64]>, String> {
         let first = region.base().as_ptr() as u64 / PAGE as u64;
         let mut bytes = vec![0; region.len() / PAGE * 8];
@@ -73,15 +95,19 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FRAME: u64 = (1 << 55) - 1;
 
+const NO_FRAMES: &str =
+    "the kernel does not tell where DMA memory is: CAP_SYS_ADMIN is needed (run as root)";
+
+/// How often addresses are looked up, a millisecond apart, until they stay the same.
+const TRIES: usize = 1000;
+
 /// The address in an entry of the page map.
 fn frame(entry: u64) -> Result<u64, String> {
     if entry & PRESENT == 0 || entry & SWAPPED != 0 {
         return Err("a page of DMA memory is not resident, so it has no bus address".to_owned());
     }
     match entry & FRAME {
-        0 => Err("the kernel does not tell where DMA memory is: CAP_SYS_ADMIN is needed (run as \
-                  root)"
-            .to_owned()),
+        0 => Err(NO_FRAMES.to_owned()),
         frame => frame
             .checked_mul(PAGE as u64)
             .ok_or_else(|| format!("page frame {frame:#x} has no address")),
@@ -121,7 +147,7 @@ impl BusAddresses for Pagemap {
                 ));
             }
         };
-        let pages = self.look_up(region)?;
+        let pages = self.settled(region)?;
         Ok(Located { pages, hold })
     }
 }

@@ -60,6 +60,7 @@ case_namespaces() {
 # Two devices at a time, in one process and in two.
 case_two_devices() {
     to_vfio $A; to_vfio $B
+    refused "leave --unsafe-noiommu out" polldisk --unsafe-noiommu image compare -f raw -F raw vfio:$A/1 vfio:$A/1
     serve a -f raw vfio:$A/1
     serve b -f raw vfio:$B/3
     refused "another process" polldisk image compare -f raw -F raw vfio:$A/1 vfio:$A/1
@@ -143,10 +144,7 @@ case_memlock() {
 }
 
 # Under load the device is taken away: no crash, errors. Then one is plugged in again, and served.
-case_unplug() {
-    to_vfio $H
-    serve h -f raw vfio:$H/1
-    io -f raw -c 'write -P 5 0 4M' -c flush $(uri h)
+unplug_and_back() {
     (while qemu-img bench -f raw -t none -c 2000 -d 32 -w --pattern 6 -o 4194304 $(uri h); do :; done) > /tmp/bench 2>&1 &
     load=$!
     sleep 1
@@ -168,6 +166,12 @@ case_unplug() {
     io -f raw -c 'write -P 8 1M 1M' -c 'read -P 8 1M 1M' $(uri h)
     stop h
     cat /tmp/h.err
+}
+case_unplug() {
+    to_vfio $H
+    serve h -f raw vfio:$H/1
+    io -f raw -c 'write -P 5 0 4M' -c flush $(uri h)
+    unplug_and_back
 }
 
 # Each rung of the reset ladder with commands in flight: disabled, function reset, bus master off.
@@ -207,7 +211,7 @@ case_unbind() {
 case_stripe() {
     to_vfio $A; to_vfio $H
     node=stripe:64k,vfio:$A/1,vfio:$H/1
-    random /tmp/data 256
+    random /tmp/data 512
     polldisk image convert -f raw -O raw /tmp/data $node
     polldisk image compare -f raw -F raw /tmp/data $node
     to_kernel $A; to_kernel $H
@@ -216,4 +220,83 @@ case_stripe() {
     cat /tmp/a /tmp/h > /tmp/both
     dd if=/tmp/data bs=64k count=2 skip=6 of=/tmp/part 2>/dev/null
     cmp /tmp/both /tmp/part
+}
+
+# Measured for a moment: requests, none of them failed.
+case_bench() {
+    to_vfio $A
+    polldisk bench device vfio:$A/1 --depth 32 --rw randread --seconds 2 --json | tee /tmp/out
+    grep -q '"iops"' /tmp/out
+}
+
+# Under load the device falls silent: its registers and its access to memory are switched off. After
+# the deadline of 30 s its function is reset, requests get errors, and it is served again.
+case_silent() {
+    to_vfio $A
+    serve o -f raw vfio:$A/1
+    io -f raw -c 'write -P 5 0 4M' -c flush $(uri o)
+    (while qemu-img bench -f raw -t none -c 2000 -d 32 $(uri o); do :; done) > /tmp/bench 2>&1 &
+    load=$!
+    sleep 1
+    # The Command register: answers nothing, masters nothing.
+    printf '\0\0' | dd of=$PCI/$A/config bs=1 seek=4 conv=notrunc 2>/dev/null
+    wait $load || true
+    running o
+    cat /tmp/o.err
+    grep -q 'is overdue: aborting it' /tmp/o.err
+    grep -q 'starting again' /tmp/o.err
+    for _ in $(seq 100); do io -f raw -c 'read -P 5 0 4M' $(uri o) && break; sleep 0.2; done
+    grep 'read 4194304/4194304' /tmp/io
+    stop o
+}
+
+# Without an IOMMU, nothing goes without the flag.
+case_noiommu_refused() {
+    to_vfio $A
+    [ -e /dev/vfio/noiommu-* ]
+    refused "no IOMMU protects memory" polldisk image compare -f raw -F raw vfio:$A/1 vfio:$A/1
+    su lab -c "polldisk --unsafe-noiommu image compare -f raw -F raw vfio:$A/1 vfio:$A/1" && return 1
+    return 0
+}
+
+# Both ways between the kernel and polldisk: 512 and 4096-byte blocks, whole disks.
+both_ways() {
+    for node in $A/1 $B/3; do
+        a=${node%/*}
+        to_kernel $a
+        d=$(disk $a ${node#*/})
+        fill $d
+        want=$(sum < $d)
+        to_vfio $a
+        polldisk -v --unsafe-noiommu image convert -f raw -O raw vfio:$node /tmp/copy
+        same "$want" "$(sum < /tmp/copy)" "what the kernel wrote to $node"
+        random /tmp/data $(($(stat -c %s /tmp/copy) / 65536))
+        polldisk --unsafe-noiommu image convert -f raw -O raw /tmp/data vfio:$node
+        polldisk --unsafe-noiommu image compare -f raw -F raw /tmp/data vfio:$node
+        to_kernel $a
+        same "$(sum < /tmp/data)" "$(sum < $(disk $a ${node#*/}))" "what polldisk wrote to $node"
+    done
+}
+case_noiommu_huge() { both_ways; }
+# Ordinary pages alone: each 4 KiB lies somewhere else, queues have one page.
+case_noiommu_small() {
+    echo 0 > /proc/sys/vm/nr_hugepages
+    both_ways
+    to_vfio $A
+    serve s -f raw --unsafe-noiommu vfio:$A/1
+    # Memory is shuffled while it is served: what a device reaches must not move.
+    (while :; do echo 1 > /proc/sys/vm/compact_memory; done) &
+    churn=$!
+    io -f raw -c 'write -P 3 0 4M' -c 'write -P 4 512 70144' -c 'read -P 4 512 70144' \
+        -c 'read -P 3 70656 100000' $(uri s)
+    qemu-img bench -f raw -t none -c 3000 -d 32 $(uri s)
+    io -f raw -c 'read -P 4 512 70144' -c 'read -P 3 1M 3M' $(uri s)
+    kill $churn
+    stop s
+}
+case_noiommu_unplug() {
+    to_vfio $H
+    serve h -f raw --unsafe-noiommu vfio:$H/1
+    io -f raw -c 'write -P 5 0 4M' -c flush $(uri h)
+    unplug_and_back
 }

@@ -166,6 +166,13 @@ impl Watch<VfioBar> for Attention {
             self.interrupt = None;
             device.release();
         }
+        // Its registers read all ones: opened anew, it may come back.
+        let gone = controller.error() == Some(&nvme::Error::Gone);
+        if gone && controller.state() == State::Failed && !device.is_released() {
+            self.interrupt = None;
+            device.release();
+            self.again = now.saturating_add(LOOK_AGAIN);
+        }
         // Its requests are answered before it is taken up again.
         if !device.is_released() || controller.state() != State::Failed || now < self.again {
             return;
@@ -173,6 +180,8 @@ impl Watch<VfioBar> for Attention {
         self.again = now.saturating_add(LOOK_AGAIN);
         match device.reopen() {
             Ok(false) => {}
+            // Not yet.
+            Ok(true) if device.bar().read32(0) == u32::MAX => device.release(),
             Ok(true) => {
                 log::warn!("{}: there is a device again", device.address());
                 self.interrupt = device.admin_interrupt().unwrap_or_default();

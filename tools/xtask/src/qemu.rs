@@ -55,7 +55,8 @@ impl Machine {
     }
 
     /// An initramfs with busybox, `init`, the modules that `drivers` need in loading order (listed
-    /// in `/modules`), and `files`: those in `bin` and `lib64` can be run.
+    /// in `/modules`), and `files`: those in `bin` and `lib64` can be run, one in `lib` with a
+    /// module's name stands in for it.
     pub(crate) fn initramfs(
         &self,
         init: &str,
@@ -148,6 +149,12 @@ impl Machine {
 }
 
 impl Machine {
+    /// The kernel's release, as `uname -r` prints it.
+    pub(crate) fn release(&self) -> String {
+        let name = self.kernel.file_name().unwrap_or_default().to_string_lossy();
+        name.trim_start_matches("vmlinuz-").to_owned()
+    }
+
     /// The emulator with kernel and console, to be given a machine and devices.
     pub(crate) fn emulator(&self, initramfs: &Path, words: &str) -> Command {
         let mut qemu = Command::new(&self.emulator);

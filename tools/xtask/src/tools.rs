@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 10] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -23,6 +23,9 @@ const PACKAGES: [(&str, &str); 10] = [
     ("e2fsck", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
     ("valgrind", "valgrind"),
+    ("make", "make"),
+    ("gcc", "gcc"),
+    ("xz", "xz-utils"),
 ];
 
 /// Limit for one step of apt, which may have to wait for a slow mirror or another installation.
@@ -163,12 +166,21 @@ fn installs(plan: &str) -> Vec<String> {
 
 /// The package that a meta package stands for at present.
 pub(crate) fn behind(meta: &str) -> Result<Vec<String>> {
-    let text = cmd::ok(&mut program("apt-cache", ["depends", meta]))?;
-    let name = text
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .with_context(|| format!("{meta} depends on nothing"))?;
-    Ok(vec![name.to_owned()])
+    let mut packages = depends(meta)?;
+    packages.truncate(1);
+    Ok(packages)
+}
+
+/// The packages that a package names as needed, without what those need.
+pub(crate) fn depends(package: &str) -> Result<Vec<String>> {
+    let text = cmd::ok(&mut program("apt-cache", ["depends", package]))?;
+    let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    // In angle brackets: a name that several packages provide.
+    let names: Vec<String> = names.filter(|n| !n.starts_with('<')).map(str::to_owned).collect();
+    if names.is_empty() {
+        bail!("{package} depends on nothing");
+    }
+    Ok(names)
 }
 
 /// The only entry of a folder whose name starts with `prefix`.

@@ -2,6 +2,7 @@
 //! to work. One line per case; what each lab shows stands in tools/lab/README.md.
 
 mod guest;
+mod module;
 mod vfio;
 
 use anyhow::Result;
