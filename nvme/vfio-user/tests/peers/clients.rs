@@ -1,7 +1,7 @@
 //! Our server against clients that do not play by the rules: it goes on, and serves the next.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use dma::{PageSize, Region};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -12,7 +12,7 @@ use vfio_user::wire::{
 };
 
 use crate::raw::Raw;
-use crate::{PATIENCE, Served};
+use crate::{SHORT, Served};
 
 const EINVAL: u32 = 22;
 const EEXIST: u32 = 17;
@@ -20,7 +20,7 @@ const ENOENT: u32 = 2;
 
 /// The server is there for an ordinary client.
 fn serves(served: &Served) {
-    let c = Client::connect(served.path(), Duration::from_secs(5)).unwrap();
+    let c = Client::connect(served.path(), crate::LONG).unwrap();
     c.write(pci::BAR0, 0, &[9; 8]).unwrap();
     let mut back = [0; 8];
     c.read(pci::BAR0, 0, &mut back).unwrap();
@@ -64,7 +64,7 @@ fn those_that_break_the_protocol_are_left() {
 
 #[test]
 fn those_that_stall_are_left_in_time() {
-    let served = Served::start();
+    let served = Served::patient(SHORT);
     // The second says its version and then half a message; the first not even that.
     for greeted in [false, true] {
         let began = Instant::now();
@@ -75,11 +75,11 @@ fn those_that_stall_are_left_in_time() {
         std::io::Write::write_all(&mut raw.0, &header[..n]).unwrap();
         assert!(raw.is_left());
         let took = began.elapsed();
-        assert!(took >= PATIENCE / 2 && took < PATIENCE * 10, "{took:?}");
+        assert!(took >= SHORT / 2 && took < crate::LONG, "{took:?}");
     }
     // One that asks and asks, and never listens.
     let mut raw = Raw::greeted(served.path());
-    raw.0.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+    raw.0.set_write_timeout(Some(crate::LONG)).unwrap();
     let access = Access { offset: 0, region: pci::BAR0, count: 8192 };
     for _ in 0..2000 {
         raw.send(1, command::REGION_READ, Kind::Command, &access.encode());
@@ -245,7 +245,7 @@ fn memory_that_is_not_shared_is_reached_by_messages() {
 
 #[test]
 fn those_that_do_not_answer_for_their_memory() {
-    let served = Served::start();
+    let served = Served::patient(SHORT);
     for how in 0..5 {
         let mut raw = Raw::greeted(served.path());
         raw.ask(command::DMA_MAP, &map(0, 4096)).unwrap();

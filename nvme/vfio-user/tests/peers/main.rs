@@ -18,8 +18,11 @@ use dma::{PageSize, Region};
 use vfio_user::wire::{Area, pci};
 use vfio_user::{Bus, Device, Server, Shape};
 
-/// How long a peer may take, in tests of peers that take too long.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long a peer may take that takes too long.
+const SHORT: Duration = Duration::from_millis(300);
+
+/// How long any other may take: the machine may be busy.
+const LONG: Duration = Duration::from_secs(20);
 
 /// A device with a few registers in BAR0:
 /// - 0: a word that can be written and read;
@@ -117,6 +120,11 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) fn start() -> Served {
+        Served::patient(LONG)
+    }
+
+    /// One that clients must not keep waiting for longer.
+    pub(crate) fn patient(patience: Duration) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
@@ -124,7 +132,7 @@ impl Served {
         let (stopping, counter) = (stop.clone(), resets.clone());
         let thread = std::thread::spawn(move || {
             let shared = Region::new(BAR as usize, PageSize::Small).unwrap();
-            let server = Server::new(listener, PATIENCE, |bus| {
+            let server = Server::new(listener, patience, |bus| {
                 let (words, todo, resets) = ([0; 6], 0, counter);
                 Ok::<_, ()>(Toy { bus, shared, words, todo, resets })
             });
