@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dma::Region;
+use nix::errno::Errno;
 use nix::poll::PollFlags;
 use reactor::Clock;
 
@@ -209,12 +210,10 @@ impl<D: Device> Server<D> {
     fn accept(&mut self) -> Result<bool, Error> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(e) => match e.kind() {
-                std::io::ErrorKind::WouldBlock
-                | std::io::ErrorKind::Interrupted
-                | std::io::ErrorKind::ConnectionAborted => return Ok(false),
-                // Out of descriptors, or the like: perhaps not for long.
-                _ if matches!(e.raw_os_error(), Some(libc_errno::EMFILE | libc_errno::ENFILE)) => {
+            Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
+                Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED => return Ok(false),
+                // Out of descriptors: perhaps not for long.
+                Errno::EMFILE | Errno::ENFILE => {
                     log::warn!("vfio-user: cannot take a client: {e}");
                     std::thread::sleep(Duration::from_millis(10));
                     return Ok(false);
@@ -245,13 +244,6 @@ impl<D: Device> Server<D> {
         self.device.reset();
         self.bus.clear();
     }
-}
-
-/// Errors of `accept` that pass.
-mod libc_errno {
-    use nix::errno::Errno;
-    pub(super) const EMFILE: i32 = Errno::EMFILE as i32;
-    pub(super) const ENFILE: i32 = Errno::ENFILE as i32;
 }
 
 /// Descriptors that came with a message, by number.
