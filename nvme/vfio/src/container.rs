@@ -118,8 +118,7 @@ impl Container {
                 let a = function.address;
                 Error::Host(format!("{a}: the kernel gives it no file under /dev/vfio/devices"))
             })?;
-            let file = std::fs::File::options().read(true).write(true).open(&path);
-            let fd = file.map_err(|e| Error::Host(format!("{}: {e}", path.display())))?.into();
+            let fd = group::open(&path)?;
             iommufd.attach(&fd)?;
             let mut state = self.state.lock();
             state.space.set_ranges(&iommufd.ranges()?);

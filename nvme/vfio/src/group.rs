@@ -26,7 +26,8 @@ pub(crate) fn open_container(dev: &Path) -> Result<OwnedFd, Error> {
     Ok(fd)
 }
 
-fn open(path: &Path) -> Result<OwnedFd, Error> {
+/// Opens one of VFIO's files.
+pub(crate) fn open(path: &Path) -> Result<OwnedFd, Error> {
     match File::options().read(true).write(true).open(path) {
         Ok(file) => Ok(file.into()),
         Err(e) => {

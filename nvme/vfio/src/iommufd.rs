@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use crate::abi::{AttachPt, BindIommufd, IoasAlloc, IoasUnmap, Pair};
-use crate::{Error, ioctl};
+use crate::{Error, group, ioctl};
 
 /// More ranges than any host has.
 const MOST_RANGES: usize = 64;
@@ -22,12 +22,7 @@ impl Iommufd {
     /// Makes an address space.
     pub(crate) fn open(path: &Path) -> Result<Iommufd, Error> {
         let shown = path.display().to_string();
-        let fd: OwnedFd = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| Error::Host(format!("{shown}: {e}")))?
-            .into();
+        let fd = group::open(path)?;
         let mut alloc = IoasAlloc::default();
         ioctl::sized(fd.as_fd(), ioctl::IOAS_ALLOC, &mut alloc)
             .map_err(Error::os(format!("{shown}: making an address space")))?;
@@ -37,8 +32,13 @@ impl Iommufd {
     /// Takes a device: from now on it reaches what is mapped here and nothing else.
     pub(crate) fn attach(&self, device: &OwnedFd) -> Result<(), Error> {
         let mut bind = BindIommufd { iommufd: self.fd.as_raw_fd(), ..Default::default() };
-        ioctl::sized(device.as_fd(), ioctl::DEVICE_BIND_IOMMUFD, &mut bind)
-            .map_err(Error::os("binding the device to an iommufd"))?;
+        match ioctl::sized(device.as_fd(), ioctl::DEVICE_BIND_IOMMUFD, &mut bind) {
+            // What the kernel says when it is bound elsewhere already.
+            Err(Errno::EINVAL | Errno::EBUSY) => {
+                return Err(Error::Host("another process drives the device".to_owned()));
+            }
+            done => done.map_err(Error::os("binding the device to an iommufd"))?,
+        };
         let mut attach = AttachPt { pt_id: self.ioas, ..Default::default() };
         ioctl::sized(device.as_fd(), ioctl::DEVICE_ATTACH_PT, &mut attach)
             .map_err(Error::os("attaching the device to an address space"))?;
