@@ -24,6 +24,7 @@ impl<M: HostMemory> Controller<M> {
             Some(AdminOpcode::GetLogPage) => self.get_log_page(sqe),
             Some(AdminOpcode::Abort) => self.abort(sqe),
             Some(AdminOpcode::DoorbellBufferConfig) => self.doorbell_buffer(sqe),
+            Some(AdminOpcode::FormatNvm) => self.format_nvm(sqe),
             Some(AdminOpcode::AsyncEventRequest) => match self.events.request(sqe.cid()) {
                 Ok(()) => return None,
                 Err(status) => Err(status),

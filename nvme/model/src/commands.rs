@@ -32,7 +32,9 @@ pub(crate) enum When {
 pub(crate) struct InFlight {
     pub(crate) sqid: u16,
     pub(crate) sqe: Sqe,
-    when: When,
+    pub(crate) when: When,
+    /// When it was taken, in the unit of `when`.
+    pub(crate) since: u64,
     effects: Effects,
 }
 
@@ -145,7 +147,11 @@ impl<M: HostMemory> Controller<M> {
         if let Some((_, cq)) = self.queues.cq_of(sqid) {
             cq.reserved += 1;
         }
-        self.in_flight.push(InFlight { sqid, sqe, when, effects });
+        let since = match when {
+            When::Step(_) => self.steps,
+            When::Time(_) => self.now_ns,
+        };
+        self.in_flight.push(InFlight { sqid, sqe, when, since, effects });
     }
 
     /// Applies the fault list to a command. `None`: it goes no further.

@@ -1,6 +1,6 @@
 //! What a controller is made with, and the checks of it.
 
-use nvme_spec::{Cap, Oncs, offset};
+use nvme_spec::{Cap, Fna, Oacs, Oncs, offset};
 
 use crate::fault::Faults;
 use crate::namespace::NamespaceConfig;
@@ -30,6 +30,8 @@ pub struct Options {
     pub dsm: bool,
     /// Doorbell Buffer Config is supported.
     pub doorbell_buffer: bool,
+    /// Format NVM is supported, with these attributes.
+    pub format: Option<Fna>,
     /// Asynchronous Event Requests that may be outstanding, 0's based.
     pub aerl: u8,
     /// Serial number, at most 20 ASCII characters.
@@ -57,6 +59,7 @@ impl Default for Options {
             write_zeroes: true,
             dsm: true,
             doorbell_buffer: false,
+            format: Some(Fna(0).with_crypto(1)),
             aerl: 3,
             serial: "PDMODEL0001".to_owned(),
             model: "polldisk NVMe model".to_owned(),
@@ -134,6 +137,12 @@ impl Options {
             .with_dstrd(self.dstrd.into())
             .with_css(Cap::CSS_NVM)
             .with_mpsmax(self.mpsmax.into())
+    }
+
+    pub(crate) fn oacs(&self) -> Oacs {
+        Oacs(0)
+            .with_format(self.format.is_some().into())
+            .with_doorbell_buffer(self.doorbell_buffer.into())
     }
 
     pub(crate) fn oncs(&self) -> Oncs {

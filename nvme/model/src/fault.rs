@@ -29,8 +29,8 @@ use nvme_spec::{AdminOpcode, IoOpcode, Sqe, StatusCode};
 ///        | "noreset"          CC.EN=0 is ignored
 ///        | "stuck"            CC.EN=1 is accepted, but CSTS.RDY never follows
 /// filter = "op=" OP           read write flush zeroes dsm: that command; io: any I/O command;
-///                             admin: any admin command; identify abort create features log doorbells:
-///                             that kind of admin command; any: all. Default: io
+///                             admin: any admin command; identify abort create features log doorbells
+///                             format: that kind of admin command; any: all. Default: io
 ///        | "lba=" N [ "-" M ] only if the command touches a block in N..=M (not for op=dsm)
 ///        | "ns=" N            only this namespace; the one to resize or remove (default 1)
 ///        | "nth=" N           from the Nth command on that passes the filters (default 1)
@@ -374,10 +374,11 @@ fn parse_op(text: &str) -> Result<OpFilter, String> {
         "features" => OpFilter::AdminOps(&[A::SetFeatures, A::GetFeatures]),
         "log" => OpFilter::AdminOps(&[A::GetLogPage]),
         "doorbells" => OpFilter::AdminOps(&[A::DoorbellBufferConfig]),
+        "format" => OpFilter::AdminOps(&[A::FormatNvm]),
         _ => {
             return Err(format!(
                 "op {text:?} is not one of any, io, admin, read, write, flush, zeroes, dsm, \
-                 identify, abort, create, features, log, doorbells"
+                 identify, abort, create, features, log, doorbells, format"
             ));
         }
     })

@@ -1,12 +1,13 @@
 //! Identify (§5.15): what the device says about itself.
 
 use nvme_spec::{
-    Cns, IdentifyController, IdentifyNamespace, LbaFormat, MAX_ACTIVE_NAMESPACES, NamespaceIdDesc,
-    NamespaceList, NidType, Oacs, Sqe, StatusCode, Version,
+    Cns, IdentifyController, IdentifyNamespace, MAX_ACTIVE_NAMESPACES, NamespaceIdDesc,
+    NamespaceList, NidType, Sqe, StatusCode, Version,
 };
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::controller::{Answer, Controller, deny};
+use crate::format::formats;
 use crate::logs::ERROR_ENTRIES;
 use crate::memory::HostMemory;
 use crate::namespace::Namespace;
@@ -70,7 +71,7 @@ impl<M: HostMemory> Controller<M> {
         id.rtd3e = 1_000_000.into();
         id.oaes = IdentifyController::OAES_NAMESPACE.into();
         id.cntrltype = 1;
-        id.oacs = Oacs(0).with_doorbell_buffer(self.options.doorbell_buffer.into()).0.into();
+        id.oacs = self.options.oacs().0.into();
         id.acl = 3;
         id.aerl = self.options.aerl;
         // One firmware slot, read only.
@@ -83,6 +84,7 @@ impl<M: HostMemory> Controller<M> {
         id.cqes = 0x44;
         id.nn = (self.namespaces.len() as u32).into();
         id.oncs = self.options.oncs().0.into();
+        id.fna = self.options.format.map_or(0, |fna| fna.0);
         id.vwc = IdentifyController::VWC_FLUSH_ALL
             | if self.options.vwc { IdentifyController::VWC_PRESENT } else { 0 };
         let nqn = format!("nqn.2014-08.org.nvmexpress:uuid:{}", self.uuid());
@@ -99,7 +101,11 @@ impl<M: HostMemory> Controller<M> {
         id.dlfeat = 0b1001;
         id.nvmcap = (u128::from(ns.blocks) << ns.shift).into();
         id.nsattr = ns.read_only.into();
-        id.lbaf[0] = LbaFormat { lbads: ns.shift as u8, ..LbaFormat::default() };
+        let (formats, current) = formats(ns.shift);
+        id.lbaf[..formats.len()].copy_from_slice(&formats);
+        id.nlbaf = formats.len() as u8 - 1;
+        id.flbas = current;
+        id.fpi = IdentifyNamespace::FPI_SUPPORTED | self.format_progress(nsid);
         id.eui64 = self.unique_id(nsid);
         id.nguid = self.nguid(nsid);
         id

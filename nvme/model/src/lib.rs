@@ -46,6 +46,7 @@ mod events;
 mod fault;
 mod features;
 mod file;
+mod format;
 mod identify;
 mod io;
 mod logs;

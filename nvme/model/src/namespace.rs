@@ -49,6 +49,17 @@ impl Namespace {
         }
     }
 
+    /// Empties it and gives it blocks of another size; what does not fill a block is lost.
+    pub(crate) fn format(&mut self, shift: u32, cache_bytes: u64) -> io::Result<()> {
+        let bytes = self.blocks << self.shift;
+        self.cache = Cache::new(shift, cache_bytes);
+        self.store.zero(0, bytes, true)?;
+        self.store.sync()?;
+        self.blocks = bytes >> shift;
+        self.shift = shift;
+        Ok(())
+    }
+
     pub(crate) fn into_store(self) -> Store {
         self.store
     }

@@ -58,6 +58,18 @@ bitfields! {
     }
 }
 
+bitfields! {
+    /// FNA: Format NVM attributes (§5.15.2.2, byte 524 of Identify Controller).
+    pub struct Fna(u8) {
+        /// A format of one namespace formats all of the subsystem.
+        format_all / with_format_all: 0, 1;
+        /// A secure erase of one namespace erases all of the subsystem.
+        erase_all / with_erase_all: 1, 1;
+        /// Cryptographic erase is supported.
+        crypto / with_crypto: 2, 1;
+    }
+}
+
 /// Identify Controller, 4096 bytes (§5.15.2.2, figure 247; 2.0 §5.17.2.1). Fields that are not
 /// used here are inside the `reserved` arrays, named by their byte offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -145,7 +157,7 @@ pub struct IdentifyController {
     pub oncs: U16,
     /// FUSES: fused operations.
     pub fuses: U16,
-    /// FNA: Format NVM attributes.
+    /// FNA: Format NVM attributes, see [`Fna`].
     pub fna: u8,
     /// VWC: bit 0 a volatile write cache is there; bits 2:1 Flush with NSID FFFFFFFFh (10b not
     /// supported, 11b supported).
@@ -198,6 +210,7 @@ const _: () = assert!(offset_of!(IdentifyController, tnvmcap) == 280);
 const _: () = assert!(offset_of!(IdentifyController, sqes) == 512);
 const _: () = assert!(offset_of!(IdentifyController, nn) == 516);
 const _: () = assert!(offset_of!(IdentifyController, oncs) == 520);
+const _: () = assert!(offset_of!(IdentifyController, fna) == 524);
 const _: () = assert!(offset_of!(IdentifyController, vwc) == 525);
 const _: () = assert!(offset_of!(IdentifyController, awun) == 526);
 const _: () = assert!(offset_of!(IdentifyController, nwpc) == 531);
@@ -266,7 +279,7 @@ pub struct IdentifyNamespace {
     pub nmic: u8,
     /// RESCAP: reservation capabilities.
     pub rescap: u8,
-    /// FPI: format progress.
+    /// FPI: format progress; bit 7 it is told, bits 6:0 percent that remain.
     pub fpi: u8,
     /// DLFEAT: bits 2:0 what deallocated blocks read as (1 zeroes, 2 ones), bit 3 Write Zeroes
     /// may deallocate.
@@ -313,6 +326,7 @@ const _: () = assert!(size_of::<IdentifyNamespace>() == IDENTIFY_SIZE);
 const _: () = assert!(offset_of!(IdentifyNamespace, nsfeat) == 24);
 const _: () = assert!(offset_of!(IdentifyNamespace, flbas) == 26);
 const _: () = assert!(offset_of!(IdentifyNamespace, dps) == 29);
+const _: () = assert!(offset_of!(IdentifyNamespace, fpi) == 32);
 const _: () = assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
 const _: () = assert!(offset_of!(IdentifyNamespace, noiob) == 46);
 const _: () = assert!(offset_of!(IdentifyNamespace, nvmcap) == 48);
@@ -325,6 +339,9 @@ const _: () = assert!(offset_of!(IdentifyNamespace, eui64) == 120);
 const _: () = assert!(offset_of!(IdentifyNamespace, lbaf) == 128);
 
 impl IdentifyNamespace {
+    /// Bit of `fpi` that says that progress is told.
+    pub const FPI_SUPPORTED: u8 = 1 << 7;
+
     /// The LBA format in use. `None` if FLBAS names a format beyond NLBAF or 15.
     pub const fn format(&self) -> Option<LbaFormat> {
         // Bits 6:5 hold the upper part of the index where there are more than 16 formats

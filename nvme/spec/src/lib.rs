@@ -28,8 +28,8 @@ pub use feature::{
     AsyncEventConfig, FeatureId, FeatureSelect, QueueCounts, SetFeatures, VolatileWriteCache,
 };
 pub use identify::{
-    Cns, IdentifyController, IdentifyNamespace, LbaFormat, MAX_ACTIVE_NAMESPACES, NamespaceIdDesc,
-    NamespaceList, NidType, Oacs, Oncs,
+    Cns, Fna, IdentifyController, IdentifyNamespace, LbaFormat, MAX_ACTIVE_NAMESPACES,
+    NamespaceIdDesc, NamespaceList, NidType, Oacs, Oncs,
 };
 pub use log::{
     AsyncEvent, AsyncEventType, CriticalWarning, ErrorLogEntry, FirmwareSlotLog, LogId, SmartLog,
@@ -39,7 +39,9 @@ pub use regs::{
     Aqa, Cap, Cc, Csts, NSSR_MAGIC, ShutdownNotice, ShutdownStatus, Version, cq_head_doorbell,
     doorbell_of, offset, sq_tail_doorbell,
 };
-pub use sqe::{AdminOpcode, DsmRange, IoOpcode, MAX_DSM_RANGES, NSID_ALL, Sqe, cdw10_11_slba};
+pub use sqe::{
+    AdminOpcode, DsmRange, IoOpcode, MAX_DSM_RANGES, NSID_ALL, SecureErase, Sqe, cdw10_11_slba,
+};
 pub use status::{Status, StatusCode, StatusType};
 
 /// Size of a submission queue entry in bytes: CC.IOSQES is 6 (§4.2).

@@ -63,6 +63,18 @@ codes! {
     }
 }
 
+codes! {
+    /// SES: what Format NVM does with the user data (§5.23, figure 330).
+    pub enum SecureErase(u8) {
+        /// No secure erase: the data may still be on the medium, but cannot be read.
+        None = 0,
+        /// User data erase: all of it is overwritten or erased.
+        UserData = 1,
+        /// Cryptographic erase: the key is thrown away.
+        Crypto = 2,
+    }
+}
+
 /// The namespace identifier that means all namespaces (§6.1).
 pub const NSID_ALL: u32 = 0xffff_ffff;
 
@@ -279,9 +291,11 @@ impl Sqe {
             .with_cdw(3, (offset >> 32) as u32)
     }
 
-    /// Format NVM (§5.23) to LBA format `lbaf` (0 to 15), without secure erase.
-    pub const fn format_nvm(cid: u16, nsid: u32, lbaf: u8) -> Sqe {
-        Sqe::new(AdminOpcode::FormatNvm.code(), cid, nsid).with_cdw(0, (lbaf & 15) as u32)
+    /// Format NVM (§5.23) to LBA format `lbaf` (0 to 15), without protection information and with
+    /// metadata, if any, apart from the data.
+    pub const fn format_nvm(cid: u16, nsid: u32, lbaf: u8, erase: SecureErase) -> Sqe {
+        let cdw10 = (lbaf & 15) as u32 | (erase.code() as u32) << 9;
+        Sqe::new(AdminOpcode::FormatNvm.code(), cid, nsid).with_cdw(0, cdw10)
     }
 
     /// Doorbell Buffer Config (§5.7): pages of shadow doorbells and of event indexes.
@@ -428,6 +442,8 @@ mod tests {
         assert_eq!((a.cid(), a.opcode()), (0xffff, 0x0c));
         let d = Sqe::deallocate(1, 1, 255);
         assert_eq!((d.dword(0), d.dword(1)), (255, 4));
+        let f = Sqe::format_nvm(1, 2, 3, SecureErase::Crypto);
+        assert_eq!((f.opcode(), f.nsid.get(), f.dword(0)), (0x80, 2, 2 << 9 | 3));
     }
 
     #[test]

@@ -84,7 +84,7 @@ fn identify_refusals() {
     }
     let bad = Sqe::identify(1, Cns::Controller, 0).with_prps(0x10, 0);
     assert_eq!(host.fails(0, bad), StatusCode::DATA_TRANSFER_ERROR);
-    for opcode in [0x0d, 0x10, 0x18, 0x7c, 0x80, 0xc0, 0xff] {
+    for opcode in [0x0d, 0x10, 0x18, 0x7c, 0x84, 0xc0, 0xff] {
         assert_eq!(host.fails(0, Sqe::new(opcode, 1, 0)), StatusCode::INVALID_OPCODE);
     }
 }

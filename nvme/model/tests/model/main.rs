@@ -6,6 +6,7 @@ mod cache;
 mod data;
 mod events;
 mod faults;
+mod format;
 mod host;
 mod hostile;
 mod order;
