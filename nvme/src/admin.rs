@@ -21,6 +21,9 @@ pub(crate) const ENTRIES: u32 = 32;
 /// How long an admin command may take, in nanoseconds.
 pub(crate) const TIMEOUT: u64 = 15_000_000_000;
 
+/// How long Format NVM may take, in nanoseconds: a drive that overwrites all of itself takes hours.
+pub(crate) const FORMAT_TIMEOUT: u64 = 12 * 3600 * 1_000_000_000;
+
 /// For whom an admin command is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Job {
@@ -30,6 +33,8 @@ pub(crate) enum Job {
     Event,
     /// An Abort.
     Abort,
+    /// A Format NVM: takes long, and so does all else meanwhile.
+    Format,
 }
 
 /// The answer to an admin command.
@@ -160,14 +165,23 @@ impl<D: Doorbell> AdminQueue<D> {
 
     /// A command that is out for too long, if there is one.
     pub(crate) fn late(&self, now: u64) -> Result<(), Error> {
+        // Some controllers answer nothing else while they format.
+        let limit = if self.count(Job::Format) > 0 { FORMAT_TIMEOUT } else { TIMEOUT };
         let late = self
             .slots
             .iter()
             .filter_map(|s| s.sent)
-            .find(|&(job, _, sent)| job != Job::Event && now.saturating_sub(sent) >= TIMEOUT);
+            .find(|&(job, _, sent)| job != Job::Event && now.saturating_sub(sent) >= limit);
         match late {
-            Some((_, what, _)) => Err(Error::NoAnswer { what, ms: TIMEOUT / 1_000_000 }),
+            Some((_, what, _)) => Err(Error::NoAnswer { what, ms: limit / 1_000_000 }),
             None => Ok(()),
+        }
+    }
+
+    /// Gives the commands that are out their whole time again.
+    pub(crate) fn give_time(&mut self, now: u64) {
+        for (_, _, sent) in self.slots.iter_mut().filter_map(|s| s.sent.as_mut()) {
+            *sent = now;
         }
     }
 
@@ -270,5 +284,11 @@ mod tests {
         q.send(10, Job::Step, "Identify", |cid| Sqe::new(0, cid, 0));
         assert_eq!(q.late(TIMEOUT + 9), Ok(()));
         assert!(matches!(q.late(TIMEOUT + 10), Err(Error::NoAnswer { what: "Identify", .. })));
+        // While a format runs all may take as long; afterwards the usual time begins.
+        q.send(20, Job::Format, "Format NVM", |cid| Sqe::new(0, cid, 0));
+        assert_eq!(q.late(FORMAT_TIMEOUT), Ok(()));
+        assert!(q.late(FORMAT_TIMEOUT + 20).is_err());
+        q.give_time(FORMAT_TIMEOUT);
+        assert_eq!(q.late(FORMAT_TIMEOUT + TIMEOUT), Ok(()));
     }
 }

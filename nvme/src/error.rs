@@ -64,6 +64,17 @@ pub enum Error {
         /// The submission queue.
         qid: u16,
     },
+    /// A namespace cannot be formatted while queue pairs are there.
+    #[error(
+        "queue pair {qid} is in use; a namespace is formatted only when nothing uses the drive"
+    )]
+    Busy {
+        /// The submission queue.
+        qid: u16,
+    },
+    /// The device does not have what was asked for.
+    #[error("{0}")]
+    NotPossible(String),
     /// What was asked for needs a controller that is ready.
     #[error("the controller is not ready")]
     NotOpen,

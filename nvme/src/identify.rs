@@ -1,7 +1,7 @@
 //! What Identify says (§5.15), checked and turned into what the rest of the driver works with.
 
 use block::DeviceInfo;
-use nvme_spec::{Cap, IdentifyController, IdentifyNamespace, Oacs, Oncs, Version};
+use nvme_spec::{Cap, Fna, IdentifyController, IdentifyNamespace, Oacs, Oncs, Version};
 
 use crate::Error;
 use crate::prp;
@@ -33,6 +33,10 @@ pub struct ControllerInfo {
     pub oncs: Oncs,
     /// It takes doorbells from memory (Doorbell Buffer Config).
     pub doorbell_buffer: bool,
+    /// Optional admin commands.
+    pub oacs: Oacs,
+    /// What Format NVM does beyond one namespace.
+    pub fna: Fna,
     /// Namespace attribute notices can be had.
     pub(crate) namespace_events: bool,
     /// Asynchronous Event Requests that may be outstanding.
@@ -72,6 +76,8 @@ impl ControllerInfo {
             cache_enabled: vwc,
             oncs: Oncs(id.oncs.get()),
             doorbell_buffer: Oacs(id.oacs.get()).doorbell_buffer() == 1,
+            oacs: Oacs(id.oacs.get()),
+            fna: Fna(id.fna),
             namespace_events: id.oaes.get() & IdentifyController::OAES_NAMESPACE != 0,
             event_requests: id.aerl.saturating_add(1),
             shutdown_us: id.rtd3e.get(),

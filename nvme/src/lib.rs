@@ -33,7 +33,7 @@ mod units;
 
 pub use bar::{Bar, Doorbell, ResetError};
 pub use clock::Clock;
-pub use controller::{Controller, Events, Options, State};
+pub use controller::{BlockFormat, Controller, Events, Format, Options, State};
 pub use error::Error;
 pub use identify::{ControllerInfo, Namespace, Refused};
 pub use memory::{DmaMapper, IovaMap, quarantined};

@@ -6,10 +6,11 @@
 //! their reactors and hear of it through a [`Link`].
 //!
 //! - `boot`: from any state of the registers to ready (§7.6.1); `scan`: namespaces;
-//! - `serve`: health, events, aborts, creating and deleting queues;
+//! - `serve`: health, events, aborts, creating and deleting queues; `format`: Format NVM;
 //! - `ladder`: CC.EN=0, function reset, bus master off, or else quarantine.
 
 mod boot;
+mod format;
 mod ladder;
 mod scan;
 mod serve;
@@ -29,6 +30,7 @@ use crate::queue::{MAX_ENTRIES, Parts, QueueMemory, QueuePair};
 use crate::shadow::{Bell, ShadowBuffers};
 use crate::units::{Changing, Unit};
 use boot::{Boot, Origin};
+pub use format::{BlockFormat, Format};
 use ladder::Ladder;
 use scan::Scan;
 use serve::{Closing, Service};
@@ -284,7 +286,7 @@ impl<B: Bar> Controller<B> {
     }
 
     /// The namespaces that can be used: unit `n` of a queue pair is the `n`th. Never gets shorter
-    /// or longer while the controller is open; sizes may change.
+    /// or longer while queue pairs are there; sizes may change.
     pub fn namespaces(&self) -> &[Namespace] {
         &self.namespaces
     }
@@ -302,6 +304,24 @@ impl<B: Bar> Controller<B> {
     /// The health log as it was read last; `None` if it was not.
     pub fn smart(&self) -> Option<&SmartLog> {
         self.smart.as_ref()
+    }
+
+    /// Reads the health log.
+    ///
+    /// # Errors
+    /// If the controller is not ready, or does not give it.
+    pub fn read_smart(&mut self, clock: &mut impl Clock) -> Result<SmartLog, Error> {
+        if !matches!(self.phase, Phase::Ready) {
+            return Err(Error::NotOpen);
+        }
+        self.service.want_smart();
+        loop {
+            match (self.step(clock.now()), self.service.smart_read.take()) {
+                (_, Some(read)) => return read,
+                (State::Ready, None) => clock.pause(),
+                _ => return Err(self.error.clone().unwrap_or(Error::NotOpen)),
+            }
+        }
     }
 
     /// What the controller reported by itself.

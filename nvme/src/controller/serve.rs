@@ -6,6 +6,7 @@ use nvme_spec::{
     ShutdownStatus, SmartLog, Sqe, notice_event, offset,
 };
 
+use super::format::Formatting;
 use super::{Controller, MS, Phase, Stage};
 use crate::Error;
 use crate::admin::{Job, Reply};
@@ -27,7 +28,7 @@ const SHUTDOWN_TIMEOUT: u64 = 10_000 * MS;
 
 /// A command sequence on the admin queue; one at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Task {
+pub(super) enum Task {
     /// Creates the completion queue, then the submission queue, of this identifier.
     CreateCq(u16),
     CreateSq(u16),
@@ -38,6 +39,8 @@ enum Task {
     Log(LogId),
     /// Looks at the namespaces again.
     Scan,
+    /// Formats a namespace, or looks at how it can be.
+    Format,
 }
 
 impl Task {
@@ -47,7 +50,7 @@ impl Task {
             Task::CreateCq(q) | Task::CreateSq(q) | Task::DeleteSq(q) | Task::DeleteCq(q) => {
                 Some(q)
             }
-            Task::Log(_) | Task::Scan => None,
+            Task::Log(_) | Task::Scan | Task::Format => None,
         }
     }
 }
@@ -55,11 +58,15 @@ impl Task {
 /// What a controller that serves has to do.
 #[derive(Default)]
 pub(super) struct Service {
-    task: Option<Task>,
+    pub(super) task: Option<Task>,
     next_health: u64,
     /// Log pages to be read, in turn.
     logs: Vec<LogId>,
-    rescan: bool,
+    pub(super) rescan: bool,
+    /// A format that is wanted or under way.
+    pub(super) format: Option<Formatting>,
+    /// The health log as it was read last, or why it was not.
+    pub(super) smart_read: Option<Result<SmartLog, Error>>,
     /// The controller takes no (more) event requests.
     no_events: bool,
     /// When an event may be logged next: a device must not flood the log.
@@ -70,6 +77,12 @@ impl Service {
     /// Everything from the start; the health log is looked at first.
     pub(super) fn begin(&mut self, now: u64) {
         *self = Service { next_health: now, logs: vec![LogId::Smart], ..Service::default() };
+    }
+
+    /// Has the health log read.
+    pub(super) fn want_smart(&mut self) {
+        self.smart_read = None;
+        self.want(LogId::Smart);
     }
 
     fn want(&mut self, log: LogId) {
@@ -110,6 +123,7 @@ impl<B: Bar> Controller<B> {
             !(q.link.is_dropped() && matches!(q.stage, Stage::Wanted | Stage::Ended))
                 || self.service.task.and_then(Task::queue) == Some(q.qid)
         });
+        self.format_look(now);
         self.next_task(now);
         Ok(())
     }
@@ -123,6 +137,7 @@ impl<B: Bar> Controller<B> {
                 Job::Event => self.event(now, &reply),
                 // Whatever it says: what counts is whether the command is completed.
                 Job::Abort => {}
+                Job::Format => self.format_reply(now, &reply),
                 Job::Step => self.task_reply(now, reply)?,
             }
         }
@@ -232,6 +247,9 @@ impl<B: Bar> Controller<B> {
             self.send_step(now, "Delete I/O Submission Queue", |cid| Sqe::delete_io_sq(cid, qid));
             return;
         }
+        if self.format_begin(now) {
+            return;
+        }
         if !self.service.logs.is_empty() {
             let log = self.service.logs.remove(0);
             self.service.task = Some(Task::Log(log));
@@ -295,8 +313,11 @@ impl<B: Bar> Controller<B> {
                 }
             }
             Task::Log(log) => self.read_log(log, &reply),
+            Task::Format => self.format_identified(now, &reply),
             Task::Scan => {
-                if !self.scan_reply(now, reply)? {
+                if self.scan_reply(now, reply)? {
+                    self.format_scanned();
+                } else {
                     self.service.task = Some(Task::Scan);
                 }
             }
@@ -314,10 +335,13 @@ impl<B: Bar> Controller<B> {
     }
 
     fn read_log(&mut self, log: LogId, reply: &Reply) {
-        if reply.ok().is_err() || log != LogId::Smart {
+        if log != LogId::Smart {
             return;
         }
-        let Some(smart) = self.admin.data::<SmartLog>() else { return };
+        let no_data = Error::Memory { what: "the health log", why: "no data".to_owned() };
+        let read = reply.ok().and_then(|_| self.admin.data::<SmartLog>().ok_or(no_data));
+        self.service.smart_read = Some(read.clone());
+        let Ok(smart) = read else { return };
         let warning = CriticalWarning(smart.critical_warning);
         if warning.0 != 0 && self.smart.is_none_or(|s| s.critical_warning != warning.0) {
             log::error!("nvme {}: critical warning {:#04x}", self.name(), warning.0);

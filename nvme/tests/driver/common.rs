@@ -160,6 +160,8 @@ pub(crate) struct World {
     pub(crate) now: Cell<u64>,
     /// How much time a turn takes.
     pub(crate) tick: Cell<u64>,
+    /// When a driver that still waits fails its test.
+    pub(crate) patience: Cell<u64>,
     /// What CSTS reads as, if not what the model says.
     pub(crate) csts: Cell<Option<u32>>,
     /// What VS reads as, if not what the model says.
@@ -304,7 +306,7 @@ impl Clock for Turning {
     }
 
     fn pause(&mut self) {
-        assert!(self.0.now.get() < 600 * SECOND, "the driver waits for ever");
+        assert!(self.0.now.get() < self.0.patience.get(), "the driver waits for ever");
         self.0.turn();
     }
 }
@@ -344,6 +346,7 @@ impl Setup {
             model: RefCell::new(model),
             now: Cell::new(0),
             tick: Cell::new(MS / 10),
+            patience: Cell::new(600 * SECOND),
             csts: Cell::default(),
             vs: Cell::default(),
             cap: Cell::default(),
@@ -385,7 +388,17 @@ impl Rig {
     ) -> Result<Rig, nvme::Error> {
         let mapper: Arc<dyn DmaMapper> = Arc::new(memory.clone());
         let mut clock = Turning(world.clone());
-        let mut controller = Controller::open(TestBar(world.clone()), mapper, options, &mut clock)?;
+        let controller = Controller::open(TestBar(world.clone()), mapper, options, &mut clock)?;
+        Rig::around(world, memory, controller)
+    }
+
+    /// With a new queue pair of a controller that is open.
+    pub(crate) fn around(
+        world: Rc<World>,
+        memory: Memory,
+        mut controller: Controller<TestBar>,
+    ) -> Result<Rig, nvme::Error> {
+        let mut clock = Turning(world.clone());
         let mut queue = controller.create_queue_pair(&mut clock)?;
         let data = Region::new(4 << 20, PageSize::Small).unwrap();
         queue.register(&data).unwrap();

@@ -4,6 +4,7 @@ mod bringup;
 mod closing;
 mod common;
 mod faults;
+mod format;
 mod hostile;
 mod io;
 mod rings;
