@@ -10,6 +10,7 @@ mod output;
 mod args;
 mod bench;
 mod demo;
+mod device;
 mod image;
 mod model;
 mod nbd;
@@ -46,6 +47,9 @@ enum Command {
     /// Measurements.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// NVMe devices: list, bind, unbind, identify, health, format; and the host's readiness: doctor.
+    #[command(subcommand)]
+    Device(device::Command),
     /// Images: info, check, create, map, convert, compare.
     #[command(subcommand)]
     Image(image::Command),
@@ -63,8 +67,10 @@ fn main() -> std::process::ExitCode {
         Command::Nbd(nbd) => nbd::run(&nbd),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),
+        Command::Device(command) => device::run(command),
         Command::Image(command) => image::run(command),
     };
+    let result = result.or_else(output::usage_code);
     match result {
         Ok(code) => std::process::ExitCode::from(code),
         Err(e) => {

@@ -38,6 +38,28 @@ pub(crate) fn explain(error: &anyhow::Error) -> String {
     text
 }
 
+/// A command line that says something impossible: exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Says that the command line is wrong.
+pub(crate) fn usage<T>(why: impl Into<String>) -> anyhow::Result<T> {
+    Err(anyhow::Error::msg(Usage(why.into())))
+}
+
+/// The exit code for a command line that is wrong, which is said; any other error as it is.
+pub(crate) fn usage_code(error: anyhow::Error) -> anyhow::Result<u8> {
+    let usage = error.downcast::<Usage>()?;
+    tell!("polldisk: {}", usage.0);
+    Ok(2)
+}
+
 struct Stderr;
 
 impl log::Log for Stderr {

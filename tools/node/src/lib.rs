@@ -6,11 +6,13 @@
 //!   on a reactor, with [`reactor::Portal`]s to it.
 //! - [`Leaf`], [`Image`] and [`Frontend`] are the enums over which the reactor is instantiated once,
 //!   for `tools` and `bench` alike.
+//! - [`Admin`] is a controller as a whole, without queues (`device …` commands).
 //!
 //! Control path throughout, but for the enums' forwarding.
 
 #![forbid(unsafe_code)]
 
+mod admin;
 mod chain;
 mod control;
 mod device;
@@ -27,6 +29,7 @@ mod source;
 mod spec;
 mod vfio;
 
+pub use admin::{Admin, DeviceSpec};
 pub use chain::{Chain, OpenOptions, open_chain, open_source};
 pub use disk::{Disk, DiskOptions, Door, Parts, ReactorCore, Rest};
 pub use extents::{Extent, ExtentSource};

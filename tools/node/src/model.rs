@@ -87,6 +87,45 @@ impl DmaMapper for ModelMapper {
     }
 }
 
+/// A model that has power, for a driver to be put onto it.
+pub(crate) struct Power {
+    pub(crate) device: ThreadDriver<RegionMemory>,
+    pub(crate) bar: ModelBar,
+    pub(crate) mapper: Arc<dyn DmaMapper>,
+    stats: Arc<ModelStats>,
+}
+
+/// Powers a model up over `file`, with a thread that steps it.
+///
+/// # Errors
+/// If the file cannot be used, or there is no thread to be had.
+pub(crate) fn power_up(
+    spec: &ModelSpec,
+    file: File,
+    capacity: u64,
+    read_only: bool,
+    node: &str,
+) -> Result<Power, Error> {
+    let fail = |what: &str, e: &dyn std::fmt::Display| Error::node(node, format!("{what}: {e}"));
+    let store = Store::file(file, true).map_err(|e| fail("cannot use the file", &e))?;
+    let blocks = capacity / u64::from(spec.lba);
+    let namespace = NamespaceConfig { store, blocks, lba: spec.lba, read_only };
+    let options = nvme_model::Options {
+        vwc: spec.vwc,
+        mdts: spec.mdts,
+        faults: spec.faults.clone(),
+        ..nvme_model::Options::default()
+    };
+    let (iommu, memory) = nvme_model::iommu();
+    let device = ModelController::new(options, vec![namespace], memory)
+        .map_err(|e| fail("cannot make the controller", &e))?;
+    let (bar, stats) = (ModelBar(device.registers().clone()), device.stats().clone());
+    let mapper = Arc::new(ModelMapper(Mutex::new(iommu)));
+    let device =
+        ThreadDriver::spawn(device, || {}).map_err(|e| fail("cannot start a thread", &e))?;
+    Ok(Power { device, bar, mapper, stats })
+}
+
 /// An NVMe controller in this process and the driver's control thread for it.
 pub struct Model {
     node: String,
@@ -108,31 +147,11 @@ impl Model {
         clock: Clock,
     ) -> Result<(Model, QueuePair<ModelBar>), Error> {
         let node = format!("model:{}", spec.path.display());
-        let fail =
-            |what: &str, e: &dyn std::fmt::Display| Error::node(&node, format!("{what}: {e}"));
-        let store = Store::file(file, true).map_err(|e| fail("cannot use the file", &e))?;
-        let namespace = NamespaceConfig {
-            store,
-            blocks: capacity / u64::from(spec.lba),
-            lba: spec.lba,
-            read_only,
-        };
-        let options = nvme_model::Options {
-            vwc: spec.vwc,
-            mdts: spec.mdts,
-            faults: spec.faults.clone(),
-            ..nvme_model::Options::default()
-        };
-        let (iommu, memory) = nvme_model::iommu();
-        let device = ModelController::new(options, vec![namespace], memory)
-            .map_err(|e| fail("cannot make the controller", &e))?;
-        let (bar, stats) = (ModelBar(device.registers().clone()), device.stats().clone());
-        let mapper = Arc::new(ModelMapper(Mutex::new(iommu)));
-        let device =
-            ThreadDriver::spawn(device, || {}).map_err(|e| fail("cannot start a thread", &e))?;
+        let Power { device, bar, mapper, stats } =
+            power_up(spec, file, capacity, read_only, &node)?;
         let control = Control::start(&node, bar, mapper, Options::default(), clock, ())?;
         if let Some(r) = control.refused().first() {
-            return Err(fail("namespace", &r.why));
+            return Err(Error::node(&node, format!("namespace: {}", r.why)));
         }
         let pair = control.queue_pair()?;
         let model = Model { node, device: Some(device), stats, control: Some(control) };

@@ -277,16 +277,27 @@ pub(crate) fn open(
     }
 }
 
-/// Connects, and brings the controller up.
-fn start(spec: &RemoteSpec, node: &str, clock: Clock) -> Result<Remote, Error> {
+/// Connects to a socket: the device's registers, and what makes memory reachable for it.
+///
+/// # Errors
+/// If nobody listens there, or offers no NVMe controller.
+pub(crate) fn connect(
+    spec: &RemoteSpec,
+    node: &str,
+) -> Result<(RemoteBar, Arc<dyn DmaMapper>), Error> {
     let function = Function::connect(spec).map_err(|e| Error::node(node, e))?;
     if function.mapped.iter().all(|m| m.find(offset::DOORBELLS, 8).is_none()) {
         log::warn!("{node}: the server does not share its doorbells: each costs a system call");
     }
     let function = Arc::new(function);
     let mapper = Mapper { function: function.clone(), live: Mutex::new(Vec::new()) };
-    let (bar, options) = (RemoteBar(function), Options::default());
-    let control = Control::start(node, bar, Arc::new(mapper), options, clock, ())?;
+    Ok((RemoteBar(function), Arc::new(mapper)))
+}
+
+/// Connects, and brings the controller up.
+fn start(spec: &RemoteSpec, node: &str, clock: Clock) -> Result<Remote, Error> {
+    let (bar, mapper) = connect(spec, node)?;
+    let control = Control::start(node, bar, mapper, Options::default(), clock, ())?;
     Ok(Remote { control, claims: Claims::new(QUEUES), uses: Mutex::new(Vec::new()) })
 }
 

@@ -121,12 +121,7 @@ impl VfioSpec {
             .split_once('/')
             .ok_or("a namespace is needed behind the address, like 0000:01:00.0/1")?;
         let address = address.parse().map_err(|e: vfio::Error| e.to_string())?;
-        // Digits alone: no sign. 0 and all ones name no single namespace.
-        let digits = !nsid.is_empty() && nsid.bytes().all(|b| b.is_ascii_digit());
-        match nsid.parse() {
-            Ok(n) if digits && n != 0 && n != u32::MAX => Ok(VfioSpec { address, nsid: n }),
-            _ => Err(format!("{nsid:?} is no namespace; they count from 1")),
-        }
+        Ok(VfioSpec { address, nsid: namespace_id(nsid)? })
     }
 }
 
@@ -141,11 +136,7 @@ impl RemoteSpec {
         let (socket, nsid) = text
             .rsplit_once('/')
             .ok_or("a namespace is needed behind the socket, like /run/nvme.sock/1")?;
-        // Digits alone: no sign. 0 and all ones name no single namespace.
-        let digits = !nsid.is_empty() && nsid.bytes().all(|b| b.is_ascii_digit());
-        let id = nsid.parse().ok().filter(|&n| digits && n != 0 && n != u32::MAX);
-        let nsid = id.ok_or_else(|| format!("{nsid:?} is no namespace; they count from 1"))?;
-        Ok(RemoteSpec { socket: decode(socket)?, nsid })
+        Ok(RemoteSpec { socket: decode(socket)?, nsid: namespace_id(nsid)? })
     }
 }
 
@@ -203,6 +194,15 @@ impl ModelSpec {
             }
         }
         Ok(spec)
+    }
+}
+
+/// The identifier of a namespace. Digits alone: no sign. 0 and all ones name no single one.
+pub(crate) fn namespace_id(text: &str) -> Result<u32, String> {
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    match text.parse() {
+        Ok(n) if digits && n != 0 && n != u32::MAX => Ok(n),
+        _ => Err(format!("{text:?} is no namespace; they count from 1")),
     }
 }
 

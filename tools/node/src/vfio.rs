@@ -253,8 +253,15 @@ fn missing(drive: &Drive, nsid: u32) -> String {
     }
 }
 
-/// Opens a device and brings its controller up.
-fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Result<Drive, Error> {
+/// Opens a device, in the container given or one of its own.
+///
+/// # Errors
+/// If there is no NVMe controller, or it cannot be had.
+pub(crate) fn open_device(
+    container: Option<Arc<Container>>,
+    address: Address,
+    node: &str,
+) -> Result<(Arc<Container>, Arc<Device>), Error> {
     let fail = |e: vfio::Error| Error::node(node, e);
     let sysfs = Sysfs::default();
     let function = sysfs.function(address).map_err(fail)?;
@@ -263,8 +270,8 @@ fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Res
         let why = format!("the function at {address} is no NVMe controller (class {class:06x})");
         return Err(Error::node(node, why));
     }
-    let container = match &drives.container {
-        Some(container) => container.clone(),
+    let container = match container {
+        Some(container) => container,
         None => {
             let mode = match UNSAFE_NOIOMMU.load(Ordering::Relaxed) {
                 false => Mode::Iommu,
@@ -276,8 +283,15 @@ fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Res
             Container::open(mode, sysfs.clone(), &function).map_err(fail)?
         }
     };
-    drives.container = Some(container.clone());
     let device = Arc::new(Device::open(&container, &sysfs, address).map_err(fail)?);
+    Ok((container, device))
+}
+
+/// Opens a device and brings its controller up.
+fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Result<Drive, Error> {
+    let fail = |e: vfio::Error| Error::node(node, e);
+    let (container, device) = open_device(drives.container.clone(), address, node)?;
+    drives.container = Some(container.clone());
     let interrupt = device.admin_interrupt().map_err(fail)?;
     let watch = Attention { device: device.clone(), interrupt, again: 0 };
     let options = Options { io_queues: QUEUES, ..Options::default() };

@@ -7,7 +7,7 @@ mod create;
 mod fresh;
 mod info;
 mod map;
-mod print;
+pub(crate) mod print;
 mod reader;
 
 use std::path::PathBuf;
@@ -15,6 +15,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use node::{NodeSpec, OpenOptions};
 use qcow::open::Format;
+
+use crate::output::usage;
 
 /// The commands.
 #[derive(Subcommand)]
@@ -35,34 +37,14 @@ pub(crate) enum Command {
 
 /// Runs one; returns the exit code.
 pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
-    let result = match command {
+    match command {
         Command::Info(c) => info::run(&c).map(|()| 0),
         Command::Check(c) => check::run(&c),
         Command::Create(c) => create::run(&c).map(|()| 0),
         Command::Map(c) => map::run(&c).map(|()| 0),
         Command::Convert(c) => convert::run(&c).map(|()| 0),
         Command::Compare(c) => compare::run(&c),
-    };
-    result.or_else(|e| {
-        let usage = e.downcast::<Usage>()?;
-        tell!("polldisk: {}", usage.0);
-        Ok(2)
-    })
-}
-
-/// A command line that says something impossible: exit code 2.
-#[derive(Debug)]
-struct Usage(String);
-
-impl std::fmt::Display for Usage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
     }
-}
-
-/// Says that the command line is wrong.
-fn usage<T>(why: impl Into<String>) -> anyhow::Result<T> {
-    Err(anyhow::Error::msg(Usage(why.into())))
 }
 
 /// What may be opened as a backing file.
