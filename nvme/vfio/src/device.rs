@@ -77,7 +77,7 @@ impl Device {
         address: Address,
     ) -> Result<Device, Error> {
         let function = sysfs.function(address)?;
-        bound(&function, sysfs)?;
+        bound(&function)?;
         let (fd, group) = container.open_device(&function)?;
         let result = Open::new(fd, group).and_then(|open| {
             let bar = region(&open.fd, abi::REGION_BAR0)?;
@@ -209,7 +209,7 @@ impl Device {
             return Ok(false);
         }
         let Ok(function) = self.sysfs.function(self.address) else { return Ok(false) };
-        if bound(&function, &self.sysfs).is_err() || function.group.is_none() {
+        if bound(&function).is_err() || function.group.is_none() {
             return Ok(false);
         }
         let (fd, group) = self.container.open_device(&function)?;
@@ -252,25 +252,19 @@ impl std::fmt::Debug for Device {
 }
 
 /// Whether the kernel has handed the function to VFIO.
-fn bound(function: &Function, sysfs: &Sysfs) -> Result<(), Error> {
+fn bound(function: &Function) -> Result<(), Error> {
     let a = function.address;
     // Drivers of the kernel for certain devices are called something-vfio-pci.
     if function.driver.as_deref().is_some_and(|d| d.ends_with("vfio-pci")) {
         return Ok(());
     }
-    let folder = sysfs.folder(a);
-    let f = folder.display();
-    let (has, unbind) = match &function.driver {
-        Some(d) => (
-            format!("is held by the kernel's driver {d}"),
-            format!("echo {a} > {f}/driver/unbind; "),
-        ),
-        None => ("has no driver".to_owned(), String::new()),
+    let has = match &function.driver {
+        Some(d) => format!("is held by the kernel's driver {d}"),
+        None => "has no driver".to_owned(),
     };
     Err(Error::Host(format!(
         "{a} {has}; hand it to vfio-pci (what is mounted from it must be unmounted before): \
-         modprobe vfio-pci; {unbind}echo vfio-pci > {f}/driver_override; echo {a} > \
-         /sys/bus/pci/drivers_probe"
+         polldisk device bind {a}"
     )))
 }
 
@@ -467,15 +461,14 @@ mod tests {
             numa_node: None,
             bars: [0; 6],
         };
-        let sysfs = Sysfs::default();
-        let text = bound(&function, &sysfs).unwrap_err().to_string();
-        assert!(text.contains("driver nvme") && text.contains("driver/unbind"), "{text}");
+        let text = bound(&function).unwrap_err().to_string();
+        assert!(text.contains("driver nvme") && text.ends_with("bind 0000:00:03.0"), "{text}");
         function.driver = None;
-        let text = bound(&function, &sysfs).unwrap_err().to_string();
-        assert!(text.contains("has no driver") && !text.contains("unbind"), "{text}");
+        let text = bound(&function).unwrap_err().to_string();
+        assert!(text.contains("has no driver"), "{text}");
         for good in ["vfio-pci", "mlx5_vfio-pci"] {
             function.driver = Some(good.to_owned());
-            assert_eq!(bound(&function, &sysfs), Ok(()));
+            assert_eq!(bound(&function), Ok(()));
         }
     }
 }

@@ -5,10 +5,70 @@ A=$(address A); B=$(address B); H=$(address H); S=$(address S)
 # What is found before anything is bound.
 case_refusals() {
     refused "held by the kernel's driver nvme" polldisk image compare -f raw -F raw vfio:$A/1 vfio:$A/1
-    grep -q driver_override /tmp/said
+    grep -q "polldisk device bind $A" /tmp/said
     refused "no PCI function at" polldisk image compare -f raw -F raw vfio:0000:7f:1f.7/1 vfio:$A/1
     grep -q $A /tmp/said
     refused "no NVMe controller" polldisk image compare -f raw -F raw vfio:0000:00:00.0/1 vfio:$A/1
+}
+
+# The commands for devices against the real kernel: refusals, there and back, a new block size.
+case_device() {
+    to_kernel $A
+    polldisk device doctor | tee /tmp/doctor
+    grep 'ok .*iommu: on' /tmp/doctor && grep 'ok .*interrupt-remapping: on' /tmp/doctor
+    d=$(disk $A 1)
+    dd if=/dev/zero of=$d bs=1M count=1 2>/dev/null
+    printf 'o\nn\np\n1\n2048\n16383\nw\n' | fdisk $d > /dev/null
+    for _ in $(seq 50); do [ -b ${d}p1 ] && break; sleep 0.1; done
+    polldisk device list | tee /tmp/list
+    grep "^$A .* A  *1  *16 MiB  *512  *nvme .* -$" /tmp/list
+    mkswap ${d}p1 > /dev/null
+    swapon ${d}p1
+    polldisk device list | grep "^$A .*p1 is swap"
+    refused 'p1 is swap' polldisk device bind $A
+    # Where nothing of it is seen, the kernel still knows.
+    mount --bind /dev/null /proc/swaps
+    refused 'in use, by something that is not seen' polldisk device bind $A
+    umount /proc/swaps
+    swapoff ${d}p1
+    sleep 1000 < ${d}p1 & p=$!
+    refused 'open by sleep' polldisk device bind $A
+    kill $p
+    wait $p || true
+    [ "$(driver $A)" = nvme ]
+
+    polldisk device bind --json $A | grep '"changed": true'
+    [ "$(driver $A)" = vfio-pci ]
+    polldisk device bind $A | grep already
+    polldisk device list | grep "^$A .* vfio-pci .* -$"
+    polldisk device identify $A | tee /tmp/identify
+    grep 'namespace 1: 16 MiB, blocks of 512$' /tmp/identify
+    polldisk device health vfio:$A | grep 'no critical warning'
+    refused 'yes formats without asking' polldisk device format $A
+    random /tmp/data 256
+    polldisk image convert -f raw -O raw /tmp/data vfio:$A/1
+    polldisk device format --yes --lba 4096 $A
+    polldisk device identify $A/1 | grep 'namespace 1: 16 MiB, blocks of 4096$'
+    polldisk image convert -f raw -O raw vfio:$A/1 /tmp/copy
+    [ "$(tr -d '\000' < /tmp/copy | wc -c)" = 0 ]
+    serve x -f raw vfio:$A/1
+    refused 'open by polldisk' polldisk device unbind $A
+    refused 'another process' polldisk device format --yes $A
+    stop x
+    polldisk device unbind $A
+    [ "$(driver $A)" = nvme ] && [ "$(cat $PCI/$A/driver_override)" = '(null)' ]
+    [ "$(blockdev --getss $(disk $A 1))" = 4096 ]
+    polldisk device bind $A
+    polldisk device format --yes --lba 512 --secure-erase user-data vfio:$A/1
+    polldisk device unbind $A
+    [ "$(blockdev --getss $(disk $A 1))" = 512 ]
+
+    to_vfio $B
+    refused 'which namespace' polldisk device format --yes $B
+    polldisk device format --yes --lba 512 $B/3
+    polldisk device identify $B | grep 'namespace 3: 8 MiB, blocks of 512$'
+    polldisk device format --yes --lba 4096 $B/3
+    to_kernel $B
 }
 
 # The kernel writes, polldisk reads: every byte.

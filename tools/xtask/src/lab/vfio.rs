@@ -32,6 +32,7 @@ const BOOTS: [Boot; 3] = [
         iommu: true,
         cases: &[
             "refusals",
+            "device",
             "kernel_writes",
             "kernel_reads",
             "namespaces",
