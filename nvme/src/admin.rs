@@ -145,7 +145,7 @@ impl<D: Doorbell> AdminQueue<D> {
             let entry = self.cq.peek()?;
             let result = self.cq.result();
             self.cq.advance();
-            self.cq.ring();
+            self.cq.tell();
             let slot = self.slots.get_mut(usize::from(entry.cid() % GENERATION));
             if let Some(slot) = slot.filter(|s| s.cid == entry.cid())
                 && let Some((job, what, _)) = slot.sent.take()

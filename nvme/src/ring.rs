@@ -65,6 +65,8 @@ pub(crate) struct CompletionRing<D> {
     head: u32,
     /// The phase bit of a fresh entry, where it stands in an entry's last dword.
     phase: u32,
+    /// Entries taken that the device was not told of.
+    untold: u32,
     doorbell: Bell<D>,
 }
 
@@ -93,7 +95,7 @@ impl<D: Doorbell> CompletionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
     pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: Bell<D>) -> Self {
         let entries = Entries::new(region, base, entries);
-        CompletionRing { entries, head: 0, phase: PHASE, doorbell }
+        CompletionRing { entries, head: 0, phase: PHASE, untold: 0, doorbell }
     }
 
     /// The fresh entry at the head, if there is one: one 32-bit load.
@@ -121,10 +123,23 @@ impl<D: Doorbell> CompletionRing<D> {
         }
     }
 
-    /// Tells the device which entries were taken. Nothing it posts later overwrites them before. Returns
-    /// whether that took a register write.
+    /// After `taken` entries were taken: tells the device, once they are a quarter of the ring. It
+    /// overwrites none of them before. A device waits for that only when the ring is full of entries
+    /// that it takes for unread, and once they are read they are more than a quarter: so nothing ever
+    /// waits for the rest of a batch. Returns whether a register was written.
     #[inline]
-    pub(crate) fn ring(&mut self) -> bool {
+    pub(crate) fn ring(&mut self, taken: u32) -> bool {
+        self.untold += taken;
+        if self.untold <= self.entries.mask() / 4 {
+            return false;
+        }
+        self.tell()
+    }
+
+    /// Tells the device which entries were taken, now.
+    #[inline]
+    pub(crate) fn tell(&mut self) -> bool {
+        self.untold = 0;
         self.doorbell.ring(self.head)
     }
 
@@ -132,6 +147,7 @@ impl<D: Doorbell> CompletionRing<D> {
     pub(crate) fn reset(&mut self) {
         self.head = 0;
         self.phase = PHASE;
+        self.untold = 0;
         self.doorbell.reset();
     }
 }
@@ -176,7 +192,7 @@ mod tests {
         let region = Region::new(4096, PageSize::Small).unwrap();
         let (tx, rx) = std::sync::mpsc::channel();
         let mut cq = CompletionRing::new(region.clone(), 0, 8, Bell::plain(Wire(tx)));
-        let (mut at, mut phase) = (0usize, true);
+        let (mut at, mut phase, mut untold) = (0usize, true, 0);
         for round in 0..1000u32 {
             assert_eq!(cq.peek(), None);
             let n = round % 8;
@@ -193,8 +209,10 @@ mod tests {
                 assert_eq!(cq.result(), i);
                 cq.advance();
             }
-            if n > 0 {
-                cq.ring();
+            untold += n;
+            assert_eq!(cq.ring(n), untold >= 2, "a quarter of the ring");
+            if untold >= 2 {
+                untold = 0;
                 assert_eq!(rx.try_iter().last(), Some(at as u32));
             }
         }

@@ -52,7 +52,7 @@ impl<B: Bar> QueuePair<B> {
         if budget < full {
             self.in_flight -= succeeded;
             self.stats.completed += u64::from(succeeded);
-            self.stats.cq_doorbells += u64::from(self.cq.ring());
+            self.stats.cq_doorbells += u64::from(self.cq.ring((full - budget) as u32));
             self.busy_polls += 1;
         }
     }

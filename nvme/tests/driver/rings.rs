@@ -219,7 +219,7 @@ fn a_full_array_loses_nothing() {
 }
 
 #[test]
-fn doorbells_are_rung_once_per_poll() {
+fn doorbells_are_rung_once_per_poll_and_for_completions_once_per_quarter() {
     let mut rig = Setup::new(512, "").open().unwrap();
     let (sq, cq) = (sq_tail_doorbell(1, 0), cq_head_doorbell(1, 0));
     let count = |rig: &Rig, at| rig.world.doorbells.borrow().get(&at).copied().unwrap_or(0);
@@ -232,13 +232,21 @@ fn doorbells_are_rung_once_per_poll() {
     assert_eq!((count(&rig, sq), count(&rig, cq)), (1, 0));
     rig.world.turn();
     assert_eq!(rig.poll(), 12);
-    assert_eq!((count(&rig, sq), count(&rig, cq)), (1, 1));
+    assert_eq!((count(&rig, sq), count(&rig, cq)), (1, 0), "12 of 64 are no quarter");
     for _ in 0..100 {
         assert_eq!(rig.poll(), 0);
     }
-    assert_eq!((count(&rig, sq), count(&rig, cq)), (1, 1), "nothing to say, nothing said");
+    assert_eq!((count(&rig, sq), count(&rig, cq)), (1, 0), "nothing to say, nothing said");
+    for _ in 0..4 {
+        let seg = [rig.seg(0, 512)];
+        rig.send(Op::Read, Flags::NONE, 0, 0, &seg);
+    }
+    rig.poll();
+    rig.world.turn();
+    assert_eq!(rig.poll(), 4);
+    assert_eq!((count(&rig, sq), count(&rig, cq)), (2, 1));
     let s = rig.queue.stats();
-    assert_eq!((s.sq_doorbells, s.cq_doorbells, s.polls - s.empty_polls), (1, 1, 1));
+    assert_eq!((s.sq_doorbells, s.cq_doorbells, s.polls - s.empty_polls), (2, 1, 2));
     assert!(s.empty_polls >= 101);
 }
 
@@ -282,7 +290,7 @@ fn while_the_device_is_busy_no_register_is_written() {
     }
     assert!(rig.done.len() >= 19, "the others go on");
     let s = rig.queue.stats();
-    assert_eq!((s.sq_doorbells, s.cq_doorbells), (1, 1), "{s:?}");
+    assert!(s.sq_doorbells == 1 && s.cq_doorbells <= 1, "{s:?}");
     rig.drain();
 }
 

@@ -75,7 +75,7 @@ impl Submit for Leaf {
         each!(self, q => q.info(unit))
     }
 
-    #[inline]
+    #[inline(always)]
     fn room(&self) -> usize {
         each!(self, q => q.room())
     }
