@@ -522,7 +522,7 @@ fn empty_poll(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error
     let mut rig = rig(&scratch.join("poll.qcow2"), run)?;
     let clock = rig.clock.clone();
     let mut out = block::Completions::new();
-    let [Leaf::Model(queue)] = rig.core.leaves() else {
+    let [Leaf::Nvme(queue)] = rig.core.leaves() else {
         return Err(Error::other("a queue pair of 512-byte blocks was expected"));
     };
     run.measure(&clock, || {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use file::ImageLock;
-use nvme::{BlockFormat, Controller, ControllerInfo, Format, Namespace, Options, Refused};
+use nvme::{
+    BlockFormat, Controller, ControllerInfo, DmaMapper, Format, Namespace, Options, Refused,
+};
 use nvme_model::{RegionMemory, ThreadDriver};
 use nvme_spec::{SecureErase, SmartLog};
 use qcow::open::Format as ImageFormat;
@@ -15,9 +17,10 @@ use reactor::Clock;
 use vfio::{Address, Device};
 
 use crate::chain::{OpenOptions, open_model_file};
-use crate::model::{ModelBar, power_up};
-use crate::remote::{RemoteBar, connect};
+use crate::model::power_up;
+use crate::remote::connect;
 use crate::spec::namespace_id;
+use crate::transport::Transport;
 use crate::vfio::{VfioBar, VfioMapper, open_device};
 use crate::{Error, ModelSpec, NodeSpec, RemoteSpec};
 
@@ -110,32 +113,19 @@ impl nvme::Clock for Waiting {
     }
 }
 
-enum Kind {
-    Model {
-        controller: Controller<ModelBar>,
-        device: ThreadDriver<RegionMemory>,
-        /// Held as long as the file is in use.
-        _locks: Vec<ImageLock>,
-    },
-    Vfio(Controller<VfioBar>),
-    Remote(Controller<RemoteBar>),
+/// A model below a controller.
+struct Below {
+    device: ThreadDriver<RegionMemory>,
+    /// Held as long as the file is in use.
+    _locks: Vec<ImageLock>,
 }
 
 /// An opened controller.
 pub struct Admin {
     node: String,
     waiting: Waiting,
-    kind: Kind,
-}
-
-macro_rules! each {
-    ($self:expr, $c:ident => $e:expr) => {
-        match $self {
-            Kind::Model { controller: $c, .. } => $e,
-            Kind::Vfio($c) => $e,
-            Kind::Remote($c) => $e,
-        }
-    };
+    controller: Controller<Transport>,
+    below: Option<Below>,
 }
 
 impl Admin {
@@ -146,10 +136,8 @@ impl Admin {
     pub fn open(spec: &DeviceSpec, writable: bool, clock: Clock) -> Result<Admin, Error> {
         let node = spec.to_string();
         let mut waiting = Waiting { clock, pauses: 0, device: None };
-        let options = Options { io_queues: 1, ..Options::default() };
-        let up =
-            |e: nvme::Error| Error::node(&node, format!("the controller does not come up: {e}"));
-        let kind = match spec {
+        let mut below = None;
+        let (bar, mapper) = match spec {
             DeviceSpec::Model(model) => {
                 let how = match writable {
                     true => OpenOptions::write(ImageFormat::Raw),
@@ -158,24 +146,21 @@ impl Admin {
                 let file = open_model_file(model, &node, &how)?;
                 // Nothing writes to the namespace but a format, for which the file is open so.
                 let power = power_up(model, file.host.into_file(), file.capacity, false, &node)?;
-                let controller =
-                    Controller::open(power.bar, power.mapper, options, &mut waiting).map_err(up)?;
-                Kind::Model { controller, device: power.device, _locks: file.locks }
+                below = Some(Below { device: power.device, _locks: file.locks });
+                (power.bar, power.mapper)
             }
             DeviceSpec::Vfio { address, .. } => {
                 let (container, device) = open_device(None, *address, &node)?;
                 waiting.device = Some(device.clone());
-                let (bar, mapper) = (VfioBar::new(device), Arc::new(VfioMapper::new(container)));
-                let opened = Controller::open(bar, mapper, options, &mut waiting);
-                Kind::Vfio(opened.map_err(up)?)
+                let mapper: Arc<dyn DmaMapper> = Arc::new(VfioMapper::new(container));
+                (Transport::Vfio(VfioBar::new(device)), mapper)
             }
-            DeviceSpec::Remote(spec) => {
-                let (bar, mapper) = connect(spec, &node)?;
-                let opened = Controller::open(bar, mapper, options, &mut waiting);
-                Kind::Remote(opened.map_err(up)?)
-            }
+            DeviceSpec::Remote(spec) => connect(spec, &node)?,
         };
-        Ok(Admin { node, waiting, kind })
+        let options = Options { io_queues: 1, ..Options::default() };
+        let controller = Controller::open(bar, mapper, options, &mut waiting)
+            .map_err(|e| Error::node(&node, format!("the controller does not come up: {e}")))?;
+        Ok(Admin { node, waiting, controller, below })
     }
 
     /// What the controller is.
@@ -183,18 +168,18 @@ impl Admin {
     /// # Errors
     /// If it is not known, since the controller was lost.
     pub fn info(&self) -> Result<&ControllerInfo, Error> {
-        let info = each!(&self.kind, c => c.info());
+        let info = self.controller.info();
         info.ok_or_else(|| Error::node(&self.node, nvme::Error::NotOpen))
     }
 
     /// The namespaces that can be used.
     pub fn namespaces(&self) -> &[Namespace] {
-        each!(&self.kind, c => c.namespaces())
+        self.controller.namespaces()
     }
 
     /// The namespaces that cannot, each with why.
     pub fn refused(&self) -> &[Refused] {
-        each!(&self.kind, c => c.refused())
+        self.controller.refused()
     }
 
     /// The LBA formats that a namespace may be given.
@@ -202,8 +187,8 @@ impl Admin {
     /// # Errors
     /// If there is no such namespace, or the controller does not say.
     pub fn block_formats(&mut self, nsid: u32) -> Result<Vec<BlockFormat>, Error> {
-        let Admin { node, waiting, kind } = self;
-        each!(kind, c => c.block_formats(nsid, waiting)).map_err(|e| Error::node(&*node, e))
+        let Admin { node, waiting, controller, .. } = self;
+        controller.block_formats(nsid, waiting).map_err(|e| Error::node(&*node, e))
     }
 
     /// The health log, as it is now.
@@ -211,13 +196,13 @@ impl Admin {
     /// # Errors
     /// If the controller does not give it.
     pub fn smart(&mut self) -> Result<SmartLog, Error> {
-        let Admin { node, waiting, kind } = self;
-        each!(kind, c => c.read_smart(waiting)).map_err(|e| Error::node(&*node, e))
+        let Admin { node, waiting, controller, .. } = self;
+        controller.read_smart(waiting).map_err(|e| Error::node(&*node, e))
     }
 
     /// The namespaces that a format touches, of those that are seen.
     pub fn format_touches(&self, nsid: u32, erase: SecureErase) -> Vec<u32> {
-        each!(&self.kind, c => c.format_touches(nsid, erase))
+        self.controller.format_touches(nsid, erase)
     }
 
     /// Formats a namespace; see [`Controller::format`].
@@ -229,8 +214,8 @@ impl Admin {
         format: &Format,
         progress: &mut dyn FnMut(Option<u8>),
     ) -> Result<(), Error> {
-        let Admin { node, waiting, kind } = self;
-        each!(kind, c => c.format(format, waiting, progress)).map_err(|e| Error::node(&*node, e))
+        let Admin { node, waiting, controller, .. } = self;
+        controller.format(format, waiting, progress).map_err(|e| Error::node(&*node, e))
     }
 
     /// Shuts the controller down.
@@ -238,19 +223,13 @@ impl Admin {
     /// # Errors
     /// If the shutdown does not end in order, or a model's file cannot be written.
     pub fn close(self) -> Result<(), Error> {
-        let Admin { node, mut waiting, kind } = self;
+        let Admin { node, mut waiting, controller, below } = self;
         waiting.pauses = 0;
-        let fail = |e: nvme::Error| Error::node(&node, format!("shutdown: {e}"));
-        match kind {
-            Kind::Model { controller, device, .. } => {
-                controller.close(&mut waiting).map_err(fail)?;
-                let gone = || Error::node(&node, "the device's thread is gone");
-                let device = device.stop().ok_or_else(gone)?;
-                device.into_stores().map(drop).map_err(|e| Error::node(&node, e))
-            }
-            Kind::Vfio(controller) => controller.close(&mut waiting).map_err(fail),
-            Kind::Remote(controller) => controller.close(&mut waiting).map_err(fail),
-        }
+        controller.close(&mut waiting).map_err(|e| Error::node(&node, format!("shutdown: {e}")))?;
+        let Some(below) = below else { return Ok(()) };
+        let device = below.device.stop();
+        let device = device.ok_or_else(|| Error::node(&node, "the device's thread is gone"))?;
+        device.into_stores().map(drop).map_err(|e| Error::node(&node, e))
     }
 }
 

@@ -4,14 +4,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use block::{Claims, MemQueue, RmwQueue, StripeQueue, Submit};
+use block::{Claims, MemQueue, RmwQueue, StripeQueue};
 use file::{ImageLock, LockError};
-use nvme::QueuePair;
 use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened, allowed_host_file};
 use reactor::Clock;
 
 use crate::device::Device;
-use crate::model::ModelBar;
 use crate::source::{Kind, Source, blocking};
 use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec, remote, vfio};
 
@@ -130,9 +128,8 @@ fn open_stripe(
 fn open_model(spec: &ModelSpec, node: &str, options: &OpenOptions) -> Result<Source, Error> {
     let ModelFile { host, locks, id, capacity } = open_model_file(spec, node, options)?;
     let read_only = !options.writable;
-    let (model, pair) =
+    let (model, leaf) =
         Model::start(spec, host.into_file(), capacity, read_only, options.clock.clone())?;
-    let leaf = model_leaf(pair).map_err(|e| Error::node(node, e))?;
     let devices = vec![Device::Model(model)];
     Ok(Source { kind: Kind::Leaf(blocking(leaf, 0, node)?, devices), locks, id: Some(id) })
 }
@@ -167,15 +164,6 @@ pub(crate) fn open_model_file(
 /// Which file it is: of the opened one, since the path may lead elsewhere by now.
 fn file_id(host: &HostStorage) -> std::io::Result<FileId> {
     host.file().metadata().map(|m| FileId::of(&m))
-}
-
-/// A queue pair as a leaf: 512e over larger blocks.
-fn model_leaf(pair: QueuePair<ModelBar>) -> Result<Leaf, String> {
-    let block = pair.info(0).ok_or("the controller has no namespace that can be used")?.block_size;
-    Ok(match block {
-        512 => Leaf::Model(Box::new(pair)),
-        _ => Leaf::ModelRmw(Box::new(RmwQueue::new(pair, &Claims::new(1))?)),
-    })
 }
 
 /// Bytes that a model's namespace needs for an image to grow to its full size in it.

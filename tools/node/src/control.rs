@@ -6,27 +6,28 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nvme::{Bar, Controller, DmaMapper, Namespace, Options, QueuePair, Refused};
+use nvme::{Controller, DmaMapper, Namespace, Options, QueuePair, Refused};
 use reactor::Clock;
 
 use crate::Error;
+use crate::transport::Transport;
 
 /// How often the control thread looks after a controller that is well.
 const PERIOD: Duration = Duration::from_millis(2);
 
 /// What a transport does on the control thread besides.
-pub(crate) trait Watch<B: Bar>: Send + 'static {
+pub(crate) trait Watch: Send + 'static {
     /// Lets `period` pass, or less if something happened.
     fn wait(&mut self, period: Duration) {
         std::thread::park_timeout(period);
     }
 
     /// Called after each step of the controller.
-    fn look(&mut self, _controller: &mut Controller<B>, _now: u64) {}
+    fn look(&mut self, _controller: &mut Controller<Transport>, _now: u64) {}
 }
 
 /// Nothing besides.
-impl<B: Bar> Watch<B> for () {}
+impl Watch for () {}
 
 /// The driver's clock on a control thread.
 struct ControlClock(Clock);
@@ -42,35 +43,31 @@ impl nvme::Clock for ControlClock {
 }
 
 /// Where a queue pair that was asked for goes.
-type Ask<B> = Sender<Result<QueuePair<B>, nvme::Error>>;
+type Ask = Sender<Result<QueuePair<Transport>, nvme::Error>>;
 
 /// A controller that is up, and the thread that looks after it.
-pub(crate) struct Control<B: Bar> {
+pub(crate) struct Control {
     node: String,
     namespaces: Vec<Namespace>,
     refused: Vec<Refused>,
-    asks: Sender<Ask<B>>,
+    asks: Sender<Ask>,
     thread: Option<JoinHandle<Result<(), nvme::Error>>>,
     stop: Arc<AtomicBool>,
 }
 
-impl<B> Control<B>
-where
-    B: Bar + Send + 'static,
-    B::Doorbell: Send,
-{
+impl Control {
     /// Brings the controller up and starts its thread.
     ///
     /// # Errors
     /// Why the driver could not bring it up, or that there is no thread to be had.
     pub(crate) fn start(
         node: &str,
-        bar: B,
+        bar: Transport,
         mapper: Arc<dyn DmaMapper>,
         options: Options,
         clock: Clock,
-        watch: impl Watch<B>,
-    ) -> Result<Control<B>, Error> {
+        watch: impl Watch,
+    ) -> Result<Control, Error> {
         let fail =
             |what: &str, e: &dyn std::fmt::Display| Error::node(node, format!("{what}: {e}"));
         let mut time = ControlClock(clock);
@@ -104,7 +101,7 @@ where
     ///
     /// # Errors
     /// If the controller has none left, or is lost.
-    pub(crate) fn queue_pair(&self) -> Result<QueuePair<B>, Error> {
+    pub(crate) fn queue_pair(&self) -> Result<QueuePair<Transport>, Error> {
         let fail =
             |e: &dyn std::fmt::Display| Error::node(&self.node, format!("a queue pair: {e}"));
         let (give, take) = channel();
@@ -125,9 +122,7 @@ where
     pub(crate) fn close(mut self) -> Result<(), Error> {
         self.end()
     }
-}
 
-impl<B: Bar> Control<B> {
     fn end(&mut self) -> Result<(), Error> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         self.stop.store(true, Ordering::Release);
@@ -140,7 +135,7 @@ impl<B: Bar> Control<B> {
     }
 }
 
-impl<B: Bar> Drop for Control<B> {
+impl Drop for Control {
     fn drop(&mut self) {
         if let Err(e) = self.end() {
             log::error!("{e}");
@@ -148,12 +143,12 @@ impl<B: Bar> Drop for Control<B> {
     }
 }
 
-fn run<B: Bar>(
-    mut controller: Controller<B>,
+fn run(
+    mut controller: Controller<Transport>,
     mut time: ControlClock,
-    asked: &Receiver<Ask<B>>,
+    asked: &Receiver<Ask>,
     stop: &AtomicBool,
-    mut watch: impl Watch<B>,
+    mut watch: impl Watch,
 ) -> Result<(), nvme::Error> {
     while !stop.load(Ordering::Acquire) {
         let now = nvme::Clock::now(&mut time);

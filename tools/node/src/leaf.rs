@@ -4,16 +4,14 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use block::{
-    BlockQueue, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request, RmwQueue,
-    Status, StripeQueue, Submit,
+    BlockQueue, Claims, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request,
+    RmwQueue, Status, StripeQueue, Submit,
 };
 use dma::Region;
 use file::FileQueue;
 use nvme::QueuePair;
 
-use crate::model::ModelBar;
-use crate::remote::RemoteBar;
-use crate::vfio::VfioBar;
+use crate::transport::Transport;
 
 /// A reactor's queue to one device.
 pub enum Leaf {
@@ -21,32 +19,36 @@ pub enum Leaf {
     Mem(Box<MemQueue>),
     /// Files and kernel block devices.
     File(Box<RmwQueue<FileQueue>>),
-    /// A queue pair of an in-process NVMe controller with 512-byte blocks.
-    Model(Box<QueuePair<ModelBar>>),
+    /// A queue pair of an NVMe controller whose namespaces have 512-byte blocks.
+    Nvme(Box<QueuePair<Transport>>),
     /// The same with larger blocks, presented as 512e.
-    ModelRmw(Box<RmwQueue<QueuePair<ModelBar>>>),
-    /// A queue pair of an NVMe device with 512-byte blocks.
-    Vfio(Box<QueuePair<VfioBar>>),
-    /// The same with larger blocks, presented as 512e.
-    VfioRmw(Box<RmwQueue<QueuePair<VfioBar>>>),
-    /// A queue pair of a controller in another process, with 512-byte blocks.
-    Remote(Box<QueuePair<RemoteBar>>),
-    /// The same with larger blocks, presented as 512e.
-    RemoteRmw(Box<RmwQueue<QueuePair<RemoteBar>>>),
+    NvmeRmw(Box<RmwQueue<QueuePair<Transport>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
 }
 
 impl Leaf {
+    /// A queue pair of which `unit` is to be used. `claims`: of all queues to the device.
+    ///
+    /// # Errors
+    /// If there is no such unit, or too many queues share the claims.
+    pub(crate) fn nvme(
+        pair: QueuePair<Transport>,
+        unit: u16,
+        claims: &Arc<Claims>,
+    ) -> Result<Leaf, String> {
+        let info = pair.info(unit).ok_or("the controller has no namespace that can be used")?;
+        Ok(match info.block_size {
+            512 => Leaf::Nvme(Box::new(pair)),
+            _ => Leaf::NvmeRmw(Box::new(RmwQueue::new(pair, claims)?)),
+        })
+    }
+
     /// What an NVMe queue pair has counted, or those of a stripe together; `None` for other leaves.
     pub fn nvme_stats(&self) -> Option<nvme::Stats> {
         match self {
-            Leaf::Model(q) => Some(q.stats()),
-            Leaf::ModelRmw(q) => Some(q.leaf().stats()),
-            Leaf::Vfio(q) => Some(q.stats()),
-            Leaf::VfioRmw(q) => Some(q.leaf().stats()),
-            Leaf::Remote(q) => Some(q.stats()),
-            Leaf::RemoteRmw(q) => Some(q.leaf().stats()),
+            Leaf::Nvme(q) => Some(q.stats()),
+            Leaf::NvmeRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
             Leaf::Mem(_) | Leaf::File(_) => None,
         }
@@ -58,12 +60,8 @@ macro_rules! each {
         match $self {
             Leaf::Mem($q) => $e,
             Leaf::File($q) => $e,
-            Leaf::Model($q) => $e,
-            Leaf::ModelRmw($q) => $e,
-            Leaf::Vfio($q) => $e,
-            Leaf::VfioRmw($q) => $e,
-            Leaf::Remote($q) => $e,
-            Leaf::RemoteRmw($q) => $e,
+            Leaf::Nvme($q) => $e,
+            Leaf::NvmeRmw($q) => $e,
             Leaf::Stripe($q) => $e,
         }
     };

@@ -27,6 +27,7 @@ mod remote;
 mod served;
 mod source;
 mod spec;
+mod transport;
 mod vfio;
 
 pub use admin::{Admin, DeviceSpec};

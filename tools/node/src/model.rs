@@ -7,17 +7,21 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use block::Submit;
+use block::Claims;
 use dma::Region;
-use nvme::{Bar, DmaMapper, Doorbell, IovaMap, Options, QueuePair};
+use nvme::{Bar, DmaMapper, Doorbell, IovaMap, Options};
 use nvme_model::{Iommu, NamespaceConfig, RegionMemory, Registers, Store, ThreadDriver};
 use reactor::{Clock, sync::Mutex};
 
 use crate::control::Control;
+use crate::transport::Transport;
 use crate::{Error, Leaf, ModelSpec};
 
 /// The device's half, for whoever steps it.
 pub type ModelController = nvme_model::Controller<RegionMemory>;
+
+/// Queues to a model at most.
+const QUEUES: usize = 16;
 
 /// Counters of the device, readable while it runs.
 pub use nvme_model::Stats as ModelStats;
@@ -90,7 +94,7 @@ impl DmaMapper for ModelMapper {
 /// A model that has power, for a driver to be put onto it.
 pub(crate) struct Power {
     pub(crate) device: ThreadDriver<RegionMemory>,
-    pub(crate) bar: ModelBar,
+    pub(crate) bar: Transport,
     pub(crate) mapper: Arc<dyn DmaMapper>,
     stats: Arc<ModelStats>,
 }
@@ -119,7 +123,8 @@ pub(crate) fn power_up(
     let (iommu, memory) = nvme_model::iommu();
     let device = ModelController::new(options, vec![namespace], memory)
         .map_err(|e| fail("cannot make the controller", &e))?;
-    let (bar, stats) = (ModelBar(device.registers().clone()), device.stats().clone());
+    let bar = Transport::Model(ModelBar(device.registers().clone()));
+    let stats = device.stats().clone();
     let mapper = Arc::new(ModelMapper(Mutex::new(iommu)));
     let device =
         ThreadDriver::spawn(device, || {}).map_err(|e| fail("cannot start a thread", &e))?;
@@ -131,11 +136,12 @@ pub struct Model {
     node: String,
     device: Option<ThreadDriver<RegionMemory>>,
     stats: Arc<ModelStats>,
-    control: Option<Control<ModelBar>>,
+    control: Option<Control>,
+    claims: Arc<Claims>,
 }
 
 impl Model {
-    /// Powers the model up over `file` and brings the driver up. Returns it with one queue pair.
+    /// Powers the model up over `file` and brings the driver up. Returns it with one queue.
     ///
     /// # Errors
     /// Why the driver could not bring it up, or that there is no thread to be had.
@@ -145,7 +151,7 @@ impl Model {
         capacity: u64,
         read_only: bool,
         clock: Clock,
-    ) -> Result<(Model, QueuePair<ModelBar>), Error> {
+    ) -> Result<(Model, Leaf), Error> {
         let node = format!("model:{}", spec.path.display());
         let Power { device, bar, mapper, stats } =
             power_up(spec, file, capacity, read_only, &node)?;
@@ -153,24 +159,23 @@ impl Model {
         if let Some(r) = control.refused().first() {
             return Err(Error::node(&node, format!("namespace: {}", r.why)));
         }
-        let pair = control.queue_pair()?;
-        let model = Model { node, device: Some(device), stats, control: Some(control) };
-        Ok((model, pair))
+        let claims = Claims::new(QUEUES);
+        let (device, control) = (Some(device), Some(control));
+        let model = Model { node, device, stats, control, claims };
+        let leaf = model.another_queue()?;
+        Ok((model, leaf))
     }
 
     /// Another queue to the device, as another reactor would have. To be dropped before
     /// [`Model::close`].
     ///
     /// # Errors
-    /// If the controller has none left, is lost, or has blocks of 4 KiB.
+    /// If the controller has none left, or is lost.
     pub fn another_queue(&self) -> Result<Leaf, Error> {
         let control = self.control.as_ref();
         let control = control.ok_or_else(|| Error::node(&self.node, "it was closed"))?;
         let pair = control.queue_pair()?;
-        if pair.info(0).is_none_or(|i| i.block_size > 512) {
-            return Err(Error::node(&self.node, "queues of several reactors share no claims yet"));
-        }
-        Ok(Leaf::Model(Box::new(pair)))
+        Leaf::nvme(pair, 0, &self.claims).map_err(|e| Error::node(&self.node, e))
     }
 
     /// Counters of the device.

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use block::{Claims, RmwQueue, Submit};
+use block::Claims;
 use dma::{Region, RegionId};
 use nvme::{Bar, DmaMapper, Doorbell, IovaMap, Options, ResetError};
 use nvme_spec::offset;
@@ -22,6 +22,7 @@ use vfio_user::{Client, Mapped};
 
 use crate::control::Control;
 use crate::device::Device;
+use crate::transport::Transport;
 use crate::{Error, Leaf, RemoteSpec};
 
 /// How long each answer of a server may take.
@@ -225,7 +226,7 @@ impl DmaMapper for Mapper {
 
 /// A controller that is up.
 struct Remote {
-    control: Control<RemoteBar>,
+    control: Control,
     claims: Arc<Claims>,
     /// Namespaces in use, and whether for writing: one that is, is in use once.
     uses: Mutex<Vec<(u32, bool)>>,
@@ -284,14 +285,14 @@ pub(crate) fn open(
 pub(crate) fn connect(
     spec: &RemoteSpec,
     node: &str,
-) -> Result<(RemoteBar, Arc<dyn DmaMapper>), Error> {
+) -> Result<(Transport, Arc<dyn DmaMapper>), Error> {
     let function = Function::connect(spec).map_err(|e| Error::node(node, e))?;
     if function.mapped.iter().all(|m| m.find(offset::DOORBELLS, 8).is_none()) {
         log::warn!("{node}: the server does not share its doorbells: each costs a system call");
     }
     let function = Arc::new(function);
     let mapper = Mapper { function: function.clone(), live: Mutex::new(Vec::new()) };
-    Ok((RemoteBar(function), Arc::new(mapper)))
+    Ok((Transport::Remote(RemoteBar(function)), Arc::new(mapper)))
 }
 
 /// Connects, and brings the controller up.
@@ -312,10 +313,7 @@ impl Remote {
         let unit = found.ok_or_else(|| self.missing(nsid))?;
         let unit = u16::try_from(unit).map_err(|_| "too many namespaces".to_owned())?;
         let pair = self.control.queue_pair().map_err(|e| e.to_string())?;
-        let leaf = match pair.info(unit).map(|i| i.block_size) {
-            Some(512) => Leaf::Remote(Box::new(pair)),
-            _ => Leaf::RemoteRmw(Box::new(RmwQueue::new(pair, &self.claims)?)),
-        };
+        let leaf = Leaf::nvme(pair, unit, &self.claims)?;
         uses.push((nsid, writable));
         Ok((leaf, unit))
     }

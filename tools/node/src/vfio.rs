@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use block::{Claims, RmwQueue, Submit};
+use block::Claims;
 use dma::Region;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -17,6 +17,7 @@ use std::os::fd::AsFd;
 use vfio::{Address, Bus, Container, Device, Mode, Pagemap, Register, Sysfs};
 
 use crate::control::{Control, Watch};
+use crate::transport::Transport;
 use crate::{Error, Leaf, VfioSpec, device};
 
 /// Queues that a device may have here: one per reactor and node.
@@ -44,7 +45,7 @@ struct Drives {
 
 struct Drive {
     address: Address,
-    control: Control<VfioBar>,
+    control: Control,
     claims: Arc<Claims>,
     /// Namespaces in use, and whether for writing.
     uses: Vec<(u32, bool)>,
@@ -145,7 +146,7 @@ struct Attention {
     again: u64,
 }
 
-impl Watch<VfioBar> for Attention {
+impl Watch for Attention {
     fn wait(&mut self, period: Duration) {
         let Some(event) = &self.interrupt else { return std::thread::park_timeout(period) };
         let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
@@ -156,7 +157,7 @@ impl Watch<VfioBar> for Attention {
         }
     }
 
-    fn look(&mut self, controller: &mut Controller<VfioBar>, now: u64) {
+    fn look(&mut self, controller: &mut Controller<Transport>, now: u64) {
         let device = &self.device;
         if device.errored() {
             log::error!("{}: the bus reports an error of it", device.address());
@@ -225,11 +226,7 @@ pub(crate) fn open(
         let found = namespaces.iter().position(|n| n.nsid == spec.nsid);
         let unit = found.ok_or_else(|| fail(&missing(drive, spec.nsid)))? as u16;
         let pair = drive.control.queue_pair()?;
-        let block = pair.info(unit).map_or(0, |i| i.block_size);
-        let leaf = match block {
-            512 => Leaf::Vfio(Box::new(pair)),
-            _ => Leaf::VfioRmw(Box::new(RmwQueue::new(pair, &drive.claims).map_err(|e| fail(&e))?)),
-        };
+        let leaf = Leaf::nvme(pair, unit, &drive.claims).map_err(|e| fail(&e))?;
         Ok((leaf, unit))
     });
     match result {
@@ -296,7 +293,8 @@ fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Res
     let watch = Attention { device: device.clone(), interrupt, again: 0 };
     let options = Options { io_queues: QUEUES, ..Options::default() };
     let mapper = Arc::new(VfioMapper::new(container));
-    let control = Control::start(node, VfioBar::new(device), mapper, options, clock, watch)?;
+    let bar = Transport::Vfio(VfioBar::new(device));
+    let control = Control::start(node, bar, mapper, options, clock, watch)?;
     let claims = Claims::new(usize::from(QUEUES));
     Ok(Drive { address, control, claims, uses: Vec::new() })
 }
