@@ -10,13 +10,14 @@ use anyhow::Result;
 /// The labs.
 #[derive(clap::Subcommand)]
 pub(crate) enum Lab {
-    /// NVMe devices behind an emulated IOMMU, driven through VFIO.
-    Vfio(vfio::Args),
+    /// NVMe devices driven through VFIO, with an emulated IOMMU and without one.
+    #[command(alias = "vfio")]
+    Nvme(vfio::Args),
 }
 
 /// Runs one; false when a case failed.
 pub(crate) fn command(lab: &Lab) -> Result<bool> {
     match lab {
-        Lab::Vfio(args) => vfio::command(args),
+        Lab::Nvme(args) => vfio::command(args),
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask lab vfio`: NVMe devices of QEMU behind its IOMMU, in a guest with a Debian kernel that
+//! `cargo xtask lab nvme`: NVMe devices of QEMU behind its IOMMU, in a guest with a Debian kernel that
 //! hands them to vfio-pci. The cases are shell functions in tools/lab/vfio/cases.sh.
 
 use std::collections::BTreeMap;
