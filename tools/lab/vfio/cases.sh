@@ -1,6 +1,6 @@
 # The cases of the VFIO lab; sourced by init.sh. Devices: serial A (512-byte blocks), B (namespaces
 # 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged), S (slow).
-A=$(address A); B=$(address B); H=$(address H); S=$(address S)
+A=$(address A); B=$(address B); E=$(address E); H=$(address H); S=$(address S)
 
 # What is found before anything is bound.
 case_refusals() {
@@ -232,6 +232,22 @@ case_unplug() {
     serve h -f raw vfio:$H/1
     io -f raw -c 'write -P 5 0 4M' -c flush $(uri h)
     unplug_and_back
+}
+
+# Errors of the medium, injected by QEMU: they arrive at the client, and nothing else does.
+case_errors() {
+    to_vfio $E
+    serve e -f raw vfio:$E/1
+    io -f raw -c 'write -P 1 0 1M' -c 'write -P 2 3M 1M' -c flush $(uri e)
+    for _ in 1 2 3; do
+        refused 'Input/output error' qemu-io -f raw -c 'read 1M 4k' $(uri e)
+        refused 'Input/output error' qemu-io -f raw -c 'write 2M 4k' $(uri e)
+        # One bad block among many.
+        refused 'Input/output error' qemu-io -f raw -c 'read 960k 128k' $(uri e)
+    done
+    io -f raw -c 'read -P 1 0 1M' -c 'read -P 2 3M 1M' -c 'write -P 3 4M 1M' -c 'read -P 3 4M 1M' $(uri e)
+    ! grep -i 'reset' /tmp/e.err
+    stop e
 }
 
 # Each rung of the reset ladder with commands in flight: disabled, function reset, bus master off.

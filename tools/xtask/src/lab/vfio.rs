@@ -47,7 +47,7 @@ const BOOTS: [Boot; 3] = [
     Boot {
         name: "an IOMMU: trouble",
         iommu: true,
-        cases: &["ladder", "unbind", "silent", "unplug"],
+        cases: &["errors", "ladder", "unbind", "silent", "unplug"],
     },
     Boot {
         name: "no IOMMU",
@@ -147,9 +147,16 @@ fn run_boot(
         fs::File::create(&path)?.set_len(mib << 20)?;
         Ok(format!("file,node-name={name},filename={},discard=unmap", path.display()))
     };
-    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("s", 16), ("hot", 16)] {
+    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("s", 16), ("hot", 16), ("e", 16)] {
         qemu.args(["-blockdev", &disk(name, mib)?]);
     }
+    // Reads of the block at 1 MiB and writes of the one at 2 MiB fail.
+    qemu.args([
+        "-blockdev",
+        "blkdebug,node-name=bad,image=e,inject-error.0.event=none,inject-error.0.iotype=read,\
+         inject-error.0.sector=2048,inject-error.1.event=none,inject-error.1.iotype=write,\
+         inject-error.1.sector=4096",
+    ]);
     // Slow enough that requests are with the device while something happens to it.
     qemu.args(["-object", "throttle-group,id=slow,x-iops-total=500"])
         .args(["-blockdev", "throttle,node-name=slow,throttle-group=slow,file=s"]);
@@ -160,6 +167,7 @@ fn run_boot(
         "nvme-ns,bus=b,drive=b1,nsid=1",
         &format!("nvme-ns,bus=b,drive=b3,nsid=3,{blocks}"),
         "nvme,id=s,serial=S,drive=slow",
+        "nvme,id=e,serial=E,drive=bad",
         "pcie-root-port,id=rp0,chassis=1,slot=1",
         "nvme,id=hot,serial=H,drive=hot,bus=rp0",
     ] {
