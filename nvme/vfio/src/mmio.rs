@@ -4,8 +4,8 @@
 //! mapping is uncached, so on x86 they arrive in program order, after everything stored before.
 //!
 //! The address range belongs to the `Bar` and its `Register`s together and is unmapped with the
-//! last of them. What is mapped there may change: the function's registers, or all ones when it is
-//! gone (see `sigbus`). So a `Register` may be used at any time.
+//! last of them. What is mapped there may change: the function's registers, or mere memory when it
+//! is gone (see `sigbus`). So a `Register` may be used at any time.
 
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
@@ -90,6 +90,7 @@ impl Bar {
         if self.areas.get().is_some_and(|before| &before[..] != areas) {
             return Err(Error::Odd(format!("the registers' parts were others before: {areas:x?}")));
         }
+        let mut parts = Vec::new();
         for area @ &(start, end) in areas {
             let len = end.saturating_sub(start);
             let whole = start.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
@@ -99,11 +100,19 @@ impl Bar {
                 let text = format!("{:#x} bytes of registers with a part at {area:x?}", self.len);
                 return Err(Error::Odd(text));
             };
-            self.map_one(fd, at, start as usize, len as usize)
-                .map_err(Error::os("mapping registers"))?;
+            parts.push((at, start as usize, len as usize));
+        }
+        // Not after mapping: an access to what was there before may still be faulting on another
+        // thread, and cover a page of what is mapped now. That must not go unnoticed.
+        self.slot.set_gone(false);
+        for (at, start, len) in parts {
+            if let Err(e) = self.map_one(fd, at, start, len) {
+                // What is mapped already would keep the device's file open.
+                self.detach()?;
+                return Err(Error::os("mapping registers")(e));
+            }
         }
         self.areas.get_or_init(|| areas.into());
-        self.slot.set_gone(false);
         Ok(())
     }
 
@@ -117,7 +126,7 @@ impl Bar {
             .map(drop)
     }
 
-    /// Lets go of the function: from now on the range reads all ones and swallows writes.
+    /// Lets go of the function: from now on registers read all ones and swallow writes.
     pub(crate) fn detach(&self) -> Result<(), Error> {
         self.slot.cover().map_err(Error::os("letting go of registers"))
     }
@@ -144,7 +153,7 @@ impl Bar {
         // SAFETY: the address is mapped, aligned, and holds a device's register or memory that
         // nobody has a reference to.
         let value = unsafe { register.as_ptr().read_volatile() };
-        // A page of ones may have been written to since.
+        // What lies in place of registers that are gone means nothing.
         if self.is_gone() { u32::MAX } else { value }
     }
 
@@ -176,7 +185,7 @@ impl Register {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        // Others may go on writing to their registers: they find all ones.
+        // Others may go on writing to their registers: they find memory.
         if let Err(e) = self.detach() {
             log::error!("{e}");
         }
@@ -215,6 +224,7 @@ mod tests {
     use super::*;
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     /// A file in place of a device's registers.
     fn file(len: u64) -> OwnedFd {
@@ -284,6 +294,74 @@ mod tests {
         bar.attach(fd.as_fd(), 0, &[(0, 8192)]).unwrap();
         doorbell.write(9);
         assert_eq!((bar.read32(4096), bar.is_gone()), (9, false));
+    }
+
+    /// A page may be covered late, by a thread that faulted before the function came back.
+    #[test]
+    fn registers_that_a_late_fault_covers_are_gone() {
+        let fd = file(8192);
+        let bar = bar(&fd, 8192);
+        let doorbell = bar.register(4096).unwrap();
+        let (stop, idle) = (&AtomicBool::new(false), &AtomicBool::new(false));
+        std::thread::scope(|threads| {
+            threads.spawn(move || {
+                while !stop.load(Ordering::Acquire) {
+                    for i in 0..50 {
+                        doorbell.write(i);
+                    }
+                    idle.store(true, Ordering::Release);
+                    while idle.load(Ordering::Acquire) && !stop.load(Ordering::Acquire) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            for round in 100..200 {
+                bar.detach().unwrap();
+                nix::unistd::ftruncate(&fd, 0).unwrap();
+                // The function seems to be back, and goes at once.
+                bar.attach(fd.as_fd(), 0, &[(0, 8192)]).unwrap();
+                idle.store(false, Ordering::Release);
+                std::thread::yield_now();
+                nix::unistd::ftruncate(&fd, 8192).unwrap();
+                bar.attach(fd.as_fd(), 0, &[(0, 8192)]).unwrap();
+                while !idle.load(Ordering::Acquire) {
+                    std::thread::yield_now();
+                }
+                doorbell_arrives(&fd, &bar, round, stop);
+            }
+            stop.store(true, Ordering::Release);
+        });
+    }
+
+    /// What is written arrives, or the function is known to be gone.
+    fn doorbell_arrives(fd: &OwnedFd, bar: &Bar, value: u32, stop: &AtomicBool) {
+        bar.write32(4096, value);
+        let mut bytes = [0; 4];
+        nix::sys::uio::pread(fd, &mut bytes, 4096).unwrap();
+        let fine = bar.is_gone() || u32::from_ne_bytes(bytes) == value;
+        stop.fetch_or(!fine, Ordering::AcqRel);
+        assert!(fine, "round {value}");
+    }
+
+    #[test]
+    fn registers_however_large_are_let_go_of() {
+        let fd = file(MOST);
+        let bar = bar(&fd, MOST);
+        bar.write32(MOST - 4, 5);
+        assert_eq!(bar.read32(MOST - 4), 5);
+        bar.detach().unwrap();
+        assert_eq!(bar.read32(MOST - 4), u32::MAX);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_whole_is_not_held() {
+        let fd = file(8192);
+        let bar = bar(&fd, 8192);
+        bar.detach().unwrap();
+        let pipe = nix::unistd::pipe().unwrap();
+        assert!(bar.attach(pipe.0.as_fd(), 0, &[(0, 8192)]).is_err());
+        assert!(bar.is_gone());
+        assert_eq!(bar.read32(0), u32::MAX);
     }
 
     #[test]

@@ -2,20 +2,19 @@
 //!
 //! The kernel answers an access to a mapped register of a function that was pulled, or is being
 //! taken away, with SIGBUS. The handler here, installed once, looks whether the address lies in a
-//! mapped range of ours; then it puts a page of all ones in its place, marks the range as gone and
-//! returns, so that the access is repeated and reads all ones, as from an empty slot. For any
-//! other address it puts back the action that was there before and returns, so that the access
-//! faults again and is dealt with as if we were not here.
+//! mapped range of ours; then it puts a page of ordinary memory in its place, marks the range as
+//! gone and returns, so that the access is repeated and succeeds. What is read there means nothing:
+//! `mmio` takes every register of a range that is gone as all ones, as from an empty slot. For any
+//! other address the handler puts back the action that was there before and returns, so that the
+//! access faults again and is dealt with as if we were not here.
 //!
 //! Everything that the handler does is safe in a signal handler: loads and stores of atomics, and
 //! the calls `mmap` and `sigaction` (on Linux plain system calls).
 
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// How many ranges can be watched at a time.
@@ -45,16 +44,8 @@ static TABLE: [Slot; SLOTS] = [const {
     }
 }; SLOTS];
 
-/// The descriptor of a page of all ones; -1 before the handler is installed. Never closed.
-static ONES: AtomicI32 = AtomicI32::new(-1);
-
-struct Installed {
-    before: SigAction,
-    #[expect(dead_code, reason = "kept open for the handler")]
-    ones: OwnedFd,
-}
-
-static INSTALLED: OnceLock<Result<Installed, Errno>> = OnceLock::new();
+/// The action that was there before the handler was installed.
+static BEFORE: OnceLock<Result<SigAction, Errno>> = OnceLock::new();
 
 impl Slot {
     /// Watches `len` bytes from `start`, a mapping with one handle; `None` if too many are watched.
@@ -66,8 +57,9 @@ impl Slot {
         let Some(slot) = TABLE.iter().find(free) else { return Ok(None) };
         slot.gone.store(false, Ordering::Relaxed);
         slot.handles.store(1, Ordering::Relaxed);
-        slot.len.store(len, Ordering::Relaxed);
-        // The handler sees the length if it sees the start.
+        // The handler sees the length if it sees the start; and if it sees this length, then also
+        // that the range before was given up.
+        slot.len.store(len, Ordering::Release);
         slot.start.store(start, Ordering::Release);
         Ok(Some(slot))
     }
@@ -79,8 +71,12 @@ impl Slot {
 
     fn covers(&self, address: usize) -> bool {
         let start = self.start.load(Ordering::Acquire);
+        let len = self.len.load(Ordering::Acquire);
+        // Another thread may just be giving the slot to another range: the two must belong together,
+        // or memory of others would be taken for registers.
         start != 0
-            && address.checked_sub(start).is_some_and(|at| at < self.len.load(Ordering::Relaxed))
+            && self.start.load(Ordering::Acquire) == start
+            && address.checked_sub(start).is_some_and(|at| at < len)
     }
 
     /// First address and length of what is watched.
@@ -119,23 +115,26 @@ impl Slot {
         self.taken.store(false, Ordering::Release);
     }
 
-    /// Puts pages of all ones over the whole range, whatever was there.
+    /// Puts memory over the whole range, whatever was there, and marks it as gone.
     pub(crate) fn cover(&self) -> Result<(), Errno> {
-        self.set_gone(true);
         let (start, len) = self.range();
-        match (start..start + len).step_by(PAGE).all(put_ones) {
-            true => Ok(()),
-            false => Err(Errno::last()),
-        }
+        self.replace(start, len)
+    }
+
+    /// Puts memory in place of a part of the range. Marked as gone before, so that nobody trusts
+    /// what is read there; and after, for [`crate::Bar::attach`] may have mapped registers
+    /// meanwhile, a part of which is now missing.
+    fn replace(&self, at: usize, len: usize) -> Result<(), Errno> {
+        self.set_gone(true);
+        let done = put_memory(at, len);
+        self.set_gone(true);
+        done
     }
 }
 
 /// Installs the handler, once per process.
 fn install() -> Result<(), Errno> {
-    let done = INSTALLED.get_or_init(|| {
-        let ones = memfd_create("polldisk-ones", MFdFlags::MFD_CLOEXEC)?;
-        nix::unistd::write(&ones, &[0xff; PAGE])?;
-        ONES.store(ones.as_raw_fd(), Ordering::Release);
+    let done = BEFORE.get_or_init(|| {
         // On the stack that the runtime has set aside for signals: the thread's own may be short.
         let action = SigAction::new(
             SigHandler::SigAction(handler),
@@ -143,8 +142,7 @@ fn install() -> Result<(), Errno> {
             SigSet::empty(),
         );
         // SAFETY: the handler does only what is safe in one: see the module's head.
-        let before = unsafe { sigaction(Signal::SIGBUS, &action) }?;
-        Ok(Installed { before, ones })
+        unsafe { sigaction(Signal::SIGBUS, &action) }
     });
     match done {
         Ok(_) => Ok(()),
@@ -152,23 +150,22 @@ fn install() -> Result<(), Errno> {
     }
 }
 
-/// Maps the page of all ones at a page's address, in place of what is there. Writes to it stay in
-/// this process and change what is read back there; so a range that is gone is never trusted for
-/// the registers that it shows, only for the ones that nobody writes.
-fn put_ones(page: usize) -> bool {
-    // SAFETY: the page lies in a slot's range, a mapping that `mmio` owns and that nothing but
+/// Maps memory of this process alone in place of what is there: in one piece however large, since a
+/// process may have some ten thousand mappings only.
+fn put_memory(at: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: whole pages in a slot's range, a mapping that `mmio` owns and that nothing but
     // volatile accesses goes to; those cope with whatever is read.
     let mapped = unsafe {
         libc::mmap(
-            std::ptr::without_provenance_mut(page),
-            PAGE,
+            std::ptr::without_provenance_mut(at),
+            len,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED,
-            ONES.load(Ordering::Acquire),
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
             0,
         )
     };
-    mapped != libc::MAP_FAILED
+    if mapped == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
 extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -178,14 +175,11 @@ extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
     // SAFETY: for SIGBUS the record has the address of the fault.
     let address = unsafe { info.si_addr() } as usize;
     let ours = Slot::of(address);
-    let mended = ours.is_some_and(|slot| {
-        slot.set_gone(true);
-        put_ones(address & !(PAGE - 1))
-    });
+    let mended = ours.is_some_and(|slot| slot.replace(address & !(PAGE - 1), PAGE).is_ok());
     if !mended {
         let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-        let before = match INSTALLED.get() {
-            Some(Ok(installed)) => &installed.before,
+        let before = match BEFORE.get() {
+            Some(Ok(before)) => before,
             _ => &default,
         };
         // SAFETY: the action is the one that was there before, or the system's own.
