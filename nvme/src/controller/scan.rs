@@ -38,9 +38,10 @@ impl<B: Bar> Controller<B> {
         }
     }
 
-    /// Without a list: every identifier up to NN may be a namespace.
+    /// Without a list: every identifier up to NN may be a namespace. One is asked about even if
+    /// NN is 0: a search without a single command would get no answer to end with.
     fn scan_every_id(&mut self) {
-        let last = self.info_ref().namespaces.min(MAX_NAMESPACES as u32);
+        let last = self.info_ref().namespaces.clamp(1, MAX_NAMESPACES as u32);
         self.scan.ids = (1..=last).collect();
         self.scan.listed = true;
     }

@@ -262,6 +262,25 @@ fn revisions_without_an_active_list_and_with_further_limits() {
 }
 
 #[test]
+fn a_search_for_namespaces_ends_where_there_are_none() {
+    for vs in [0x1_0000, 0x1_0100] {
+        let mut setup = Setup::new(512, "");
+        setup.namespaces.clear();
+        let (world, memory, options) = setup.world();
+        world.vs.set(Some(vs));
+        let bar = TestBar(world.clone());
+        let mapper = std::sync::Arc::new(memory.clone());
+        let mut controller = Controller::new(bar, mapper, options).unwrap();
+        for _ in 0..1000 {
+            world.turn();
+            controller.step(world.now.get());
+        }
+        assert_eq!(controller.state(), State::Ready, "{vs:#x}");
+        assert!(controller.namespaces().is_empty());
+    }
+}
+
+#[test]
 fn a_namespace_that_cannot_be_identified_is_refused_and_the_others_serve() {
     let mut setup = Setup::new(512, "status=281:op=identify,nth=4,count=1");
     setup.namespaces = vec![disk(64, 512), disk(64, 4096), disk(128, 512)];
