@@ -26,6 +26,9 @@ const MAX_EVENTS: usize = 4;
 /// Time that queue pairs are given to let go, and least time that a shutdown is given.
 const SHUTDOWN_TIMEOUT: u64 = 10_000 * MS;
 
+/// Most time that a shutdown is given, however long a device asks for: it may say more than an hour.
+const LONGEST_SHUTDOWN: u64 = 60_000 * MS;
+
 /// A command sequence on the admin queue; one at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Task {
@@ -381,8 +384,8 @@ impl<B: Bar> Controller<B> {
                     let cc = Cc(self.bar.read32(offset::CC));
                     let cc = cc.with_shn(ShutdownNotice::Normal.code());
                     self.bar.write32(offset::CC, cc.0);
-                    let takes = u64::from(self.info_ref().shutdown_us) * 1000;
-                    let until = now.saturating_add(takes.max(SHUTDOWN_TIMEOUT));
+                    let patience = shutdown_patience(self.info_ref().shutdown_us);
+                    let until = now.saturating_add(patience);
                     self.phase = Phase::Closing(Closing::Shutdown { until });
                 }
             }
@@ -417,11 +420,27 @@ impl<B: Bar> Controller<B> {
     }
 }
 
+/// How long a shutdown may take, if the device asks for so many microseconds (RTD3E).
+fn shutdown_patience(microseconds: u32) -> u64 {
+    (u64::from(microseconds) * 1000).clamp(SHUTDOWN_TIMEOUT, LONGEST_SHUTDOWN)
+}
+
 /// How much of a log page is read.
 fn log_bytes(log: LogId) -> u32 {
     match log {
         LogId::Error => 64,
         LogId::Smart | LogId::FirmwareSlot => 512,
         LogId::ChangedNamespaces | LogId::CommandEffects => 4096,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_device_is_waited_for_longer_than_a_minute() {
+        let seconds = |rtd3e| shutdown_patience(rtd3e) / (1000 * MS);
+        assert_eq!([0, 20_000_000, u32::MAX].map(seconds), [10, 20, 60]);
     }
 }
