@@ -78,7 +78,8 @@ impl Parts {
                 (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
             }
         };
-        let (mut leaves, mut devices, mut locks) = (Vec::new(), Vec::new(), Vec::new());
+        // On an error dropped in reverse: devices wait for their queue pairs, locks come last.
+        let (mut locks, mut devices, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
         let mut files: Vec<File> = Vec::new();
         for layer in chain.layers {
             locks.extend(layer.storage.locks);
