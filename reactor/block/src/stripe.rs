@@ -62,6 +62,22 @@ struct Slot {
 }
 
 impl Slot {
+    const FREE: Slot = Slot {
+        generation: 0,
+        used: false,
+        tag: Tag::new(0, 0, 0),
+        op: Op::Flush,
+        flags: Flags::NONE,
+        offset: 0,
+        len: 0,
+        segs: SegList::EMPTY,
+        sent: 0,
+        part: 0,
+        outstanding: 0,
+        status: Status::Ok,
+        detail: 0,
+    };
+
     /// Whether every part went out or none will.
     fn all_sent(&self, members: usize) -> bool {
         let end = match self.op {
@@ -151,26 +167,11 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             discard_granularity: most(|i| i.discard_granularity),
             max_transfer: transfer.min(MAX_CHUNKS * size).min(1 << 30) as u32,
         };
-        let slot = |_| Slot {
-            generation: 0,
-            used: false,
-            tag: Tag::new(0, 0, 0),
-            op: Op::Flush,
-            flags: Flags::NONE,
-            offset: 0,
-            len: 0,
-            segs: SegList::EMPTY,
-            sent: 0,
-            part: 0,
-            outstanding: 0,
-            status: Status::Ok,
-            detail: 0,
-        };
         let mut queue = StripeQueue {
             members,
             layout,
             info,
-            slots: (0..SLOTS).map(slot).collect(),
+            slots: (0..SLOTS).map(|_| Slot::FREE).collect(),
             free: (0..SLOTS as u16).rev().collect(),
             waiting: VecDeque::with_capacity(SLOTS),
             finished: VecDeque::with_capacity(SLOTS),
@@ -209,12 +210,7 @@ impl<Q: LeafAccess> StripeQueue<Q> {
             flags: r.flags,
             offset: r.offset,
             len: r.len,
-            segs: SegList::EMPTY,
-            sent: 0,
-            part: 0,
-            outstanding: 0,
-            status: Status::Ok,
-            detail: 0,
+            ..Slot::FREE
         };
         let moves = matches!(r.op, Op::Read | Op::Write);
         let too_long = moves && r.len > u64::from(self.info.max_transfer);
