@@ -132,7 +132,8 @@ pub struct Region {
     fd: OwnedFd,
 }
 
-// SAFETY: the mapping is valid for the life of the value (the file's length is sealed) and every
+// SAFETY: the mapping is valid for the life of the value (the file's length is sealed; where a page
+// cannot be had the kernel ends the process, and nothing wrong is read) and every
 // access through it is an opaque copy or an atomic, so no thread can make a data race that Rust
 // would call undefined. Who uses `base` with `unsafe` keeps to that.
 unsafe impl Send for Region {}
@@ -157,9 +158,11 @@ impl Region {
 
     /// Maps `[offset, offset + len)` of memory that another process made and passed a descriptor of.
     ///
-    /// Only a memfd that is sealed against being shortened, and that may be written: whatever the
-    /// peer does later, an access never faults. Nothing is made resident, since the peer says how
-    /// much there is. `offset` and `len` are multiples of the memory's page size.
+    /// Only a memfd that is sealed against being shortened, and that may be written: its length is
+    /// there for good. Nothing is made resident, since the peer says how much there is; pages that
+    /// the peer punches out come back as zeroes when they are touched. With huge pages that needs a
+    /// free one on the host, else the access kills this process: so it is for peers that may do that.
+    /// `offset` and `len` are multiples of the memory's page size.
     ///
     /// # Errors
     /// [`Error::NotSealed`] and [`Error::Outside`] as they say; [`Error::Os`] if the kernel refuses,

@@ -97,7 +97,8 @@ fn to_vfio(host: &Host, address: Address) -> anyhow::Result<Outcome> {
         ),
     }
     let file = host.pci(address, "driver_override");
-    match override_of(host, &file)?.as_deref() {
+    let wanted = override_of(host, &file)?;
+    match wanted.as_deref() {
         None | Some(VFIO) => {}
         Some(other) => bail!(
             "somebody wants {address} to have the driver {other}; if that is over: \
@@ -133,7 +134,8 @@ fn to_vfio(host: &Host, address: Address) -> anyhow::Result<Outcome> {
         Ok(())
     };
     if let Err(e) = change(claim) {
-        return Err(e.context(back_to(host, address, function.driver.as_deref(), None)));
+        let was = function.driver.as_deref();
+        return Err(e.context(back_to(host, address, was, wanted.as_deref())));
     }
     outcome.changed = true;
     Ok(outcome)
@@ -227,10 +229,15 @@ fn change_driver(
 fn back_to(host: &Host, address: Address, driver: Option<&str>, wanted: Option<&str>) -> String {
     let file = host.pci(address, "driver_override");
     let restore = || {
-        host.write(&file, &format!("{}\n", wanted.unwrap_or_default()))?;
+        // First what brings the driver back, then what was wanted for the next time.
+        let brings = driver.filter(|d| *d == VFIO);
+        host.write(&file, &format!("{}\n", brings.unwrap_or_default()))?;
         let now = host.sysfs().function(address)?.driver;
         if now.as_deref() != driver {
             change_driver(host, address, now.as_deref(), None)?;
+        }
+        if brings != wanted {
+            host.write(&file, &format!("{}\n", wanted.unwrap_or_default()))?;
         }
         let now = host.sysfs().function(address)?.driver;
         ensure!(now.as_deref() == driver, "it has {}", now.as_deref().unwrap_or("no driver"));

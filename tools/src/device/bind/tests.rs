@@ -211,6 +211,18 @@ fn a_step_of_bind_fails() {
     assert!(no(to_vfio(&fake.host(), at(A))).ends_with("run as root"));
 }
 
+/// What was wanted for the next time the device is looked for is wanted again.
+#[test]
+fn a_step_of_bind_fails_where_vfio_pci_was_wanted_already() {
+    let fake = fake();
+    fake.file(&format!("sys/bus/pci/devices/{A}/driver_override"), "vfio-pci\n");
+    fake.fail("nvme/unbind", 0, Errno::EIO);
+    let text = no(to_vfio(&fake.host(), at(A)));
+    assert!(text.starts_with("failed; 0000:01:00.0 is as it was (nvme): "), "{text}");
+    assert_eq!(fake.driver_of(A).unwrap(), "nvme");
+    assert_eq!(fake.driver_override(A), "vfio-pci");
+}
+
 #[test]
 fn a_step_back_fails_too() {
     let fake = fake();
