@@ -147,7 +147,11 @@ impl<Q: LeafAccess> StripeQueue<Q> {
                 "member 0 has blocks of {block_size} bytes, member {i} of {other}"
             ));
         }
-        let chunks = infos.iter().map(|i| i.size / size).min().unwrap_or(0);
+        // Files could grow, but as members they do not: one that grew less than the others would
+        // make the whole smaller the next time.
+        let lens = members.iter().map(|(queue, unit)| queue.unit_len(*unit));
+        let chunks = infos.iter().zip(lens).map(|(i, len)| i.size.min(len) / size).min();
+        let chunks = chunks.unwrap_or(0);
         if chunks == 0 {
             return Err(format!("a member is smaller than one stripe of {size} bytes"));
         }

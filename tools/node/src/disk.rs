@@ -172,8 +172,10 @@ impl Rest {
     /// # Errors
     /// If the image's own close failed, or a device does not shut down.
     pub fn finish(self, image: &Image, status: Status, mut leaves: Vec<Leaf>) -> Result<(), Error> {
+        let striped = matches!(leaves.get(usize::from(self.top.leaf)), Some(Leaf::Stripe(_)));
         let end = match image {
-            Image::Qcow(i) if self.writable && status.is_ok() => Some(i.end()),
+            // The members of a stripe are not the image's own files, and keep their length.
+            Image::Qcow(i) if self.writable && status.is_ok() && !striped => Some(i.end()),
             _ => None,
         };
         if let Some(end) = end
@@ -200,14 +202,14 @@ impl Rest {
         self.end(None)
     }
 
-    /// Shuts controllers down and gives locks back. A lone model's file is cut at `cut`.
+    /// Shuts controllers down and gives locks back. The file of a model that holds the image is cut
+    /// at `cut`.
     fn end(self, cut: Option<u64>) -> Result<(), Error> {
-        let lone = self.devices.len() == 1;
         for device in self.devices {
             let Some(file) = device.close()? else { continue };
             let shorten = || -> std::io::Result<()> {
                 match cut {
-                    Some(end) if lone && end < file.metadata()?.len() => {
+                    Some(end) if end < file.metadata()?.len() => {
                         file.set_len(end)?;
                         file.sync_all()
                     }

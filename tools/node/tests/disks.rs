@@ -137,7 +137,13 @@ fn an_image_in_use_is_refused() {
 fn qcow2_on_stripes_lies_where_the_layout_says() {
     const CHUNK: usize = 16 << 10;
     let dir = tempfile::tempdir().unwrap();
-    for kinds in [vec!["model:", "model:"], vec!["model:", "file:", "model:", ""]] {
+    // A member keeps its length: also the only model, and files, which could grow.
+    for kinds in [
+        vec!["model:", "model:"],
+        vec!["model:", "file:", "model:", ""],
+        vec!["file:", "model:"],
+        vec!["file:", "", "file:"],
+    ] {
         let paths: Vec<_> = (0..kinds.len()).map(|i| dir.path().join(format!("m{i}"))).collect();
         let members = paths.iter().zip(&kinds).map(|(path, kind)| {
             std::fs::File::create(path).unwrap().set_len(48 << 20).unwrap();
@@ -154,6 +160,7 @@ fn qcow2_on_stripes_lies_where_the_layout_says() {
         disk.close().unwrap();
         // Put together by hand, it is an image like any other.
         let contents: Vec<Vec<u8>> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+        assert!(contents.iter().all(|c| c.len() == 48 << 20), "{node}");
         let whole: Vec<u8> = (0..(48 << 20) / CHUNK)
             .flat_map(|row| contents.iter().flat_map(move |c| &c[row * CHUNK..(row + 1) * CHUNK]))
             .copied()
