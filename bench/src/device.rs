@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use block::{BlockQueue, Completions, Flags, Op, Request, Submit, Tag};
+use block::{BlockQueue, Completions, Flags, LeafAccess, Op, Request, Submit, Tag};
 use dma::Region;
 use hdrhistogram::Histogram;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -179,7 +179,8 @@ impl<'a> Load<'a> {
         write: bool,
     ) -> Result<Load<'a>, Error> {
         let info = leaf.info(unit).ok_or_else(|| Error::other("the device has no such unit"))?;
-        let blocks = info.size / u64::from(BYTES);
+        // A file may grow; what is measured is what it has.
+        let blocks = info.size.min(leaf.unit_len(unit)) / u64::from(BYTES);
         if blocks == 0 {
             return Err(Error::other("the device is smaller than 4 KiB"));
         }
@@ -397,6 +398,18 @@ mod tests {
         assert!(report.requests >= 7 && report.polls >= report.empty_polls, "{report:?}");
         assert!(report.iops > 0.0 && report.latency_ns.p999 >= report.latency_ns.p50);
         assert_eq!((report.sq_doorbells, report.rw), (None, "randwrite"));
+    }
+
+    #[test]
+    fn a_file_is_loaded_within_its_length() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let spec = NodeSpec::File(file.path().to_path_buf());
+        let chain = node::open_chain(&spec, &OpenOptions::write(Format::Raw)).unwrap();
+        let options = Options { depth: 4, write: true, seconds: 0.1, core: None };
+        let report = run(Parts::new(chain).unwrap(), &options).unwrap();
+        assert!(report.requests >= 4, "{report:?}");
+        assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
     }
 
     #[test]
