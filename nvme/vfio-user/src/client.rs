@@ -126,7 +126,13 @@ impl Client {
         let info = DeviceInfo { reset: false, pci: false, regions: 0, irqs: 0 };
         let mut client =
             Client { shared, reader: Some(reader), info, max_data: wire::MAX_DATA, max_fds: 1 };
-        let reply = client.call("version", command::VERSION, &version::propose(), &[])?;
+        let reply = client.call("version", command::VERSION, &version::propose(), &[]);
+        let reply = reply.map_err(|e| match e {
+            // Found by the reader, or by the sender.
+            Error::Gone(why) => Error::TurnedAway(why),
+            Error::Closed => Error::TurnedAway(e.to_string()),
+            e => e,
+        })?;
         let offer = client.checked(version::decode(&reply.body))?;
         (client.max_data, client.max_fds) = (offer.max_data, offer.max_fds);
         let wanted = DeviceInfo { reset: false, pci: false, regions: 0, irqs: 0 };

@@ -33,6 +33,9 @@ pub enum Error {
     /// The connection ended before, for this reason.
     #[error("the device is gone: {0}")]
     Gone(String),
+    /// The connection ended before the server said which version it speaks.
+    #[error("the server took no client ({0}); it may have another one, and takes one at a time")]
+    TurnedAway(String),
     /// What was asked for makes no sense for this device.
     #[error("{0}")]
     Invalid(String),
