@@ -19,6 +19,7 @@
 pub mod build;
 pub mod check;
 pub mod create;
+pub mod edit;
 pub mod extents;
 pub mod format;
 pub mod info;

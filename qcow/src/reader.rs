@@ -124,10 +124,18 @@ impl<S: Storage> ChainReader<S> {
     /// # Errors
     /// If a layer cannot be read or its tables say something impossible.
     pub fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.read_below(0, offset, into)
+    }
+
+    /// Reads what the chain without the layers above `depth` shows; past its end zeroes.
+    ///
+    /// # Errors
+    /// As [`ChainReader::read_at`].
+    pub fn read_below(&mut self, depth: usize, offset: u64, into: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < into.len() {
             let at = offset.saturating_add(done as u64);
-            let Some(span) = self.span(at, (into.len() - done) as u64)? else {
+            let Some(span) = self.span_below(depth, at, (into.len() - done) as u64)? else {
                 into[done..].fill(0);
                 return Ok(());
             };
@@ -156,12 +164,17 @@ impl<S: Storage> ChainReader<S> {
     /// # Errors
     /// If a table cannot be read or says something impossible.
     pub fn span(&mut self, start: u64, max: u64) -> Result<Option<Span>> {
-        let size = self.size();
+        self.span_below(0, start, max)
+    }
+
+    /// As [`ChainReader::span`], for the chain without the layers above `depth`, which is counted
+    /// from the top all the same.
+    fn span_below(&mut self, mut depth: usize, start: u64, max: u64) -> Result<Option<Span>> {
+        let size = self.layers.get(depth).map_or(0, Layer::size);
         if start >= size {
             return Ok(None);
         }
         let mut len = max.min(size - start);
-        let mut depth = 0;
         loop {
             let (run, source) = match self.layers[depth].kind {
                 LayerKind::Raw(_) => (len, Source::Data(start)),
@@ -180,6 +193,26 @@ impl<S: Storage> ChainReader<S> {
                 _ => return Ok(Some(Span { start, len, depth, source })),
             }
         }
+    }
+
+    /// What the top layer itself says about `start`, and for how many bytes, at most `max`.
+    pub(crate) fn top_run(&mut self, start: u64, max: u64) -> Result<(u64, Source)> {
+        match self.layers[0].kind {
+            LayerKind::Raw(_) => Ok((max, Source::Data(start))),
+            LayerKind::Qcow2(_) => self.run_in_image(0, start, max),
+        }
+    }
+
+    /// The bytes of a layer, to change them.
+    pub(crate) fn storage(&mut self, depth: usize) -> &mut S {
+        &mut self.layers[depth].storage
+    }
+
+    /// A layer was changed: these are its tables now.
+    pub(crate) fn changed(&mut self, depth: usize, kind: LayerKind) {
+        self.layers[depth].kind = kind;
+        self.cache = L2Cache::default();
+        self.plain_is = None;
     }
 
     /// What one image says about a range: the bytes of the run from `start` on, and its source.

@@ -33,6 +33,9 @@ pub(crate) struct Nbd {
     /// Refuse writes; others may read the image at the same time.
     #[arg(short, long)]
     read_only: bool,
+    /// Serve an internal snapshot, by its ID or its name, for reading only.
+    #[arg(long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
     /// Name of the export; clients that ask for another are refused.
     #[arg(long, default_value = "")]
     export: String,
@@ -47,19 +50,23 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     let signals = crate::signals::Signals::take()?;
     let spec = NodeSpec::parse(&nbd.node)?;
     let clock = Clock::real();
+    let read_only = nbd.read_only || nbd.snapshot.is_some();
     let mut allow = Vec::new();
     for dir in &nbd.allow_backing {
         let found = dir.canonicalize();
         allow.push(found.with_context(|| format!("--allow-backing {}", dir.display()))?);
     }
     let options = OpenOptions {
-        writable: !nbd.read_only,
+        writable: !read_only,
         backing_format: nbd.backing_format,
         allow_backing: allow,
         clock: clock.clone(),
         ..OpenOptions::read(nbd.format)
     };
-    let chain = node::open_chain(&spec, &options)?;
+    let mut chain = node::open_chain(&spec, &options)?;
+    if let Some(snapshot) = &nbd.snapshot {
+        chain.show_snapshot(qcow::edit::SnapshotKey::IdOrName(snapshot))?;
+    }
     // Until here a signal ends the process, as long as opening and repairing may take.
     let stop = signals.told();
     let parts = Parts::new(chain)?;
@@ -82,7 +89,7 @@ fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &Receiver<Signal>) -> an
     let export = ::nbd::Export {
         name: nbd.export.clone(),
         description: spec.to_string(),
-        read_only: nbd.read_only,
+        read_only: nbd.read_only || nbd.snapshot.is_some(),
         info: disk.info().clone(),
         attach: Box::new(move |depth, regions| {
             door.open(depth, regions).map_err(|e| e.to_string())

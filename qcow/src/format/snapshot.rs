@@ -46,6 +46,35 @@ impl Snapshot {
         Ok(len.next_multiple_of(8))
     }
 
+    /// The entry as it stands in the table, padding included, with 24 bytes of extra data. ID and
+    /// name have at most 65535 bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        self.encode_with(self.id.as_bytes(), self.name.as_bytes())
+    }
+
+    /// As [`Snapshot::encode`], with ID and name as bytes: they need not be UTF-8.
+    pub(crate) fn encode_with(&self, id: &[u8], name: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::FIXED_LEN + 24 + id.len() + name.len());
+        let short = |n: u64| u32::try_from(n).unwrap_or(0);
+        debug_assert!(id.len() < 1 << 16 && name.len() < 1 << 16);
+        out.extend_from_slice(&self.l1_table_offset.to_be_bytes());
+        out.extend_from_slice(&self.l1_size.to_be_bytes());
+        out.extend_from_slice(&(id.len() as u16).to_be_bytes());
+        out.extend_from_slice(&(name.len() as u16).to_be_bytes());
+        out.extend_from_slice(&self.date_sec.to_be_bytes());
+        out.extend_from_slice(&self.date_nsec.to_be_bytes());
+        out.extend_from_slice(&self.vm_clock_nsec.to_be_bytes());
+        out.extend_from_slice(&short(self.vm_state_size).to_be_bytes());
+        out.extend_from_slice(&24u32.to_be_bytes());
+        out.extend_from_slice(&self.vm_state_size.to_be_bytes());
+        out.extend_from_slice(&self.disk_size.unwrap_or(0).to_be_bytes());
+        out.extend_from_slice(&self.icount.unwrap_or(u64::MAX).to_be_bytes());
+        out.extend_from_slice(id);
+        out.extend_from_slice(name);
+        out.resize(out.len().next_multiple_of(8), 0);
+        out
+    }
+
     /// Takes one entry apart. `file_offset` is where it stands, for messages.
     ///
     /// # Errors

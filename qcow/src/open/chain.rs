@@ -6,6 +6,7 @@ use block::Storage;
 
 use super::names::{BackingRef, FileId, Format};
 use super::{ImageMeta, Mode};
+use crate::edit::{SnapshotKey, find_snapshot};
 use crate::{Error, Result};
 
 /// Most layers of a chain, the top one included. QEMU has no limit; this one keeps a hostile
@@ -186,6 +187,20 @@ impl<S: Storage> Chain<S> {
     /// Bytes that a guest sees.
     pub fn size(&self) -> u64 {
         self.layers[0].size()
+    }
+
+    /// Shows the disk as it was when an internal snapshot of the top layer was taken, instead of
+    /// what it holds now. For chains that were opened for reading.
+    ///
+    /// # Errors
+    /// If there is no such snapshot, or its entry or its L1 table is impossible.
+    pub fn show_snapshot(&mut self, key: SnapshotKey<'_>) -> Result<()> {
+        let Layer { storage, name, kind, .. } = &mut self.layers[0];
+        let LayerKind::Qcow2(image) = kind else {
+            return Err(Error::refused(name, "is raw, and so has no snapshots"));
+        };
+        let (_, snapshot) = find_snapshot(storage, name, &image.header, key)?;
+        image.show_snapshot(storage, &snapshot)
     }
 }
 

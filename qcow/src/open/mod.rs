@@ -16,7 +16,8 @@ pub(crate) use tables::{read_snapshots, read_word_table};
 use block::Storage;
 
 use crate::check;
-use crate::format::{FieldError, Geometry, Header, autoclear, field, incompatible};
+use crate::edit::check_l1;
+use crate::format::{FieldError, Geometry, Header, Snapshot, autoclear, field, incompatible};
 use crate::{Error, Result};
 
 /// What an image is opened for.
@@ -26,6 +27,9 @@ pub enum Mode {
     Read,
     /// Reading and writing. A dirty image's refcounts are repaired first.
     Write,
+    /// Changing an image that nobody uses ([`crate::edit`]): as for writing, and internal snapshots
+    /// are fine.
+    Edit,
     /// Checking and repairing: a refcount table or snapshot table that cannot be used is not an
     /// error yet.
     Check,
@@ -63,8 +67,8 @@ impl ImageMeta {
         let header = read_header(storage, name)?;
         refuse_unsupported(&header, name)?;
         let meta = tables::load(storage, name, mode, header)?;
-        if mode == Mode::Write {
-            refuse_writing(&meta.header, name, storage.read_only())?;
+        if matches!(mode, Mode::Write | Mode::Edit) {
+            refuse_writing(&meta.header, name, mode, storage.read_only())?;
             if meta.header.is_dirty() {
                 repair_dirty(storage, name)?;
                 return Self::open(storage, name, mode);
@@ -116,6 +120,33 @@ impl ImageMeta {
         Ok(())
     }
 
+    /// Shows the disk as a snapshot has it.
+    fn show_snapshot(&mut self, storage: &mut dyn Storage, s: &Snapshot) -> Result<()> {
+        check_l1(self, s, storage.len())?;
+        let size = s.disk_size.unwrap_or(self.header.size);
+        let g = &self.geometry;
+        let geometry = Geometry::new(g.version(), g.cluster_bits(), g.refcount_order(), size)
+            .filter(|g| i64::try_from(size).is_ok() && g.l1_entries() <= u64::from(s.l1_size))
+            .ok_or_else(|| {
+                Error::refused(
+                    &self.name,
+                    format!(
+                        "snapshot {:?} claims a disk of {size} bytes, but its L1 table has {} \
+                         entries",
+                        s.name, s.l1_size
+                    ),
+                )
+            })?;
+        let len = u64::from(s.l1_size) * 8;
+        let what = "snapshot's L1 table";
+        self.l1 = read_word_table(storage, &self.name, what, s.l1_table_offset, len)?;
+        self.header.l1_table_offset = s.l1_table_offset;
+        self.header.l1_size = s.l1_size;
+        self.header.size = size;
+        self.geometry = geometry;
+        Ok(())
+    }
+
     fn write_field(&self, storage: &mut dyn Storage, offset: u64, value: u64) -> Result<()> {
         let io = |e| Error::io(&self.name, "header")(e);
         storage.write_at(offset, &value.to_be_bytes()).map_err(io)?;
@@ -157,14 +188,14 @@ fn refuse_unsupported(header: &Header, name: &str) -> Result<()> {
     Err(Error::unsupported(name, feature))
 }
 
-fn refuse_writing(header: &Header, name: &str, read_only: bool) -> Result<()> {
+fn refuse_writing(header: &Header, name: &str, mode: Mode, read_only: bool) -> Result<()> {
     let reason = if read_only {
         "cannot be opened for writing: the file or device is read-only".to_owned()
     } else if header.is_corrupt() {
         "is marked corrupt; it can be read, but not be written before \
          `image check --repair all` has brought it back"
             .to_owned()
-    } else if header.nb_snapshots > 0 {
+    } else if header.nb_snapshots > 0 && mode == Mode::Write {
         format!(
             "has {} internal snapshots; it can be read, but writing such images is not supported",
             header.nb_snapshots

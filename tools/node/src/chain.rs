@@ -33,6 +33,10 @@ pub struct OpenOptions {
     pub allow_backing: Vec<PathBuf>,
     /// Leave backing files closed.
     pub top_only: bool,
+    /// Open the chain to change its files offline: the bytes of the top and of this layer (0: of
+    /// the top only) can be written, and are locked for that; the images in them are opened for
+    /// reading all the same.
+    pub edit: Option<usize>,
     /// Take no lock and respect none (`-U`); only for reading.
     pub force_share: bool,
     /// The time that drivers of devices go by.
@@ -48,6 +52,7 @@ impl OpenOptions {
             backing_format: None,
             allow_backing: Vec::new(),
             top_only: false,
+            edit: None,
             force_share: false,
             clock: Clock::real(),
         }
@@ -217,7 +222,9 @@ fn lock(
 /// # Errors
 /// If a layer cannot be opened, is in use, is refused, or is no image.
 pub fn open_chain(spec: &NodeSpec, options: &OpenOptions) -> Result<Chain, Error> {
-    let source = open_source(spec, options)?;
+    let editing = options.edit.is_some();
+    let writable = options.writable || editing;
+    let source = open_source(spec, &OpenOptions { writable, ..options.clone() })?;
     let id = source.id;
     let top = Opened {
         storage: source,
@@ -227,7 +234,7 @@ pub fn open_chain(spec: &NodeSpec, options: &OpenOptions) -> Result<Chain, Error
     };
     let chain_options = ChainOptions {
         format: Some(options.format),
-        writable: options.writable,
+        writable: options.writable && !editing,
         backing_format: options.backing_format,
         top_only: options.top_only,
     };
@@ -241,13 +248,14 @@ fn open_backing(backing: &BackingRef, options: &OpenOptions) -> qcow::Result<Ope
     let refuse = |why: String| {
         qcow::Error::refused(&backing.named_by, format!("backing file {name}: {why}"))
     };
-    let host = HostStorage::open(&found.path, false).map_err(|e| refuse(e.to_string()))?;
+    let writable = options.edit == Some(backing.depth);
+    let host = HostStorage::open(&found.path, writable).map_err(|e| refuse(e.to_string()))?;
     let id = file_id(&host).map_err(|e| refuse(e.to_string()))?;
     if id != found.id {
         return Err(refuse("was replaced while it was being opened".to_owned()));
     }
-    let reading = OpenOptions { writable: false, ..options.clone() };
-    let lock = lock(&name, host.file(), &reading).map_err(|e| refuse(e.to_string()))?;
+    let access = OpenOptions { writable, ..options.clone() };
+    let lock = lock(&name, host.file(), &access).map_err(|e| refuse(e.to_string()))?;
     let locks = lock.into_iter().collect();
     let storage = Source { kind: Kind::Host(host), locks, id: Some(id) };
     Ok(Opened { storage, path: Some(found.path), name, id: Some(id) })

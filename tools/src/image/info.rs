@@ -217,7 +217,11 @@ fn human(out: &mut impl Write, printed: &Printed) -> std::io::Result<()> {
     Ok(())
 }
 
-fn snapshots(out: &mut impl Write, list: &[qcow::info::SnapshotInfo]) -> std::io::Result<()> {
+/// Prints a list of snapshots as qemu-img does; nothing if there are none.
+pub(super) fn snapshots(
+    out: &mut impl Write,
+    list: &[qcow::info::SnapshotInfo],
+) -> std::io::Result<()> {
     if list.is_empty() {
         return Ok(());
     }

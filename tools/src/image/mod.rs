@@ -1,6 +1,8 @@
 //! `polldisk image …`: what qemu-img users expect, one file a command. Control path throughout.
 
+mod amend;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -9,11 +11,15 @@ mod info;
 mod map;
 pub(crate) mod print;
 mod reader;
+mod rebase;
+mod resize;
+mod snapshot;
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use node::{NodeSpec, OpenOptions};
+use node::{NodeSpec, OpenOptions, Source, open_source};
+use qcow::ChainReader;
 use qcow::open::Format;
 
 use crate::output::usage;
@@ -33,6 +39,16 @@ pub(crate) enum Command {
     Convert(convert::Convert),
     /// Compare what two images hold.
     Compare(compare::Compare),
+    /// Change the size of the disk.
+    Resize(resize::Resize),
+    /// List, take, apply or delete internal snapshots.
+    Snapshot(snapshot::Snapshot),
+    /// Write what an image holds into its backing file.
+    Commit(commit::Commit),
+    /// Give an image another backing file.
+    Rebase(rebase::Rebase),
+    /// Change options of an image.
+    Amend(amend::Amend),
 }
 
 /// Runs one; returns the exit code.
@@ -44,6 +60,11 @@ pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
         Command::Map(c) => map::run(&c).map(|()| 0),
         Command::Convert(c) => convert::run(&c).map(|()| 0),
         Command::Compare(c) => compare::run(&c),
+        Command::Resize(c) => resize::run(&c).map(|()| 0),
+        Command::Snapshot(c) => snapshot::run(&c).map(|()| 0),
+        Command::Commit(c) => commit::run(&c).map(|()| 0),
+        Command::Rebase(c) => rebase::run(&c).map(|()| 0),
+        Command::Amend(c) => amend::run(&c).map(|()| 0),
     }
 }
 
@@ -65,6 +86,33 @@ fn reading(format: Format, backing: &Backing, force_share: bool) -> OpenOptions 
         allow_backing: backing.allow_backing.clone(),
         force_share,
         ..OpenOptions::read(format)
+    }
+}
+
+/// How images that are changed offline are opened: the top and layer `depth` for writing.
+fn editing(format: Format, backing: &Backing, depth: usize) -> OpenOptions {
+    OpenOptions { edit: Some(depth), ..reading(format, backing, false) }
+}
+
+/// Opens a node to change the image in it, locked.
+fn open_for_change(spec: &NodeSpec) -> anyhow::Result<Source> {
+    refuse_special(spec)?;
+    Ok(open_source(spec, &OpenOptions::write(Format::Qcow2))?)
+}
+
+/// Ends the use of all nodes of a chain.
+fn close(reader: ChainReader<Source>) -> anyhow::Result<()> {
+    for layer in reader.into_chain().layers {
+        layer.storage.close()?;
+    }
+    Ok(())
+}
+
+/// Only QCOW2 images can be changed in this way.
+fn only_qcow2(format: Format) -> anyhow::Result<()> {
+    match format {
+        Format::Qcow2 => Ok(()),
+        Format::Raw => usage("-f raw: only qcow2 images have this"),
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs::File;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use node::{NodeSpec, OpenOptions, Source, open_chain};
+use qcow::edit::SnapshotKey;
 use qcow::open::{FileId, Layer};
 use qcow::{ChainReader, Source as From, Span};
 
@@ -30,11 +31,31 @@ impl Reader {
     /// # Errors
     /// As [`open_chain`].
     pub(crate) fn open(spec: &NodeSpec, options: &OpenOptions) -> anyhow::Result<Reader> {
+        Reader::open_at(spec, options, None)
+    }
+
+    /// As [`Reader::open`]; with a snapshot the disk is as it was when that was taken.
+    ///
+    /// # Errors
+    /// As [`open_chain`]; if there is no such snapshot.
+    pub(crate) fn open_at(
+        spec: &NodeSpec,
+        options: &OpenOptions,
+        snapshot: Option<SnapshotKey<'_>>,
+    ) -> anyhow::Result<Reader> {
         super::refuse_special(spec)?;
-        let chain = open_chain(spec, options)?;
+        let mut chain = open_chain(spec, options)?;
+        if let Some(key) = snapshot {
+            chain.show_snapshot(key)?;
+        }
         // Disks are whole sectors; the rest of a file's last one reads as zeroes.
         let size = chain.size().next_multiple_of(512);
         Ok(Reader { chain: ChainReader::new(chain), size, hole: None })
+    }
+
+    /// The reader below, which does not look for holes.
+    pub(crate) fn chain(&mut self) -> &mut ChainReader<Source> {
+        &mut self.chain
     }
 
     /// Bytes of the guest's disk, a multiple of 512.

@@ -4,6 +4,7 @@ mod check;
 mod compare;
 mod convert;
 mod create;
+mod edit;
 mod info;
 mod map;
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::fresh::{self, BackingFile, Pairs, Place, Wanted};
 use super::print::{self, Output, Progress};
 use super::reader::{Reader, file_id};
-use super::{Backing, reading, usage};
+use super::{Backing, reading, snapshot, usage};
 use plan::{Part, Piece, Plan, Under};
 use target::{Existing, NewQcow, NewRaw, Target};
 
@@ -50,6 +50,9 @@ pub(crate) struct Convert {
     /// Runs of zeroes at least this long are not written; 0 writes everything, zeroes and holes, too.
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4k", value_parser = super::size)]
     sparse_size: u64,
+    /// Copy an internal snapshot of the source: snapshot.id=ID, snapshot.name=NAME, or one of both.
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
     /// Write into a destination that exists, instead of making it.
     #[arg(short, long)]
     no_create: bool,
@@ -109,7 +112,9 @@ pub(crate) fn run(args: &Convert) -> anyhow::Result<()> {
     if !args.sparse_size.is_multiple_of(512) {
         return usage("-S: a multiple of 512 is needed");
     }
-    let source = Reader::open(&args.source, &reading(args.format, &allowed, args.force_share))?;
+    let snapshot = args.snapshot.as_deref().map(snapshot::key);
+    let options = reading(args.format, &allowed, args.force_share);
+    let source = Reader::open_at(&args.source, &options, snapshot)?;
     if let Some(id) = args.destination.path().and_then(file_id)
         && source.find_file(id).is_some()
     {

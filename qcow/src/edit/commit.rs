@@ -1,0 +1,226 @@
+//! Committing: what an overlay holds goes down into a layer below.
+//!
+//! While it runs the overlay keeps all that it holds, so the chain reads the same whatever was
+//! written below already; then the overlay is emptied by one transaction.
+
+use block::Storage;
+
+use super::resize::Below;
+use super::tx::{Tx, run};
+use crate::open::LayerKind;
+use crate::{ChainReader, Error, Result, Source};
+
+/// Bytes read at a time.
+pub(super) const PIECE: u64 = 1 << 20;
+/// Bytes that go to new clusters before they are made part of the image: what a cut can cost.
+pub(super) const STEP: u64 = 256 << 20;
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// Bytes that were written.
+    pub data_bytes: u64,
+    /// Bytes that became zeroes.
+    pub zero_bytes: u64,
+}
+
+/// Writes what the layers above `depth` (at least 1) hold into that layer; its storage must be
+/// writable, and with `empty` the top's, too, which is emptied then. The layer grows to the top's
+/// size if it is smaller. `progress` is told how many bytes of the disk are done.
+///
+/// # Errors
+/// If the top has internal snapshots (they would show something else afterwards) or the layer has
+/// bitmaps, something cannot be read or written, or there is no room. The chain shows what it did
+/// before, and the call can be repeated.
+pub fn commit<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    empty: bool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Committed> {
+    let layers = reader.layers();
+    let name = layers[0].name.clone();
+    if depth == 0 || depth >= layers.len() {
+        return Err(Error::refused(&name, "there is no layer below to commit to"));
+    }
+    for layer in &layers[..depth] {
+        refuse_snapshots(layer)?;
+    }
+    let done = match layers[depth].kind {
+        LayerKind::Raw(_) => into_raw(reader, depth, progress)?,
+        LayerKind::Qcow2(_) => into_image(reader, depth, progress)?,
+    };
+    if empty && let Some(size) = reader.layers()[0].image().map(|i| i.geometry.size()) {
+        let (_, meta) = run(reader.storage(0), &name, false, |tx, st| {
+            tx.compact = true;
+            tx.drop_from(st, 0, size)
+        })?;
+        reader.changed(0, LayerKind::Qcow2(Box::new(meta)));
+    }
+    Ok(done)
+}
+
+/// Refuses a layer with internal snapshots, which show what is below where they hold nothing.
+pub(super) fn refuse_snapshots<S>(layer: &crate::open::Layer<S>) -> Result<()> {
+    match layer.image().map_or(0, |i| i.header.nb_snapshots) {
+        0 => Ok(()),
+        n => Err(Error::refused(
+            &layer.name,
+            format!("has {n} internal snapshots, which would show something else afterwards"),
+        )),
+    }
+}
+
+/// The next range from `at` on that layers above `depth` have something for.
+fn next_above<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    mut at: u64,
+) -> Result<Option<(u64, u64, bool)>> {
+    while let Some(span) = reader.span(at, u64::MAX)? {
+        if span.depth < depth {
+            // An unallocated range ends here, too, where a layer above is shorter.
+            let zero = matches!(span.source, Source::Unallocated | Source::Zero(_));
+            return Ok(Some((at, span.len, zero)));
+        }
+        at += span.len;
+    }
+    Ok(None)
+}
+
+fn into_raw<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Committed> {
+    let name = reader.layers()[depth].name.clone();
+    let io = |what| Error::io(&name, what);
+    let size = reader.size();
+    let st = reader.storage(depth);
+    if st.len() < size {
+        st.set_len(size).map_err(io("set length"))?;
+    }
+    if st.len() < size {
+        let reason = format!("has {} bytes, fewer than the {size} of the disk", st.len());
+        return Err(Error::refused(&name, reason));
+    }
+    let len = st.len();
+    reader.changed(depth, LayerKind::Raw(len));
+    let mut done = Committed::default();
+    let mut at = 0;
+    let mut buffer = vec![0; PIECE as usize];
+    while let Some((start, len, zero)) = next_above(reader, depth, at)? {
+        if zero {
+            reader.storage(depth).write_zeroes_at(start, len).map_err(io("data"))?;
+            done.zero_bytes += len;
+            at = start + len;
+        } else {
+            let len = len.min(PIECE);
+            let bytes = &mut buffer[..len as usize];
+            reader.read_at(start, bytes)?;
+            reader.storage(depth).write_at(start, bytes).map_err(io("data"))?;
+            done.data_bytes += len;
+            at = start + len;
+        }
+        progress(at);
+    }
+    reader.storage(depth).flush().map_err(io("flush"))?;
+    Ok(done)
+}
+
+fn into_image<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Committed> {
+    let name = reader.layers()[depth].name.clone();
+    let mut tx = Tx::open(reader.storage(depth), &name, true)?;
+    reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
+    match copy(reader, depth, &mut tx, progress) {
+        Ok(done) => Ok(done),
+        Err(e) => {
+            tx.abort(reader.storage(depth));
+            Err(e)
+        }
+    }
+}
+
+/// Makes what the transaction did part of the image, and has the reader know.
+pub(super) fn checkpoint<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    tx: &mut Tx,
+) -> Result<()> {
+    tx.commit(reader.storage(depth))?;
+    reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
+    Ok(())
+}
+
+fn copy<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    tx: &mut Tx,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Committed> {
+    let size = reader.size();
+    if tx.geometry().size() < size {
+        let below = Below::of(reader, depth)?;
+        tx.set_size(reader.storage(depth), size, below)?;
+        checkpoint(reader, depth, tx)?;
+    }
+    let g = tx.geometry();
+    let cluster = g.cluster_size();
+    let backed = tx.meta.header.backing_name.is_some();
+    let mut done = Committed::default();
+    let (mut at, mut since) = (0, 0);
+    let mut buffer = Vec::new();
+    while let Some((start, len, zero)) = next_above(reader, depth, at)? {
+        // Whole clusters of the layer: after the commit it shows what the top shows, so that is
+        // what fills them.
+        let first = g.cluster_start(start);
+        let most = if zero { STEP } else { PIECE.max(cluster) };
+        let end = (start + len).min(first + most);
+        let end = g.round_up(end).unwrap_or(u64::MAX);
+        let whole = zero && first == start && end <= start + len;
+        if !whole {
+            let end = end.min(first + PIECE.max(cluster));
+            buffer.resize((end - first) as usize, 0);
+            reader.read_at(first, &mut buffer)?;
+            if end > size {
+                // The layer is larger than the top.
+                let tail = (size - first) as usize;
+                reader.read_below(depth, size, &mut buffer[tail..])?;
+            }
+        }
+        let end = if whole { end } else { first + buffer.len() as u64 };
+        let mut guest = first;
+        while guest < end {
+            let here = (guest - first) as usize;
+            let bytes = (!whole).then(|| &buffer[here..here + cluster as usize]);
+            let st = reader.storage(depth);
+            match bytes.filter(|b| b.iter().any(|&b| b != 0)) {
+                Some(bytes) => {
+                    tx.write_cluster(st, guest, bytes, true)?;
+                    done.data_bytes += cluster;
+                }
+                None => {
+                    tx.zero_cluster(st, guest, backed)?;
+                    done.zero_bytes += cluster;
+                }
+            }
+            guest += cluster;
+        }
+        at = end;
+        since += end - first;
+        if since >= STEP {
+            checkpoint(reader, depth, tx)?;
+            since = 0;
+        }
+        progress(at.min(size));
+        if at >= size {
+            break;
+        }
+    }
+    checkpoint(reader, depth, tx)?;
+    Ok(done)
+}

@@ -1,0 +1,133 @@
+//! Changing the size of the disk.
+
+use block::Storage;
+
+use super::tx::{Tx, run};
+use crate::format::{L2Entry, MAX_L1_BYTES};
+use crate::open::{Layer, LayerKind};
+use crate::{ChainReader, Error, Result};
+
+/// What stands below a disk that grows.
+pub(super) struct Below {
+    /// Bytes of the backing file's disk.
+    size: u64,
+    /// What it shows from the start of the cluster in which the growing disk ends up to that end.
+    tail: Vec<u8>,
+}
+
+impl Below {
+    /// Looks below a layer; `None` if it has no backing file.
+    pub(super) fn of<S: Storage>(
+        reader: &mut ChainReader<S>,
+        depth: usize,
+    ) -> Result<Option<Below>> {
+        let layers = reader.layers();
+        let Some(size) = layers.get(depth + 1).map(Layer::size) else { return Ok(None) };
+        let Some(g) = layers[depth].image().map(|i| i.geometry) else { return Ok(None) };
+        let mut tail = vec![0; g.in_cluster(g.size()) as usize];
+        reader.read_below(depth + 1, g.cluster_start(g.size()), &mut tail)?;
+        Ok(Some(Below { size, tail }))
+    }
+}
+
+/// Changes the size of a chain's top image, which must be QCOW2 and whose storage must be writable,
+/// to `size` bytes. What is added reads as zeroes, whatever the backing file has there. What is cut
+/// off is lost.
+///
+/// # Errors
+/// If the size is no multiple of 512 or too large, the image has version 2 and internal snapshots
+/// (which do not say then how large they are) or has bitmaps, there is no room, or a write fails.
+/// The image is as it was then.
+pub fn resize<S: Storage>(reader: &mut ChainReader<S>, size: u64) -> Result<()> {
+    let name = reader.layers()[0].name.clone();
+    if !size.is_multiple_of(512) || i64::try_from(size).is_err() {
+        let reason = format!("the new size {size} is no multiple of 512 below 2^63");
+        return Err(Error::refused(&name, reason));
+    }
+    let below = Below::of(reader, 0)?;
+    let meta = run(reader.storage(0), &name, true, |tx, st| {
+        if tx.meta.header.version < 3 && tx.meta.header.nb_snapshots > 0 {
+            return Err(tx.refused(
+                "has version 2 and internal snapshots, whose size is that of the disk: it cannot \
+                 be resized",
+            ));
+        }
+        tx.set_size(st, size, below)
+    })?
+    .1;
+    reader.changed(0, LayerKind::Qcow2(Box::new(meta)));
+    Ok(())
+}
+
+impl Tx {
+    /// Changes the disk's size inside a transaction.
+    pub(super) fn set_size(
+        &mut self,
+        st: &mut dyn Storage,
+        size: u64,
+        below: Option<Below>,
+    ) -> Result<()> {
+        let old = self.geometry().size();
+        let mut header = self.meta.header.clone();
+        header.size = size;
+        let g = header.geometry();
+        if g.l1_entries() * 8 > MAX_L1_BYTES {
+            return Err(self.refused(format!(
+                "a disk of {size} bytes is too large for clusters of {} bytes (its L1 table would \
+                 be larger than 32 MiB)",
+                g.cluster_size()
+            )));
+        }
+        // Behind the end there may be something: state of a virtual machine, or of another program
+        // that shrank the disk.
+        let kept = old.min(size);
+        let first = g.round_up(kept).unwrap_or(u64::MAX);
+        self.drop_from(st, first, u64::MAX)?;
+        self.meta.header = header;
+        self.meta.geometry = g;
+        let entries = self.meta.l1.len().max(g.l1_entries() as usize);
+        self.l1_changed |= entries != self.meta.l1.len();
+        self.meta.l1.resize(entries, 0);
+        if size <= old {
+            self.compact = true;
+            return Ok(());
+        }
+        if self.meta.header.backing_name.is_some() && below.is_none() {
+            return Err(self.refused("its backing file must be open to grow it"));
+        }
+        self.clear_tail(st, old, below)
+    }
+
+    /// Makes what follows the old end read as zeroes: the rest of its cluster, and what the backing
+    /// file would show.
+    fn clear_tail(&mut self, st: &mut dyn Storage, old: u64, below: Option<Below>) -> Result<()> {
+        let g = self.geometry();
+        let below_size = below.as_ref().map_or(0, |b| b.size);
+        let used = g.in_cluster(old) as usize;
+        if used > 0 {
+            let guest = g.cluster_start(old);
+            match self.read_cluster(st, guest)? {
+                Some(mut bytes) => {
+                    if bytes[used..].iter().any(|&b| b != 0) {
+                        bytes[used..].fill(0);
+                        self.write_cluster(st, guest, &bytes, false)?;
+                    }
+                }
+                None => {
+                    let unallocated = self.entry(st, guest)? == L2Entry::Unallocated;
+                    if let Some(below) = below.filter(|b| unallocated && b.size > old) {
+                        let mut bytes = vec![0; g.cluster_size() as usize];
+                        bytes[..used].copy_from_slice(&below.tail);
+                        self.write_cluster(st, guest, &bytes, false)?;
+                    }
+                }
+            }
+        }
+        let mut guest = g.round_up(old).unwrap_or(u64::MAX);
+        while guest < g.size().min(below_size) {
+            self.zero_cluster(st, guest, true)?;
+            guest += g.cluster_size();
+        }
+        Ok(())
+    }
+}

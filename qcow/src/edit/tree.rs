@@ -1,0 +1,88 @@
+//! Whole trees of tables: counting references to all that an L1 table leads to, and the COPIED
+//! flags of the active one.
+
+use block::Storage;
+
+use super::tx::Tx;
+use crate::Result;
+use crate::format::{L1Entry, L2Entry};
+
+/// Which way counts go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// One reference more.
+    Up,
+    /// One less.
+    Down,
+}
+
+impl Tx {
+    /// Counts one reference more or less to all that these L1 entries lead to.
+    pub(super) fn count_tree(&mut self, st: &mut dyn Storage, l1: &[u64], way: Way) -> Result<()> {
+        let g = self.geometry();
+        self.put_table(st)?;
+        for &raw in l1 {
+            let offset = self.l1_entry(raw)?.offset;
+            if offset == 0 {
+                continue;
+            }
+            let words = self.read_l2(st, offset)?;
+            self.count(st, g.cluster(offset), way)?;
+            for raw in words {
+                let entry = self.l2_entry(raw)?;
+                if let L2Entry::Compressed { host, .. }
+                | L2Entry::Normal { host, .. }
+                | L2Entry::ZeroAllocated { host, .. } = entry
+                {
+                    // The last sector of compressed data may be missing from the file.
+                    self.inside(st, "data cluster", host, 1)?;
+                }
+                for cluster in self.clusters_of(entry) {
+                    self.count(st, cluster, way)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, st: &mut dyn Storage, cluster: u64, way: Way) -> Result<()> {
+        match way {
+            Way::Up => self.counts.raise(st, cluster),
+            Way::Down => self.counts.lower(st, cluster),
+        }
+    }
+
+    /// Sets COPIED in the active tables where a count is one, and clears it elsewhere.
+    pub(super) fn fix_flags(&mut self, st: &mut dyn Storage) -> Result<()> {
+        let g = self.geometry();
+        for l1_index in 0..self.meta.l1.len() {
+            if self.meta.l1[l1_index] == 0 {
+                continue;
+            }
+            let Some(words) = self.words(st, l1_index)? else { continue };
+            let words = words.to_vec();
+            for (index, &raw) in words.iter().enumerate() {
+                let better = match self.l2_entry(raw)? {
+                    L2Entry::Normal { host, .. } => {
+                        let copied = self.counts.get(st, g.cluster(host))? == 1;
+                        L2Entry::Normal { host, copied }
+                    }
+                    L2Entry::ZeroAllocated { host, .. } => {
+                        let copied = self.counts.get(st, g.cluster(host))? == 1;
+                        L2Entry::ZeroAllocated { host, copied }
+                    }
+                    _ => continue,
+                };
+                let better = better.encode(&g);
+                if better != raw {
+                    self.set_word(st, l1_index, index, better)?;
+                }
+            }
+            self.put_table(st)?;
+            let offset = self.l1_entry(self.meta.l1[l1_index])?.offset;
+            let copied = self.counts.get(st, g.cluster(offset))? == 1;
+            self.set_l1(l1_index, L1Entry { offset, copied });
+        }
+        Ok(())
+    }
+}
