@@ -43,9 +43,43 @@ pub(super) struct Counts {
     reserved: Vec<Range<u64>>,
     /// Where the search for a free cluster goes on.
     next: u64,
-    metadata: MetadataSet,
+    metadata: Metadata,
     /// Whether a count became one, or was one: then COPIED flags may have to change.
     pub(super) flags_moved: bool,
+}
+
+/// Where the image's metadata is.
+pub(super) struct Metadata {
+    tables: MetadataSet,
+    /// Clusters of snapshots' tables, sorted and apart.
+    snapshots: Vec<Range<u64>>,
+}
+
+impl Metadata {
+    /// Tables of the image, and places (offset and length) of those that snapshots have.
+    ///
+    /// # Errors
+    /// If they overlap.
+    pub(super) fn new(meta: &ImageMeta, places: &[(u64, u64)]) -> Result<Metadata> {
+        let g = &meta.geometry;
+        let range = |&(offset, len): &(u64, u64)| {
+            let first = g.cluster(offset);
+            first..first + g.clusters_for(len)
+        };
+        let mut snapshots: Vec<Range<u64>> = places.iter().filter(|p| p.1 > 0).map(range).collect();
+        snapshots.sort_unstable_by_key(|r| r.start);
+        if snapshots.windows(2).any(|w| w[0].end > w[1].start) {
+            let reason = "tables of its snapshots lie over each other; it must be repaired first";
+            return Err(Error::refused(&meta.name, reason));
+        }
+        Ok(Metadata { tables: MetadataSet::new(meta)?, snapshots })
+    }
+
+    fn contains(&self, cluster: u64) -> bool {
+        let at = self.snapshots.partition_point(|r| r.end <= cluster);
+        self.snapshots.get(at).is_some_and(|r| r.contains(&cluster))
+            || self.tables.contains(cluster)
+    }
 }
 
 /// Where the refcount table is.
@@ -56,7 +90,7 @@ pub(super) struct TablePlace {
 }
 
 impl Counts {
-    pub(super) fn new(meta: &ImageMeta, metadata: MetadataSet) -> Counts {
+    pub(super) fn new(meta: &ImageMeta, metadata: Metadata) -> Counts {
         let geometry = meta.geometry;
         let table: Vec<u64> = meta
             .refcount_table
@@ -244,6 +278,21 @@ impl Counts {
         Ok(start)
     }
 
+    /// Refuses to write guest data over what is metadata on disk.
+    pub(super) fn check_data(&self, cluster: u64) -> Result<()> {
+        match self.metadata.contains(cluster) {
+            false => Ok(()),
+            true => Err(Error::refused(
+                &self.name,
+                format!(
+                    "an L2 entry points at metadata at offset {:#x}; the image must be repaired \
+                     before it is changed",
+                    cluster << self.geometry.cluster_bits()
+                ),
+            )),
+        }
+    }
+
     fn check_place(&self, st: &dyn Storage, first: u64, count: u64) -> Result<()> {
         let end = (first + count).checked_mul(self.geometry.cluster_size());
         let most = st.capacity().min(1 << HOST_OFFSET_BITS);
@@ -377,7 +426,7 @@ impl Counts {
     }
 
     /// What was new is now what is on disk; `metadata` says where that is.
-    pub(super) fn committed(&mut self, metadata: MetadataSet) {
+    pub(super) fn committed(&mut self, metadata: Metadata) {
         self.metadata = metadata;
         self.old_table.clone_from(&self.new_table);
         self.freed.fill(false);

@@ -23,6 +23,7 @@ impl Tx {
                 || in_place && self.counts.get(st, g.cluster(host))? == 1)
         {
             self.inside(st, "data cluster", host, 1)?;
+            self.counts.check_data(g.cluster(host))?;
             return st.write_at(host, bytes).map_err(self.io("data cluster"));
         }
         let host = self.take(st, g.cluster_size())?;

@@ -7,7 +7,7 @@
 use block::Storage;
 
 use super::table::{SnapshotKey, check_l1, join, raw_entries};
-use super::tree::Way;
+use super::tree::{Way, check_l1_words};
 use super::tx::{Place, Tx, run};
 use crate::format::{Geometry, MAX_SNAPSHOTS, Snapshot};
 use crate::open::read_word_table;
@@ -129,7 +129,9 @@ pub fn delete_snapshot(st: &mut dyn Storage, name: &str, key: SnapshotKey<'_>) -
 fn snapshot_l1(tx: &Tx, st: &mut dyn Storage, s: &Snapshot) -> Result<Vec<u64>> {
     check_l1(&tx.meta, s, st.len())?;
     let len = u64::from(s.l1_size) * 8;
-    read_word_table(st, &tx.meta.name, "snapshot's L1 table", s.l1_table_offset, len)
+    let words = read_word_table(st, &tx.meta.name, "snapshot's L1 table", s.l1_table_offset, len)?;
+    check_l1_words(&tx.meta, &words)?;
+    Ok(words)
 }
 
 /// The image's sizes with a disk as the snapshot had it.

@@ -4,8 +4,9 @@
 use block::Storage;
 
 use super::tx::Tx;
-use crate::Result;
 use crate::format::{L1Entry, L2Entry};
+use crate::open::ImageMeta;
+use crate::{Error, Result};
 
 /// Which way counts go.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,22 @@ pub(super) enum Way {
     Up,
     /// One less.
     Down,
+}
+
+/// Refuses L1 tables that name an L2 table twice: none of a valid image does, and a small hostile
+/// file could ask for endless work with them.
+pub(super) fn check_l1_words(meta: &ImageMeta, l1: &[u64]) -> Result<()> {
+    let offsets =
+        l1.iter().map(|&raw| L1Entry::decode(raw, &meta.geometry).map_or(0, |e| e.offset));
+    let mut offsets: Vec<u64> = offsets.filter(|&o| o != 0).collect();
+    offsets.sort_unstable();
+    match offsets.windows(2).find(|w| w[0] == w[1]) {
+        None => Ok(()),
+        Some(w) => Err(Error::refused(
+            &meta.name,
+            format!("an L1 table names the L2 table at offset {:#x} twice; repair it first", w[0]),
+        )),
+    }
 }
 
 impl Tx {

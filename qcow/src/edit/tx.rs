@@ -2,9 +2,9 @@
 
 use block::Storage;
 
-use super::counts::{Counts, TablePlace};
+use super::counts::{Counts, Metadata, TablePlace};
 use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry, autoclear};
-use crate::open::{ImageMeta, MetadataSet, Mode, read_snapshots, read_word_table};
+use crate::open::{ImageMeta, Mode, read_snapshots, read_word_table};
 use crate::{Error, Result};
 
 /// Bytes of the header that one write replaces: the smallest sector.
@@ -76,6 +76,7 @@ impl Tx {
         }
         let snapshots_were = Place { offset: header.snapshots_offset, len: table_len };
         let metadata = metadata(&meta, snapshots_were, &snapshot_l1)?;
+        super::tree::check_l1_words(&meta, &meta.l1)?;
         Ok(Tx {
             counts: Counts::new(&meta, metadata),
             table: None,
@@ -321,6 +322,8 @@ impl Tx {
         let vouched = if self.contents { 0 } else { autoclear::BITMAPS };
         self.meta.header.autoclear_features &= vouched;
         st.flush().map_err(self.io("flush"))?;
+        // From here on what was added may be the image, whatever fails.
+        self.len_was = u64::MAX;
         self.write_header(st)?;
         st.flush().map_err(self.io("flush"))?;
         self.committed(st, counted.is_some())
@@ -462,11 +465,8 @@ fn put_fields(sector: &mut [u8; SECTOR], h: &Header) {
 }
 
 /// Where the image's metadata lies, snapshots' tables included.
-fn metadata(meta: &ImageMeta, snapshots: Place, l1: &[Place]) -> Result<MetadataSet> {
-    let mut set = MetadataSet::new(meta)?;
-    for place in l1.iter().chain([&snapshots]) {
-        let first = meta.geometry.cluster(place.offset);
-        (0..meta.geometry.clusters_for(place.len)).for_each(|i| set.insert(first + i));
-    }
-    Ok(set)
+fn metadata(meta: &ImageMeta, snapshots: Place, l1: &[Place]) -> Result<Metadata> {
+    let places: Vec<(u64, u64)> =
+        l1.iter().chain([&snapshots]).map(|p| (p.offset, p.len)).collect();
+    Metadata::new(meta, &places)
 }

@@ -2,6 +2,7 @@
 //! image is the old one or the new one.
 
 mod chains;
+mod hostile;
 mod rig;
 mod sizes;
 mod snapshots;

@@ -26,6 +26,21 @@ enum Event {
 struct World {
     disks: Vec<Vec<u8>>,
     log: Option<Vec<(usize, Event)>>,
+    /// Changes and flushes that still work; then all fail.
+    good: Option<usize>,
+}
+
+impl World {
+    fn fails(&mut self) -> bool {
+        match &mut self.good {
+            Some(0) => true,
+            Some(n) => {
+                *n -= 1;
+                false
+            }
+            None => false,
+        }
+    }
 }
 
 /// One of them.
@@ -38,14 +53,26 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn new(bytes: Vec<u8>) -> Disk {
-        let world = World { disks: vec![bytes], log: None };
+        let world = World { disks: vec![bytes], log: None, good: None };
         Disk { world: Rc::new(RefCell::new(world)), id: 0, room: 1 << 40 }
     }
 
     /// Several disks that lose their power together.
     pub(crate) fn several(all: &[Vec<u8>]) -> Vec<Disk> {
-        let world = Rc::new(RefCell::new(World { disks: all.to_vec(), log: None }));
+        let world = Rc::new(RefCell::new(World { disks: all.to_vec(), log: None, good: None }));
         (0..all.len()).map(|id| Disk { world: world.clone(), id, room: 1 << 40 }).collect()
+    }
+
+    /// From the change or flush after so many on all fail.
+    pub(crate) fn fail_after(&self, good: Option<usize>) {
+        self.world.borrow_mut().good = good;
+    }
+
+    fn failed(&self, what: &'static str, offset: u64, len: u64) -> Result<(), StorageError> {
+        match self.world.borrow_mut().fails() {
+            true => Err(StorageError { what, offset, len, status: Status::Medium, detail: 0 }),
+            false => Ok(()),
+        }
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
@@ -149,6 +176,7 @@ impl Storage for Disk {
             let status = Status::NoSpace;
             return Err(StorageError { what: "write", offset, len, status, detail: 0 });
         }
+        self.failed("write", offset, len)?;
         let world = &mut *self.world.borrow_mut();
         let event = Event::Write(offset, from.to_vec());
         land(&mut world.disks[self.id], &event, || true);
@@ -161,12 +189,14 @@ impl Storage for Disk {
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
+        self.failed("flush", 0, 0)?;
         let world = &mut *self.world.borrow_mut();
         world.log.iter_mut().for_each(|l| l.push((self.id, Event::Flush)));
         Ok(())
     }
 
     fn set_len(&mut self, len: u64) -> Result<(), StorageError> {
+        // Cutting works always, as it does on a full disk.
         let world = &mut *self.world.borrow_mut();
         world.disks[self.id].resize(len as usize, 0);
         world.log.iter_mut().for_each(|l| l.push((self.id, Event::SetLen(len))));
