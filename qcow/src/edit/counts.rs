@@ -437,6 +437,31 @@ impl Counts {
         self.flags_moved = false;
     }
 
+    /// After a commit: gives back the space of clusters that were in use before and are not now.
+    pub(super) fn discard_freed(&mut self, st: &mut dyn Storage) -> Result<()> {
+        let g = self.geometry;
+        let mut run = 0..0;
+        for index in 0..self.new_table.len() {
+            if self.new_table[index] == self.old_table[index] {
+                continue;
+            }
+            let first = (index as u64) << g.refcount_block_bits();
+            let block = self.load(st, index as u64)?;
+            let freed = |&at: &usize| block.old.get(at) != 0 && block.new.get(at) == 0;
+            let all: Vec<u64> =
+                (0..g.refcount_block_entries()).filter(freed).map(|at| first + at as u64).collect();
+            for cluster in all {
+                if run.end != cluster {
+                    discard(st, &g, &run);
+                    run = cluster..cluster;
+                }
+                run.end = cluster + 1;
+            }
+        }
+        discard(st, &g, &run);
+        Ok(())
+    }
+
     /// How many clusters are in use.
     pub(super) fn used(&mut self, st: &mut dyn Storage) -> Result<u64> {
         let mut used = 0;
@@ -477,5 +502,12 @@ impl Counts {
             }
         }
         Ok(0)
+    }
+}
+
+fn discard(st: &mut dyn Storage, g: &Geometry, clusters: &Range<u64>) {
+    if !clusters.is_empty() {
+        let len = (clusters.end - clusters.start) << g.cluster_bits();
+        st.discard_at(clusters.start << g.cluster_bits(), len);
     }
 }

@@ -370,13 +370,14 @@ impl Tx {
             .map(|s| Place { offset: s.l1_table_offset, len: u64::from(s.l1_size) * 8 })
             .collect();
         let metadata = metadata(&self.meta, self.snapshots_were, &self.snapshot_l1)?;
-        self.counts.committed(metadata);
         if counted {
             let end = self.counts.end(st)?;
             if st.len() > end {
                 st.set_len(end).map_err(self.io("set length"))?;
             }
+            self.counts.discard_freed(st)?;
         }
+        self.counts.committed(metadata);
         self.len_was = st.len();
         Ok(())
     }

@@ -188,6 +188,17 @@ impl Storage for Disk {
         self.write_at(offset, &vec![0; len as usize])
     }
 
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        // Whatever a device makes of it.
+        let end = (offset + len).min(self.len());
+        if offset < end {
+            let world = &mut *self.world.borrow_mut();
+            let event = Event::Write(offset, vec![0xd5; (end - offset) as usize]);
+            land(&mut world.disks[self.id], &event, || true);
+            world.log.iter_mut().for_each(|l| l.push((self.id, event.clone())));
+        }
+    }
+
     fn flush(&mut self) -> Result<(), StorageError> {
         self.failed("flush", 0, 0)?;
         let world = &mut *self.world.borrow_mut();

@@ -58,6 +58,13 @@ pub trait Storage {
     /// As for a write.
     fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError>;
 
+    /// Says that nobody needs the contents of the range any more, so that its space can be given
+    /// back: what it reads as is undefined until it is written again. Where that is not possible
+    /// nothing happens.
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
+
     /// Makes all completed writes durable.
     ///
     /// # Errors

@@ -136,6 +136,17 @@ impl Storage for HostStorage {
         Ok(())
     }
 
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.len);
+        if let (Ok(start), Some(count)) = (i64::try_from(offset), end.checked_sub(offset))
+            && count > 0
+        {
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            // It is a favour: file systems that cannot do it keep the space.
+            let _ = fallocate(&self.file, hole, start, count as i64);
+        }
+    }
+
     fn flush(&mut self) -> Result<(), StorageError> {
         self.file.sync_data().map_err(failed("flush", 0, 0))
     }

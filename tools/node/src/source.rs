@@ -63,6 +63,10 @@ impl Storage for Source {
         each!(mut self, s => s.write_zeroes_at(offset, len))
     }
 
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        each!(mut self, s => s.discard_at(offset, len));
+    }
+
     fn flush(&mut self) -> Result<(), StorageError> {
         each!(mut self, s => s.flush())
     }

@@ -99,6 +99,16 @@ fn snapshots_as_qemu_img() {
     let before = std::fs::read(env.path("one.qcow2")).unwrap();
     env.image("snapshot -c x one.qcow2").fails(1, "refcounts have 1 bits");
     assert!(std::fs::read(env.path("one.qcow2")).unwrap() == before);
+    // What only a snapshot held is given back to the file system.
+    use std::os::unix::fs::MetadataExt;
+    env.qemu_img("create -q -f qcow2 holes.qcow2 64M").ok();
+    env.qemu_io("holes.qcow2", "qcow2", "write -P 1 0 16M");
+    env.image("snapshot -c x holes.qcow2").ok();
+    env.qemu_io("holes.qcow2", "qcow2", "write -P 2 0 16M");
+    env.image("snapshot -d x holes.qcow2").ok();
+    env.clean("holes.qcow2");
+    let taken = std::fs::metadata(env.path("holes.qcow2")).unwrap().blocks() * 512;
+    assert!(taken < 18 << 20, "{taken}");
     // A device has no end that could be cut.
     env.image("snapshot -c over model:a.qcow2").ok();
     env.image("snapshot -d over model:a.qcow2").ok();
