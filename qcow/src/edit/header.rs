@@ -120,10 +120,10 @@ mod tests {
     /// as the old header; the new one as the new header.
     #[test]
     fn old_and_new_never_mix() {
-        let (mut refused, mut done) = (0, 0);
+        let mut done = 0;
         for (version, bits) in [(2, 9), (3, 9), (3, 10), (3, 11), (3, 12), (3, 16), (2, 12)] {
             let g = Geometry::new(version, bits, 4, 1 << 20).unwrap();
-            let plain = Header::new(&g);
+            let plain = Header { l1_size: g.l1_entries() as u32, ..Header::new(&g) };
             for names in [false, true] {
                 for old_len in [0, 1, 100, 400, 1023] {
                     for new_len in [0, 5, 99, 600, 1023] {
@@ -141,8 +141,9 @@ mod tests {
                         }
                         let Ok(mut bytes) = old.encode() else { continue };
                         bytes.resize(1 << bits, 0);
-                        let Ok(Some(after)) = lay_out(&bytes, &new) else {
-                            refused += 1;
+                        let Some(after) = lay_out(&bytes, &new).unwrap() else {
+                            // Both names always fit where clusters are as large as pages.
+                            assert!(bits < 12, "{version} {bits} {old_len} {new_len}");
                             continue;
                         };
                         done += 1;
@@ -167,6 +168,6 @@ mod tests {
                 }
             }
         }
-        assert!(done > 200 && refused < done / 2, "{done} done, {refused} refused");
+        assert!(done > 150, "{done}");
     }
 }
