@@ -68,6 +68,11 @@ fn identify() {
     assert!(is_full_of(&file, 1));
     let (_, broken) = drive(dir.path(), "fault=gone:op=identify,nth=4");
     assert!(error(&["identify", &broken], 1).contains("is gone"));
+    // What it said is printed though it goes before the end.
+    let (_, broken) = drive(dir.path(), "fault=gone:op=log");
+    let out = run(&["identify", &broken], 1);
+    assert!(String::from_utf8(out.stdout).unwrap().contains("namespace 1: "));
+    assert!(String::from_utf8(out.stderr).unwrap().contains("shutdown: the device is gone"));
 }
 
 #[test]

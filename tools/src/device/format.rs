@@ -70,13 +70,14 @@ pub(crate) fn run(args: &Format) -> anyhow::Result<()> {
     let done = format(args, &mut admin, &signals);
     let closed = admin.close();
     let done = done?;
-    closed?;
     if args.output.is_json() {
-        return print::json(&done);
+        print::json(&done)?;
+    } else {
+        let size = done.size.map_or("?".to_owned(), bytes);
+        let lba = done.lba_size.map_or("?".to_owned(), |n| n.to_string());
+        print::line(&format!("namespace {} is formatted: {size}, blocks of {lba}", done.nsid))?;
     }
-    let size = done.size.map_or("?".to_owned(), bytes);
-    let lba = done.lba_size.map_or("?".to_owned(), |n| n.to_string());
-    print::line(&format!("namespace {} is formatted: {size}, blocks of {lba}", done.nsid))
+    Ok(closed?)
 }
 
 fn format(

@@ -92,12 +92,14 @@ pub(crate) fn run(args: &Identify) -> anyhow::Result<()> {
     let report = look(&mut admin, &args.device);
     let closed = admin.close();
     let report = report?;
-    closed?;
+    // What it said counts, even if it has ended badly since.
     if args.output.is_json() {
-        return print::json(&report);
+        print::json(&report)?;
+    } else {
+        let mut out = print::out();
+        text(&mut out, &report).and_then(|()| out.flush()).context(STDOUT)?;
     }
-    let mut out = print::out();
-    text(&mut out, &report).and_then(|()| out.flush()).context(STDOUT)
+    Ok(closed?)
 }
 
 fn look(admin: &mut Admin, device: &DeviceSpec) -> anyhow::Result<Report> {
