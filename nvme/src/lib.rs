@@ -9,8 +9,9 @@
 //!   bus addresses memory has. The driver is generic over it and has no unsafe code.
 //!
 //! A request that fits one command costs: a table look-up per segment, a tracker from a free list,
-//! 64 bytes in the ring; and when it completes, one 32-bit load. Doorbells are written once per
-//! poll. What a command's deadline, a reset or a lost device mean is told in `ladder` and
+//! 64 bytes in the ring; and when it completes, one 32-bit load. The submission
+//! doorbell is written once per turn, the completion doorbell once per quarter of its ring. What a
+//! command's deadline, a reset or a lost device mean is told in `ladder` and
 //! `recover`: in short, a buffer is given back only when the device has certainly let go of it.
 
 #![forbid(unsafe_code)]

@@ -30,7 +30,7 @@ impl<B: Bar> QueuePair<B> {
     }
 
     /// Takes completions as far as `out` has room (so at most [`Completions::CAPACITY`] a poll),
-    /// then tells the device once.
+    /// then tells the device, once they are worth it.
     #[inline]
     fn reap(&mut self, out: &mut Completions) {
         let mut budget = out.room();
