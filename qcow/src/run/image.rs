@@ -12,11 +12,14 @@ use dma::Region;
 use reactor::task::Tasks;
 
 use super::alloc::Allocator;
+use super::hits::{Hits, look_at_leaves};
+use super::link::{Errand, Link, Phase, Reply};
 use super::meta::{Tables, page_bits};
+use super::satellite::{Away, Seat, Wakes};
 use super::serve::serve;
 use super::shared::{Job, Shared, What};
 use super::stack::Stack;
-use crate::map::{Map, Way, Word};
+use crate::map::Map;
 
 /// How an image is attached.
 #[derive(Clone, Copy, Debug)]
@@ -56,26 +59,18 @@ pub struct Counters {
     pub allocated: Cell<u64>,
 }
 
-/// No leaf queue has this number.
-const NO_PORT: Port = Port { leaf: u16::MAX, unit: u16::MAX };
-
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
 pub struct Image {
     // What a hit needs, first.
-    map: Arc<Map>,
+    hits: Hits,
     shared: Rc<Shared>,
     free: Vec<u16>,
-    /// By layer; [`NO_PORT`] where there is none.
-    ports: Box<[Port; 256]>,
-    /// By operation: what lets a request go straight down.
-    ways: [Way; 5],
-    /// Bytes of the disk, whole sectors.
-    size: u64,
-    cluster_bits: u32,
-    /// Offsets within a cluster, as a mask.
-    cluster_mask: u64,
     owner: u16,
-    hits: u64,
+    direct: u64,
+    /// To the other reactors that serve the image.
+    links: Vec<Arc<Link>>,
+    /// Slots that have their requests.
+    errands: usize,
     // What it does not need.
     writable: bool,
     closing: bool,
@@ -100,21 +95,7 @@ impl Image {
         leaves: &mut [L],
         options: Options,
     ) -> Result<Image, String> {
-        let port_of = |l: &super::stack::StackLayer| usize::from(l.port.leaf);
-        if let Some(l) = stack.layers.iter().find(|l| port_of(l) >= leaves.len()) {
-            return Err(format!("{}: there is no leaf queue {}", l.name, l.port.leaf));
-        }
-        let mut max_transfer = 1 << 20;
-        for l in &mut stack.layers {
-            let info = leaves[port_of(l)].info(l.port.unit);
-            let info =
-                info.ok_or_else(|| format!("{}: the leaf queue has no such unit", l.name))?;
-            l.capacity = info.size;
-            max_transfer = max_transfer.min(info.max_transfer & !4095);
-        }
-        if max_transfer == 0 {
-            return Err("a device takes less than 4 KiB at a time".to_owned());
-        }
+        let max_transfer = look_at_leaves(&mut stack.layers, leaves)?;
         let below = stack.layers[0].port;
         let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
         let device = device.ok_or("the leaf queue has no such unit")?;
@@ -137,16 +118,13 @@ impl Image {
             discard_granularity: geometry.cluster_size() as u32,
             max_transfer,
         };
-        let mut ports = Box::new([NO_PORT; 256]);
-        for (port, layer) in ports.iter_mut().zip(&stack.layers) {
-            *port = layer.port;
-        }
+        let ports = stack.layers.iter().map(|l| l.port);
+        let hits = Hits::new(map.clone(), ports, &info, &geometry);
         let writable = stack.writable;
         // One slot more than the frontend can use: for the close.
         let count = usize::from(slots) + 1;
-        let shared =
-            Shared::new(stack, device, geometry, info, map.clone(), tables, alloc, owner, count)
-                .map_err(|e| e.to_string())?;
+        let shared = Shared::new(stack, device, geometry, info, map, tables, alloc, owner, count)
+            .map_err(|e| e.to_string())?;
         for region in shared.own_regions() {
             shared.register(&region);
             for leaf in leaves.iter_mut() {
@@ -154,21 +132,13 @@ impl Image {
             }
         }
         let tasks = Tasks::new(count, |slot| serve(shared.clone(), slot as u16));
-        let mut ways = [Way::NONE; 5];
-        ways[Op::Read as usize] = Way::READ;
-        if writable {
-            ways[Op::Write as usize] = Way::WRITE;
-        }
         Ok(Image {
-            map,
+            hits,
             free: (0..slots).rev().collect(),
-            ports,
-            ways,
-            size: shared.info.size,
-            cluster_bits: geometry.cluster_bits(),
-            cluster_mask: geometry.cluster_size() - 1,
             owner,
-            hits: 0,
+            direct: 0,
+            links: Vec::new(),
+            errands: 0,
             writable,
             closing: false,
             lost: false,
@@ -187,7 +157,7 @@ impl Image {
 
     /// The map, for look-ups from other reactors.
     pub fn map(&self) -> &Arc<Map> {
-        &self.map
+        self.hits.map()
     }
 
     /// First byte of layer 0 behind everything that was ever in use: where a file may be cut after
@@ -198,60 +168,30 @@ impl Image {
 
     /// Requests that went straight down so far.
     pub fn hits(&self) -> u64 {
-        self.hits
+        self.direct
     }
 
     /// Where the byte at `offset` of the disk lies, if an operation of this kind may go straight
     /// there: mapped, and no change of metadata.
     #[inline(always)]
     pub fn translate(&self, op: Op, offset: u64) -> Option<(Port, u64)> {
-        self.word_for(op, offset).map(|word| self.place(word, offset))
+        self.hits.translate(op, offset)
     }
 
-    #[inline(always)]
-    fn word_for(&self, op: Op, offset: u64) -> Option<Word> {
-        let word = self.map.lookup(offset >> self.cluster_bits);
-        word.allows(self.ways[op as usize]).then_some(word)
-    }
-
-    #[inline(always)]
-    fn place(&self, word: Word, offset: u64) -> (Port, u64) {
-        (self.ports[usize::from(word.layer())], word.host() + (offset & self.cluster_mask))
-    }
-
-    /// Where a request goes if it can go straight down as a whole: one mapped run.
-    #[inline(always)]
-    fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
-        let end = r.offset.wrapping_add(r.len);
-        // Not greater than `offset` if `len` is 0 or the sum overflows.
-        let valid = r.flags == Flags::NONE
-            && (r.offset | r.len) & 511 == 0
-            && r.offset < end
-            && end <= self.size;
-        if !valid {
-            return None;
+    /// A place for one more reactor, for a [`super::Satellite`] of as many slots as the image has.
+    pub fn seat(&mut self, wakes: Wakes) -> Seat {
+        let link = Arc::new(Link::new(self.close_slot, wakes.home, wakes.away));
+        self.shared.links.borrow_mut().push(link.clone());
+        self.links.push(link.clone());
+        Seat {
+            map: self.hits.map().clone(),
+            common: self.shared.common.clone(),
+            link: Away(link),
+            layers: self.shared.stack.layers.clone(),
+            info: self.shared.info.clone(),
+            geometry: self.shared.geometry,
+            slots: self.close_slot,
         }
-        let word = self.word_for(r.op, r.offset)?;
-        let crosses = (r.offset & self.cluster_mask) + (r.len - 1) > self.cluster_mask;
-        if crosses && !self.runs_on(r.op, r.offset, r.len, word) {
-            return None;
-        }
-        Some(self.place(word, r.offset))
-    }
-
-    /// Whether the clusters behind the first one, whose word is `first`, continue it.
-    #[inline(never)]
-    fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
-        let last = (offset + len - 1) >> self.cluster_bits;
-        let mut before = first.unclaimed();
-        ((offset >> self.cluster_bits) + 1..=last).all(|cluster| {
-            let next = self.map.lookup(cluster);
-            // What is claimed may be read, but not written.
-            let next = if op == Op::Read { next.unclaimed() } else { next };
-            let on = before.continued_by(next, 1 << self.cluster_bits);
-            before = next;
-            on
-        })
     }
 
     #[cold]
@@ -260,7 +200,7 @@ impl Image {
         let c = &self.shared.counters.slow;
         c.set(c.get() + 1);
         let flushes = r.op == Op::Flush;
-        let epoch = if flushes { u64::MAX } else { self.shared.epoch.get() };
+        let epoch = if flushes { u64::MAX } else { self.shared.common.epoch.get() };
         self.shared.work(at).epoch.set(epoch);
         let segs = SegList::from_slice(r.segs).unwrap_or(SegList::EMPTY);
         let what = match self.refusal(r) {
@@ -305,6 +245,59 @@ impl Image {
         self.shared.send(leaves);
     }
 
+    /// Takes up what the satellites send. Returns whether they sent anything.
+    #[inline(never)]
+    fn serve_links<L: BlockQueue>(&mut self, leaves: &mut [L]) -> bool {
+        let links = std::mem::take(&mut self.links);
+        let mut busy = false;
+        for link in &links {
+            // The other half of the slots is for frontends here.
+            while self.errands < self.shared.slots() / 2
+                && let Some(at) = self.free.pop()
+            {
+                let Some(errand) = link.take_errand() else {
+                    self.free.push(at);
+                    break;
+                };
+                self.learn_regions(leaves, link);
+                busy = true;
+                self.errands += 1;
+                *self.shared.work(at).via.borrow_mut() = Some(link.clone());
+                let Errand { slot, op, flags, offset, len, segs } = errand;
+                let (tag, segs) = (Tag::new(0, slot, 0), segs.as_slice());
+                self.submit_slow(
+                    leaves,
+                    at,
+                    &Request { tag, op, flags, unit: 0, offset, len, segs },
+                );
+            }
+        }
+        self.links = links;
+        if self.links.iter().any(|l| l.is_gone()) {
+            self.links.retain(|l| !l.is_gone() || l.has_errand());
+            self.shared.links.borrow_mut().clone_from(&self.links);
+            if self.closing {
+                self.begin_close();
+            }
+        }
+        if self.shared.common.phase() == Phase::Lost {
+            self.lose();
+        }
+        busy
+    }
+
+    /// Makes the memory known that a satellite's requests name.
+    fn learn_regions<L: BlockQueue>(&self, leaves: &mut [L], link: &Link) {
+        while let Some(region) = link.take_region() {
+            self.shared.register(&region);
+            for leaf in leaves.iter_mut() {
+                if let Err(e) = leaf.register(&region) {
+                    log::error!("memory of another reactor's requests cannot be reached: {e}");
+                }
+            }
+        }
+    }
+
     /// Lets tasks go on that can, and hands out their results.
     #[inline(never)]
     fn go_on<L: BlockQueue>(&mut self, leaves: &mut [L], out: &mut Completions) {
@@ -319,9 +312,17 @@ impl Image {
             if at == self.close_slot {
                 self.closed = Some(status);
             } else {
-                let tag = self.shared.work(at).up.get();
-                out.push(Completion { tag, status, detail: 0 });
+                let work = self.shared.work(at);
+                let tag = work.up.get();
+                let via = work.via.borrow_mut().take();
                 self.release(at);
+                match via {
+                    Some(link) => {
+                        self.errands -= 1;
+                        link.reply(Reply { slot: tag.slot(), status });
+                    }
+                    None => out.push(Completion { tag, status, detail: 0 }),
+                }
             }
         }
         self.shared.send(leaves);
@@ -349,14 +350,21 @@ impl Image {
         if !self.lost {
             log::error!("a device was lost and may still use memory: the image is out of service");
             self.lost = true;
-            self.ways = [Way::NONE; 5];
+            self.tell_satellites(Phase::Lost);
+            self.hits.end();
         }
     }
 
-    /// Begins the close when nothing is in flight any more.
+    fn tell_satellites(&self, phase: Phase) {
+        self.shared.common.enter(phase);
+        self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());
+    }
+
+    /// Begins the close when nothing is in flight any more, on any reactor.
     #[cold]
     fn begin_close(&mut self) {
-        if self.close_began || self.free.len() < usize::from(self.close_slot) {
+        let in_use = self.free.len() < usize::from(self.close_slot);
+        if self.close_began || in_use || !self.links.is_empty() {
             return;
         }
         self.close_began = true;
@@ -384,7 +392,7 @@ impl<L: BlockQueue> Layer<L> for Image {
     #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
         let Some(at) = self.free.pop() else { return Err(Full) };
-        if let Some((port, offset)) = self.straight(r)
+        if let Some((port, offset)) = self.hits.straight(r)
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
             let work = self.shared.work(at);
@@ -393,8 +401,8 @@ impl<L: BlockQueue> Layer<L> for Image {
             if leaf.submit(&below).is_ok() {
                 work.up.set(r.tag);
                 work.direct.set(true);
-                work.epoch.set(self.shared.epoch.get());
-                self.hits += 1;
+                work.epoch.set(self.shared.common.epoch.get());
+                self.direct += 1;
                 return Ok(());
             }
         }
@@ -427,26 +435,37 @@ impl<L: BlockQueue> Layer<L> for Image {
 
     #[inline(always)]
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
-        let busy = !self.shared.is_quiet();
-        if busy {
+        let mut busy = !self.links.is_empty() && self.serve_links(leaves);
+        if !self.shared.is_quiet() {
             self.go_on(leaves, out);
+            busy = true;
         }
         busy
     }
 
     fn arm(&mut self) -> HasWork {
-        if self.shared.is_quiet() { HasWork::No } else { HasWork::Yes }
+        let asked = self.links.iter().any(|l| l.has_errand() || l.is_gone());
+        let lost = self.shared.common.phase() == Phase::Lost && !self.lost;
+        if self.shared.is_quiet() && !asked && !lost { HasWork::No } else { HasWork::Yes }
     }
 
     fn close(&mut self) {
         if !self.closing {
             self.closing = true;
-            self.ways = [Way::NONE; 5];
+            self.hits.end();
+            self.tell_satellites(Phase::Closing);
             self.begin_close();
         }
     }
 
     fn closed(&self) -> Option<Status> {
         self.closed
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // The reactor drops its leaves first: nobody uses a request's memory any more.
+        self.tell_satellites(Phase::Gone);
     }
 }

@@ -6,19 +6,25 @@
 //! zeroes and discards ([`zero`]), and writes metadata back in ordered batches ([`flush`]); host
 //! clusters that nothing refers to any more come back by [`reclaim`].
 //!
-//! One reactor owns an image; its tasks share [`shared::Shared`] by `Rc` and never hold a borrow
-//! across an `.await`. The [`crate::map::Map`] alone is shared with other reactors.
+//! One reactor, the home reactor, owns an image; its tasks share [`shared::Shared`] by `Rc` and never
+//! hold a borrow across an `.await`. Any number of other reactors serve the image too, each with a
+//! [`Satellite`]: they look up in the [`crate::map::Map`], which alone is shared, and send the rest
+//! home ([`link`]). When a host cluster may be used again is agreed by [`epochs`].
 
 mod alloc;
 mod close;
+mod epochs;
 mod flush;
+mod hits;
 mod image;
 mod io;
+mod link;
 mod meta;
 mod read;
 mod reclaim;
 mod refblocks;
 mod resolve;
+mod satellite;
 mod serve;
 mod shared;
 mod stack;
@@ -26,5 +32,11 @@ mod tables;
 mod write;
 mod zero;
 
+/// What [`epochs`] is made of; a model of memory in a test.
+mod atomics {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
+}
+
 pub use image::{Counters, Image, Options};
+pub use satellite::{Satellite, Seat, Wakes};
 pub use stack::Stack;

@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use block::{Flags, Op, SegList, Status};
 
+use super::epochs;
 use super::io::Child;
 use super::read::check;
 use super::shared::Shared;
@@ -130,9 +131,8 @@ impl Shared {
     /// Takes over what is durably let go of.
     pub(super) fn retire(&self, frees: Frees) {
         if frees.0.clusters > 0 {
-            let epoch = self.epoch.get();
+            let epoch = self.common.epoch.advance();
             self.let_go.borrow_mut().retired.push_back((epoch, frees.0));
-            self.epoch.set(epoch + 1);
         }
     }
 
@@ -158,7 +158,7 @@ impl Shared {
         let oldest = (0..self.slots()).map(|s| self.work(s as u16).epoch.get()).min();
         let mut let_go = self.let_go.borrow_mut();
         match let_go.retired.front_mut() {
-            Some((epoch, runs)) if oldest.is_none_or(|o| o > *epoch) => {
+            Some((epoch, runs)) if oldest.is_none_or(|o| o > *epoch) && self.all_past(*epoch) => {
                 let taken = runs.take(CHUNK);
                 if runs.clusters == 0 {
                     let_go.retired.pop_front();
@@ -167,6 +167,12 @@ impl Shared {
             }
             _ => Vec::new(),
         }
+    }
+
+    /// Whether nothing is in flight on another reactor that was looked up in `epoch` or before.
+    fn all_past(&self, epoch: u64) -> bool {
+        let links = self.links.borrow();
+        links.is_empty() || epochs::all_past(links.iter().map(|l| &l.announced), epoch)
     }
 
     async fn lower(&self, slot: u16, clusters: &[u64]) {
@@ -262,7 +268,7 @@ impl Shared {
     pub(super) async fn at_rest<T>(&self, slot: u16, wait: impl Future<Output = T>) -> T {
         self.work(slot).epoch.set(u64::MAX);
         let result = wait.await;
-        self.work(slot).epoch.set(self.epoch.get());
+        self.work(slot).epoch.set(self.common.epoch.get());
         result
     }
 }

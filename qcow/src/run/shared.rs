@@ -16,6 +16,7 @@ use dma::{Buf, Pool, Region, RegionId, Seg};
 use super::alloc::Allocator;
 use super::flush::Batches;
 use super::io::Children;
+use super::link::{Common, Link};
 use super::meta::Tables;
 use super::read::Decompressed;
 use super::reclaim::LetGo;
@@ -73,6 +74,8 @@ pub(super) struct Work {
     /// The frontend's tag, and whether its request went straight down.
     pub(super) up: Cell<Tag>,
     pub(super) direct: Cell<bool>,
+    /// The link by which the request came, if it did not come from a frontend here.
+    pub(super) via: RefCell<Option<Arc<Link>>>,
     /// The image's epoch when the slot's request began; `u64::MAX` when it is idle.
     pub(super) epoch: Cell<u64>,
 }
@@ -112,8 +115,10 @@ pub(super) struct Shared {
     pub(super) decompressed: RefCell<Decompressed>,
     pub(super) decompressor: RefCell<Decompressor>,
     pub(super) counters: super::image::Counters,
-    /// Counts changes of mappings that freed clusters (see [`super::reclaim`]).
-    pub(super) epoch: Cell<u64>,
+    /// What other reactors know of the image too.
+    pub(super) common: Arc<Common>,
+    /// To the satellites.
+    pub(super) links: RefCell<Vec<Arc<Link>>>,
     complaints: Cell<u32>,
     pub(super) owner: u16,
     pub(super) children: RefCell<Children>,
@@ -152,6 +157,7 @@ impl Shared {
             generation: Cell::new(0),
             up: Cell::new(Tag::new(0, 0, 0)),
             direct: Cell::new(false),
+            via: RefCell::new(None),
             epoch: Cell::new(u64::MAX),
         };
         // Enough data buffers that copy-on-write is not serialised, without taking more than a few
@@ -171,7 +177,8 @@ impl Shared {
             decompressed: RefCell::default(),
             decompressor: RefCell::default(),
             counters: super::image::Counters::default(),
-            epoch: Cell::new(0),
+            common: Arc::new(Common::new()),
+            links: RefCell::default(),
             complaints: Cell::new(0),
             owner,
             children: RefCell::new(Children::new(slots)),

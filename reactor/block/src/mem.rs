@@ -34,9 +34,9 @@ impl MemQueue {
     /// If the memory cannot be had.
     pub fn new(size: u64, block_size: u32) -> Result<MemQueue, dma::Error> {
         let len = usize::try_from(size).unwrap_or(usize::MAX);
-        let none = Completion { tag: crate::Tag::new(0, 0, 0), status: Status::Ok, detail: 0 };
-        Ok(MemQueue {
-            info: DeviceInfo {
+        Ok(MemQueue::over(
+            Region::new_best(len)?,
+            DeviceInfo {
                 size,
                 block_size,
                 physical_block_size: block_size.max(4096),
@@ -47,14 +47,26 @@ impl MemQueue {
                 discard_granularity: block_size,
                 max_transfer: 1 << 30,
             },
-            data: Region::new_best(len)?,
+        ))
+    }
+
+    /// Another queue to the same memory, for another reactor.
+    pub fn another(&self) -> MemQueue {
+        MemQueue::over(self.data.clone(), self.info.clone())
+    }
+
+    fn over(data: Arc<Region>, info: DeviceInfo) -> MemQueue {
+        let none = Completion { tag: crate::Tag::new(0, 0, 0), status: Status::Ok, detail: 0 };
+        MemQueue {
+            info,
+            data,
             regions: vec![None; RegionId::MAX],
             done: vec![none; DEPTH].into_boxed_slice(),
             head: 0,
             count: 0,
             writes: 0,
             flushes: 0,
-        })
+        }
     }
 
     /// The device's own memory.

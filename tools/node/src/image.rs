@@ -9,8 +9,10 @@ use crate::Leaf;
 
 /// An image on a reactor.
 pub enum Image {
-    /// QCOW2.
+    /// QCOW2, on its home reactor.
     Qcow(Box<qcow::run::Image>),
+    /// QCOW2, on a further reactor.
+    Satellite(Box<qcow::run::Satellite>),
     /// Bytes as they are.
     Raw(Box<RawImage>),
 }
@@ -19,6 +21,7 @@ macro_rules! each {
     ($self:expr, $i:ident => $e:expr) => {
         match $self {
             Image::Qcow($i) => $e,
+            Image::Satellite($i) => $e,
             Image::Raw($i) => $e,
         }
     };

@@ -1,0 +1,146 @@
+//! [`Hits`]: the path that a hit takes, on whatever reactor: from a request to the place on a
+//! device, by loads alone.
+//!
+//! Used by [`super::Image`] on its home reactor and by [`super::Satellite`] on the others.
+
+use std::sync::Arc;
+
+use block::{DeviceInfo, Flags, Op, Port, Request};
+
+use super::stack::StackLayer;
+use crate::format::Geometry;
+use crate::map::{Map, Way, Word};
+
+/// No leaf queue has this number.
+const NO_PORT: Port = Port { leaf: u16::MAX, unit: u16::MAX };
+
+/// What a hit needs.
+pub(super) struct Hits {
+    map: Arc<Map>,
+    /// By layer; [`NO_PORT`] where there is none.
+    ports: Box<[Port; 256]>,
+    /// By operation: what lets a request go straight down.
+    ways: [Way; 5],
+    /// Bytes of the disk, whole sectors.
+    size: u64,
+    cluster_bits: u32,
+    /// Offsets within a cluster, as a mask.
+    cluster_mask: u64,
+}
+
+impl Hits {
+    /// For layers at `ports`, the one that is written to first.
+    pub(super) fn new(
+        map: Arc<Map>,
+        ports: impl Iterator<Item = Port>,
+        info: &DeviceInfo,
+        geometry: &Geometry,
+    ) -> Hits {
+        let mut table = Box::new([NO_PORT; 256]);
+        for (place, port) in table.iter_mut().zip(ports) {
+            *place = port;
+        }
+        let mut ways = [Way::NONE; 5];
+        ways[Op::Read as usize] = Way::READ;
+        if !info.read_only {
+            ways[Op::Write as usize] = Way::WRITE;
+        }
+        Hits {
+            map,
+            ports: table,
+            ways,
+            size: info.size,
+            cluster_bits: geometry.cluster_bits(),
+            cluster_mask: geometry.cluster_size() - 1,
+        }
+    }
+
+    /// Nothing goes straight down any more.
+    #[cold]
+    pub(super) fn end(&mut self) {
+        self.ways = [Way::NONE; 5];
+    }
+
+    /// The map.
+    pub(super) fn map(&self) -> &Arc<Map> {
+        &self.map
+    }
+
+    /// Where the byte at `offset` of the disk lies, if an operation of this kind may go straight
+    /// there: mapped, and no change of metadata.
+    #[inline(always)]
+    pub(super) fn translate(&self, op: Op, offset: u64) -> Option<(Port, u64)> {
+        self.word_for(op, offset).map(|word| self.place(word, offset))
+    }
+
+    #[inline(always)]
+    fn word_for(&self, op: Op, offset: u64) -> Option<Word> {
+        let word = self.map.lookup(offset >> self.cluster_bits);
+        word.allows(self.ways[op as usize]).then_some(word)
+    }
+
+    #[inline(always)]
+    fn place(&self, word: Word, offset: u64) -> (Port, u64) {
+        (self.ports[usize::from(word.layer())], word.host() + (offset & self.cluster_mask))
+    }
+
+    /// Where a request goes if it can go straight down as a whole: one mapped run.
+    #[inline(always)]
+    pub(super) fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
+        let end = r.offset.wrapping_add(r.len);
+        // Not greater than `offset` if `len` is 0 or the sum overflows.
+        let valid = r.flags == Flags::NONE
+            && (r.offset | r.len) & 511 == 0
+            && r.offset < end
+            && end <= self.size;
+        if !valid {
+            return None;
+        }
+        let word = self.word_for(r.op, r.offset)?;
+        let crosses = (r.offset & self.cluster_mask) + (r.len - 1) > self.cluster_mask;
+        if crosses && !self.runs_on(r.op, r.offset, r.len, word) {
+            return None;
+        }
+        Some(self.place(word, r.offset))
+    }
+
+    /// Whether the clusters behind the first one, whose word is `first`, continue it.
+    #[inline(never)]
+    fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
+        let last = (offset + len - 1) >> self.cluster_bits;
+        let mut before = first.unclaimed();
+        ((offset >> self.cluster_bits) + 1..=last).all(|cluster| {
+            let next = self.map.lookup(cluster);
+            // What is claimed may be read, but not written.
+            let next = if op == Op::Read { next.unclaimed() } else { next };
+            let on = before.continued_by(next, 1 << self.cluster_bits);
+            before = next;
+            on
+        })
+    }
+}
+
+/// Fills in how far each layer's unit can be read, and returns the most bytes that all of them take
+/// at a time.
+///
+/// # Errors
+/// If a leaf or unit is not there, or takes less than 4 KiB at a time.
+pub(super) fn look_at_leaves<L: block::BlockQueue>(
+    layers: &mut [StackLayer],
+    leaves: &[L],
+) -> Result<u32, String> {
+    let mut max_transfer = 1 << 20;
+    for l in layers {
+        let leaf = leaves.get(usize::from(l.port.leaf));
+        let leaf =
+            leaf.ok_or_else(|| format!("{}: there is no leaf queue {}", l.name, l.port.leaf))?;
+        let info = leaf.info(l.port.unit);
+        let info = info.ok_or_else(|| format!("{}: the leaf queue has no such unit", l.name))?;
+        l.capacity = info.size;
+        max_transfer = max_transfer.min(info.max_transfer & !4095);
+    }
+    if max_transfer == 0 {
+        return Err("a device takes less than 4 KiB at a time".to_owned());
+    }
+    Ok(max_transfer)
+}

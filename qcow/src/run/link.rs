@@ -1,0 +1,165 @@
+//! [`Link`]: between the home reactor of an image and one that serves it too.
+//!
+//! A [`super::Satellite`] sends what it cannot do by a look-up; the home reactor does it in a slot
+//! of its own and replies. Two bounded lock-free queues, and a wake-up only for who sleeps.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use block::{Flags, Op, SegList, Status};
+use crossbeam_queue::{ArrayQueue, SegQueue};
+use dma::Region;
+use reactor::Wake;
+
+use super::epochs::{Announced, Epoch};
+
+/// What all reactors that serve an image know of each other. Written rarely, by anybody.
+pub(super) struct Common {
+    /// Of the mappings; see [`super::epochs`].
+    pub(super) epoch: Epoch,
+    phase: AtomicU8,
+}
+
+/// What becomes of an image, in this order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub(super) enum Phase {
+    /// It is served.
+    Open,
+    /// Nothing new is taken: the image is being closed.
+    Closing,
+    /// The same, since a device was lost that may still use memory.
+    Lost,
+    /// The home reactor has ended: it replies no more.
+    Gone,
+}
+
+impl Common {
+    pub(super) fn new() -> Common {
+        Common { epoch: Epoch::new(), phase: AtomicU8::new(Phase::Open as u8) }
+    }
+
+    #[inline]
+    pub(super) fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Acquire) {
+            0 => Phase::Open,
+            1 => Phase::Closing,
+            2 => Phase::Lost,
+            _ => Phase::Gone,
+        }
+    }
+
+    /// Goes on to `phase`, if that is not over yet.
+    pub(super) fn enter(&self, phase: Phase) {
+        self.phase.fetch_max(phase as u8, Ordering::AcqRel);
+    }
+}
+
+/// A request that a satellite sends home. Its buffers stay the satellite's frontend's.
+pub(super) struct Errand {
+    /// The satellite's.
+    pub(super) slot: u16,
+    pub(super) op: Op,
+    pub(super) flags: Flags,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) segs: SegList,
+}
+
+/// How it ended.
+#[derive(Clone, Copy)]
+pub(super) struct Reply {
+    pub(super) slot: u16,
+    pub(super) status: Status,
+}
+
+/// See the module's text.
+pub(super) struct Link {
+    errands: ArrayQueue<Errand>,
+    replies: ArrayQueue<Reply>,
+    /// Memory that errands sent later may name.
+    regions: SegQueue<Arc<Region>>,
+    pub(super) announced: Announced,
+    /// The satellite has ended: it has nothing in flight, and sends nothing any more.
+    gone: AtomicBool,
+    home: Wake,
+    away: Wake,
+}
+
+impl Link {
+    /// For at most `slots` errands at a time; the wake-ups are those of the two reactors.
+    pub(super) fn new(slots: u16, home: Wake, away: Wake) -> Link {
+        let slots = usize::from(slots.max(1));
+        Link {
+            errands: ArrayQueue::new(slots),
+            replies: ArrayQueue::new(slots),
+            regions: SegQueue::new(),
+            announced: Announced::new(),
+            gone: AtomicBool::new(false),
+            home,
+            away,
+        }
+    }
+
+    // ---- the satellite's side ----
+
+    /// Sends an errand. There is a place for each slot.
+    pub(super) fn send(&self, errand: Errand) {
+        let sent = self.errands.push(errand);
+        debug_assert!(sent.is_ok(), "more errands than slots");
+        self.home.wake();
+    }
+
+    pub(super) fn send_region(&self, region: Arc<Region>) {
+        self.regions.push(region);
+    }
+
+    /// Has the home reactor look at [`Common::phase`].
+    pub(super) fn wake_home(&self) {
+        self.home.wake();
+    }
+
+    pub(super) fn take_reply(&self) -> Option<Reply> {
+        self.replies.pop()
+    }
+
+    pub(super) fn has_reply(&self) -> bool {
+        !self.replies.is_empty()
+    }
+
+    pub(super) fn end(&self) {
+        self.announced.quiet();
+        self.gone.store(true, Ordering::Release);
+        self.home.wake();
+    }
+
+    // ---- the home reactor's side ----
+
+    /// The next errand. What it names is among the regions taken after this.
+    pub(super) fn take_errand(&self) -> Option<Errand> {
+        self.errands.pop()
+    }
+
+    pub(super) fn take_region(&self) -> Option<Arc<Region>> {
+        self.regions.pop()
+    }
+
+    pub(super) fn has_errand(&self) -> bool {
+        !self.errands.is_empty()
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    pub(super) fn reply(&self, reply: Reply) {
+        let sent = self.replies.push(reply);
+        debug_assert!(sent.is_ok(), "more replies than slots");
+        self.away.wake();
+    }
+
+    /// Has the satellite look at [`Common::phase`].
+    pub(super) fn wake_satellite(&self) {
+        self.away.wake();
+    }
+}
