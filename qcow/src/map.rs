@@ -18,7 +18,7 @@ pub enum Kind {
     Absent,
     /// Data at [`Word::host`] of [`Word::layer`].
     Mapped,
-    /// Reads as zeroes by an explicit entry; [`Word::host`] is the kept cluster of layer 0, or 0.
+    /// Reads as zeroes by an explicit entry; [`Word::host`] is the kept cluster of its layer, or 0.
     Zero,
     /// In no layer: reads as zeroes.
     Hole,
@@ -51,8 +51,12 @@ pub struct Way {
 impl Way {
     /// A read: mapped, in whatever layer, claimed or not.
     pub const READ: Way = Way { mask: KIND, want: Kind::Mapped as u64 };
-    /// A write in place: no claim, mapped, layer 0, owned.
-    pub const WRITE: Way = Way { mask: !HOST, want: Kind::Mapped as u64 | OWNED };
+    /// A write in place: no claim, mapped, in the layer that is written to, owned.
+    pub const fn write(top: u8) -> Way {
+        let layer = (top as u64) << LAYER_SHIFT;
+        Way { mask: !HOST, want: layer | Kind::Mapped as u64 | OWNED }
+    }
+
     /// Nothing goes straight down.
     pub const NONE: Way = Way { mask: 0, want: 1 };
 }
@@ -67,13 +71,14 @@ impl Word {
     }
 
     /// Data at `host` (a multiple of 512, below 2^56) of `layer`; `owned` if it may be written in
-    /// place (layer 0, refcount one).
+    /// place while `layer` is the one that is written to (refcount one).
     pub fn mapped(layer: u8, host: u64, owned: bool) -> Word {
         let flag = if owned { OWNED } else { 0 };
         Word(Word::new(Kind::Mapped, layer, host).0 | flag)
     }
 
-    /// Explicit zeroes in `layer`, with the kept cluster at `host` if not 0.
+    /// Explicit zeroes in `layer`, with the kept cluster at `host` if not 0 (only in the layer that
+    /// is written to).
     pub fn zero(layer: u8, host: u64, owned: bool) -> Word {
         let flag = if owned { OWNED } else { 0 };
         Word(Word::new(Kind::Zero, layer, host).0 | flag)
@@ -113,7 +118,8 @@ impl Word {
         }
     }
 
-    /// Which layer of the chain, 0 being the one written to.
+    /// Which layer of the chain, counted from the bottom: so a new one in front of all changes no
+    /// other's number.
     #[inline]
     pub fn layer(self) -> u8 {
         (self.0 >> LAYER_SHIFT) as u8
@@ -143,10 +149,10 @@ impl Word {
         self.0 & way.mask == way.want
     }
 
-    /// Whether a write may go straight to the device.
+    /// Whether a write may go straight to the device, if `top` is the layer that is written to.
     #[inline]
-    pub fn writable_in_place(self) -> bool {
-        self.allows(Way::WRITE)
+    pub fn writable_in_place(self, top: u8) -> bool {
+        self.allows(Way::write(top))
     }
 
     /// Whether a read may go straight to the device.
@@ -358,13 +364,13 @@ mod tests {
     fn words_keep_what_they_say() {
         let w = Word::mapped(200, 0x00ff_ffff_ffff_fe00, false);
         assert_eq!((w.kind(), w.layer(), w.host()), (Kind::Mapped, 200, 0x00ff_ffff_ffff_fe00));
-        assert!(w.readable() && !w.writable_in_place() && !w.owned());
+        assert!(w.readable() && !w.writable_in_place(0) && !w.owned());
         let own = Word::mapped(0, 1 << 16, true);
-        assert!(own.readable() && own.writable_in_place());
+        assert!(own.readable() && own.writable_in_place(0));
         assert!(own.continued_by(Word::mapped(0, 2 << 16, true), 1 << 16));
         assert!(!own.continued_by(Word::mapped(0, 2 << 16, false), 1 << 16));
         for w in [Word::hole(), Word::split(), Word::corrupt(), Word::compressed(3), Word::ABSENT] {
-            assert!(!w.readable() && !w.writable_in_place());
+            assert!(!w.readable() && !w.writable_in_place(0));
         }
         assert_eq!(Word::zero(0, 512, true).host(), 512);
         assert_eq!(Word::compressed(3).layer(), 3);
@@ -379,9 +385,9 @@ mod tests {
         assert!(map.claim(3, map.lookup(3)));
         let seen = map.lookup(3);
         assert!(seen.claimed() && seen.readable() && !map.claim(3, seen));
-        assert!(!map.lookup(3).writable_in_place());
+        assert!(!map.lookup(3).writable_in_place(0));
         map.publish(3, Word::mapped(0, 1024, true));
-        assert!(map.lookup(3).writable_in_place());
+        assert!(map.lookup(3).writable_in_place(0));
         assert_eq!(map.lookup(4), old);
         assert_eq!(map.lookup(16), Word::ABSENT);
         assert_eq!(map.lookup(u64::MAX), Word::ABSENT);

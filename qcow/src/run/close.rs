@@ -21,7 +21,7 @@ impl Shared {
                 return status;
             }
         }
-        log::warn!("{}: refcounts stay too high; a check finds them", self.stack.layers[0].name);
+        log::warn!("{}: refcounts stay too high; a check finds them", self.stack.top_layer().name);
         Status::Ok
     }
 }

@@ -29,21 +29,21 @@ pub(super) struct Hits {
 }
 
 impl Hits {
-    /// For layers at `ports`, the one that is written to first.
+    /// For these layers.
     pub(super) fn new(
         map: Arc<Map>,
-        ports: impl Iterator<Item = Port>,
+        layers: &[StackLayer],
         info: &DeviceInfo,
         geometry: &Geometry,
     ) -> Hits {
         let mut table = Box::new([NO_PORT; 256]);
-        for (place, port) in table.iter_mut().zip(ports) {
-            *place = port;
+        for (place, layer) in table.iter_mut().zip(layers) {
+            *place = layer.port;
         }
         let mut ways = [Way::NONE; 5];
         ways[Op::Read as usize] = Way::READ;
         if !info.read_only {
-            ways[Op::Write as usize] = Way::WRITE;
+            ways[Op::Write as usize] = Way::write((layers.len() - 1) as u8);
         }
         Hits {
             map,

@@ -96,7 +96,7 @@ impl Image {
         options: Options,
     ) -> Result<Image, String> {
         let max_transfer = look_at_leaves(&mut stack.layers, leaves)?;
-        let below = stack.layers[0].port;
+        let below = stack.top_layer().port;
         let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
         let device = device.ok_or("the leaf queue has no such unit")?;
         let top = &mut stack.top;
@@ -118,8 +118,7 @@ impl Image {
             discard_granularity: geometry.cluster_size() as u32,
             max_transfer,
         };
-        let ports = stack.layers.iter().map(|l| l.port);
-        let hits = Hits::new(map.clone(), ports, &info, &geometry);
+        let hits = Hits::new(map.clone(), &stack.layers, &info, &geometry);
         let writable = stack.writable;
         // One slot more than the frontend can use: for the close.
         let count = usize::from(slots) + 1;
@@ -160,7 +159,7 @@ impl Image {
         self.hits.map()
     }
 
-    /// First byte of layer 0 behind everything that was ever in use: where a file may be cut after
+    /// First byte of the layer that is written to behind everything that was ever in use: where a file may be cut after
     /// a clean close. `u64::MAX` if that is not known.
     pub fn end(&self) -> u64 {
         self.shared.alloc.borrow().end()

@@ -163,9 +163,9 @@ impl Shared {
         self.counters.stale.set(self.counters.stale.get() + 1);
     }
 
-    /// Where layer 0 lies.
+    /// Where the layer lies that is written to.
     pub(super) fn top(&self) -> Port {
-        self.stack.layers[0].port
+        self.stack.top_layer().port
     }
 
     /// Reads or writes one run of bytes at `port` and waits.
@@ -182,7 +182,7 @@ impl Shared {
         self.wait(slot).await
     }
 
-    /// Has the device of layer 0 make everything durable that was completed; nothing to do where
+    /// Has the device of the layer that is written to make everything durable that was completed; nothing to do where
     /// it has no volatile cache.
     pub(super) async fn device_flush(&self, slot: u16) -> Status {
         if !self.device.volatile_cache {

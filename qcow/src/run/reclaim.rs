@@ -107,7 +107,7 @@ impl Shared {
     /// Notes that what an L2 entry pointed to is not needed any more once the change is durable.
     pub(super) fn free_old(&self, guest_cluster: u64, raw: u64) {
         let guest = guest_cluster << self.geometry.cluster_bits();
-        match self.decode(0, &self.geometry, guest, raw) {
+        match self.decode(self.top_at(), &self.geometry, guest, raw) {
             Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
                 self.free_later(self.geometry.cluster(host), 1);
             }
@@ -211,7 +211,7 @@ impl Shared {
     /// The count stays too high, which a check finds.
     fn leak(&self, cluster: u64, status: Status) {
         let what = format_args!("host cluster {cluster:#x} leaks, its refcount is lost: {status}");
-        self.complain(0, what);
+        self.complain(self.top_at(), what);
     }
 
     /// A cluster is (or was) in use, and its refcount says that it is free: no other refcount can be
@@ -220,7 +220,7 @@ impl Shared {
         if self.alloc.borrow_mut().distrust() {
             return;
         }
-        let name = &self.stack.layers[0].name;
+        let name = &self.stack.top_layer().name;
         let at = cluster << self.geometry.cluster_bits();
         log::error!(
             "{name}: the cluster at offset {at:#x} is in use with a refcount of 0: nothing more is \

@@ -53,7 +53,7 @@ impl Shared {
         let count = (self.map.clusters() - first).min(1 << self.map.page_bits());
         let mut words = vec![Word::ABSENT; count as usize];
         let mut open = words.len();
-        for (at, layer) in self.stack.layers.iter().enumerate() {
+        for (at, layer) in self.stack.layers.iter().enumerate().rev() {
             if open == 0 {
                 break;
             }
@@ -119,7 +119,7 @@ impl Shared {
         let index = (guest >> g.cluster_bits()) - (start >> g.cluster_bits());
         let raw = *list.get(index as usize)?;
         let inside = g.in_cluster(guest);
-        let top = at == 0;
+        let top = at == self.top_at();
         let entry = self.decode(at, g, guest, raw);
         if top && !self.info.read_only {
             self.look_at_count(g, entry);
@@ -131,7 +131,9 @@ impl Shared {
                 Some(Word::mapped(at as u8, host + inside, top && copied))
             }
             Ok(L2Entry::Zero) => Some(Word::zero(at as u8, 0, false)),
-            Ok(L2Entry::ZeroAllocated { host, copied }) if top => Some(Word::zero(0, host, copied)),
+            Ok(L2Entry::ZeroAllocated { host, copied }) if top => {
+                Some(Word::zero(at as u8, host, copied))
+            }
             Ok(L2Entry::ZeroAllocated { .. }) => Some(Word::zero(at as u8, 0, false)),
             Ok(L2Entry::Compressed { .. }) => Some(Word::compressed(at as u8)),
         }
@@ -153,7 +155,7 @@ impl Shared {
     /// First byte behind everything that a layer can hold.
     fn end_of(&self, at: usize) -> u64 {
         let end = self.stack.layers[at].end;
-        if at == 0 { end.max(self.alloc.borrow().grown()) } else { end }
+        if at == self.top_at() { end.max(self.alloc.borrow().grown()) } else { end }
     }
 
     /// Decodes an L2 entry and checks that it points neither at metadata nor behind the file's end;
@@ -176,7 +178,7 @@ impl Shared {
             L2Entry::Unallocated | L2Entry::Zero => return Ok(entry),
         };
         let mut clusters = g.cluster(host)..=g.cluster(host + len - 1);
-        if at == 0 && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
+        if at == self.top_at() && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
             self.complain(at, format_args!("offset {guest:#x} is mapped to metadata at {host:#x}"));
             return Err(Status::Corrupt);
         }
@@ -210,7 +212,7 @@ impl Shared {
         }
         let first = g.l2_index(guest);
         let last = g.l2_index(guest.saturating_add(len - 1).min(guest | (g.l2_span() - 1)));
-        if at == 0 {
+        if at == self.top_at() {
             // Changes that are not on disk yet count too.
             let page = g.cluster(guest) >> self.map.page_bits();
             let tables = self.tables.borrow();
@@ -229,7 +231,7 @@ impl Shared {
     pub(super) fn l1_entry(&self, at: usize, g: &Geometry, guest: u64) -> Result<L1Entry, Status> {
         let index = g.l1_index(guest);
         let raw = match at {
-            0 => self.tables.borrow().l1(index),
+            _ if at == self.top_at() => self.tables.borrow().l1(index),
             _ => match &self.stack.layers[at].format {
                 LayerFormat::Qcow { l1, .. } => l1.get(index as usize).copied().unwrap_or(0),
                 LayerFormat::Raw { .. } => 0,
@@ -273,7 +275,7 @@ impl Shared {
         len: u64,
     ) -> Result<(Source, u64), Status> {
         let mut run = len;
-        for (at, layer) in self.stack.layers.iter().enumerate() {
+        for (at, layer) in self.stack.layers.iter().enumerate().rev() {
             if guest >= layer.size() {
                 return Ok((Source::Zero, run));
             }

@@ -89,7 +89,8 @@ pub struct Satellite {
 }
 
 impl Satellite {
-    /// Attaches the image to this reactor, where its layers lie at `ports`; `owner` as the reactor
+    /// Attaches the image to this reactor, where its layers lie at `ports`, the one that is written
+    /// to first; `owner` as the reactor
     /// gave it.
     ///
     /// # Errors
@@ -105,7 +106,7 @@ impl Satellite {
         if layers.len() != ports.len() {
             return Err(format!("{} layers lie at {} ports", layers.len(), ports.len()));
         }
-        for (layer, &port) in layers.iter_mut().zip(ports) {
+        for (layer, &port) in layers.iter_mut().rev().zip(ports) {
             layer.port = port;
         }
         if look_at_leaves(&mut layers, leaves)? < info.max_transfer {
@@ -113,7 +114,7 @@ impl Satellite {
         }
         let slot = |_| Slot { up: Tag::new(0, 0, 0), generation: 0, epoch: QUIET, used: Use::Free };
         Ok(Satellite {
-            hits: Hits::new(map, ports.iter().copied(), &info, &geometry),
+            hits: Hits::new(map, &layers, &info, &geometry),
             free: (0..slots).rev().collect(),
             slots: (0..slots).map(slot).collect(),
             epoch: 0,

@@ -101,9 +101,9 @@ const META_BUFS: u32 = 64;
 /// See the module's text.
 pub(super) struct Shared {
     pub(super) stack: Stack,
-    /// What lies below layer 0.
+    /// What lies below the layer that is written to.
     pub(super) device: DeviceInfo,
-    /// Of layer 0.
+    /// Of that layer.
     pub(super) geometry: Geometry,
     pub(super) info: DeviceInfo,
     pub(super) map: Arc<Map>,
@@ -200,6 +200,12 @@ impl Shared {
             self.data.borrow().region().clone(),
             self.zeroes.clone(),
         ]
+    }
+
+    /// The number of the layer that is written to.
+    #[inline]
+    pub(super) fn top_at(&self) -> usize {
+        usize::from(self.stack.top_number())
     }
 
     pub(super) fn register(&self, region: &Arc<Region>) {

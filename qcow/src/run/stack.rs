@@ -9,14 +9,14 @@ use crate::{Error, Result};
 /// Refcount blocks looked at, from the last one back, for the end of what is in use.
 const END_BLOCKS: usize = 64;
 
-/// The layers of an image, the one that is written to first.
+/// The layers of an image.
 #[derive(Clone, Debug)]
 pub struct Stack {
-    /// Layer 0, always QCOW2.
+    /// Of the last layer, always QCOW2.
     pub(super) top: Top,
-    /// At least one; at most 255.
+    /// At least one, at most 255: from the bottom of the chain to the one that is written to.
     pub(super) layers: Vec<StackLayer>,
-    /// Layer 0 may be written to.
+    /// The last layer may be written to.
     pub(super) writable: bool,
 }
 
@@ -67,10 +67,10 @@ impl StackLayer {
 
 impl Stack {
     /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose layers
-    /// lie at `ports`, and prepares the image for writing if it was opened for that.
+    /// lie at `ports`, the one that is written to first, and prepares the image for writing if it was opened for that.
     ///
     /// # Errors
-    /// If layer 0 is not QCOW2, its metadata overlaps, or it cannot be read.
+    /// If the first layer is not QCOW2, its metadata overlaps, or it cannot be read.
     pub fn new<S: Storage>(chain: &mut Chain<S>, ports: &[Port]) -> Result<Stack> {
         let mut layers = Vec::with_capacity(ports.len());
         for (layer, &port) in chain.layers.iter_mut().zip(ports) {
@@ -106,6 +106,7 @@ impl Stack {
             len if len < first.storage.capacity() => len,
             _ => 0,
         };
+        layers.reverse();
         let top = Top {
             geometry: image.geometry,
             l1: std::mem::take(&mut image.l1),
@@ -121,7 +122,18 @@ impl Stack {
 
     /// Names of the layers, the one that is written to first.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.layers.iter().map(|l| l.name.as_str())
+        self.layers.iter().rev().map(|l| l.name.as_str())
+    }
+
+    /// The number of the layer that is written to.
+    pub(super) fn top_number(&self) -> u8 {
+        // At most 255 layers, and at least one.
+        (self.layers.len() - 1) as u8
+    }
+
+    /// The layer that is written to.
+    pub(super) fn top_layer(&self) -> &StackLayer {
+        &self.layers[self.layers.len() - 1]
     }
 }
 

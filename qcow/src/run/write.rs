@@ -59,7 +59,7 @@ impl Shared {
             self.wait_if_crowded(slot).await?;
             let cluster = at >> bits;
             let word = self.map.lookup(cluster);
-            if word.writable_in_place() {
+            if word.writable_in_place(self.stack.top_number()) {
                 let mut last = word;
                 let mut to = end.min((cluster + 1) << bits);
                 while to < end {
@@ -102,7 +102,7 @@ impl Shared {
     fn claim(&self, cluster: u64, end: u64) -> Option<Claim> {
         let bits = self.geometry.cluster_bits();
         let word = self.map.lookup(cluster);
-        if word.writable_in_place() || word.kind() == Kind::Absent {
+        if word.writable_in_place(self.stack.top_number()) || word.kind() == Kind::Absent {
             return None;
         }
         let mut claim = Claim { first: cluster, words: Vec::new() };
@@ -114,9 +114,9 @@ impl Shared {
         for next in cluster + 1..=last.min(cluster + most - 1) {
             let other = self.map.lookup(next);
             let alike = next >> self.map.page_bits() == cluster >> self.map.page_bits()
-                && !kept_zero(word)
-                && !kept_zero(other)
-                && !other.writable_in_place()
+                && !self.kept_zero(word)
+                && !self.kept_zero(other)
+                && !other.writable_in_place(self.stack.top_number())
                 && matches!(other.kind(), Kind::Hole | Kind::Zero | Kind::Mapped);
             // The last one may be written in part; then its old contents must be read, and one
             // buffer for that is what a task may hold.
@@ -194,7 +194,7 @@ impl Shared {
         flags: Flags,
     ) -> Result<u64, Status> {
         let bits = self.geometry.cluster_bits();
-        let kept = kept_zero(claim.words[0]);
+        let kept = self.kept_zero(claim.words[0]);
         // As much as one write takes; a claim that got fewer clusters takes less.
         let host = if kept {
             claim.words[0].host()
@@ -223,7 +223,7 @@ impl Shared {
             if !kept {
                 self.free_old(cluster, old);
             }
-            self.publish(cluster, Word::mapped(0, place, true));
+            self.publish(cluster, Word::mapped(self.stack.top_number(), place, true));
         }
         claim.words.clear();
         Ok(to)
@@ -281,11 +281,12 @@ impl Shared {
         }
         check(status)
     }
-}
 
-/// A zero cluster with a host cluster of its own that may be filled in place.
-fn kept_zero(word: Word) -> bool {
-    word.kind() == Kind::Zero && word.host() != 0 && word.owned()
+    /// A zero cluster with a host cluster of its own that may be filled in place.
+    fn kept_zero(&self, word: Word) -> bool {
+        let ours = word.layer() == self.stack.top_number() && word.owned();
+        word.kind() == Kind::Zero && word.host() != 0 && ours
+    }
 }
 
 fn part(segs: &[Seg], from: u64, len: u64) -> Result<SegList, Status> {

@@ -156,12 +156,13 @@ impl Shared {
 
     /// Whether there is nothing to do for a cluster.
     fn is_empty_enough(&self, word: Word, way: Way) -> bool {
+        let top = self.stack.top_number();
         match (word.kind(), way) {
             (Kind::Hole, _) => true,
             (Kind::Zero, Way::ZeroKeep) => true,
-            (Kind::Zero, _) => word.layer() != 0 || word.host() == 0,
+            (Kind::Zero, _) => word.layer() != top || word.host() == 0,
             // A discard is a hint: it makes no metadata for what another layer holds.
-            (Kind::Mapped | Kind::Compressed, Way::Discard) => word.layer() != 0,
+            (Kind::Mapped | Kind::Compressed, Way::Discard) => word.layer() != top,
             (Kind::Split, Way::Discard) => true,
             _ => false,
         }
@@ -180,15 +181,16 @@ impl Shared {
         let index = (cluster - (page << self.map.page_bits())) as usize;
         let old = self.tables.borrow().entry(page, index).unwrap_or(0);
         let alone = self.stack.layers.len() == 1;
+        let top = self.stack.top_number();
         let v3 = self.geometry.version() >= 3;
-        let keep = way == Way::ZeroKeep && v3 && word.layer() == 0 && word.owned();
+        let keep = way == Way::ZeroKeep && v3 && word.layer() == top && word.owned();
         let result = if keep && matches!(word.kind(), Kind::Mapped) {
             let host = word.host();
-            Ok((L2Entry::ZeroAllocated { host, copied: true }, Word::zero(0, host, true)))
+            Ok((L2Entry::ZeroAllocated { host, copied: true }, Word::zero(top, host, true)))
         } else if alone {
             Ok((L2Entry::Unallocated, Word::hole()))
         } else if v3 {
-            Ok((L2Entry::Zero, Word::zero(0, 0, false)))
+            Ok((L2Entry::Zero, Word::zero(top, 0, false)))
         } else {
             // Version 2 over a backing file: a discard must not bring old contents back.
             Ok::<_, Status>((L2Entry::Unallocated, word))
