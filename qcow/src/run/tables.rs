@@ -1,4 +1,4 @@
-//! L2 tables of layer 0 on their way into memory, to be changed: new ones are made, shared ones
+//! L2 tables of the layer that is written to, on their way into memory, to be changed: new ones are made, shared ones
 //! copied.
 
 use block::{Op, SegList, Status};
@@ -41,7 +41,7 @@ impl Shared {
     ) -> Result<(), Status> {
         let g = self.geometry;
         let entries = g.l2_entries().min(1 << self.map.page_bits());
-        let mut table = self.l1_entry(0, &g, guest)?;
+        let mut table = self.l1_entry(self.top_at(), &g, guest)?;
         if table.offset == 0 || !table.copied {
             let old = table.offset;
             let (cluster, _) = self.allocate(slot, 1).await?;
