@@ -67,7 +67,8 @@ impl StackLayer {
 
 impl Stack {
     /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose layers
-    /// lie at `ports`, the one that is written to first, and prepares the image for writing if it was opened for that.
+    /// lie at `ports`, the one that is written to first, and prepares the image for writing if it
+    /// was opened for that.
     ///
     /// # Errors
     /// If the first layer is not QCOW2, its metadata overlaps, or it cannot be read.

@@ -1,5 +1,5 @@
-//! L2 tables of the layer that is written to, on their way into memory, to be changed: new ones are made, shared ones
-//! copied.
+//! L2 tables of the layer that is written to, on their way into memory, to be changed: new ones are
+//! made, shared ones copied.
 
 use block::{Op, SegList, Status};
 
