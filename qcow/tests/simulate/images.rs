@@ -1,0 +1,123 @@
+//! The disks of a run, with the image and what it stands on, and what the guest sees of that.
+
+use block::Storage;
+use qcow::Compressor;
+use qcow::build::Builder;
+use qcow::create::CreateOptions;
+use qcow::open::{Chain, ChainOptions, Format, Opened};
+use sim::{BELOW, Disk, DiskConfig, Rng, SECTOR, Trace, fill};
+
+use crate::plan::Plan;
+
+/// Disks by layer, the image's first; and what each sector of the guest's disk holds.
+pub(crate) struct Images {
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) held: Vec<u32>,
+}
+
+/// Makes all layers, the lowest one first.
+pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, String> {
+    let (mut disks, mut held) = (Vec::new(), Vec::new());
+    let mut backing = None;
+    for (at, below) in plan.below.iter().enumerate().rev() {
+        let id = BELOW + 2 * at as u32;
+        let mut disk = Disk::new(below.disk, Vec::new(), rng.fork(), trace.clone());
+        let format = if below.qcow {
+            let mut o = CreateOptions::new(below.sectors * SECTOR as u64);
+            o.cluster_size = 1 << below.cluster_bits;
+            o.backing = backing;
+            held = build(&mut disk, &o, held, 6, id, rng)?;
+            Format::Qcow2
+        } else {
+            // Whatever was below a raw layer is not seen.
+            disks.clear();
+            held = (0..below.sectors).map(|_| if rng.one_in(4) { 0 } else { id }).collect();
+            write(&mut disk, 0, &held)?;
+            Format::Raw
+        };
+        disks.insert(0, disk);
+        backing = Some((format!("/layer{}", at + 1), format));
+    }
+    let mut disk = Disk::new(plan.disk, Vec::new(), rng.fork(), trace.clone());
+    let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
+    o.cluster_size = 1 << plan.cluster_bits;
+    (o.version, o.refcount_bits, o.lazy_refcounts) = (plan.version, plan.refcount_bits, plan.lazy);
+    o.compression = plan.compression;
+    o.backing = backing;
+    let id = BELOW + 2 * plan.below.len() as u32;
+    // Half of it is sure to fit.
+    let filled = if plan.disk.size < plan.sectors * 600 { plan.filled / 2 } else { plan.filled };
+    held = build(&mut disk, &o, held, filled, id, rng)?;
+    disks.insert(0, disk);
+    Ok(Images { disks, held })
+}
+
+fn write(disk: &mut Disk, first: u64, held: &[u32]) -> Result<(), String> {
+    let mut bytes = vec![0; held.len() * SECTOR];
+    for (i, &id) in held.iter().enumerate() {
+        fill(id, first + i as u64, &mut bytes[i * SECTOR..(i + 1) * SECTOR]);
+    }
+    disk.write_at(first * SECTOR as u64, &bytes).map_err(|e| e.to_string())
+}
+
+/// Makes a QCOW2 layer of which so many of 8 clusters are given. Returns what the guest sees.
+fn build(
+    disk: &mut Disk,
+    o: &CreateOptions,
+    below: Vec<u32>,
+    filled: u64,
+    id: u32,
+    rng: &mut Rng,
+) -> Result<Vec<u32>, String> {
+    let sectors = o.size / SECTOR as u64;
+    let mut held = below;
+    held.resize(sectors as usize, 0);
+    let unit = o.cluster_size / SECTOR as u64;
+    let mut compressor = Compressor::new(o.compression);
+    let mut builder = Builder::new(disk, "sim", o).map_err(|e| e.to_string())?;
+    let (mut packed, mut first) = (Vec::new(), 0);
+    while first < sectors {
+        let count = unit.min(sectors - first);
+        let at = first * SECTOR as u64;
+        let range = first as usize..(first + count) as usize;
+        if rng.below(8) < filled {
+            let what = rng.below(4);
+            let own = if what == 0 { 0 } else { id + 1 };
+            held[range].fill(own);
+            let mut bytes = vec![0; (unit as usize) * SECTOR];
+            fill(own, first, &mut bytes[..count as usize * SECTOR]);
+            let done = match what {
+                0 => builder.zeroes(at, count * SECTOR as u64),
+                1 if compressor.encode(&bytes, &mut packed) => builder.compressed(at, &packed),
+                _ => builder.data(at, &bytes[..count as usize * SECTOR]),
+            };
+            done.map_err(|e| e.to_string())?;
+        }
+        first += count;
+    }
+    builder.finish().map_err(|e| e.to_string())?;
+    Ok(held)
+}
+
+/// Opens an image on the disks.
+pub(crate) fn open(disks: &[Disk], writable: bool) -> Result<Chain<Disk>, String> {
+    let opened = |i: usize| Opened {
+        storage: disks[i].clone(),
+        path: (i > 0).then(|| format!("/layer{i}").into()),
+        name: format!("layer {i}"),
+        id: None,
+    };
+    let options = ChainOptions { writable, ..Default::default() };
+    let mut next = 0;
+    let chain = Chain::open(opened(0), options, &mut |_| {
+        next += 1;
+        Ok(opened(next))
+    });
+    chain.map_err(|e| e.to_string())
+}
+
+/// A copy of a disk that holds these bytes, for looking at them.
+pub(crate) fn copy(config: DiskConfig, bytes: Vec<u8>) -> Disk {
+    let config = DiskConfig { volatile_cache: false, ..config };
+    Disk::new(config, bytes, Rng::new(0), Trace::default())
+}

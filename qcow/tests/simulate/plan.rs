@@ -1,0 +1,166 @@
+//! [`Plan`]: what a seed says about a run before it begins.
+
+use qcow::format::Compression;
+use sim::{DiskConfig, Faults, Rng};
+
+/// A layer below the image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Below {
+    pub(crate) qcow: bool,
+    pub(crate) cluster_bits: u32,
+    pub(crate) sectors: u64,
+    pub(crate) disk: DiskConfig,
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum End {
+    /// The power fails after so many changes of the disk, or when all was answered.
+    Cut(u64),
+    /// A clean close, and the power may fail in it, after so many changes.
+    CutClose(u64),
+    /// A clean close.
+    Close,
+}
+
+/// One life of an image: from opening it to its end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Life {
+    pub(crate) requests: u64,
+    pub(crate) slots: u16,
+    pub(crate) l2_cache: u64,
+    pub(crate) depth: u16,
+    pub(crate) faults: Faults,
+    /// At times the disk says that it is full.
+    pub(crate) full: bool,
+    pub(crate) end: End,
+    /// What a power cut would leave is looked at so often before the end.
+    pub(crate) probes: u64,
+    /// Leaks are repaired before it begins.
+    pub(crate) repair: bool,
+}
+
+/// See the module's text.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) sectors: u64,
+    pub(crate) version: u32,
+    pub(crate) cluster_bits: u32,
+    pub(crate) refcount_bits: u32,
+    pub(crate) lazy: bool,
+    pub(crate) compression: Compression,
+    /// So many of 8 clusters hold something at the beginning.
+    pub(crate) filled: u64,
+    pub(crate) disk: DiskConfig,
+    pub(crate) below: Vec<Below>,
+    pub(crate) lives: Vec<Life>,
+    /// qemu-img looks at what is left at the end.
+    pub(crate) qemu: bool,
+}
+
+fn cluster_bits(rng: &mut Rng) -> u32 {
+    let weights = [30, 8, 6, 20, 6, 5, 3, 15, 2, 2, 1, 1, 1];
+    9 + rng.weighted(&weights) as u32
+}
+
+fn disk(rng: &mut Rng, size: u64) -> DiskConfig {
+    DiskConfig {
+        size: size.next_multiple_of(4096),
+        block_size: rng.pick(&[512, 512, 4096]),
+        volatile_cache: !rng.one_in(4),
+        discarded: rng.pick(&[None, Some(0), Some(0xb7)]),
+    }
+}
+
+/// Sectors of a disk with such clusters: small, and not always whole clusters.
+fn sectors(rng: &mut Rng, cluster_bits: u32) -> u64 {
+    let unit = 1 << (cluster_bits - 9);
+    let clusters = match cluster_bits {
+        ..=11 => rng.within(40, 1200),
+        12..=14 => rng.within(20, 160),
+        15..=17 => rng.within(4, 24),
+        _ => rng.within(1, 4),
+    };
+    let odd = if rng.one_in(3) { rng.below(unit) } else { 0 };
+    clusters * unit + odd
+}
+
+fn faults(rng: &mut Rng) -> Faults {
+    let rare = |rng: &mut Rng| rng.pick(&[0, 0, 30, 100, 300]);
+    let mut f = Faults { late: rng.pick(&[0, 0, 20, 100]), ..Faults::default() };
+    if rng.one_in(3) {
+        (f.error, f.torn, f.done, f.lost) = (rare(rng), rare(rng), rare(rng), rare(rng));
+    }
+    f
+}
+
+impl Plan {
+    pub(crate) fn draw(seed: u64, long: bool) -> Plan {
+        let rng = &mut Rng::new(seed);
+        let cluster_bits = cluster_bits(rng);
+        let version = if rng.one_in(6) { 2 } else { 3 };
+        let refcount_bits =
+            if version == 2 { 16 } else { rng.pick(&[16, 16, 1, 2, 4, 8, 16, 32, 64]) };
+        let sectors = sectors(rng, cluster_bits) * if long { rng.within(1, 3) } else { 1 };
+        let cluster = 1u64 << cluster_bits;
+        // With little more than the disk, what was let go of is soon used again; and now and then
+        // not everything fits.
+        let room = sectors * 512 / 8 * rng.pick(&[7, 9, 10, 12, 16]) + 24 * cluster + (64 << 10);
+        let depth = rng.weighted(&[6, 3, 1, 1]);
+        let below = (0..depth).map(|_| Plan::draw_below(rng, sectors)).collect();
+        let lives = rng.within(1, 3);
+        let zstd = version > 2 && rng.one_in(3);
+        Plan {
+            sectors,
+            version,
+            cluster_bits,
+            refcount_bits,
+            lazy: version > 2 && rng.one_in(4),
+            compression: if zstd { Compression::Zstd } else { Compression::Deflate },
+            filled: rng.pick(&[0, 0, 3, 8]),
+            disk: disk(rng, room),
+            below,
+            lives: (0..lives).map(|n| Plan::draw_life(rng, n + 1 == lives, long)).collect(),
+            qemu: rng.one_in(40),
+        }
+    }
+
+    fn draw_below(rng: &mut Rng, above: u64) -> Below {
+        let cluster_bits = cluster_bits(rng).min(16);
+        // Shorter, longer or as long as what stands on it.
+        let sectors = match rng.below(4) {
+            0 => rng.within(1, above),
+            1 => above + rng.below(200),
+            _ => above,
+        };
+        let room = sectors * 512 * 9 / 8 + (24 << cluster_bits) + (64 << 10);
+        let qcow = rng.one_in(2);
+        let size = if qcow { room } else { sectors * 512 };
+        let mut disk = disk(rng, size);
+        // A raw layer is as long as its disk.
+        let sectors = if qcow { sectors } else { disk.size / 512 };
+        disk.volatile_cache = false;
+        Below { qcow, cluster_bits, sectors, disk }
+    }
+
+    fn draw_life(rng: &mut Rng, last: bool, long: bool) -> Life {
+        let requests = if long { rng.within(300, 3000) } else { rng.within(20, 200) };
+        let ends = [
+            End::Cut(rng.within(1, requests * 2)),
+            End::Cut(u64::MAX),
+            End::CutClose(rng.within(1, 30)),
+            End::Close,
+        ];
+        Life {
+            requests,
+            slots: rng.pick(&[1, 2, 4, 8, 16, 64]),
+            l2_cache: rng.pick(&[0, 16 << 10, 8 << 20]),
+            depth: rng.pick(&[1, 4, 12, 16]),
+            faults: faults(rng),
+            full: rng.one_in(8),
+            end: ends[rng.weighted(if last { &[3, 1, 2, 3] } else { &[5, 1, 2, 2] })],
+            probes: rng.within(0, 3),
+            repair: rng.one_in(3),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What is demanded of an image after its end: our checker, an independent reader, qemu-img.
+
+use std::process::Command;
+
+use qcow::ChainReader;
+use qcow::check::{Repair, run};
+use sim::{Disk, Model, SECTOR, ident, show};
+
+use crate::images::{copy, open};
+use crate::plan::Plan;
+
+/// How an image ended.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Ended {
+    Cut,
+    /// Cleanly, and it had no leaks when it was opened.
+    Clean,
+    /// Cleanly.
+    CleanWithLeaks,
+}
+
+/// Checks the image and reads all of it; every sector must hold what it may. Returns what they
+/// hold, and how many clusters leak.
+pub(crate) fn verify(
+    plan: &Plan,
+    below: &[Disk],
+    bytes: &[u8],
+    model: &Model,
+    ended: Ended,
+) -> Result<(Vec<u32>, u64), String> {
+    let mut disks = vec![copy(plan.disk, bytes.to_vec())];
+    disks.extend_from_slice(below);
+    let leaks = check(&mut disks[0], Repair::None)?;
+    if ended == Ended::Clean && leaks > 0 {
+        return Err(format!("{leaks} clusters leak after a clean close"));
+    }
+    let mut reader = ChainReader::new(open(&disks, false)?);
+    let (mut held, mut first) = (Vec::new(), 0);
+    let mut buffer = vec![0; 256 * SECTOR];
+    while first < model.len() {
+        let count = (model.len() - first).min(256) as usize;
+        let buffer = &mut buffer[..count * SECTOR];
+        reader.read_at(first * SECTOR as u64, buffer).map_err(|e| e.to_string())?;
+        for (sector, bytes) in (first..).zip(buffer.chunks(SECTOR)) {
+            let id = ident(sector, bytes).filter(|&id| model.may_survive(sector, id));
+            let Some(id) = id else {
+                let (found, told) = (show(sector, bytes), model.explain(sector));
+                return Err(format!("sector {sector} {found} at the end; it was told {told}"));
+            };
+            held.push(id);
+        }
+        first += count as u64;
+    }
+    Ok((held, leaks))
+}
+
+/// Our checker: leaks are counted, anything else is an error.
+pub(crate) fn check(disk: &mut Disk, repair: Repair) -> Result<u64, String> {
+    let mut text = String::new();
+    let mut log = |line: &str| {
+        if text.len() < 2000 {
+            text += &format!("\n{line}");
+        }
+    };
+    let report = run(disk, "sim", repair, &mut log).map_err(|e| e.to_string())?;
+    match report.corruptions + report.check_errors {
+        0 => Ok(report.leaks),
+        n => Err(format!("the image is corrupt in {n} places:{text}")),
+    }
+}
+
+/// What qemu-img says about the bytes of an image; `false` if there is no qemu-img.
+pub(crate) fn qemu(bytes: &[u8], ended: Ended) -> Result<bool, String> {
+    let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
+    std::fs::write(file.path(), bytes).map_err(|e| e.to_string())?;
+    let out = Command::new("qemu-img")
+        .args(["check", "-q"])
+        .arg(format!(
+            // What it stands on is in memory, where qemu-img cannot open it.
+            r#"json:{{"driver":"qcow2","backing":null,"file":{{"driver":"file","filename":"{}"}}}}"#,
+            file.path().display()
+        ))
+        .output();
+    let out = match out {
+        Ok(out) => out,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(format!("qemu-img: {e}")),
+    };
+    match (out.status.code(), ended) {
+        (Some(0), _) | (Some(3), Ended::Cut | Ended::CleanWithLeaks) => Ok(true),
+        (code, _) => {
+            let text = String::from_utf8_lossy(&out.stderr).into_owned();
+            let text = text + &String::from_utf8_lossy(&out.stdout);
+            Err(format!("qemu-img check ends with {code:?}: {text}"))
+        }
+    }
+}

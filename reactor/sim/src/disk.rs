@@ -1,0 +1,411 @@
+//! [`Disk`]: what a drive holds, durably and in its cache, and what it has been asked and not
+//! answered yet. Queues to it are [`crate::SimQueue`]s; what a power cut leaves is in
+//! [`crate::power`]. The control path reads and writes it as [`Storage`].
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{Completion, DeviceInfo, Flags, Op, Request, SegList, Status, Storage, StorageError};
+use dma::Region;
+
+use crate::{Rng, SECTOR, Trace};
+
+/// What a disk is like.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskConfig {
+    /// Bytes; a multiple of the block.
+    pub size: u64,
+    /// Bytes of a block: 512 or 4096.
+    pub block_size: u32,
+    /// A completed write is durable only after a flush.
+    pub volatile_cache: bool,
+    /// What a discarded range reads as; `None`: as before.
+    pub discarded: Option<u8>,
+}
+
+/// How often something goes wrong: once in so many requests; 0: never.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// It fails, and nothing was done.
+    pub error: u64,
+    /// It fails, and some of its sectors were done.
+    pub torn: u64,
+    /// It fails, and all of it was done.
+    pub done: u64,
+    /// It is done, but only after several hundred polls.
+    pub late: u64,
+    /// It has no answer until somebody else gives up, after some thousand polls: a time-out. It
+    /// may have been done.
+    pub lost: u64,
+}
+
+/// How a disk lies: to see that a run finds out. Nothing real does this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Sabotage {
+    /// It does not.
+    #[default]
+    None,
+    /// Flushes succeed and do nothing.
+    DropFlushes,
+    /// One in three flushes does nothing.
+    DropSomeFlushes,
+    /// FUA is not heeded.
+    IgnoreFua,
+    /// One in 200 writes lands a sector further on.
+    Misplace,
+    /// One in 200 writes is not done.
+    LoseWrites,
+    /// One in 50 flushes lets half of what it vouches for stay in the cache.
+    HalfFlush,
+}
+
+/// Contents of a sector that is not durable: which write's, and where in its bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct Version {
+    pub(crate) write: u64,
+    data: Rc<[u8]>,
+    at: usize,
+}
+
+impl Version {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.data[self.at..self.at + SECTOR]
+    }
+}
+
+/// How a request will end.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Fate {
+    Fine,
+    /// Fails; of its sectors so many in 100 are done.
+    Fails(Status, u64),
+}
+
+/// A request that was taken and not answered.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) request: Request<'static>,
+    pub(crate) segs: SegList,
+    /// Number of this request, among all of the disk.
+    pub(crate) number: u64,
+    /// Bytes done so far.
+    pub(crate) at: u64,
+    /// It is not looked at before this poll.
+    pub(crate) wait: u64,
+    pub(crate) fate: Fate,
+    /// Done or failed, and not handed out yet.
+    pub(crate) end: Option<Status>,
+}
+
+/// One queue's part.
+pub(crate) struct Lane {
+    pub(crate) regions: Vec<Option<Arc<Region>>>,
+    pub(crate) held: Vec<Held>,
+    pub(crate) polls: u64,
+}
+
+pub(crate) struct State {
+    pub(crate) info: DeviceInfo,
+    discarded: Option<u8>,
+    /// What reads see.
+    now: Vec<u8>,
+    pub(crate) stable: Vec<u8>,
+    /// By sector: what is newer than `stable`, oldest first.
+    pub(crate) cache: BTreeMap<usize, Vec<Version>>,
+    /// Writes with versions in the cache that were answered: after which number.
+    answered: BTreeMap<u64, u64>,
+    pub(crate) numbers: u64,
+    pub(crate) faults: Faults,
+    pub(crate) no_space_from: u64,
+    pub(crate) sabotage: Sabotage,
+    pub(crate) rng: Rng,
+    pub(crate) trace: Trace,
+    pub(crate) lanes: Vec<Lane>,
+}
+
+/// A disk. Clones are the same disk.
+#[derive(Clone)]
+pub struct Disk {
+    state: Rc<RefCell<State>>,
+    /// Changes carried out so far.
+    writes: Rc<Cell<u64>>,
+}
+
+impl Disk {
+    /// A disk that holds these bytes, all durable; behind them up to its size what no one wrote.
+    pub fn new(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
+        // Foreign contents: they must never show.
+        bytes.resize(config.size as usize, 0xd5);
+        let info = DeviceInfo {
+            size: config.size,
+            block_size: config.block_size,
+            physical_block_size: config.block_size.max(4096),
+            read_only: false,
+            volatile_cache: config.volatile_cache,
+            write_zeroes: true,
+            discard: true,
+            discard_granularity: config.block_size,
+            max_transfer: 1 << 20,
+        };
+        let state = State {
+            info,
+            discarded: config.discarded,
+            stable: bytes.clone(),
+            now: bytes,
+            cache: BTreeMap::new(),
+            answered: BTreeMap::new(),
+            numbers: 0,
+            faults: Faults::default(),
+            no_space_from: u64::MAX,
+            sabotage: Sabotage::None,
+            rng,
+            trace,
+            lanes: Vec::new(),
+        };
+        Disk { state: Rc::new(RefCell::new(state)), writes: Rc::default() }
+    }
+
+    pub(crate) fn state(&self) -> RefMut<'_, State> {
+        self.state.borrow_mut()
+    }
+
+    /// How often requests fail from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        self.state().faults = faults;
+    }
+
+    /// Writes behind this byte fail for want of space from now on.
+    pub fn set_no_space_from(&self, offset: u64) {
+        self.state().no_space_from = offset;
+    }
+
+    /// How the disk lies from now on.
+    pub fn set_sabotage(&self, sabotage: Sabotage) {
+        self.state().sabotage = sabotage;
+    }
+
+    /// Changes (writes, zeroes, discards) carried out so far, for all queues.
+    pub fn writes(&self) -> u64 {
+        self.writes.get()
+    }
+
+    pub(crate) fn count_write(&self) {
+        self.writes.set(self.writes.get() + 1);
+    }
+
+    /// What reads see now.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state().now.clone()
+    }
+
+    fn range(&self, offset: u64, len: u64) -> Result<(u64, u64), Status> {
+        let s = self.state();
+        let block = u64::from(s.info.block_size);
+        let end = offset.checked_add(len).filter(|&end| end <= s.info.size);
+        let end = end.ok_or(Status::Invalid)?;
+        Ok((offset & !(block - 1), end.next_multiple_of(block)))
+    }
+}
+
+impl State {
+    /// Carries a change out, in the cache.
+    pub(crate) fn put(&mut self, number: u64, offset: u64, data: &[u8]) {
+        let at = offset as usize;
+        self.now[at..at + data.len()].copy_from_slice(data);
+        let data: Rc<[u8]> = data.into();
+        for from in (0..data.len()).step_by(SECTOR) {
+            let version = Version { write: number, data: data.clone(), at: from };
+            self.cache.entry((at + from) / SECTOR).or_default().push(version);
+        }
+        self.trace.add(&[1, number, offset, data.len() as u64, first_word(&data)]);
+    }
+
+    pub(crate) fn get(&self, offset: u64, into: &mut [u8]) {
+        let at = offset as usize;
+        into.copy_from_slice(&self.now[at..at + into.len()]);
+    }
+
+    /// The bytes that a change writes, if it writes any.
+    pub(crate) fn contents(&self, lane: usize, h: &Held, from: u64, len: u64) -> Option<Vec<u8>> {
+        match h.request.op {
+            Op::Read | Op::Flush => None,
+            Op::WriteZeroes => Some(vec![0; len as usize]),
+            Op::Discard => self.discarded.map(|byte| vec![byte; len as usize]),
+            Op::Write => {
+                let mut data = vec![0; len as usize];
+                let mut part = SegList::EMPTY;
+                if !part.push_part(h.segs.as_slice(), from, len) {
+                    return None;
+                }
+                let mut at = 0;
+                for seg in part.as_slice() {
+                    let region = self.lanes[lane].regions[seg.region().index()].as_ref()?;
+                    let n = seg.len() as usize;
+                    region.read_seg(seg, &mut data[at..at + n]);
+                    at += n;
+                }
+                Some(data)
+            }
+        }
+    }
+
+    /// A write was answered: flushes that are sent from now on vouch for it.
+    pub(crate) fn note_answer(&mut self, number: u64) {
+        self.answered.insert(number, self.numbers);
+    }
+
+    /// Makes durable what a flush of this number vouches for.
+    pub(crate) fn flush(&mut self, number: u64) {
+        let lie = match self.sabotage {
+            Sabotage::DropFlushes => true,
+            Sabotage::DropSomeFlushes => self.rng.one_in(3),
+            _ => false,
+        };
+        self.trace.add(&[2, number]);
+        if lie {
+            return;
+        }
+        let half = self.sabotage == Sabotage::HalfFlush && self.rng.one_in(50);
+        let State { answered, cache, stable, rng, .. } = self;
+        // It vouches for what was answered before it was sent, when there were fewer requests.
+        cache.retain(|&sector, versions| {
+            let vouched = |v: &Version| answered.get(&v.write).is_some_and(|&then| then < number);
+            if let Some(last) = versions.iter().rposition(vouched)
+                && !(half && rng.one_in(2))
+            {
+                let at = sector * SECTOR;
+                stable[at..at + SECTOR].copy_from_slice(versions[last].bytes());
+                versions.drain(..=last);
+            }
+            !versions.is_empty()
+        });
+        if !half {
+            answered.retain(|_, &mut then| then >= number);
+        }
+    }
+
+    /// Makes one write durable by itself, and what it came after in its sectors.
+    pub(crate) fn harden(&mut self, number: u64, offset: u64, len: u64) {
+        for sector in offset as usize / SECTOR..(offset + len) as usize / SECTOR {
+            let Some(versions) = self.cache.get_mut(&sector) else { continue };
+            if let Some(last) = versions.iter().rposition(|v| v.write == number) {
+                let at = sector * SECTOR;
+                self.stable[at..at + SECTOR].copy_from_slice(versions[last].bytes());
+                versions.drain(..=last);
+            }
+            if versions.is_empty() {
+                self.cache.remove(&sector);
+            }
+        }
+    }
+
+    /// Draws how a request will end, and how long it takes to.
+    pub(crate) fn draw_fate(&mut self, r: &Request<'_>) -> (Fate, u64) {
+        if !self.info.contains(r.offset, r.len) || !r.segs_fit() {
+            return (Fate::Fails(Status::Invalid, 0), 0);
+        }
+        let moves = matches!(r.op, Op::Read | Op::Write);
+        if moves && r.len > u64::from(self.info.max_transfer) {
+            return (Fate::Fails(Status::Invalid, 0), 0);
+        }
+        if r.op == Op::Write && r.offset + r.len > self.no_space_from {
+            let some = if self.rng.one_in(2) { 50 } else { 0 };
+            return (Fate::Fails(Status::NoSpace, some), 0);
+        }
+        let f = self.faults;
+        let status = match r.op {
+            Op::WriteZeroes | Op::Discard => self.rng.pick(&[Status::Medium, Status::Unsupported]),
+            _ => self.rng.pick(&[Status::Medium, Status::Timeout]),
+        };
+        if self.rng.one_in(f.error) {
+            (Fate::Fails(status, 0), 0)
+        } else if self.rng.one_in(f.torn) {
+            (Fate::Fails(Status::Medium, 50), 0)
+        } else if self.rng.one_in(f.done) {
+            (Fate::Fails(Status::Medium, 100), 0)
+        } else if self.rng.one_in(f.late) {
+            (Fate::Fine, self.rng.within(50, 400))
+        } else if self.rng.one_in(f.lost) {
+            let some = self.rng.pick(&[0, 50, 100]);
+            (Fate::Fails(Status::Timeout, some), self.rng.within(1000, 3000))
+        } else {
+            (Fate::Fine, 0)
+        }
+    }
+}
+
+fn first_word(data: &[u8]) -> u64 {
+    data.first_chunk().map_or(0, |w| u64::from_le_bytes(*w))
+}
+
+/// An answer.
+pub(crate) fn answer(h: &Held, status: Status) -> Completion {
+    Completion { tag: h.request.tag, status, detail: 0 }
+}
+
+/// Whether a change is durable when it is answered.
+pub(crate) fn is_through(info: &DeviceInfo, sabotage: Sabotage, flags: Flags) -> bool {
+    !info.volatile_cache || (flags.has(Flags::FUA) && sabotage != Sabotage::IgnoreFua)
+}
+
+impl Storage for Disk {
+    fn len(&self) -> u64 {
+        self.state().info.size
+    }
+
+    fn capacity(&self) -> u64 {
+        self.len()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        let len = into.len() as u64;
+        self.range(offset, len).map_err(|s| failed("read", offset, len, s))?;
+        self.state().get(offset, into);
+        Ok(())
+    }
+
+    fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        let len = from.len() as u64;
+        let (start, end) = self.range(offset, len).map_err(|s| failed("write", offset, len, s))?;
+        let mut whole = vec![0; (end - start) as usize];
+        let mut s = self.state();
+        s.get(start, &mut whole);
+        whole[(offset - start) as usize..][..from.len()].copy_from_slice(from);
+        s.numbers += 1;
+        let number = s.numbers;
+        s.put(number, start, &whole);
+        if is_through(&s.info, s.sabotage, Flags::NONE) {
+            s.harden(number, start, end - start);
+        }
+        s.note_answer(number);
+        drop(s);
+        self.count_write();
+        Ok(())
+    }
+
+    fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        self.write_at(offset, &vec![0; len as usize])
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        let mut s = self.state();
+        s.numbers += 1;
+        let number = s.numbers;
+        s.flush(number);
+        Ok(())
+    }
+
+    fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {
+        Ok(())
+    }
+}
+
+fn failed(what: &'static str, offset: u64, len: u64, status: Status) -> StorageError {
+    StorageError { what, offset, len, status, detail: 0 }
+}

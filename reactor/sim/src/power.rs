@@ -1,0 +1,106 @@
+//! What a power cut leaves of a disk.
+
+use std::collections::BTreeMap;
+
+use block::Op;
+
+use crate::disk::State;
+use crate::{Disk, Rng, SECTOR};
+
+/// How much of what is not durable lands.
+#[derive(Clone, Copy, Debug)]
+enum Mood {
+    Nothing,
+    Everything,
+    /// Each write whole or not.
+    Writes,
+    /// Each sector or not; so many in 100.
+    Sectors(u64),
+    /// Some writes whole, some not, of some a few sectors.
+    Mixed,
+    /// One write alone, whole or in part.
+    One,
+    /// All but one.
+    AllButOne,
+}
+
+impl Disk {
+    /// What the disk would hold if its power failed now: all that is durable, and of everything
+    /// else (in the cache, or sent and not answered) any part, sector by sector.
+    pub fn survivor(&self, rng: &mut Rng) -> Vec<u8> {
+        let s = self.state();
+        let mut disk = s.stable.clone();
+        let mut odds = Odds::draw(&s, rng);
+        for (&sector, versions) in &s.cache {
+            for v in versions {
+                // In their order: a cache that holds the newer one does not write the older one.
+                if odds.lands(v.write, rng) {
+                    disk[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(v.bytes());
+                }
+            }
+        }
+        for (n, lane) in s.lanes.iter().enumerate() {
+            for h in lane.held.iter().filter(|h| h.end.is_none()) {
+                let r = &h.request;
+                let valid = s.info.contains(r.offset, r.len) && r.segs_fit();
+                let data = s.contents(n, h, 0, r.len).filter(|_| valid);
+                for (i, bytes) in data.iter().flat_map(|d| d.chunks(SECTOR)).enumerate() {
+                    if odds.lands(h.number, rng) {
+                        let at = r.offset as usize + i * SECTOR;
+                        disk[at..at + SECTOR].copy_from_slice(bytes);
+                    }
+                }
+            }
+        }
+        disk
+    }
+}
+
+/// By write: how many in 100 of its sectors land.
+struct Odds {
+    of: BTreeMap<u64, u64>,
+}
+
+impl Odds {
+    fn draw(s: &State, rng: &mut Rng) -> Odds {
+        let cached = s.cache.values().flatten().map(|v| v.write);
+        let held = s.lanes.iter().flat_map(|l| &l.held);
+        let flying = held.filter(|h| h.request.op != Op::Read).map(|h| h.number);
+        let mut of: BTreeMap<u64, u64> = cached.chain(flying).map(|w| (w, 0)).collect();
+        let moods = [
+            Mood::Nothing,
+            Mood::Everything,
+            Mood::Writes,
+            Mood::Sectors(50),
+            Mood::Sectors(90),
+            Mood::Sectors(10),
+            Mood::Mixed,
+            Mood::One,
+            Mood::AllButOne,
+        ];
+        let mood = rng.pick(&moods);
+        let special = rng.below(of.len().max(1) as u64) as usize;
+        for (i, odds) in of.values_mut().enumerate() {
+            *odds = match mood {
+                Mood::Nothing => 0,
+                Mood::Everything => 100,
+                Mood::Writes => rng.pick(&[0, 100]),
+                Mood::Sectors(n) => n,
+                Mood::Mixed => rng.pick(&[0, 0, 50, 100, 100]),
+                Mood::One if i == special => rng.pick(&[50, 100]),
+                Mood::One => 0,
+                Mood::AllButOne if i == special => rng.pick(&[0, 50]),
+                Mood::AllButOne => 100,
+            };
+        }
+        Odds { of }
+    }
+
+    fn lands(&mut self, write: u64, rng: &mut Rng) -> bool {
+        match self.of.get(&write) {
+            None | Some(0) => false,
+            Some(100) => true,
+            Some(&n) => rng.below(100) < n,
+        }
+    }
+}
