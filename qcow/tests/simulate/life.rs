@@ -106,7 +106,8 @@ impl Run<'_> {
         let mut a = self.attach(life, top)?;
         let ended = self.drive(life, &mut a, rng)?;
         let ended = match ended {
-            Ended::Clean if leaks > 0 => Ended::CleanWithLeaks,
+            // A count that cannot be read to be lowered stays, which the image says in its log.
+            Ended::Clean if leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
             other => other,
         };
         if ended != Ended::Cut {
@@ -228,8 +229,7 @@ impl Run<'_> {
 
     /// Whether a request may have ended like this.
     fn judge(&self, life: &Life, op: &GuestOp, status: Status) -> Result<(), String> {
-        let f = &life.faults;
-        let broken = f.error + f.torn + f.done + f.lost > 0;
+        let broken = life.is_broken();
         let may = match status {
             Status::Ok => true,
             Status::Unsupported => op.flags.has(Flags::FAST_ONLY) || broken,

@@ -8,7 +8,6 @@ mod plan;
 mod verify;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
@@ -30,6 +29,21 @@ fn one(seed: u64, long: bool, sabotage: Sabotage) -> Result<Outcome, String> {
     })
 }
 
+/// What the crates log, for a single seed.
+struct Print;
+
+impl log::Log for Print {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        println!("  {}: {}", record.level(), record.args());
+    }
+
+    fn flush(&self) {}
+}
+
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|v| v.parse().expect("a number"))
 }
@@ -40,35 +54,48 @@ fn seeds() {
     let first = number("SIM_SEED").unwrap_or(1);
     let count = number("SIM_SEEDS").unwrap_or(60);
     let long = number("SIM_LONG").is_some();
-    let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
-    let all = Mutex::new((Outcome::default(), Vec::new()));
+    if count == 1 && log::set_logger(&Print).is_ok() {
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+    let (next, done, bad) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let work = || {
+        let (mut all, mut failed) = (Outcome::default(), Vec::new());
         loop {
-            let seed = first.wrapping_add(next.fetch_add(1, Ordering::Relaxed));
-            if seed.wrapping_sub(first) >= count {
-                return;
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= count {
+                return (all, failed);
             }
-            let result = one(seed, long, Sabotage::None);
-            let mut all = all.lock().expect("no panic in here");
-            match result {
-                Ok(o) => all.0.add(&o),
+            let seed = first.wrapping_add(at);
+            match one(seed, long, Sabotage::None) {
+                Ok(o) => all.add(&o),
                 Err(e) => {
-                    println!("seed {seed} failed: {e}");
-                    println!("  its plan: {:?}", Plan::draw(seed, long));
-                    let long = if long { " --long" } else { "" };
-                    println!("  replay: cargo xtask simulate --seeds 1 --seed {seed}{long}");
-                    all.1.push(seed);
+                    let long_option = if long { " --long" } else { "" };
+                    println!(
+                        "seed {seed} failed: {e}\n  its plan: {:?}\n  \
+                         replay: cargo xtask simulate --seeds 1 --seed {seed}{long_option}",
+                        Plan::draw(seed, long)
+                    );
+                    failed.push(seed);
+                    bad.fetch_add(1, Ordering::Relaxed);
                 }
             }
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
             if done % 250 == 0 && done < count {
-                println!("simulate: {done} of {count} runs, {} failed", all.1.len());
+                let bad = bad.load(Ordering::Relaxed);
+                println!("simulate: {done} of {count} runs, {bad} failed");
             }
         }
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(count as usize);
-    thread::scope(|s| (0..threads).for_each(|_| drop(s.spawn(work))));
-    let (o, failed) = all.into_inner().expect("no panic in there");
+    let (mut o, mut failed) = (Outcome::default(), Vec::new());
+    thread::scope(|s| {
+        let running: Vec<_> = (0..threads).map(|_| s.spawn(work)).collect();
+        for thread in running {
+            let (part, seeds) = thread.join().expect("failures of runs were caught");
+            o.add(&part);
+            failed.extend(seeds);
+        }
+    });
     println!(
         "simulate: {count} runs from seed {first}: {} lives, {} requests, {} power cuts looked at, \
          {} images by qemu-img; trace {:016x}",

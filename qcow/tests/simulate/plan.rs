@@ -40,6 +40,14 @@ pub(crate) struct Life {
     pub(crate) repair: bool,
 }
 
+impl Life {
+    /// Whether requests to disks fail.
+    pub(crate) fn is_broken(&self) -> bool {
+        let f = &self.faults;
+        f.error + f.torn + f.done + f.lost > 0
+    }
+}
+
 /// See the module's text.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {

@@ -13,9 +13,9 @@ use crate::plan::Plan;
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Ended {
     Cut,
-    /// Cleanly, and it had no leaks when it was opened.
+    /// Cleanly, and nothing may leak.
     Clean,
-    /// Cleanly.
+    /// Cleanly; it had leaks when it was opened, or requests failed.
     CleanWithLeaks,
 }
 

@@ -57,7 +57,7 @@ pub enum Sabotage {
     Misplace,
     /// One in 200 writes is not done.
     LoseWrites,
-    /// One in 50 flushes lets half of what it vouches for stay in the cache.
+    /// One in 8 flushes lets half of what it vouches for stay in the cache.
     HalfFlush,
 }
 
@@ -267,7 +267,7 @@ impl State {
         if lie {
             return;
         }
-        let half = self.sabotage == Sabotage::HalfFlush && self.rng.one_in(50);
+        let half = self.sabotage == Sabotage::HalfFlush && self.rng.one_in(8);
         let State { answered, cache, stable, rng, .. } = self;
         // It vouches for what was answered before it was sent, when there were fewer requests.
         cache.retain(|&sector, versions| {

@@ -11,7 +11,7 @@ impl Rng {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -22,7 +22,7 @@ impl Rng {
     /// A number below `n`, which is not 0.
     pub fn below(&mut self, n: u64) -> u64 {
         // The bias is that of n over 2^64.
-        self.next() % n
+        self.draw() % n
     }
 
     /// A number from `from` to `to`, both included.
@@ -54,7 +54,7 @@ impl Rng {
 
     /// A generator of its own for some part, so that more draws there change nothing here.
     pub fn fork(&mut self) -> Rng {
-        Rng(self.next())
+        Rng(self.draw())
     }
 }
 
@@ -66,10 +66,10 @@ mod tests {
     fn the_same_seed_gives_the_same_numbers() {
         let mut a = Rng::new(7);
         // The first output of SplitMix64 for seed 7: a change here would void all kept seeds.
-        assert_eq!(a.next(), 7_191_089_600_892_374_487);
+        assert_eq!(a.draw(), 7_191_089_600_892_374_487);
         let (mut b, mut c) = (Rng::new(7), Rng::new(8));
-        b.next();
-        assert!(a.next() == b.next() && a.next() != c.next());
+        b.draw();
+        assert!(a.draw() == b.draw() && a.draw() != c.draw());
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod layers;
 mod lexer;
 mod qemu;
 mod real_input;
+mod simulate;
 mod suite;
 mod tidy;
 mod tools;
@@ -35,6 +36,8 @@ enum Task {
     Test(suite::Args),
     /// Real images, clients and a Linux kernel against `polldisk nbd`.
     RealInput(real_input::Args),
+    /// Images on simulated disks, with faults and power cuts, from seeds.
+    Simulate(simulate::Args),
     /// Boots a machine with emulated hardware and drives that with `polldisk`.
     #[command(subcommand)]
     Lab(lab::Lab),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Task::Test(args) => suite::run(&args),
         Task::RealInput(args) => real_input::command(&args),
+        Task::Simulate(args) => simulate::command(&args),
         Task::Lab(lab) => lab::command(&lab),
         Task::Gates => gates::command(),
         Task::Layers => layers::command(),

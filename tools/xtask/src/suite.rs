@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{gates, layers, real_input, tidy};
+use crate::{gates, layers, real_input, simulate, tidy};
 
 /// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -90,10 +90,11 @@ impl Step {
 }
 
 /// All parts, cheap ones first.
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     Step::new("layers", || layers::command().map(Tally::one)).quick(),
     Step::new("tidy", || tidy::command().map(Tally::one)).quick(),
     Step::new("tests", cargo_test).quick(),
+    Step::new("simulate", simulate::step),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
     Step::new("real-input", || real_input::run(&real_input::Args::default())),
@@ -124,7 +125,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 /// The cargo that runs this command.
-fn cargo() -> Command {
+pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(crate::root());
     command
@@ -159,7 +160,7 @@ fn cargo_test() -> Result<Tally> {
 }
 
 /// Runs tests; their output is shown and counted.
-fn counted(mut command: Command) -> Result<Tally> {
+pub(crate) fn counted(mut command: Command) -> Result<Tally> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no output")?;
     let (sender, receiver) = channel();
