@@ -5,7 +5,7 @@ use qcow::Compressor;
 use qcow::build::Builder;
 use qcow::create::CreateOptions;
 use qcow::open::{Chain, ChainOptions, Format, Opened};
-use sim::{BELOW, Disk, DiskConfig, Rng, SECTOR, Trace, fill};
+use sim::{BELOW, Disk, Rng, SECTOR, Trace, fill};
 
 use crate::plan::Plan;
 
@@ -114,10 +114,4 @@ pub(crate) fn open(disks: &[Disk], writable: bool) -> Result<Chain<Disk>, String
         Ok(opened(next))
     });
     chain.map_err(|e| e.to_string())
-}
-
-/// A copy of a disk that holds these bytes, for looking at them.
-pub(crate) fn copy(config: DiskConfig, bytes: Vec<u8>) -> Disk {
-    let config = DiskConfig { volatile_cache: false, ..config };
-    Disk::new(config, bytes, Rng::new(0), Trace::default())
 }

@@ -11,7 +11,7 @@ use sim::{Disk, Faults, Guest, GuestOp, Load, Model, Rng, Sabotage, SimQueue, Tr
 
 use crate::images::{Images, make, open};
 use crate::plan::{End, Life, Plan};
-use crate::verify::{Ended, check, qemu, verify};
+use crate::verify::{Ended, Verified, check, qemu, verify};
 
 type Leaf = RmwQueue<SimQueue>;
 type SimCore = Core<Leaf, Image, Guest>;
@@ -39,12 +39,14 @@ pub(crate) fn run(plan: &Plan, seed: u64, sabotage: Sabotage) -> Result<Outcome,
     let trace = Trace::default();
     // Other numbers than the plan was drawn from.
     let mut rng = Rng::new(!seed);
-    let Images { disks, held } = make(plan, &mut rng, &trace)?;
+    let Images { mut disks, held } = make(plan, &mut rng, &trace)?;
+    let top = disks.remove(0);
     let mut run = Run {
         plan,
         model: Model::new(&held),
-        bytes: disks[0].bytes(),
-        below: disks[1..].to_vec(),
+        bytes: top.take_bytes(),
+        leaks: 0,
+        below: disks,
         sabotage,
         trace,
         outcome: Outcome::default(),
@@ -61,6 +63,8 @@ struct Run<'p> {
     model: Model,
     /// What the disk holds between two lives.
     bytes: Vec<u8>,
+    /// Clusters that leak there.
+    leaks: u64,
     below: Vec<Disk>,
     sabotage: Sabotage,
     trace: Trace,
@@ -100,14 +104,15 @@ impl Run<'_> {
     fn life(&mut self, life: &Life, rng: &mut Rng) -> Result<(), String> {
         let bytes = std::mem::take(&mut self.bytes);
         let mut top = Disk::new(self.plan.disk, bytes, rng.fork(), self.trace.clone());
-        let repair = if life.repair { Repair::All } else { Repair::None };
-        let leaks = check(&mut top, repair)?;
+        if life.repair {
+            self.leaks = check(&mut top, Repair::All)?;
+        }
         top.set_sabotage(self.sabotage);
         let mut a = self.attach(life, top)?;
         let ended = self.drive(life, &mut a, rng)?;
         let ended = match ended {
             // A count that cannot be read to be lowered stays, which the image says in its log.
-            Ended::Clean if leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
+            Ended::Clean if self.leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
             other => other,
         };
         if ended != Ended::Cut {
@@ -117,7 +122,8 @@ impl Run<'_> {
         // Also after a clean close: everything is durable then.
         let bytes = a.top.survivor(rng);
         drop(a);
-        let (held, _) = verify(self.plan, &self.below, &bytes, &self.model, ended)?;
+        let Verified { held, leaks, bytes } =
+            verify(self.plan, &self.below, bytes, &self.model, ended)?;
         self.trace.add(&held.iter().map(|&id| id.into()).collect::<Vec<_>>());
         if self.plan.qemu {
             let there = qemu(&bytes, ended)?;
@@ -125,7 +131,7 @@ impl Run<'_> {
             self.outcome.no_qemu += u64::from(!there);
         }
         self.model.restart(&held);
-        self.bytes = bytes;
+        (self.bytes, self.leaks) = (bytes, leaks);
         self.outcome.lives += 1;
         self.outcome.cuts += u64::from(ended == Ended::Cut);
         Ok(())
@@ -244,7 +250,7 @@ impl Run<'_> {
     /// Looks at what a power cut would leave now.
     fn probe(&mut self, a: &Attached, rng: &mut Rng) -> Result<(), String> {
         let bytes = a.top.survivor(rng);
-        verify(self.plan, &self.below, &bytes, &self.model, Ended::Cut)?;
+        verify(self.plan, &self.below, bytes, &self.model, Ended::Cut)?;
         self.outcome.cuts += 1;
         Ok(())
     }

@@ -67,7 +67,7 @@ pub(crate) struct Plan {
 }
 
 fn cluster_bits(rng: &mut Rng) -> u32 {
-    let weights = [30, 8, 6, 20, 6, 5, 3, 15, 2, 2, 1, 1, 1];
+    let weights = [60, 16, 12, 40, 12, 10, 6, 24, 4, 2, 1, 1, 1];
     9 + rng.weighted(&weights) as u32
 }
 
@@ -113,7 +113,8 @@ impl Plan {
         let cluster = 1u64 << cluster_bits;
         // With little more than the disk, what was let go of is soon used again; and now and then
         // not everything fits.
-        let room = sectors * 512 / 8 * rng.pick(&[7, 9, 10, 12, 16]) + 24 * cluster + (64 << 10);
+        let spare = if cluster_bits > 16 { 10 } else { 24 };
+        let room = sectors * 512 / 8 * rng.pick(&[7, 9, 10, 12, 16]) + spare * cluster + (64 << 10);
         let depth = rng.weighted(&[6, 3, 1, 1]);
         let below = (0..depth).map(|_| Plan::draw_below(rng, sectors)).collect();
         let lives = rng.within(1, 3);

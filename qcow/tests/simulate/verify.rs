@@ -6,7 +6,7 @@ use qcow::ChainReader;
 use qcow::check::{Repair, run};
 use sim::{Disk, Model, SECTOR, ident, show};
 
-use crate::images::{copy, open};
+use crate::images::open;
 use crate::plan::Plan;
 
 /// How an image ended.
@@ -19,16 +19,25 @@ pub(crate) enum Ended {
     CleanWithLeaks,
 }
 
-/// Checks the image and reads all of it; every sector must hold what it may. Returns what they
-/// hold, and how many clusters leak.
+/// What was found.
+pub(crate) struct Verified {
+    /// What each sector holds.
+    pub(crate) held: Vec<u32>,
+    /// Clusters that leak.
+    pub(crate) leaks: u64,
+    /// The bytes that were given.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Checks the image and reads all of it; every sector must hold what it may.
 pub(crate) fn verify(
     plan: &Plan,
     below: &[Disk],
-    bytes: &[u8],
+    bytes: Vec<u8>,
     model: &Model,
     ended: Ended,
-) -> Result<(Vec<u32>, u64), String> {
-    let mut disks = vec![copy(plan.disk, bytes.to_vec())];
+) -> Result<Verified, String> {
+    let mut disks = vec![Disk::view(plan.disk, bytes)];
     disks.extend_from_slice(below);
     let leaks = check(&mut disks[0], Repair::None)?;
     if ended == Ended::Clean && leaks > 0 {
@@ -51,7 +60,8 @@ pub(crate) fn verify(
         }
         first += count as u64;
     }
-    Ok((held, leaks))
+    drop(reader);
+    Ok(Verified { held, leaks, bytes: disks.swap_remove(0).take_bytes() })
 }
 
 /// Our checker: leaks are counted, anything else is an error.

@@ -111,6 +111,7 @@ pub(crate) struct State {
     discarded: Option<u8>,
     /// What reads see.
     now: Vec<u8>,
+    /// What is durable. Empty if nobody asks for that: see [`Disk::view`].
     pub(crate) stable: Vec<u8>,
     /// By sector: what is newer than `stable`, oldest first.
     pub(crate) cache: BTreeMap<usize, Vec<Version>>,
@@ -135,7 +136,22 @@ pub struct Disk {
 
 impl Disk {
     /// A disk that holds these bytes, all durable; behind them up to its size what no one wrote.
-    pub fn new(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
+    pub fn new(config: DiskConfig, bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
+        let disk = Disk::with(config, bytes, rng, trace);
+        {
+            let mut s = disk.state();
+            s.stable = s.now.clone();
+        }
+        disk
+    }
+
+    /// A disk to be looked at, and written to as if no power could fail.
+    pub fn view(config: DiskConfig, bytes: Vec<u8>) -> Disk {
+        let config = DiskConfig { volatile_cache: false, ..config };
+        Disk::with(config, bytes, Rng::new(0), Trace::default())
+    }
+
+    fn with(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
         // Foreign contents: they must never show.
         bytes.resize(config.size as usize, 0xd5);
         let info = DeviceInfo {
@@ -152,7 +168,7 @@ impl Disk {
         let state = State {
             info,
             discarded: config.discarded,
-            stable: bytes.clone(),
+            stable: Vec::new(),
             now: bytes,
             cache: BTreeMap::new(),
             answered: BTreeMap::new(),
@@ -195,9 +211,9 @@ impl Disk {
         self.writes.set(self.writes.get() + 1);
     }
 
-    /// What reads see now.
-    pub fn bytes(&self) -> Vec<u8> {
-        self.state().now.clone()
+    /// Ends the disk: what reads saw last.
+    pub fn take_bytes(self) -> Vec<u8> {
+        std::mem::take(&mut self.state().now)
     }
 
     fn range(&self, offset: u64, len: u64) -> Result<(u64, u64), Status> {
@@ -214,12 +230,15 @@ impl State {
     pub(crate) fn put(&mut self, number: u64, offset: u64, data: &[u8]) {
         let at = offset as usize;
         self.now[at..at + data.len()].copy_from_slice(data);
+        self.trace.add(&[1, number, offset, data.len() as u64, first_word(data)]);
+        if self.stable.is_empty() {
+            return;
+        }
         let data: Rc<[u8]> = data.into();
         for from in (0..data.len()).step_by(SECTOR) {
             let version = Version { write: number, data: data.clone(), at: from };
             self.cache.entry((at + from) / SECTOR).or_default().push(version);
         }
-        self.trace.add(&[1, number, offset, data.len() as u64, first_word(&data)]);
     }
 
     pub(crate) fn get(&self, offset: u64, into: &mut [u8]) {
