@@ -33,6 +33,18 @@ mod compressor;
 mod error;
 mod reader;
 
+mod atomics {
+    //! What the shared parts ([`crate::map`], [`crate::run`]) are made of; in a test, a model of
+    //! memory.
+
+    pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+    /// `n` words of zero, which take memory as they are used; `None` if there is none.
+    pub(crate) fn zeroed(n: usize) -> Option<Box<[AtomicU64]>> {
+        zerocopy::FromZeros::new_box_zeroed_with_elems(n).ok()
+    }
+}
+
 pub use bitmaps::BitmapInfo;
 pub use compress::{DecompressError, Decompressor};
 pub use compressor::Compressor;

@@ -4,12 +4,12 @@
 //! Any reactor looks up, by loads alone and without writing a shared line; one owner (see
 //! [`Pages`]) fills pages on demand, publishes new words and evicts. A page that is reused while a
 //! reader is in it is noticed by the reader: the directory entry, which holds the page's
-//! generation, is loaded again behind the word.
+//! generation, is loaded again behind the word. `tests/memory.rs` runs this file on a model of
+//! memory.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use zerocopy::FromZeros;
+use super::atomics::{AtomicU64, Ordering, zeroed};
 
 /// What a word says about its cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -198,7 +198,7 @@ impl Map {
         let no_memory = || format!("no memory for a map of {clusters} clusters");
         let entries =
             usize::try_from(clusters.div_ceil(1 << page_bits)).map_err(|_| no_memory())?;
-        let zeroed = |n| <[AtomicU64]>::new_box_zeroed_with_elems(n).map_err(|_| no_memory());
+        let zeroed = |n| zeroed(n).ok_or_else(no_memory);
         let directory = zeroed(entries)?;
         let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
         let count = afford.max(least).min(entries).min((u32::MAX as usize) >> page_bits);
@@ -353,93 +353,5 @@ impl Pages {
         let entry = map.directory.get((cluster >> map.page_bits) as usize)?;
         let start = (entry.load(Ordering::Relaxed) as u32 as usize).checked_sub(1)?;
         Some(start >> map.page_bits)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_keep_what_they_say() {
-        let w = Word::mapped(200, 0x00ff_ffff_ffff_fe00, false);
-        assert_eq!((w.kind(), w.layer(), w.host()), (Kind::Mapped, 200, 0x00ff_ffff_ffff_fe00));
-        assert!(w.readable() && !w.writable_in_place(0) && !w.owned());
-        let own = Word::mapped(0, 1 << 16, true);
-        assert!(own.readable() && own.writable_in_place(0));
-        assert!(own.continued_by(Word::mapped(0, 2 << 16, true), 1 << 16));
-        assert!(!own.continued_by(Word::mapped(0, 2 << 16, false), 1 << 16));
-        for w in [Word::hole(), Word::split(), Word::corrupt(), Word::compressed(3), Word::ABSENT] {
-            assert!(!w.readable() && !w.writable_in_place(0));
-        }
-        assert_eq!(Word::zero(0, 512, true).host(), 512);
-        assert_eq!(Word::compressed(3).layer(), 3);
-    }
-
-    #[test]
-    fn claims_exclude_each_other_and_show_the_old_mapping() {
-        let map = Map::new(1000, 4, 1 << 20, 1).unwrap();
-        let mut pages = Pages::new(&map);
-        let old = Word::mapped(1, 512, false);
-        assert!(pages.load(&map, 0, &[old; 16]));
-        assert!(map.claim(3, map.lookup(3)));
-        let seen = map.lookup(3);
-        assert!(seen.claimed() && seen.readable() && !map.claim(3, seen));
-        assert!(!map.lookup(3).writable_in_place(0));
-        map.publish(3, Word::mapped(0, 1024, true));
-        assert!(map.lookup(3).writable_in_place(0));
-        assert_eq!(map.lookup(4), old);
-        assert_eq!(map.lookup(16), Word::ABSENT);
-        assert_eq!(map.lookup(u64::MAX), Word::ABSENT);
-    }
-
-    #[test]
-    fn the_oldest_page_goes_unless_held() {
-        let map = Map::new(160, 4, 0, 2).unwrap();
-        let mut pages = Pages::new(&map);
-        let words = |n: u64| vec![Word::mapped(0, n * 512, true); 16];
-        assert!(pages.load(&map, 0, &words(1)) && pages.load(&map, 1, &words(2)));
-        pages.hold(&map, 5);
-        assert!(pages.load(&map, 2, &words(3)));
-        assert_eq!(map.lookup(5).host(), 512);
-        assert_eq!(map.lookup(16), Word::ABSENT);
-        assert_eq!(map.lookup(32).host(), 1536);
-        pages.hold(&map, 32);
-        assert!(!pages.load(&map, 3, &words(4)));
-        pages.release(&map, 5);
-        assert!(pages.load(&map, 3, &words(4)));
-        assert_eq!(map.lookup(0), Word::ABSENT);
-    }
-
-    /// Readers must never see a word of another page than they asked for, however pages change
-    /// places under them.
-    #[test]
-    fn readers_survive_eviction() {
-        let map = std::sync::Arc::new(Map::new(64 * 16, 4, 0, 3).unwrap());
-        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let reader = {
-            let (map, stop) = (map.clone(), stop.clone());
-            std::thread::spawn(move || {
-                let (mut hits, mut i) = (0u64, 0u64);
-                while !stop.load(Ordering::Relaxed) {
-                    i = (i + 7) % (64 * 16);
-                    let w = map.lookup(i);
-                    if w != Word::ABSENT {
-                        assert_eq!(w.host(), (i + 1) * 512, "a word of another page");
-                        hits += 1;
-                    }
-                }
-                hits
-            })
-        };
-        let mut pages = Pages::new(&map);
-        for round in 0..200_000u64 {
-            let n = (round * 13) % 64;
-            let words: Vec<Word> =
-                (0..16).map(|i| Word::mapped(0, (n * 16 + i + 1) * 512, true)).collect();
-            assert!(pages.load(&map, n, &words));
-        }
-        stop.store(true, Ordering::Relaxed);
-        assert!(reader.join().unwrap() > 0);
     }
 }

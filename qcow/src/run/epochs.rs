@@ -9,7 +9,7 @@
 //! ([`QUIET`]), and is not waited for.
 //!
 //! A look-up costs nothing for all of this; a turn costs one load of a line that is rarely written.
-//! `tests/epochs.rs` runs this file on a model of memory.
+//! `tests/memory.rs` runs this file on a model of memory.
 
 use super::atomics::{AtomicU64, Ordering, fence};
 

@@ -32,10 +32,7 @@ mod tables;
 mod write;
 mod zero;
 
-/// What [`epochs`] is made of; a model of memory in a test.
-mod atomics {
-    pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
-}
+use crate::atomics;
 
 pub use image::{Counters, Image, Options};
 pub use satellite::{Satellite, Seat, Wakes};
