@@ -1,4 +1,4 @@
-//! The clean close: everything in memory goes to disk, and nothing leaks.
+//! Before a clean close or a change of layers: everything in memory goes to disk, and nothing leaks.
 
 use block::Status;
 
@@ -10,7 +10,7 @@ const ROUNDS: u32 = 1 << 16;
 
 impl Shared {
     /// Writes back until nothing is left. No request is in flight any more.
-    pub(super) async fn close(&self, slot: u16) -> Status {
+    pub(super) async fn write_all_back(&self, slot: u16) -> Status {
         if self.info.read_only {
             return Status::Ok;
         }

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use block::{
-    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, Layer, MAX_GUEST_SEGS,
-    Op, Port, Request, SegList, Status, Tag,
+    BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Layer, MAX_GUEST_SEGS, Op,
+    Port, Request, SegList, Status, Tag,
 };
 use dma::Region;
 use reactor::task::Tasks;
@@ -15,10 +15,12 @@ use super::alloc::Allocator;
 use super::hits::{Hits, look_at_leaves};
 use super::link::{Errand, Link, Phase, Reply};
 use super::meta::{Tables, page_bits};
-use super::satellite::{Away, Seat, Wakes};
+use super::pause::Stage;
+use super::satellite::{Away, Reseat, Seat, Wakes};
 use super::serve::serve;
 use super::shared::{Job, Shared, What};
 use super::stack::Stack;
+use super::stream::STREAM_SLOTS;
 use crate::map::Map;
 
 /// How an image is attached.
@@ -59,28 +61,49 @@ pub struct Counters {
     pub allocated: Cell<u64>,
 }
 
+/// What a stack is like from above.
+pub(super) fn info(stack: &Stack, max_transfer: u32) -> DeviceInfo {
+    let geometry = &stack.top.geometry;
+    DeviceInfo {
+        size: geometry.size() & !511,
+        block_size: 512,
+        physical_block_size: 4096,
+        read_only: !stack.writable,
+        volatile_cache: true,
+        write_zeroes: true,
+        discard: stack.writable,
+        discard_granularity: geometry.cluster_size() as u32,
+        max_transfer,
+    }
+}
+
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
 pub struct Image {
     // What a hit needs, first.
-    hits: Hits,
-    shared: Rc<Shared>,
-    free: Vec<u16>,
+    pub(super) hits: Hits,
+    pub(super) shared: Rc<Shared>,
+    pub(super) free: Vec<u16>,
     owner: u16,
     direct: u64,
     /// To the other reactors that serve the image.
-    links: Vec<Arc<Link>>,
+    pub(super) links: Vec<Arc<Link>>,
     /// Slots that have their requests.
     errands: usize,
+    pub(super) stage: Stage,
     // What it does not need.
     writable: bool,
-    closing: bool,
+    pub(super) closing: bool,
     /// A device was lost that could not be stopped: see [`block::QUARANTINED`].
-    lost: bool,
-    close_slot: u16,
-    /// The close itself has begun: it waits for all requests.
-    close_began: bool,
-    tasks: Tasks,
-    closed: Option<Status>,
+    pub(super) lost: bool,
+    /// How many slots are for requests. Behind them comes one that writes back, then the stream's.
+    pub(super) requests: u16,
+    /// Free slots while nothing new may begin.
+    pub(super) resting: Vec<u16>,
+    /// Leaf queues that know all memory.
+    pub(super) known_leaves: usize,
+    pub(super) l2_cache: u64,
+    pub(super) tasks: Tasks,
+    pub(super) closed: Option<Status>,
 }
 
 impl Image {
@@ -107,21 +130,10 @@ impl Image {
         let map = Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
         let tables = Tables::new(std::mem::take(&mut top.l1));
         let alloc = Allocator::new(top, device.size);
-        let info = DeviceInfo {
-            size: geometry.size() & !511,
-            block_size: 512,
-            physical_block_size: 4096,
-            read_only: !stack.writable,
-            volatile_cache: true,
-            write_zeroes: true,
-            discard: stack.writable,
-            discard_granularity: geometry.cluster_size() as u32,
-            max_transfer,
-        };
+        let info = info(&stack, max_transfer);
         let hits = Hits::new(map.clone(), &stack.layers, &info, &geometry);
         let writable = stack.writable;
-        // One slot more than the frontend can use: for the close.
-        let count = usize::from(slots) + 1;
+        let count = usize::from(slots + 1 + STREAM_SLOTS);
         let shared = Shared::new(stack, device, geometry, info, map, tables, alloc, owner, count)
             .map_err(|e| e.to_string())?;
         for region in shared.own_regions() {
@@ -139,10 +151,13 @@ impl Image {
             links: Vec::new(),
             errands: 0,
             writable,
+            stage: Stage::Serving,
             closing: false,
             lost: false,
-            close_slot: slots,
-            close_began: false,
+            requests: slots,
+            resting: Vec::with_capacity(usize::from(slots)),
+            known_leaves: leaves.len(),
+            l2_cache: options.l2_cache,
             shared,
             tasks,
             closed: None,
@@ -179,17 +194,20 @@ impl Image {
 
     /// A place for one more reactor, for a [`super::Satellite`] of as many slots as the image has.
     pub fn seat(&mut self, wakes: Wakes) -> Seat {
-        let link = Arc::new(Link::new(self.close_slot, wakes.home, wakes.away));
+        let link = Arc::new(Link::new(self.requests, wakes.home, wakes.away));
         self.shared.links.borrow_mut().push(link.clone());
         self.links.push(link.clone());
-        Seat {
+        let (common, slots) = (self.shared.common.clone(), self.requests);
+        Seat { image: self.reseat(), common, link: Away(link), slots }
+    }
+
+    /// What the image is like now, for [`super::Satellite::reseat`].
+    pub fn reseat(&self) -> Reseat {
+        Reseat {
             map: self.hits.map().clone(),
-            common: self.shared.common.clone(),
-            link: Away(link),
             layers: self.shared.stack.layers.clone(),
             info: self.shared.info.clone(),
             geometry: self.shared.geometry,
-            slots: self.close_slot,
         }
     }
 
@@ -252,10 +270,10 @@ impl Image {
         for link in &links {
             // The other half of the slots is for frontends here.
             while self.errands < self.shared.slots() / 2
-                && let Some(at) = self.free.pop()
+                && let Some(at) = self.free.pop().or_else(|| self.resting.pop())
             {
                 let Some(errand) = link.take_errand() else {
-                    self.free.push(at);
+                    self.give_back(at);
                     break;
                 };
                 self.learn_regions(leaves, link);
@@ -275,9 +293,10 @@ impl Image {
         if self.links.iter().any(|l| l.is_gone()) {
             self.links.retain(|l| !l.is_gone() || l.has_errand());
             self.shared.links.borrow_mut().clone_from(&self.links);
-            if self.closing {
-                self.begin_close();
-            }
+            self.drained();
+        }
+        if self.stage == Stage::Draining {
+            self.drained();
         }
         if self.shared.common.phase() == Phase::Lost {
             self.lose();
@@ -308,8 +327,11 @@ impl Image {
         while out.room() > 0
             && let Some((at, status)) = self.shared.take_finished()
         {
-            if at == self.close_slot {
-                self.closed = Some(status);
+            if at == self.requests {
+                self.written_back(status);
+            } else if at > self.requests {
+                self.shared.stream_slot_ended(status);
+                self.drained();
             } else {
                 let work = self.shared.work(at);
                 let tag = work.up.get();
@@ -337,8 +359,8 @@ impl Image {
     fn give_back(&mut self, at: u16) {
         // Never grows: a slot is free once.
         self.free.push(at);
-        if self.closing {
-            self.begin_close();
+        if self.stage != Stage::Serving {
+            self.drained();
         }
     }
 
@@ -354,23 +376,9 @@ impl Image {
         }
     }
 
-    fn tell_satellites(&self, phase: Phase) {
+    pub(super) fn tell_satellites(&self, phase: Phase) {
         self.shared.common.enter(phase);
         self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());
-    }
-
-    /// Begins the close when nothing is in flight any more, on any reactor.
-    #[cold]
-    fn begin_close(&mut self) {
-        let in_use = self.free.len() < usize::from(self.close_slot);
-        if self.close_began || in_use || !self.links.is_empty() {
-            return;
-        }
-        self.close_began = true;
-        let job =
-            Job { what: What::Close, flags: Flags::NONE, offset: 0, len: 0, segs: SegList::EMPTY };
-        self.shared.give_job(self.close_slot, job);
-        self.shared.make_ready(self.close_slot);
     }
 }
 
@@ -445,7 +453,12 @@ impl<L: BlockQueue> Layer<L> for Image {
     fn arm(&mut self) -> HasWork {
         let asked = self.links.iter().any(|l| l.has_errand() || l.is_gone());
         let lost = self.shared.common.phase() == Phase::Lost && !self.lost;
-        if self.shared.is_quiet() && !asked && !lost { HasWork::No } else { HasWork::Yes }
+        let resting = matches!(self.stage, Stage::Serving | Stage::Resting(_));
+        if self.shared.is_quiet() && !asked && !lost && resting {
+            HasWork::No
+        } else {
+            HasWork::Yes
+        }
     }
 
     fn close(&mut self) {

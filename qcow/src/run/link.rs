@@ -4,7 +4,7 @@
 //! of its own and replies. Two bounded lock-free queues, and a wake-up only for who sleeps.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use block::{Flags, Op, SegList, Status};
 use crossbeam_queue::{ArrayQueue, SegQueue};
@@ -18,6 +18,8 @@ pub(super) struct Common {
     /// Of the mappings; see [`super::epochs`].
     pub(super) epoch: Epoch,
     phase: AtomicU8,
+    /// Counts pauses and their ends: odd while nobody may begin anything.
+    pause: AtomicU64,
 }
 
 /// What becomes of an image, in this order.
@@ -36,7 +38,19 @@ pub(super) enum Phase {
 
 impl Common {
     pub(super) fn new() -> Common {
-        Common { epoch: Epoch::new(), phase: AtomicU8::new(Phase::Open as u8) }
+        let (phase, pause) = (AtomicU8::new(Phase::Open as u8), AtomicU64::new(0));
+        Common { epoch: Epoch::new(), phase, pause }
+    }
+
+    /// The number of the pause, if it is odd.
+    #[inline]
+    pub(super) fn pause(&self) -> u64 {
+        self.pause.load(Ordering::Acquire)
+    }
+
+    /// Begins or ends a pause. For the home reactor.
+    pub(super) fn turn_pause(&self) {
+        self.pause.fetch_add(1, Ordering::AcqRel);
     }
 
     #[inline]
@@ -82,6 +96,8 @@ pub(super) struct Link {
     pub(super) announced: Announced,
     /// The satellite has ended: it has nothing in flight, and sends nothing any more.
     gone: AtomicBool,
+    /// The last pause for which the satellite had nothing in flight.
+    rests: AtomicU64,
     home: Wake,
     away: Wake,
 }
@@ -96,6 +112,7 @@ impl Link {
             regions: SegQueue::new(),
             announced: Announced::new(),
             gone: AtomicBool::new(false),
+            rests: AtomicU64::new(0),
             home,
             away,
         }
@@ -114,7 +131,7 @@ impl Link {
         self.regions.push(region);
     }
 
-    /// Has the home reactor look at [`Common::phase`].
+    /// Has the home reactor look at [`Common`].
     pub(super) fn wake_home(&self) {
         self.home.wake();
     }
@@ -125,6 +142,12 @@ impl Link {
 
     pub(super) fn has_reply(&self) -> bool {
         !self.replies.is_empty()
+    }
+
+    /// Nothing is in flight, and nothing begins before the end of this pause.
+    pub(super) fn rest(&self, pause: u64) {
+        self.rests.store(pause, Ordering::Release);
+        self.home.wake();
     }
 
     pub(super) fn end(&self) {
@@ -148,6 +171,11 @@ impl Link {
         !self.errands.is_empty()
     }
 
+    /// Whether the satellite rests during this pause.
+    pub(super) fn rests(&self, pause: u64) -> bool {
+        self.rests.load(Ordering::Acquire) == pause || self.is_gone()
+    }
+
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
     }
@@ -158,7 +186,7 @@ impl Link {
         self.away.wake();
     }
 
-    /// Has the satellite look at [`Common::phase`].
+    /// Has the satellite look at [`Common`].
     pub(super) fn wake_satellite(&self) {
         self.away.wake();
     }

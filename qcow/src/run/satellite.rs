@@ -25,13 +25,40 @@ use crate::map::Map;
 /// What a further reactor needs to serve an image: made by [`super::Image::seat`] on the home
 /// reactor, and sent to the other.
 pub struct Seat {
-    pub(super) map: Arc<Map>,
+    pub(super) image: Reseat,
     pub(super) common: Arc<Common>,
     pub(super) link: Away,
+    pub(super) slots: u16,
+}
+
+/// What the image is like, for a [`Satellite`]: made by [`super::Image::reseat`].
+#[derive(Clone)]
+pub struct Reseat {
+    pub(super) map: Arc<Map>,
     pub(super) layers: Vec<StackLayer>,
     pub(super) info: DeviceInfo,
     pub(super) geometry: Geometry,
-    pub(super) slots: u16,
+}
+
+impl Reseat {
+    /// The layers as they lie at a reactor's own `ports`.
+    fn layers_at<L: BlockQueue>(
+        &self,
+        ports: &[Port],
+        leaves: &[L],
+    ) -> Result<Vec<StackLayer>, String> {
+        let mut layers = self.layers.clone();
+        if layers.len() != ports.len() {
+            return Err(format!("{} layers lie at {} ports", layers.len(), ports.len()));
+        }
+        for (layer, &port) in layers.iter_mut().rev().zip(ports) {
+            layer.port = port;
+        }
+        if look_at_leaves(&mut layers, leaves)? < self.info.max_transfer {
+            return Err("a device takes less at a time than on the home reactor".to_owned());
+        }
+        Ok(layers)
+    }
 }
 
 /// The satellite's end of a link. Dropped when nothing of it is in flight: by its reactor after the
@@ -83,6 +110,10 @@ pub struct Satellite {
     announced: u64,
     /// Slots whose requests were refused.
     refused: VecDeque<u16>,
+    /// Free slots during a pause.
+    resting: Vec<u16>,
+    /// The last one of [`Common::pause`] that was followed.
+    pause: u64,
     stale: u64,
     closing: bool,
     ended: bool,
@@ -102,16 +133,9 @@ impl Satellite {
         owner: u16,
         leaves: &[L],
     ) -> Result<Satellite, String> {
-        let Seat { map, common, link, mut layers, info, geometry, slots } = seat;
-        if layers.len() != ports.len() {
-            return Err(format!("{} layers lie at {} ports", layers.len(), ports.len()));
-        }
-        for (layer, &port) in layers.iter_mut().rev().zip(ports) {
-            layer.port = port;
-        }
-        if look_at_leaves(&mut layers, leaves)? < info.max_transfer {
-            return Err("a device takes less at a time than on the home reactor".to_owned());
-        }
+        let Seat { image, common, link, slots } = seat;
+        let layers = image.layers_at(ports, leaves)?;
+        let Reseat { map, info, geometry, .. } = image;
         let slot = |_| Slot { up: Tag::new(0, 0, 0), generation: 0, epoch: QUIET, used: Use::Free };
         Ok(Satellite {
             hits: Hits::new(map, &layers, &info, &geometry),
@@ -126,6 +150,8 @@ impl Satellite {
             link,
             announced: QUIET,
             refused: VecDeque::with_capacity(usize::from(slots)),
+            resting: Vec::with_capacity(usize::from(slots)),
+            pause: 0,
             stale: 0,
             closing: false,
             ended: false,
@@ -206,6 +232,42 @@ impl Satellite {
         self.link.0.announced.announce(oldest);
     }
 
+    /// Takes part in a pause, or ends that.
+    #[cold]
+    fn follow_pause(&mut self, pause: u64) {
+        if pause.is_multiple_of(2) {
+            self.free.append(&mut self.resting);
+            self.pause = pause;
+            return;
+        }
+        // Without a free slot nobody sends anything.
+        self.resting.append(&mut self.free);
+        if self.pause != pause && self.resting.len() == self.slots.len() {
+            self.pause = pause;
+            self.link.0.rest(pause);
+        }
+    }
+
+    /// Takes over what has changed during a pause, where the layers now lie at `ports`, the one that
+    /// is written to first.
+    ///
+    /// # Errors
+    /// As [`Satellite::attach`].
+    pub fn reseat<L: BlockQueue>(
+        &mut self,
+        news: &Reseat,
+        ports: &[Port],
+        leaves: &[L],
+    ) -> Result<(), String> {
+        let layers = news.layers_at(ports, leaves)?;
+        self.hits = Hits::new(news.map.clone(), &layers, &news.info, &news.geometry);
+        self.info = news.info.clone();
+        if self.common.phase() != Phase::Open {
+            self.hits.end();
+        }
+        Ok(())
+    }
+
     /// Takes part in the end of the image.
     #[cold]
     fn leave(&mut self) {
@@ -219,7 +281,7 @@ impl Satellite {
                 }
             }
         }
-        if !self.ended && self.free.len() == self.slots.len() {
+        if !self.ended && self.free.len() + self.resting.len() == self.slots.len() {
             self.ended = true;
             self.link.0.end();
         }
@@ -305,6 +367,10 @@ impl<L: BlockQueue> Layer<L> for Satellite {
             let tag = self.release(at);
             out.push(Completion { tag, status: Status::Gone, detail: 0 });
         }
+        let pause = self.common.pause();
+        if pause != self.pause || !self.free.is_empty() && !pause.is_multiple_of(2) {
+            self.follow_pause(pause);
+        }
         // Behind the replies, so that one which came after a loss is not handed out before it.
         if self.closing || self.common.phase() != Phase::Open {
             self.leave();
@@ -314,6 +380,7 @@ impl<L: BlockQueue> Layer<L> for Satellite {
 
     fn arm(&mut self) -> HasWork {
         let ending = self.common.phase() != Phase::Open && !self.ended;
+        let ending = ending || self.common.pause() != self.pause;
         if self.link.0.has_reply() || !self.refused.is_empty() || ending {
             return HasWork::Yes;
         }

@@ -20,7 +20,8 @@ impl Shared {
         let fua = job.flags.has(Flags::FUA);
         let status = match job.what {
             What::Refuse(status) => status,
-            What::Close => self.close(slot).await,
+            What::WriteBack => self.write_all_back(slot).await,
+            What::Stream => self.stream(slot).await,
             What::Guest(Op::Read) => {
                 self.read(slot, job.offset, job.len, job.segs.as_slice()).await
             }

@@ -21,6 +21,7 @@ use super::meta::Tables;
 use super::read::Decompressed;
 use super::reclaim::LetGo;
 use super::stack::Stack;
+use super::stream::Stream;
 use crate::compress::Decompressor;
 use crate::format::Geometry;
 use crate::map::{Map, Pages};
@@ -39,8 +40,10 @@ pub(super) struct Job {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum What {
     Guest(Op),
-    /// Write everything back and tidy up: the clean close.
-    Close,
+    /// Take what lower layers hold up into the one that is written to: see [`super::stream`].
+    Stream,
+    /// Write everything back and tidy up: for a clean close, or a pause.
+    WriteBack,
     /// Fail, for a request that was wrong.
     Refuse(Status),
 }
@@ -60,6 +63,8 @@ pub(super) enum Key {
     Batch,
     /// A buffer.
     Buffer,
+    /// Leave for the stream to go on.
+    Stream,
 }
 
 /// A slot as its task sees it.
@@ -115,6 +120,7 @@ pub(super) struct Shared {
     pub(super) decompressed: RefCell<Decompressed>,
     pub(super) decompressor: RefCell<Decompressor>,
     pub(super) counters: super::image::Counters,
+    pub(super) stream: Stream,
     /// What other reactors know of the image too.
     pub(super) common: Arc<Common>,
     /// To the satellites.
@@ -177,6 +183,7 @@ impl Shared {
             decompressed: RefCell::default(),
             decompressor: RefCell::default(),
             counters: super::image::Counters::default(),
+            stream: Stream::default(),
             common: Arc::new(Common::new()),
             links: RefCell::default(),
             complaints: Cell::new(0),
@@ -210,6 +217,11 @@ impl Shared {
 
     pub(super) fn register(&self, region: &Arc<Region>) {
         self.regions.borrow_mut()[region.id().index()] = Some(region.clone());
+    }
+
+    /// All memory that requests may name.
+    pub(super) fn regions(&self) -> Vec<Arc<Region>> {
+        self.regions.borrow().iter().flatten().cloned().collect()
     }
 
     /// The memory that a segment names, if it was registered.

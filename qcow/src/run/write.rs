@@ -19,7 +19,7 @@ const RUN: u64 = 64;
 const RUN_BYTES: u64 = 1 << 20;
 
 /// Clusters claimed together, side by side in one page of the map, to be written in one piece.
-struct Claim {
+pub(super) struct Claim {
     first: u64,
     words: Vec<Word>,
 }
@@ -105,10 +105,7 @@ impl Shared {
         if word.writable_in_place(self.stack.top_number()) || word.kind() == Kind::Absent {
             return None;
         }
-        let mut claim = Claim { first: cluster, words: Vec::new() };
-        if !self.claim_one(&mut claim, word) {
-            return None;
-        }
+        let mut claim = self.claim_alone(cluster, word)?;
         let last = (end - 1) >> bits;
         let most = RUN.min((RUN_BYTES >> bits).max(1));
         for next in cluster + 1..=last.min(cluster + most - 1) {
@@ -126,6 +123,12 @@ impl Shared {
             }
         }
         Some(claim)
+    }
+
+    /// Claims one cluster whose word is `word`, if it still is.
+    pub(super) fn claim_alone(&self, cluster: u64, word: Word) -> Option<Claim> {
+        let mut claim = Claim { first: cluster, words: Vec::new() };
+        self.claim_one(&mut claim, word).then_some(claim)
     }
 
     fn claim_one(&self, claim: &mut Claim, word: Word) -> bool {
@@ -156,7 +159,7 @@ impl Shared {
 
     /// Writes into claimed clusters and ends the claims. Returns how far it came.
     #[expect(clippy::too_many_arguments, reason = "one step of the loop above, with its state")]
-    async fn write_claimed(
+    pub(super) async fn write_claimed(
         &self,
         slot: u16,
         mut claim: Claim,

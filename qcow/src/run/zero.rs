@@ -142,16 +142,40 @@ impl Shared {
             if word.kind() == Kind::Corrupt {
                 return Err(Status::Corrupt);
             }
-            if self.map.claim(cluster, word) {
-                self.pages.borrow_mut().hold(&self.map, cluster);
-                let new = self.empty_claimed(slot, cluster, word, way).await;
-                self.publish(cluster, *new.as_ref().unwrap_or(&word));
-                new?;
+            if self.empty_alone(slot, cluster, word, way).await? {
                 cluster += 1;
-                self.write_back_if_much(slot).await?;
             }
         }
         Ok(())
+    }
+
+    /// Says in the layer that is written to that a cluster reads as zeroes, if its word is still
+    /// `word`. Returns whether it was.
+    pub(super) async fn zero_alone(
+        &self,
+        slot: u16,
+        cluster: u64,
+        word: Word,
+    ) -> Result<bool, Status> {
+        self.empty_alone(slot, cluster, word, Way::Zero).await
+    }
+
+    async fn empty_alone(
+        &self,
+        slot: u16,
+        cluster: u64,
+        word: Word,
+        way: Way,
+    ) -> Result<bool, Status> {
+        if !self.map.claim(cluster, word) {
+            return Ok(false);
+        }
+        self.pages.borrow_mut().hold(&self.map, cluster);
+        let new = self.empty_claimed(slot, cluster, word, way).await;
+        self.publish(cluster, *new.as_ref().unwrap_or(&word));
+        new?;
+        self.write_back_if_much(slot).await?;
+        Ok(true)
     }
 
     /// Whether there is nothing to do for a cluster.

@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "each test file uses its part")]
 
 mod device;
+pub(crate) mod several;
 
 use std::collections::HashMap;
 

@@ -1,0 +1,199 @@
+//! A pause of an image: everybody who serves it comes to rest, what is in memory goes to disk, and
+//! then its files may be changed by others, or its layers ([`Image::restack`]). Frontends see an
+//! image without room. The clean close ends in the same way.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{BlockQueue, Flags, SegList, Status};
+use reactor::task::Tasks;
+
+use super::alloc::Allocator;
+use super::hits::{Hits, look_at_leaves};
+use super::image::{Image, info};
+use super::meta::{Tables, page_bits};
+use super::serve::serve;
+use super::shared::{Job, What};
+use super::stack::Stack;
+use crate::map::{Map, Pages};
+
+/// How far an image has come to rest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    Serving,
+    /// Requests are in flight, here or on other reactors.
+    Draining,
+    /// What is in memory goes to disk; for the last time, or for a pause.
+    WritingBack {
+        last: bool,
+    },
+    /// So it ended.
+    Resting(Status),
+}
+
+impl Image {
+    /// Begins a pause: requests in flight end, no others begin, and metadata goes to disk.
+    pub fn pause(&mut self) {
+        if self.stage == Stage::Serving && !self.closing {
+            self.shared.common.turn_pause();
+            self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());
+            self.stage = Stage::Draining;
+            self.shared.hold_stream();
+            self.drained();
+        }
+    }
+
+    /// How the pause was reached: the image rests, and on disk it is complete if this is
+    /// [`Status::Ok`]. `None` while it is not reached.
+    pub fn paused(&self) -> Option<Status> {
+        match self.stage {
+            Stage::Resting(status) if !self.closing => Some(status),
+            _ => None,
+        }
+    }
+
+    /// Ends a pause.
+    pub fn resume(&mut self) {
+        if self.paused().is_none() {
+            return;
+        }
+        self.stage = Stage::Serving;
+        self.free.append(&mut self.resting);
+        self.shared.common.turn_pause();
+        self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());
+        self.begin_stream();
+    }
+
+    /// Serves this stack from now on, in which each layer was read from disk during the pause.
+    /// `keep`: all layers that were there before are there still, from the bottom on, and the guest's
+    /// clusters lie where they did; others may have come on top.
+    ///
+    /// # Errors
+    /// If the image is not paused, the new stack cannot take its place (clusters of another size,
+    /// a device that takes less at a time), or memory is short. The image is as before then.
+    pub fn restack<L: BlockQueue>(
+        &mut self,
+        mut stack: Stack,
+        leaves: &mut [L],
+        keep: bool,
+    ) -> Result<(), String> {
+        if self.paused() != Some(Status::Ok) {
+            return Err("the image is not paused, or not all of it is on disk".to_owned());
+        }
+        let max_transfer = look_at_leaves(&mut stack.layers, leaves)?;
+        let old = &self.shared;
+        if max_transfer < old.info.max_transfer {
+            return Err("a device takes less at a time than those so far".to_owned());
+        }
+        let geometry = stack.top.geometry;
+        if geometry.cluster_size() != old.geometry.cluster_size() {
+            return Err("the clusters of the new layer have another size".to_owned());
+        }
+        if stack.writable == old.info.read_only {
+            return Err("the image cannot change between reading and writing".to_owned());
+        }
+        let regions = old.regions();
+        for leaf in leaves.iter_mut().skip(self.known_leaves) {
+            for region in &regions {
+                leaf.register(region)?;
+            }
+        }
+        let below = stack.top_layer().port;
+        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
+        let device = device.ok_or("the leaf queue has no such unit")?;
+        let (clusters, bits) = (geometry.guest_clusters(), page_bits(&geometry));
+        let same_map = keep && old.map.clusters() == clusters && old.map.page_bits() == bits;
+        let map = match same_map {
+            true => old.map.clone(),
+            false => {
+                let least = 2 * usize::from(self.requests) + 16;
+                Arc::new(Map::new(clusters, bits, self.l2_cache, least)?)
+            }
+        };
+        // From here on nothing fails. The tasks wait for jobs, and hold nothing else.
+        self.known_leaves = leaves.len();
+        self.tasks = Tasks::new(0, |_| std::future::ready(()));
+        let Some(shared) = Rc::get_mut(&mut self.shared) else {
+            return Err("the image is in use".to_owned());
+        };
+        // Frontends know how much they may send at a time, so that stays.
+        let info = info(&stack, shared.info.max_transfer);
+        self.hits = Hits::new(map.clone(), &stack.layers, &info, &geometry);
+        if self.lost {
+            self.hits.end();
+        }
+        shared.tables = RefCell::new(Tables::new(std::mem::take(&mut stack.top.l1)));
+        shared.alloc = RefCell::new(Allocator::new(&mut stack.top, device.size));
+        if !same_map {
+            shared.pages = RefCell::new(Pages::new(&map));
+            shared.map = map;
+        }
+        shared.batches = RefCell::default();
+        shared.let_go = RefCell::default();
+        shared.decompressed = RefCell::default();
+        shared.stack = stack;
+        shared.device = device;
+        shared.geometry = geometry;
+        shared.info = info;
+        let shared = self.shared.clone();
+        self.tasks = Tasks::new(shared.slots(), |slot| serve(shared.clone(), slot as u16));
+        Ok(())
+    }
+
+    /// Begins the close: with [`Image::pause`], but for good.
+    #[cold]
+    pub(super) fn begin_close(&mut self) {
+        // Requests that come are refused, which takes a slot.
+        self.free.append(&mut self.resting);
+        self.shared.hold_stream();
+        if self.stage != (Stage::WritingBack { last: false }) {
+            self.stage = Stage::Draining;
+            self.drained();
+        }
+    }
+
+    /// Goes on if nothing is in flight any more, on any reactor.
+    #[cold]
+    pub(super) fn drained(&mut self) {
+        if self.stage == Stage::Serving {
+            return;
+        }
+        if !self.closing {
+            // Without a free slot nobody sends anything.
+            self.resting.append(&mut self.free);
+        }
+        let free = self.free.len() + self.resting.len();
+        let pause = self.shared.common.pause();
+        // Not `self.links`, which is away while errands are taken.
+        let alone = match self.closing {
+            true => self.shared.links.borrow().is_empty(),
+            false => self.shared.links.borrow().iter().all(|l| l.rests(pause)),
+        };
+        let busy = free < usize::from(self.requests) || self.shared.streams();
+        if self.stage != Stage::Draining || busy || !alone {
+            return;
+        }
+        self.stage = Stage::WritingBack { last: self.closing };
+        self.give(self.requests, What::WriteBack);
+    }
+
+    /// Everything is on disk, or cannot be written.
+    pub(super) fn written_back(&mut self, status: Status) {
+        self.shared.work(self.requests).retire();
+        let last = self.stage == Stage::WritingBack { last: true };
+        self.stage = Stage::Resting(status);
+        if last {
+            self.closed = Some(status);
+        } else if self.closing {
+            self.begin_close();
+        }
+    }
+
+    /// Has a task of the image's own begin.
+    pub(super) fn give(&self, slot: u16, what: What) {
+        let job = Job { what, flags: Flags::NONE, offset: 0, len: 0, segs: SegList::EMPTY };
+        self.shared.give_job(slot, job);
+        self.shared.make_ready(slot);
+    }
+}

@@ -1,0 +1,219 @@
+//! Streaming: what lower layers hold is taken up into the layer that is written to, while guests go
+//! on. Several slots each take the next cluster; a cluster is copied under its claim, as an
+//! allocation with copy-on-write but without a guest's bytes. Afterwards the chain may be cut below
+//! what was taken up, see [`super::pause`].
+
+use std::cell::Cell;
+
+use block::{Flags, Status};
+
+use super::image::Image;
+use super::shared::{Key, Shared, What};
+use crate::map::{Kind, Word};
+
+/// Clusters on their way up at a time.
+pub(super) const STREAM_SLOTS: u16 = 8;
+
+/// Clusters looked at before others of the same turn get their share.
+const STRIDE: u32 = 64;
+
+/// The state of a stream. It outlives pauses, its tasks do not.
+#[derive(Default)]
+pub(super) struct Stream {
+    /// There is one that has not ended.
+    active: Cell<bool>,
+    /// Layers that stay, from the bottom.
+    keep: Cell<u64>,
+    /// The next cluster, and how many there are.
+    next: Cell<u64>,
+    end: Cell<u64>,
+    /// Bytes copied, and bytes that may be copied in all.
+    copied: Cell<u64>,
+    granted: Cell<u64>,
+    /// Slots at work.
+    running: Cell<u16>,
+    /// The slots are to end at the next cluster.
+    held: Cell<bool>,
+    status: Cell<Option<Status>>,
+}
+
+/// How far a stream has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// Bytes of the guest's disk that were looked at.
+    pub at: u64,
+    /// Of so many.
+    pub of: u64,
+    /// Bytes that had to be copied.
+    pub copied: u64,
+    /// How it ended.
+    pub ended: Option<Status>,
+}
+
+impl Image {
+    /// Begins to take up what layers hold above the lowest `keep` ones, but for as many bytes as are
+    /// granted ([`Image::grant_stream`]). One at a time; an earlier one is forgotten.
+    pub fn start_stream(&mut self, keep: usize) {
+        let s = &self.shared.stream;
+        if s.active.get() {
+            return;
+        }
+        s.active.set(true);
+        s.keep.set(keep as u64);
+        s.next.set(0);
+        s.end.set(self.shared.map.clusters());
+        s.copied.set(0);
+        s.granted.set(0);
+        s.status.set(None);
+        s.held.set(false);
+        self.begin_stream();
+    }
+
+    /// Lets the stream copy so many bytes more.
+    pub fn grant_stream(&mut self, bytes: u64) {
+        let s = &self.shared.stream;
+        s.granted.set(s.granted.get().saturating_add(bytes));
+        self.shared.unpark(Key::Stream);
+    }
+
+    /// Ends the stream soon. What was copied stays.
+    pub fn cancel_stream(&mut self) {
+        let s = &self.shared.stream;
+        if s.active.get() && s.status.get().is_none() {
+            s.status.set(Some(Status::Gone));
+        }
+        self.shared.unpark(Key::Stream);
+    }
+
+    /// How far the last stream has come.
+    pub fn stream_progress(&self) -> Progress {
+        let s = &self.shared.stream;
+        let bits = self.shared.geometry.cluster_bits();
+        let size = self.shared.geometry.size();
+        Progress {
+            at: (s.next.get() << bits).min(size),
+            of: size,
+            copied: s.copied.get(),
+            ended: s.status.get().filter(|_| !s.active.get()),
+        }
+    }
+
+    /// Has the stream's slots begin, if there is a stream.
+    pub(super) fn begin_stream(&mut self) {
+        let s = &self.shared.stream;
+        s.held.set(false);
+        if !s.active.get() || s.running.get() > 0 || self.closing {
+            return;
+        }
+        s.running.set(STREAM_SLOTS);
+        for n in 0..STREAM_SLOTS {
+            self.give(self.requests + 1 + n, What::Stream);
+        }
+    }
+}
+
+impl Shared {
+    /// Has the stream's slots end, so that it can go on later.
+    pub(super) fn hold_stream(&self) {
+        self.stream.held.set(true);
+        self.unpark(Key::Stream);
+    }
+
+    /// Whether slots of a stream are at work.
+    pub(super) fn streams(&self) -> bool {
+        self.stream.running.get() > 0
+    }
+
+    /// A slot of the stream has ended.
+    pub(super) fn stream_slot_ended(&self, status: Status) {
+        let s = &self.stream;
+        s.running.set(s.running.get() - 1);
+        if !status.is_ok() && s.status.get().is_none_or(Status::is_ok) {
+            s.status.set(Some(status));
+        }
+        let over = s.status.get().is_some() || s.next.get() >= s.end.get();
+        if s.running.get() == 0 && over {
+            s.status.set(s.status.get().or(Some(Status::Ok)));
+            s.active.set(false);
+        }
+    }
+
+    /// Takes clusters up until there are none, the stream fails, or is held.
+    pub(super) async fn stream(&self, slot: u16) -> Status {
+        let status = self.stream_clusters(slot).await;
+        self.work(slot).retire();
+        status
+    }
+
+    async fn stream_clusters(&self, slot: u16) -> Status {
+        let s = &self.stream;
+        let mut looked = 0;
+        loop {
+            if s.held.get() || s.status.get().is_some() {
+                return Status::Ok;
+            }
+            if s.copied.get() >= s.granted.get() {
+                self.park(slot, Key::Stream).await;
+                continue;
+            }
+            let cluster = s.next.get();
+            if cluster >= s.end.get() {
+                return Status::Ok;
+            }
+            s.next.set(cluster + 1);
+            looked += 1;
+            if looked % STRIDE == 0 {
+                self.pause(slot).await;
+            }
+            self.work(slot).epoch.set(self.common.epoch.get());
+            let done = self.take_up(slot, cluster).await;
+            self.work(slot).epoch.set(u64::MAX);
+            if let Err(status) = done {
+                // To be looked at again by a stream that goes on.
+                s.next.set(s.next.get().min(cluster));
+                return status;
+            }
+        }
+    }
+
+    /// Copies a cluster into the layer that is written to, if a layer holds it that is to go.
+    async fn take_up(&self, slot: u16, cluster: u64) -> Result<(), Status> {
+        let start = cluster << self.geometry.cluster_bits();
+        loop {
+            let word = self.word(slot, cluster).await?;
+            if word.claimed() {
+                self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
+                continue;
+            }
+            if !self.is_to_come_up(word) {
+                return Ok(());
+            }
+            if word.kind() == Kind::Corrupt {
+                return Err(Status::Corrupt);
+            }
+            if word.kind() == Kind::Zero && self.geometry.version() >= 3 {
+                if self.zero_alone(slot, cluster, word).await? {
+                    return Ok(());
+                }
+                continue;
+            }
+            let Some(claim) = self.claim_alone(cluster, word) else { continue };
+            self.write_claimed(slot, claim, start, start, start, &[], Flags::NONE).await?;
+            let s = &self.stream;
+            s.copied.set(s.copied.get() + self.geometry.cluster_size());
+            return Ok(());
+        }
+    }
+
+    fn is_to_come_up(&self, word: Word) -> bool {
+        let keep = self.stream.keep.get();
+        let lower = word.layer() != self.stack.top_number() && u64::from(word.layer()) >= keep;
+        match word.kind() {
+            Kind::Hole | Kind::Absent => false,
+            // Zeroes show below the last layer, too.
+            Kind::Zero => lower && keep > 0,
+            Kind::Mapped | Kind::Compressed => lower,
+            Kind::Split | Kind::Corrupt => true,
+        }
+    }
+}
