@@ -1,20 +1,14 @@
 //! A run: an image on a simulated disk, opened, used and cut off, one life after another.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use block::{Claims, Flags, Layer, Op, Port, RmwQueue, Status};
+use block::{Flags, Op, Port, Status};
 use qcow::check::Repair;
-use qcow::run::{Image, Options, Stack};
-use reactor::{Clock, Core};
-use sim::{Disk, Faults, Guest, GuestOp, Load, Model, Rng, Sabotage, SimQueue, Trace};
+use qcow::run::{Options, Stack};
+use sim::{Disk, Faults, Guest, GuestOp, Load, Model, Rng, Sabotage, Trace};
 
 use crate::images::{Images, make, open};
 use crate::plan::{End, Life, Plan};
+use crate::reactors::Reactors;
 use crate::verify::{Ended, Verified, check, qemu, verify};
-
-type Leaf = RmwQueue<SimQueue>;
-type SimCore = Core<Leaf, Image, Guest>;
 
 /// Turns without an answer after which a request is taken for lost. A disk's own time-out takes a
 /// few thousand polls.
@@ -29,6 +23,13 @@ pub(crate) struct Outcome {
     /// Power cuts looked at.
     pub(crate) cuts: u64,
     pub(crate) lives: u64,
+    /// Pages of maps loaded, waits for other requests, clusters allocated.
+    pub(crate) loads: u64,
+    pub(crate) parked: u64,
+    pub(crate) allocated: u64,
+    /// Requests that failed, and those for want of space.
+    pub(crate) failed: u64,
+    pub(crate) no_space: u64,
     /// Images that qemu-img looked at; and those that it could not, as it is not there.
     pub(crate) qemu: u64,
     pub(crate) no_qemu: u64,
@@ -75,22 +76,12 @@ struct Run<'p> {
 struct Attached {
     top: Disk,
     disks: Vec<Disk>,
-    core: SimCore,
-    time: Arc<AtomicU64>,
+    reactors: Reactors,
     /// Changes of the disk after which its power fails.
     cut_at: u64,
 }
 
 impl Attached {
-    fn turn(&mut self, rng: &mut Rng) {
-        self.time.fetch_add(rng.within(1, 20_000), Ordering::Relaxed);
-        self.core.turn();
-    }
-
-    fn guest(&mut self) -> &mut Guest {
-        self.core.frontend(0).expect("it is attached")
-    }
-
     fn is_cut(&self) -> bool {
         self.top.writes() >= self.cut_at
     }
@@ -140,26 +131,18 @@ impl Run<'_> {
     fn attach(&self, life: &Life, top: Disk) -> Result<Attached, String> {
         let mut disks = vec![top.clone()];
         disks.extend_from_slice(&self.below);
-        let mut chain = open(&disks, true)?;
-        let ports: Vec<Port> = (0..disks.len() as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
-        let stack = Stack::new(&mut chain, &ports).map_err(|e| e.to_string())?;
-        drop(chain);
-        let (clock, time) = Clock::virtual_clock();
-        let mut core = SimCore::new(clock).map_err(|e| e.to_string())?;
-        for disk in &disks {
-            core.add_leaf(RmwQueue::new(SimQueue::new(disk), &Claims::new(2))?)?;
-        }
+        let stack = |ports: &[Port]| {
+            let mut chain = open(&disks, true)?;
+            Stack::new(&mut chain, ports).map_err(|e| e.to_string())
+        };
         let options = Options { slots: life.slots, l2_cache: life.l2_cache };
-        core.add_image(|owner, leaves| Image::attach(stack, owner, leaves, options))?;
-        let (depth, trace) = (life.depth, self.trace.clone());
-        core.add_frontend(0, |owner, _| {
-            Guest::new(owner, depth, trace).map_err(|e| e.to_string())
-        })?;
+        let guest = (life.depth, life.sleepy);
+        let reactors = Reactors::new(&disks, stack, options, guest, self.trace.clone())?;
         let cut_at = match life.end {
             End::Cut(n) => top.writes().saturating_add(n),
             End::CutClose(_) | End::Close => u64::MAX,
         };
-        let a = Attached { top, disks, core, time, cut_at };
+        let a = Attached { top, disks, reactors, cut_at };
         a.set_faults(life.faults);
         Ok(a)
     }
@@ -169,26 +152,37 @@ impl Run<'_> {
         let load = Load::draw(rng, self.plan.sectors, unit, Guest::LONGEST);
         let (mut sent, mut idle, mut probes) = (0, 0, life.probes);
         let mut full = false;
-        while sent < life.requests || a.guest().open() > 0 {
+        while sent < life.requests || a.reactors.open() > 0 {
             if life.full && rng.one_in(100) {
                 full = !full;
                 let from = if full { rng.below(self.plan.disk.size) } else { u64::MAX };
                 a.top.set_no_space_from(from);
+            }
+            if life.satellites > 0 && rng.one_in(60) {
+                if (a.reactors.count() as u64) <= life.satellites {
+                    a.reactors.join()?;
+                } else if rng.one_in(3) {
+                    a.reactors.leave();
+                }
             }
             if sent < life.requests && rng.one_in(3) {
                 for _ in 0..rng.within(1, 4) {
                     sent += u64::from(self.send(&load, a, rng));
                 }
             }
-            a.turn(rng);
+            a.reactors.turn(rng);
             idle += 1;
-            while let Some((op, status)) = a.guest().receive(&mut self.model)? {
-                self.judge(life, &op, status)?;
-                self.outcome.requests += 1;
-                idle = 0;
+            for n in 0..a.reactors.count() {
+                while let Some((op, status)) = a.reactors.at(n).guest().receive(&mut self.model)? {
+                    self.judge(life, &op, status)?;
+                    self.outcome.requests += 1;
+                    self.outcome.failed += u64::from(!status.is_ok());
+                    self.outcome.no_space += u64::from(status == Status::NoSpace);
+                    idle = 0;
+                }
             }
             if idle > PATIENCE {
-                return Err(format!("{} requests are never answered", a.guest().open()));
+                return Err(format!("{} requests are never answered", a.reactors.open()));
             }
             if a.is_cut() {
                 return Ok(Ended::Cut);
@@ -197,6 +191,11 @@ impl Run<'_> {
                 probes -= 1;
                 self.probe(a, rng)?;
             }
+        }
+        if let Some((loads, parked, allocated)) = a.reactors.counters() {
+            self.outcome.loads += loads;
+            self.outcome.parked += parked;
+            self.outcome.allocated += allocated;
         }
         if matches!(life.end, End::Cut(_)) {
             return Ok(Ended::Cut);
@@ -207,18 +206,14 @@ impl Run<'_> {
         if let End::CutClose(n) = life.end {
             a.cut_at = a.top.writes() + n;
         }
-        let image = a.core.image(0).ok_or("no image")?;
-        Layer::<Leaf>::close(image);
+        a.reactors.close(rng);
         for _ in 0..PATIENCE {
-            a.turn(rng);
-            if let Some((_, status)) = a.core.remove_closed_image(0) {
-                return match status {
-                    Status::Ok => Ok(Ended::Clean),
-                    other => Err(format!("the close fails: {other}")),
-                };
-            }
-            if a.is_cut() {
-                return Ok(Ended::Cut);
+            a.reactors.turn(rng);
+            match a.reactors.closed() {
+                Some(Status::Ok) => return Ok(Ended::Clean),
+                Some(other) => return Err(format!("the close fails: {other}")),
+                None if a.is_cut() => return Ok(Ended::Cut),
+                None => {}
             }
         }
         Err("the close never ends".to_owned())
@@ -230,7 +225,11 @@ impl Run<'_> {
         if changes && !load.overlap && self.model.is_busy(op.first, op.count) {
             return false;
         }
-        a.guest().send(op, &mut self.model, rng)
+        let n = rng.below(a.reactors.count() as u64) as usize;
+        let at = a.reactors.at(n);
+        let sent = at.guest().send(op, &mut self.model, rng);
+        at.wake();
+        sent
     }
 
     /// Whether a request may have ended like this.
@@ -263,6 +262,11 @@ impl Outcome {
         self.requests += other.requests;
         self.cuts += other.cuts;
         self.lives += other.lives;
+        self.loads += other.loads;
+        self.parked += other.parked;
+        self.allocated += other.allocated;
+        self.failed += other.failed;
+        self.no_space += other.no_space;
         self.qemu += other.qemu;
         self.no_qemu += other.no_qemu;
     }

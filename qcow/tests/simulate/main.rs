@@ -5,6 +5,7 @@
 mod images;
 mod life;
 mod plan;
+mod reactors;
 mod verify;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -96,10 +97,11 @@ fn seeds() {
             failed.extend(seeds);
         }
     });
+    println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
-        "simulate: {count} runs from seed {first}: {} lives, {} requests, {} power cuts looked at, \
-         {} images by qemu-img; trace {:016x}",
-        o.lives, o.requests, o.cuts, o.qemu, o.hash
+        "simulate: {} lives, {} requests ({} failed, {} of them for want of space), {} clusters \
+         allocated, {} pages loaded, {} waits; {} power cuts looked at, {} images by qemu-img",
+        o.lives, o.requests, o.failed, o.no_space, o.allocated, o.loads, o.parked, o.cuts, o.qemu
     );
     if o.no_qemu > 0 {
         println!("simulate: skipped: qemu-img is not installed, {} images", o.no_qemu);

@@ -30,6 +30,10 @@ pub(crate) struct Life {
     pub(crate) slots: u16,
     pub(crate) l2_cache: u64,
     pub(crate) depth: u16,
+    /// Reactors that serve the image beside its home reactor, at most.
+    pub(crate) satellites: u64,
+    /// Reactors sleep when they have nothing to do.
+    pub(crate) sleepy: bool,
     pub(crate) faults: Faults,
     /// At times the disk says that it is full.
     pub(crate) full: bool,
@@ -84,6 +88,8 @@ fn disk(rng: &mut Rng, size: u64) -> DiskConfig {
 fn sectors(rng: &mut Rng, cluster_bits: u32) -> u64 {
     let unit = 1 << (cluster_bits - 9);
     let clusters = match cluster_bits {
+        // As many as make more pages of the map than fit, now and then.
+        9 if rng.one_in(3) => rng.within(1200, 4000),
         ..=11 => rng.within(40, 1200),
         12..=14 => rng.within(20, 160),
         15..=17 => rng.within(4, 24),
@@ -162,9 +168,11 @@ impl Plan {
         ];
         Life {
             requests,
-            slots: rng.pick(&[1, 2, 4, 8, 16, 64]),
-            l2_cache: rng.pick(&[0, 16 << 10, 8 << 20]),
+            slots: rng.pick(&[1, 1, 2, 4, 8, 16, 64]),
+            l2_cache: rng.pick(&[0, 0, 16 << 10, 8 << 20]),
             depth: rng.pick(&[1, 4, 12, 16]),
+            satellites: rng.pick(&[0, 0, 0, 1, 1, 2]),
+            sleepy: rng.one_in(2),
             faults: faults(rng),
             full: rng.one_in(8),
             end: ends[rng.weighted(if last { &[3, 1, 2, 3] } else { &[5, 1, 2, 2] })],

@@ -1,0 +1,192 @@
+//! The reactors that serve an image: its home, and others that come and go. Turned by hand on one
+//! thread; one that sleeps is not turned before somebody woke it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use block::{Claims, HasWork, Layer, Port, RmwQueue, Status};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use qcow::run::{Image, Options, Satellite, Stack, Wakes};
+use reactor::{Clock, Core};
+use sim::{Disk, Guest, Rng, SimQueue, Trace};
+
+pub(crate) type Leaf = RmwQueue<SimQueue>;
+
+/// Queues to a disk at a time: one for each reactor.
+const QUEUES: usize = 8;
+
+/// One reactor.
+pub(crate) struct Turned<I> {
+    core: Core<Leaf, I, Guest>,
+    asleep: bool,
+    sleepy: bool,
+}
+
+/// What is done with a reactor, whatever it serves the image by.
+pub(crate) trait Turn {
+    /// One turn, unless it sleeps.
+    fn turn(&mut self, rng: &mut Rng);
+    fn guest(&mut self) -> &mut Guest;
+    /// What somebody does who has something for it.
+    fn wake(&mut self);
+}
+
+impl<I: Layer<Leaf>> Turned<I> {
+    fn new(all: &Ground, sleepy: bool) -> Result<Turned<I>, String> {
+        let mut core = Core::new(all.clock.clone()).map_err(|e| e.to_string())?;
+        for (disk, claims) in all.disks.iter().zip(&all.claims) {
+            core.add_leaf(RmwQueue::new(SimQueue::new(disk), claims)?)?;
+        }
+        Ok(Turned { core, asleep: false, sleepy })
+    }
+
+    fn add_guest(&mut self, all: &Ground) -> Result<(), String> {
+        let (depth, trace) = (all.depth, all.trace.clone());
+        let guest = move |owner| Guest::new(owner, depth, trace).map_err(|e| e.to_string());
+        self.core.add_frontend(0, |owner, _| guest(owner)).map(drop)
+    }
+
+    fn close(&mut self) {
+        if let Some(image) = self.core.image(0) {
+            Layer::<Leaf>::close(image);
+        }
+        self.wake();
+    }
+}
+
+impl<I: Layer<Leaf>> Turn for Turned<I> {
+    fn turn(&mut self, rng: &mut Rng) {
+        let wake = self.core.wake();
+        if self.asleep {
+            let mut fds = [PollFd::new(wake.fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::ZERO) != Ok(1) {
+                return;
+            }
+            wake.awake();
+            self.asleep = false;
+        }
+        if self.core.turn() || !self.sleepy || rng.one_in(2) {
+            return;
+        }
+        wake.about_to_sleep();
+        self.asleep = self.core.arm() == HasWork::No;
+        if !self.asleep {
+            wake.awake();
+        }
+    }
+
+    fn guest(&mut self) -> &mut Guest {
+        self.core.frontend(0).expect("it is attached")
+    }
+
+    fn wake(&mut self) {
+        self.core.wake().wake();
+    }
+}
+
+/// What all reactors share.
+struct Ground {
+    disks: Vec<Disk>,
+    claims: Vec<Arc<Claims>>,
+    ports: Vec<Port>,
+    clock: Clock,
+    depth: u16,
+    trace: Trace,
+}
+
+/// See the module's text.
+pub(crate) struct Reactors {
+    ground: Ground,
+    time: Arc<AtomicU64>,
+    home: Turned<Image>,
+    away: Vec<Turned<Satellite>>,
+}
+
+impl Reactors {
+    /// A home reactor for an image whose layers are these disks, the one that is written to first.
+    pub(crate) fn new(
+        disks: &[Disk],
+        make: impl FnOnce(&[Port]) -> Result<Stack, String>,
+        options: Options,
+        (depth, sleepy): (u16, bool),
+        trace: Trace,
+    ) -> Result<Reactors, String> {
+        let (clock, time) = Clock::virtual_clock();
+        let ports: Vec<Port> = (0..disks.len() as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
+        let claims = disks.iter().map(|_| Claims::new(QUEUES)).collect();
+        let ground = Ground { disks: disks.to_vec(), claims, ports, clock, depth, trace };
+        let mut home = Turned::new(&ground, sleepy)?;
+        let stack = make(&ground.ports)?;
+        home.core.add_image(|owner, leaves| Image::attach(stack, owner, leaves, options))?;
+        home.add_guest(&ground)?;
+        Ok(Reactors { ground, time, home, away: Vec::new() })
+    }
+
+    /// One more reactor.
+    pub(crate) fn join(&mut self) -> Result<(), String> {
+        let mut new: Turned<Satellite> = Turned::new(&self.ground, self.home.sleepy)?;
+        let wakes = Wakes { home: self.home.core.wake(), away: new.core.wake() };
+        let seat = self.home.core.image(0).ok_or("no image")?.seat(wakes);
+        let ports = &self.ground.ports;
+        new.core.add_image(|owner, leaves| Satellite::attach(seat, ports, owner, leaves))?;
+        new.add_guest(&self.ground)?;
+        self.away.push(new);
+        Ok(())
+    }
+
+    /// The last one that joined goes, if nothing of its guest is open.
+    pub(crate) fn leave(&mut self) {
+        if let Some(mut last) = self.away.pop_if(|last| last.guest().open() == 0) {
+            last.close();
+        }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        1 + self.away.len()
+    }
+
+    pub(crate) fn at(&mut self, n: usize) -> &mut dyn Turn {
+        match n {
+            0 => &mut self.home,
+            n => &mut self.away[n - 1],
+        }
+    }
+
+    /// Time passes, and one of them has a turn.
+    pub(crate) fn turn(&mut self, rng: &mut Rng) {
+        self.time.fetch_add(rng.within(1, 20_000), Ordering::Relaxed);
+        let n = rng.below(self.count() as u64) as usize;
+        self.at(n).turn(rng);
+    }
+
+    /// Requests whose answers nobody has looked at.
+    pub(crate) fn open(&mut self) -> usize {
+        (0..self.count()).map(|n| self.at(n).guest().open()).sum()
+    }
+
+    /// Begins the close, on all of them in any order.
+    pub(crate) fn close(&mut self, rng: &mut Rng) {
+        let first = rng.one_in(2);
+        if first {
+            self.home.close();
+        }
+        self.away.iter_mut().for_each(Turned::close);
+        if !first {
+            self.home.close();
+        }
+    }
+
+    /// How the close ended; `None` while it has not.
+    pub(crate) fn closed(&mut self) -> Option<Status> {
+        self.away.retain_mut(|a| a.core.remove_closed_image(0).is_none());
+        self.home.core.remove_closed_image(0).map(|(_, status)| status)
+    }
+
+    /// What the image did: pages of its map that were loaded, requests that waited for others,
+    /// clusters that were allocated.
+    pub(crate) fn counters(&mut self) -> Option<(u64, u64, u64)> {
+        let c = self.home.core.image(0)?.counters();
+        Some((c.page_loads.get(), c.parked.get(), c.allocated.get()))
+    }
+}
