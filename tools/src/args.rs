@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use clap::Args;
+use qcow::open::Format;
 use reactor::Policy;
 
 /// Where and how reactors run.
@@ -38,8 +39,51 @@ impl Reactor {
     }
 }
 
+/// A format of images. Of these only QCOW2 and raw images stand in backing chains ([`Format`]); VHD
+/// files have parents of their own kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum AnyFormat {
+    /// QCOW2.
+    Qcow2,
+    /// Bytes as they are.
+    Raw,
+    /// VHD, which QEMU calls vpc.
+    Vhd,
+}
+
+impl AnyFormat {
+    /// The name that is printed.
+    pub(crate) fn name(self) -> &'static str {
+        match self.chained() {
+            Some(format) => format.name(),
+            None => "vhd",
+        }
+    }
+
+    /// As a format of backing chains; `None` for VHD.
+    pub(crate) fn chained(self) -> Option<Format> {
+        match self {
+            AnyFormat::Qcow2 => Some(Format::Qcow2),
+            AnyFormat::Raw => Some(Format::Raw),
+            AnyFormat::Vhd => None,
+        }
+    }
+}
+
 /// Parses the name of an image format.
-pub(crate) fn format(text: &str) -> Result<qcow::open::Format, String> {
-    qcow::open::Format::from_name(text)
-        .ok_or_else(|| format!("unknown format {text:?}; there are qcow2 and raw"))
+pub(crate) fn any_format(text: &str) -> Result<AnyFormat, String> {
+    match text {
+        "qcow2" => Ok(AnyFormat::Qcow2),
+        "raw" => Ok(AnyFormat::Raw),
+        "vhd" | "vpc" => Ok(AnyFormat::Vhd),
+        _ => Err(format!("unknown format {text:?}; there are qcow2, raw and vhd")),
+    }
+}
+
+/// Parses the name of a format that can stand in a backing chain, or be changed.
+pub(crate) fn format(text: &str) -> Result<Format, String> {
+    Format::from_name(text).ok_or_else(|| match text {
+        "vhd" | "vpc" => "not done with vhd images: convert it to qcow2 first".to_owned(),
+        _ => format!("unknown format {text:?}; there are qcow2 and raw"),
+    })
 }

@@ -12,6 +12,9 @@ use node::{Disk, DiskOptions, ExtentSource, NodeSpec, OpenOptions, Parts};
 use qcow::open::Format;
 use reactor::{Clock, Policy, Start};
 
+use crate::args::AnyFormat;
+use crate::output::usage;
+
 /// How long clients may take to finish what they asked for.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -21,9 +24,9 @@ pub(crate) struct Nbd {
     /// Where to listen; a stale socket is replaced, a live one refused.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// The image's format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
+    /// The image's format: qcow2, raw or vhd; vhd only with --read-only.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
     /// Format of backing files whose image states none.
     #[arg(long, value_name = "FORMAT", value_parser = crate::args::format)]
     backing_format: Option<Format>,
@@ -61,15 +64,20 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
         backing_format: nbd.backing_format,
         allow_backing: allow,
         clock: clock.clone(),
-        ..OpenOptions::read(nbd.format)
+        ..OpenOptions::read(nbd.format.chained().unwrap_or(Format::Raw))
     };
-    let mut chain = node::open_chain(&spec, &options)?;
-    if let Some(snapshot) = &nbd.snapshot {
-        chain.show_snapshot(qcow::edit::SnapshotKey::IdOrName(snapshot))?;
-    }
+    let parts = match nbd.format {
+        AnyFormat::Vhd => vhd_parts(nbd, &spec, &options)?,
+        AnyFormat::Qcow2 | AnyFormat::Raw => {
+            let mut chain = node::open_chain(&spec, &options)?;
+            if let Some(snapshot) = &nbd.snapshot {
+                chain.show_snapshot(qcow::edit::SnapshotKey::IdOrName(snapshot))?;
+            }
+            Parts::new(chain)?
+        }
+    };
     // Until here a signal ends the process, as long as opening and repairing may take.
     let stop = signals.told();
-    let parts = Parts::new(chain)?;
     let start = Start {
         cpu: nbd.reactor.first_core()?,
         policy: nbd.reactor.policy.unwrap_or(Policy::Adaptive),
@@ -81,6 +89,20 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     served?;
     closed?;
     Ok(0)
+}
+
+/// VHD images are for moving away from: they are read, not written.
+fn vhd_parts(nbd: &Nbd, spec: &NodeSpec, options: &OpenOptions) -> anyhow::Result<Parts> {
+    if nbd.snapshot.is_some() {
+        return usage("--snapshot: vhd images have no internal snapshots");
+    }
+    if !nbd.read_only {
+        return usage(
+            "--format vhd: vhd images are not written to; serve it with --read-only, or convert it \
+             to qcow2 first (polldisk image convert -f vhd -O qcow2)",
+        );
+    }
+    Ok(Parts::of_vhd(node::open_vhd(spec, options)?)?)
 }
 
 fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &Receiver<Signal>) -> anyhow::Result<()> {

@@ -242,7 +242,11 @@ pub fn open_chain(spec: &NodeSpec, options: &OpenOptions) -> Result<Chain, Error
         .map_err(Error::Image)
 }
 
-fn open_backing(backing: &BackingRef, options: &OpenOptions) -> qcow::Result<Opened<Source>> {
+/// Opens a backing file that an image names, if it may be opened, under a lock.
+pub(crate) fn open_backing(
+    backing: &BackingRef,
+    options: &OpenOptions,
+) -> qcow::Result<Opened<Source>> {
     let found = allowed_host_file(backing, &options.allow_backing)?;
     let name = found.path.display().to_string();
     let refuse = |why: String| {

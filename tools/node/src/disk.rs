@@ -14,8 +14,8 @@ use reactor::{Clock, Core, Mailbox, Portal, Reactor, Start};
 
 use crate::chain::file_leaf;
 use crate::device::Device;
-use crate::source::Kind;
-use crate::{Chain, Error, Frontend, Image, Leaf, Model};
+use crate::source::{Kind, Source};
+use crate::{Chain, Error, Frontend, Image, Leaf, Model, VhdChain};
 
 /// The core of a reactor that serves any node.
 pub type ReactorCore = Core<Leaf, Image, Frontend>;
@@ -43,6 +43,7 @@ pub struct Parts {
 enum Plan {
     Qcow(Box<Stack>),
     Raw { size: u64 },
+    Vhd(Box<vhd::run::Stack>),
 }
 
 impl Parts {
@@ -52,23 +53,7 @@ impl Parts {
     /// If its metadata contradicts itself, or a leaf cannot be made.
     pub fn new(mut chain: Chain) -> Result<Parts, Error> {
         let name = chain.layers[0].name.clone();
-        let hosts = chain.layers.iter().filter(|l| matches!(l.storage.kind, Kind::Host(_)));
-        let first_other = u16::from(hosts.count() > 0);
-        let (mut files, mut others) = (0, first_other);
-        let ports: Vec<Port> = chain
-            .layers
-            .iter()
-            .map(|l| match &l.storage.kind {
-                Kind::Host(_) => {
-                    files += 1;
-                    Port { leaf: 0, unit: files - 1 }
-                }
-                Kind::Leaf(storage, _) => {
-                    others += 1;
-                    Port { leaf: others - 1, unit: storage.unit() }
-                }
-            })
-            .collect();
+        let ports = ports(chain.layers.iter().map(|l| &l.storage));
         let (plan, writable) = match &chain.layers[0].kind {
             LayerKind::Raw(size) => {
                 (Plan::Raw { size: *size }, !block::Storage::read_only(&chain.layers[0].storage))
@@ -78,12 +63,35 @@ impl Parts {
                 (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
             }
         };
+        let storages = chain.layers.into_iter().map(|l| l.storage);
+        Parts::of(storages, plan, ports[0], writable, name)
+    }
+
+    /// Takes an opened VHD chain apart.
+    ///
+    /// # Errors
+    /// If a leaf cannot be made.
+    pub fn of_vhd(chain: VhdChain) -> Result<Parts, Error> {
+        let name = chain.layers[0].name.clone();
+        let ports = ports(chain.layers.iter().map(|l| &l.storage));
+        let plan = Plan::Vhd(Box::new(vhd::run::Stack::new(&chain, &ports)));
+        let storages = chain.layers.into_iter().map(|l| l.storage);
+        Parts::of(storages, plan, ports[0], false, name)
+    }
+
+    fn of(
+        storages: impl Iterator<Item = Source>,
+        plan: Plan,
+        top: Port,
+        writable: bool,
+        name: String,
+    ) -> Result<Parts, Error> {
         // On an error dropped in reverse: devices wait for their queue pairs, locks come last.
         let (mut locks, mut devices, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
         let mut files: Vec<File> = Vec::new();
-        for layer in chain.layers {
-            locks.extend(layer.storage.locks);
-            match layer.storage.kind {
+        for storage in storages {
+            locks.extend(storage.locks);
+            match storage.kind {
                 Kind::Host(h) => files.push(h.into_file()),
                 Kind::Leaf(b, below) => {
                     leaves.push(b.into_leaf());
@@ -94,7 +102,7 @@ impl Parts {
         if !files.is_empty() {
             leaves.insert(0, file_leaf(files).map_err(|e| Error::node(&name, e))?);
         }
-        Ok(Parts { leaves, plan, top: ports[0], writable, devices, locks, name })
+        Ok(Parts { leaves, plan, top, writable, devices, locks, name })
     }
 
     /// The models among the nodes.
@@ -132,6 +140,24 @@ impl Parts {
     }
 }
 
+/// Where each layer will lie: all files are units of the first leaf queue, if there are any.
+fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> Vec<Port> {
+    let hosts = storages.clone().filter(|s| matches!(s.kind, Kind::Host(_)));
+    let (mut files, mut others) = (0, u16::from(hosts.count() > 0));
+    storages
+        .map(|s| match &s.kind {
+            Kind::Host(_) => {
+                files += 1;
+                Port { leaf: 0, unit: files - 1 }
+            }
+            Kind::Leaf(storage, _) => {
+                others += 1;
+                Port { leaf: others - 1, unit: storage.unit() }
+            }
+        })
+        .collect()
+}
+
 fn attach_image(
     core: &mut ReactorCore,
     leaves: Vec<Leaf>,
@@ -145,6 +171,9 @@ fn attach_image(
     core.add_image(|owner, leaves| match plan {
         Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
             .map(|i| Image::Qcow(Box::new(i))),
+        Plan::Vhd(stack) => {
+            vhd::run::Image::attach(*stack, owner, leaves).map(|i| Image::Vhd(Box::new(i)))
+        }
         Plan::Raw { size } => RawImage::new(leaves, top, size, owner)
             .map(|i| Image::Raw(Box::new(i)))
             .ok_or_else(|| "the leaf queue has no such unit".to_owned()),

@@ -15,6 +15,8 @@ pub enum Image {
     Satellite(Box<qcow::run::Satellite>),
     /// Bytes as they are.
     Raw(Box<RawImage>),
+    /// VHD, for reading.
+    Vhd(Box<vhd::run::Image>),
 }
 
 macro_rules! each {
@@ -23,6 +25,7 @@ macro_rules! each {
             Image::Qcow($i) => $e,
             Image::Satellite($i) => $e,
             Image::Raw($i) => $e,
+            Image::Vhd($i) => $e,
         }
     };
 }

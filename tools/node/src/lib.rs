@@ -2,7 +2,8 @@
 //!
 //! - [`NodeSpec`] is a parsed node string (`file:PATH`, `mem:SIZE`, `model:PATH?…`).
 //! - [`Source`] is an opened node as bytes, for the control path (`image …` commands).
-//! - [`open_chain`] opens an image with its backing files, under locks; [`Disk`] is one that runs
+//! - [`open_chain`] opens an image with its backing files, under locks, [`open_vhd`] a VHD file with
+//!   its parents; [`Disk`] is one that runs
 //!   on a reactor, with [`reactor::Portal`]s to it.
 //! - [`Leaf`], [`Image`] and [`Frontend`] are the enums over which the reactor is instantiated once,
 //!   for `tools` and `bench` alike.
@@ -29,6 +30,7 @@ mod source;
 mod spec;
 mod transport;
 mod vfio;
+mod vhd_chain;
 
 pub use admin::{Admin, DeviceSpec};
 pub use chain::{Chain, OpenOptions, open_chain, open_source};
@@ -46,6 +48,7 @@ pub use served::ServedModel;
 pub use source::Source;
 pub use spec::{ModelSpec, NodeSpec, RemoteSpec, VfioSpec, parse_size};
 pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};
+pub use vhd_chain::{VhdChain, open_vhd};
 
 /// Why a node could not be opened; the text says what, where and why.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +72,9 @@ pub enum Error {
     /// The image on it.
     #[error(transparent)]
     Image(#[from] qcow::Error),
+    /// The VHD image on it.
+    #[error(transparent)]
+    Vhd(#[from] vhd::Error),
 }
 
 impl Error {

@@ -11,6 +11,8 @@ use qcow::open::Format;
 use reactor::Clock;
 
 use super::print::{self, Output, STDOUT, bytes};
+use super::vhd_image;
+use crate::args::AnyFormat;
 
 /// Corruption was found and is still there.
 const CORRUPT: u8 = 2;
@@ -22,9 +24,9 @@ const UNSUPPORTED: u8 = 63;
 /// Find and repair damage. Exit codes: 0 clean, 1 failed, 2 corruption, 3 leaks, 63 not supported.
 #[derive(Args)]
 pub(crate) struct Check {
-    /// The image's format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
+    /// The image's format: qcow2, raw or vhd.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
     /// Repair leaked clusters only, or all that can be repaired.
     #[arg(short, long, value_name = "WHAT", value_enum, conflicts_with = "force_share")]
     repair: Option<What>,
@@ -52,15 +54,18 @@ enum What {
 
 /// Checks; returns the exit code.
 pub(crate) fn run(args: &Check) -> anyhow::Result<u8> {
-    if args.format == Format::Raw {
+    if args.format == AnyFormat::Raw {
         tell!("polldisk: {}: a raw image holds nothing that could be checked", args.image);
         return Ok(UNSUPPORTED);
     }
     super::refuse_special(&args.image)?;
+    if args.format == AnyFormat::Vhd {
+        return check_vhd(args);
+    }
     let options = OpenOptions {
         writable: args.repair.is_some(),
         force_share: args.force_share,
-        ..OpenOptions::read(args.format)
+        ..OpenOptions::read(Format::Qcow2)
     };
     let mut source = open_source(&args.image, &options)?;
     let repair = match args.repair {
@@ -95,6 +100,23 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<u8> {
         Report { leaks: 1.., .. } => LEAKS,
         _ => 0,
     })
+}
+
+fn check_vhd(args: &Check) -> anyhow::Result<u8> {
+    if args.repair.is_some() {
+        tell!("polldisk: {}: vhd images are not repaired, only read", args.image);
+        return Ok(UNSUPPORTED);
+    }
+    let mut findings = Findings { printed: 0, more: 0 };
+    let result = vhd_image::check(
+        &args.image,
+        args.force_share,
+        args.output.is_json(),
+        args.quiet,
+        &mut |line| findings.add(line),
+    );
+    findings.finish();
+    Ok(if result? == 0 { 0 } else { CORRUPT })
 }
 
 fn human(r: &Report) -> anyhow::Result<()> {

@@ -3,12 +3,12 @@
 use clap::Args;
 use node::NodeSpec;
 use qcow::extents::Extent;
-use qcow::open::Format;
 use serde::Serialize;
 
+use super::Backing;
 use super::print::{self, Output, Progress};
 use super::reader::Reader;
-use super::{Backing, reading};
+use crate::args::AnyFormat;
 
 /// Bytes read at a time from each image.
 const PIECE: usize = 1 << 20;
@@ -18,13 +18,13 @@ const FAILED: u8 = 2;
 /// Compare what two images hold. Exit codes: 0 same, 1 different, 2 failed.
 #[derive(Args)]
 pub(crate) struct Compare {
-    /// The first image's format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
+    /// The first image's format: qcow2, raw or vhd.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
     /// The second image's format.
     #[arg(short = 'F', long, value_name = "FORMAT", default_value = "qcow2",
-          value_parser = crate::args::format)]
-    second_format: Format,
+          value_parser = crate::args::any_format)]
+    second_format: AnyFormat,
     /// Sizes and what is allocated must be the same, too.
     #[arg(short, long)]
     strict: bool,
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Compare) -> anyhow::Result<u8> {
 }
 
 fn compare(args: &Compare) -> anyhow::Result<u8> {
-    let open = |spec, format| Reader::open(spec, &reading(format, &args.backing, args.force_share));
+    let open = |spec, format| Reader::open_any(spec, format, &args.backing, args.force_share);
     let mut first = open(&args.first, args.format)?;
     let mut second = open(&args.second, args.second_format)?;
     let sizes = [first.size(), second.size()];

@@ -8,13 +8,14 @@ use serde::Serialize;
 use super::fresh::{self, BackingFile, Pairs, Place, Wanted, make_raw};
 use super::print::{self, Output};
 use super::{Backing, usage};
+use crate::args::AnyFormat;
 
 /// Make an empty image; an existing file is overwritten, unless somebody uses it.
 #[derive(Args)]
 pub(crate) struct Create {
-    /// The format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
+    /// The format: qcow2, raw or vhd.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
     /// Options of the format, as in cluster_size=64k,lazy_refcounts=on (may be given several times).
     #[arg(short, value_name = "OPTIONS", value_parser = fresh::pairs)]
     options: Vec<Pairs>,
@@ -81,8 +82,9 @@ pub(crate) fn run(args: &Create) -> anyhow::Result<()> {
     let end = wanted.check(&args.image)?;
     let mut place = Place::open(&args.image, &wanted)?;
     let result = match wanted.format {
-        Format::Raw => make_raw(&mut place, wanted.qcow.size, wanted.raw),
-        Format::Qcow2 => {
+        AnyFormat::Raw => make_raw(&mut place, wanted.qcow.size, wanted.raw),
+        AnyFormat::Vhd => make_vhd(&mut place, &wanted),
+        AnyFormat::Qcow2 => {
             let name = place.name.clone();
             qcow::create::create(&mut place, &name, &wanted.qcow).map_err(anyhow::Error::new)
         }
@@ -94,13 +96,20 @@ pub(crate) fn run(args: &Create) -> anyhow::Result<()> {
     report(args, &wanted)
 }
 
+/// Makes an empty VHD image.
+fn make_vhd(place: &mut Place, wanted: &Wanted) -> anyhow::Result<()> {
+    let name = place.name.clone();
+    vhd::build::Builder::new(place, &name, &wanted.vhd())?.finish()?;
+    Ok(())
+}
+
 fn report(args: &Create, wanted: &Wanted) -> anyhow::Result<()> {
-    let is_qcow = wanted.format == Format::Qcow2;
+    let is_qcow = wanted.format == AnyFormat::Qcow2;
     let backing = wanted.qcow.backing.as_ref();
     let made = Made {
         filename: args.image.to_string(),
         format: wanted.format.name(),
-        virtual_size: wanted.qcow.size,
+        virtual_size: wanted.disk_size()?,
         cluster_size: is_qcow.then_some(wanted.qcow.cluster_size),
         backing_filename: backing.map(|b| b.0.clone()),
         backing_filename_format: backing.map(|b| b.1.name()),

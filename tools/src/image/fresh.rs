@@ -2,18 +2,24 @@
 //! before anything in it is touched. For `create` and `convert`.
 
 use std::fs::OpenOptions as FileOptions;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use block::{Storage, StorageError};
 use nix::fcntl::{FallocateFlags, fallocate};
 use node::{ModelSpec, NodeSpec, OpenOptions, Source, open_source};
 use qcow::create::CreateOptions;
 use qcow::open::Format;
+use vhd::build::{BuildOptions, Subformat};
 
 use super::reader::{Reader, file_id};
 use super::{Backing, reading, usage};
+use crate::args::AnyFormat;
+
+/// Seconds from 1970 to 2000, where time begins in VHD files.
+const VHD_EPOCH: u64 = 946_684_800;
 
 /// Options given with -o, in their order.
 pub(super) type Pairs = Vec<(String, String)>;
@@ -33,11 +39,13 @@ pub(super) fn pairs(text: &str) -> Result<Pairs, String> {
 /// What is to be made.
 pub(super) struct Wanted {
     /// The format.
-    pub(super) format: Format,
-    /// Options of a QCOW2 image; its size and the backing file's name count for raw, too.
+    pub(super) format: AnyFormat,
+    /// Options of a QCOW2 image; its size counts for the other formats, too.
     pub(super) qcow: CreateOptions,
     /// How much of a raw image is allocated.
     pub(super) raw: RawAllocation,
+    /// Options of a VHD image, but for its size.
+    vhd: BuildOptions,
 }
 
 /// How much of a raw image's space is allocated when it is made.
@@ -64,22 +72,36 @@ impl Wanted {
     /// Takes options and backing file apart; what -o says about size and backing file counts as if
     /// it were said otherwise. The size stays 0 if it is not among the options.
     pub(super) fn new(
-        format: Format,
+        format: AnyFormat,
         options: &[Pairs],
         backing: &BackingFile,
     ) -> anyhow::Result<Wanted> {
-        let mut wanted = Wanted { format, qcow: CreateOptions::new(0), raw: RawAllocation::Off };
+        let vhd = new_vhd()?;
+        let mut wanted =
+            Wanted { format, qcow: CreateOptions::new(0), raw: RawAllocation::Off, vhd };
         let mut backing = backing.clone();
         for (name, value) in options.iter().flatten() {
             match (name.as_str(), value.as_str(), format) {
                 ("size", _, _) => {
                     wanted.qcow.size = super::size(value).or_else(|e| usage(format!("-o {e}")))?;
                 }
-                ("backing_file", _, Format::Qcow2) => backing.name = Some(value.clone()),
-                ("backing_fmt", _, Format::Qcow2) => {
+                ("backing_file", _, AnyFormat::Qcow2) => backing.name = Some(value.clone()),
+                ("backing_fmt", _, AnyFormat::Qcow2) => {
                     backing.format = Some(crate::args::format(value).or_else(usage)?);
                 }
-                (_, _, Format::Qcow2) => wanted.qcow.set(name, value).or_else(usage)?,
+                (_, _, AnyFormat::Qcow2) => wanted.qcow.set(name, value).or_else(usage)?,
+                ("subformat", "dynamic", AnyFormat::Vhd) => {
+                    wanted.vhd.subformat = Subformat::Dynamic;
+                }
+                ("subformat", "fixed", AnyFormat::Vhd) => wanted.vhd.subformat = Subformat::Fixed,
+                ("force_size", "on", AnyFormat::Vhd) => wanted.vhd.exact = true,
+                ("force_size", "off", AnyFormat::Vhd) => wanted.vhd.exact = false,
+                (_, _, AnyFormat::Vhd) => {
+                    return usage(format!(
+                        "option {name}={value}: with format vhd there are size, \
+                         subformat=dynamic|fixed and force_size=on|off"
+                    ));
+                }
                 ("preallocation", "off", _) => wanted.raw = RawAllocation::Off,
                 ("preallocation", "falloc", _) => wanted.raw = RawAllocation::Reserved,
                 ("preallocation", "full", _) => wanted.raw = RawAllocation::Full,
@@ -93,8 +115,11 @@ impl Wanted {
         }
         match (backing.name, backing.format) {
             (None, _) => {}
-            (Some(_), _) if format == Format::Raw => {
+            (Some(_), _) if format == AnyFormat::Raw => {
                 return usage("a raw image cannot have a backing file");
+            }
+            (Some(_), _) if format == AnyFormat::Vhd => {
+                return usage("vhd images with a parent are read, but not made");
             }
             (Some(name), Some(format)) => wanted.qcow.backing = Some((name, format)),
             (Some(name), None) => {
@@ -113,11 +138,31 @@ impl Wanted {
     /// Says what is wrong.
     pub(super) fn check(&self, target: &NodeSpec) -> anyhow::Result<u64> {
         match self.format {
-            Format::Raw => Ok(self.qcow.size),
-            Format::Qcow2 => match self.qcow.image_len() {
+            AnyFormat::Raw => Ok(self.qcow.size),
+            AnyFormat::Vhd if !matches!(target, NodeSpec::File(_)) => {
+                bail!("{target}: vhd images are only made in files")
+            }
+            AnyFormat::Vhd => self.vhd().image_len().map_err(|e| anyhow!("{target}: {e}")),
+            AnyFormat::Qcow2 => match self.qcow.image_len() {
                 Ok(len) => Ok(len),
                 Err(e) => bail!("{target}: {e}"),
             },
+        }
+    }
+
+    /// Options of a VHD image; to be called when the size is known.
+    pub(super) fn vhd(&self) -> BuildOptions {
+        BuildOptions { size: self.qcow.size, ..self.vhd.clone() }
+    }
+
+    /// Bytes of the new disk.
+    ///
+    /// # Errors
+    /// If the format does not have disks of that size.
+    pub(super) fn disk_size(&self) -> anyhow::Result<u64> {
+        match self.format {
+            AnyFormat::Vhd => self.vhd().disk_size().map_err(anyhow::Error::msg),
+            _ => Ok(self.qcow.size),
         }
     }
 
@@ -281,16 +326,31 @@ impl Storage for Place {
     }
 }
 
+/// A VHD image of no size, with an identity of its own. Its disk gets exactly the size that is asked
+/// for.
+fn new_vhd() -> anyhow::Result<BuildOptions> {
+    let mut uuid = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut uuid))
+        .context("/dev/urandom")?;
+    // As RFC 4122 has random ones.
+    uuid[6] = uuid[6] & 0x0f | 0x40;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let timestamp = since.saturating_sub(VHD_EPOCH).min(u64::from(u32::MAX)) as u32;
+    Ok(BuildOptions { size: 0, subformat: Subformat::Dynamic, exact: true, uuid, timestamp })
+}
+
 /// A model node with room for the image; its file is emptied first, under a lock.
 fn sized(model: &ModelSpec, wanted: &Wanted, options: &OpenOptions) -> anyhow::Result<NodeSpec> {
     let mut file = open_source(&NodeSpec::File(model.path.clone()), options)?;
     file.set_len(0)?;
     let size = wanted.qcow.size;
     let need = match wanted.format {
-        Format::Raw => size,
+        AnyFormat::Raw | AnyFormat::Vhd => size,
         // As much as the image may ever need: clusters, at most 24 bytes of tables for each, and
         // what is there anyway.
-        Format::Qcow2 => {
+        AnyFormat::Qcow2 => {
             let clusters = size.div_ceil(wanted.qcow.cluster_size) + 1;
             clusters.saturating_mul(wanted.qcow.cluster_size + 24).saturating_add(64 << 20)
         }

@@ -11,14 +11,15 @@ use qcow::open::{Format, Layer};
 use serde::Serialize;
 
 use super::print::{self, Output, STDOUT, bytes};
-use super::{Backing, reading};
+use super::{Backing, reading, vhd_image};
+use crate::args::AnyFormat;
 
 /// Tell what an image is.
 #[derive(Args)]
 pub(crate) struct Info {
-    /// The image's format: qcow2 or raw. Found by looking at the first bytes if not given.
-    #[arg(short, long, value_parser = crate::args::format)]
-    format: Option<Format>,
+    /// The image's format: qcow2, raw or vhd. Found by looking at the contents if not given.
+    #[arg(short, long, value_parser = crate::args::any_format)]
+    format: Option<AnyFormat>,
     /// Tell about the backing files, too.
     #[arg(long)]
     backing_chain: bool,
@@ -81,8 +82,12 @@ pub(crate) fn run(args: &Info) -> anyhow::Result<()> {
     };
     let options = OpenOptions {
         top_only: !args.backing_chain,
-        ..reading(format, &args.backing, args.force_share)
+        ..reading(format.chained().unwrap_or(Format::Raw), &args.backing, args.force_share)
     };
+    if format == AnyFormat::Vhd {
+        let json = args.output.is_json();
+        return vhd_image::info(&args.image, &options, args.backing_chain, json);
+    }
     let mut chain = open_chain(&args.image, &options)?;
     let mut all = Vec::with_capacity(chain.layers.len());
     for layer in &mut chain.layers {
@@ -101,27 +106,34 @@ pub(crate) fn run(args: &Info) -> anyhow::Result<()> {
     out.flush().context(STDOUT)
 }
 
-/// Looks at an image's first bytes. Only for reading: a guest can write to a raw disk whatever
+/// Looks at an image's first bytes, and at the last sector, where VHD images have a cookie. Only for reading: a guest can write to a raw disk whatever
 /// looks like another format.
-fn guess(spec: &NodeSpec) -> anyhow::Result<Format> {
-    let mut magic = [0; 4];
+fn guess(spec: &NodeSpec) -> anyhow::Result<AnyFormat> {
+    let (mut first, mut last) = ([0; 8], [0; 8]);
+    let mut look = |storage: &mut dyn Storage| {
+        storage.read_at(0, &mut first)?;
+        storage.read_at(storage.len().saturating_sub(512), &mut last)
+    };
     match spec.path() {
         Some(path) => HostStorage::open(path, false)
             .map_err(anyhow::Error::new)
-            .and_then(|mut s| Ok(s.read_at(0, &mut magic)?))
+            .and_then(|mut s| Ok(look(&mut s)?))
             .with_context(|| spec.to_string())?,
         None => {
             let mut source = node::open_source(spec, &node::OpenOptions::read(Format::Raw))?;
-            source.read_at(0, &mut magic).with_context(|| spec.to_string())?;
+            look(&mut source).with_context(|| spec.to_string())?;
             source.close()?;
         }
     }
-    let format = match u32::from_be_bytes(magic) {
-        qcow::format::MAGIC => Format::Qcow2,
-        _ => Format::Raw,
+    let format = if first.starts_with(&qcow::format::MAGIC.to_be_bytes()) {
+        AnyFormat::Qcow2
+    } else if &first == vhd::format::COOKIE || &last == vhd::format::COOKIE {
+        AnyFormat::Vhd
+    } else {
+        AnyFormat::Raw
     };
     tell!(
-        "polldisk: {spec}: taken for {}, by its first bytes; state the format with -f",
+        "polldisk: {spec}: taken for {}, by its contents; state the format with -f",
         format.name()
     );
     Ok(format)

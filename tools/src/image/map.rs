@@ -6,18 +6,18 @@ use anyhow::Context;
 use clap::Args;
 use node::NodeSpec;
 use qcow::extents::Extent;
-use qcow::open::Format;
 
+use super::Backing;
 use super::print::{self, Output, STDOUT};
 use super::reader::Reader;
-use super::{Backing, reading};
+use crate::args::AnyFormat;
 
 /// List which parts of the disk are data, zeroes or nothing, and where they are.
 #[derive(Args)]
 pub(crate) struct Map {
-    /// The image's format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
+    /// The image's format: qcow2, raw or vhd.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
     /// Where to begin.
     #[arg(short, long, value_name = "OFFSET", default_value = "0", value_parser = super::size)]
     start_offset: u64,
@@ -38,10 +38,9 @@ pub(crate) struct Map {
 
 /// Prints it, range by range: a map may be longer than memory.
 pub(crate) fn run(args: &Map) -> anyhow::Result<()> {
-    let options = reading(args.format, &args.backing, args.force_share);
-    let mut reader = Reader::open(&args.image, &options)?;
+    let mut reader = Reader::open_any(&args.image, args.format, &args.backing, args.force_share)?;
     let end = args.start_offset.saturating_add(args.max_length.unwrap_or(u64::MAX));
-    let names: Vec<String> = reader.layers().iter().map(|l| l.name.clone()).collect();
+    let names = reader.names();
     let mut out = print::out();
     let json = args.output.is_json();
     let head = if json { "[" } else { "Offset          Length          Mapped to       File\n" };

@@ -14,6 +14,7 @@ mod reader;
 mod rebase;
 mod resize;
 mod snapshot;
+mod vhd_image;
 
 use std::path::PathBuf;
 

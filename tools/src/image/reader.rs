@@ -1,20 +1,29 @@
 //! [`Reader`]: an image with its backing files, read blockingly. Knows what QCOW2 tables do not
-//! say: where raw files have holes.
+//! say: where raw files, and the blocks of VHD files, have holes.
 
 use std::fs::File;
 
+use anyhow::bail;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use node::{NodeSpec, OpenOptions, Source, open_chain};
+use node::{NodeSpec, OpenOptions, Source, open_chain, open_vhd};
 use qcow::edit::SnapshotKey;
-use qcow::open::{FileId, Layer};
+use qcow::open::{FileId, Format, Layer};
 use qcow::{ChainReader, Source as From, Span};
+
+use super::{Backing, reading};
+use crate::args::AnyFormat;
 
 /// An opened image.
 pub(crate) struct Reader {
-    chain: ChainReader<Source>,
+    kind: Kind,
     size: u64,
     hole: Option<Stretch>,
+}
+
+enum Kind {
+    Chain(Box<ChainReader<Source>>),
+    Vhd(Box<vhd::Reader<Source>>),
 }
 
 /// What a file's system said last: a range that is all hole or all data.
@@ -34,6 +43,25 @@ impl Reader {
         Reader::open_at(spec, options, None)
     }
 
+    /// As [`Reader::open`], for any format.
+    ///
+    /// # Errors
+    /// As [`open_chain`] and [`open_vhd`].
+    pub(crate) fn open_any(
+        spec: &NodeSpec,
+        format: AnyFormat,
+        backing: &Backing,
+        force_share: bool,
+    ) -> anyhow::Result<Reader> {
+        if let Some(format) = format.chained() {
+            return Reader::open(spec, &reading(format, backing, force_share));
+        }
+        super::refuse_special(spec)?;
+        let chain = open_vhd(spec, &reading(Format::Raw, backing, force_share))?;
+        let size = chain.size();
+        Ok(Reader { kind: Kind::Vhd(Box::new(vhd::Reader::new(chain))), size, hole: None })
+    }
+
     /// As [`Reader::open`]; with a snapshot the disk is as it was when that was taken.
     ///
     /// # Errors
@@ -50,12 +78,18 @@ impl Reader {
         }
         // Disks are whole sectors; the rest of a file's last one reads as zeroes.
         let size = chain.size().next_multiple_of(512);
-        Ok(Reader { chain: ChainReader::new(chain), size, hole: None })
+        Ok(Reader { kind: Kind::Chain(Box::new(ChainReader::new(chain))), size, hole: None })
     }
 
     /// The reader below, which does not look for holes.
-    pub(crate) fn chain(&mut self) -> &mut ChainReader<Source> {
-        &mut self.chain
+    ///
+    /// # Errors
+    /// If it is a VHD image.
+    pub(crate) fn chain(&mut self) -> anyhow::Result<&mut ChainReader<Source>> {
+        match &mut self.kind {
+            Kind::Chain(chain) => Ok(chain),
+            Kind::Vhd(_) => bail!("vhd images stand in no backing chain"),
+        }
     }
 
     /// Bytes of the guest's disk, a multiple of 512.
@@ -63,39 +97,77 @@ impl Reader {
         self.size
     }
 
-    /// The layers; 0 is the top.
+    /// The layers, from the top; none of a VHD image.
     pub(crate) fn layers(&self) -> &[Layer<Source>] {
-        self.chain.layers()
+        match &self.kind {
+            Kind::Chain(chain) => chain.layers(),
+            Kind::Vhd(_) => &[],
+        }
+    }
+
+    /// Names of the layers, from the top.
+    pub(crate) fn names(&self) -> Vec<String> {
+        match &self.kind {
+            Kind::Chain(chain) => chain.layers().iter().map(|l| l.name.clone()).collect(),
+            Kind::Vhd(reader) => reader.layers().iter().map(|l| l.name.clone()).collect(),
+        }
+    }
+
+    /// Which files the layers are, from the top.
+    fn files(&self) -> Vec<Option<FileId>> {
+        match &self.kind {
+            Kind::Chain(c) => {
+                c.layers().iter().map(|l| l.path.as_deref().and_then(file_id)).collect()
+            }
+            Kind::Vhd(v) => {
+                v.layers().iter().map(|l| l.path.as_deref().and_then(file_id)).collect()
+            }
+        }
     }
 
     /// The layer that is this file, if there is one.
     pub(crate) fn find_file(&self, file: FileId) -> Option<usize> {
-        self.layers().iter().position(|l| l.path.as_deref().and_then(file_id) == Some(file))
+        self.files().iter().position(|&f| f == Some(file))
     }
 
     /// As [`ChainReader::read_at`].
     ///
     /// # Errors
     /// If a layer cannot be read or its tables say something impossible.
-    pub(crate) fn read_at(&mut self, offset: u64, into: &mut [u8]) -> qcow::Result<()> {
-        self.chain.read_at(offset, into)
+    pub(crate) fn read_at(&mut self, offset: u64, into: &mut [u8]) -> anyhow::Result<()> {
+        match &mut self.kind {
+            Kind::Chain(chain) => Ok(chain.read_at(offset, into)?),
+            Kind::Vhd(reader) => Ok(reader.read_at(offset, into)?),
+        }
     }
 
     /// As [`ChainReader::span`], with holes in raw files as zeroes.
     ///
     /// # Errors
     /// If a table cannot be read or says something impossible.
-    pub(crate) fn span(&mut self, start: u64, max: u64) -> qcow::Result<Option<Span>> {
+    pub(crate) fn span(&mut self, start: u64, max: u64) -> anyhow::Result<Option<Span>> {
         if start >= self.size {
             return Ok(None);
         }
-        let end = self.chain.size();
-        let Some(mut span) = self.chain.span(start, max)? else {
+        let chain = match &mut self.kind {
+            Kind::Chain(chain) => chain,
+            Kind::Vhd(reader) => {
+                let mut span = reader.span(start, max)?.map(of_vhd);
+                if let Some(Span { source: From::Data(host), .. }) = span {
+                    span = span.map(|s| self.cut_at_hole(s, host));
+                }
+                return Ok(span);
+            }
+        };
+        let end = chain.size();
+        let Some(mut span) = chain.span(start, max)? else {
             let len = max.min(self.size - start);
             return Ok(Some(Span { start, len, depth: 0, source: From::Zero(None) }));
         };
-        if let From::Data(host) = span.source {
-            self.look_for_hole(&mut span, host);
+        if let From::Data(host) = span.source
+            && chain.layers()[span.depth].image().is_none()
+        {
+            span = self.cut_at_hole(span, host);
         }
         if span.start + span.len == end {
             span.len = max.min(self.size - start);
@@ -103,10 +175,13 @@ impl Reader {
         Ok(Some(span))
     }
 
-    /// Cuts a span of a raw file to a stretch that is all hole or all data.
-    fn look_for_hole(&mut self, span: &mut Span, host: u64) {
-        let layer = &self.chain.layers()[span.depth];
-        let (None, Some(storage)) = (layer.image(), layer.storage.host()) else { return };
+    /// Cuts a span of data at `host` of a file to a stretch that is all hole or all data.
+    fn cut_at_hole(&mut self, mut span: Span, host: u64) -> Span {
+        let storage = match &self.kind {
+            Kind::Chain(chain) => &chain.layers()[span.depth].storage,
+            Kind::Vhd(reader) => &reader.layers()[span.depth].storage,
+        };
+        let Some(storage) = storage.host() else { return span };
         let known = |s: &&Stretch| s.depth == span.depth && (s.start..s.end).contains(&host);
         let stretch = match self.hole.as_ref().filter(known) {
             Some(_) => &self.hole,
@@ -122,7 +197,17 @@ impl Reader {
                 span.source = From::Zero(Some(host));
             }
         }
+        span
     }
+}
+
+/// A span as chains have it.
+fn of_vhd(span: vhd::Span) -> Span {
+    let source = match span.source {
+        vhd::Source::Unallocated => From::Unallocated,
+        vhd::Source::Data(host) => From::Data(host),
+    };
+    Span { start: span.start, len: span.len, depth: span.depth, source }
 }
 
 /// Whether there is a hole at an offset, and where that ends: past the offset.

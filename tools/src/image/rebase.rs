@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Rebase) -> anyhow::Result<()> {
     only_qcow2(args.format)?;
     let name = (!args.backing_file.is_empty()).then(|| args.backing_file.clone());
     let named = BackingFile { name, format: args.backing_format };
-    let wanted = Wanted::new(Format::Qcow2, &[], &named)?;
+    let wanted = Wanted::new(crate::args::AnyFormat::Qcow2, &[], &named)?;
     let backing = wanted.qcow.backing.as_ref().map(|(name, format)| (name.as_str(), *format));
     let done = match args.unsafe_mode {
         true => {
@@ -102,7 +102,7 @@ fn copy(args: &Rebase, wanted: &Wanted) -> anyhow::Result<edit::Rebased> {
             let depth = reader.layers().iter().position(|l| {
                 id.is_some() && l.path.as_deref().and_then(file_id) == id && l.format() == *format
             });
-            Some(NewBacking { name, format: *format, reader: new.chain(), depth })
+            Some(NewBacking { name, format: *format, reader: new.chain()?, depth })
         }
         _ => None,
     };

@@ -7,6 +7,7 @@ mod create;
 mod edit;
 mod info;
 mod map;
+mod vhd;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};

@@ -29,7 +29,7 @@ enum Level {
 }
 
 /// Every crate of the workspace. A crate that is missing here is an error.
-const CRATES: [(&str, Level); 20] = [
+const CRATES: [(&str, Level); 21] = [
     ("nvme-spec", Level::Layouts),
     ("dma", Level::Memory),
     ("block", Level::Vocabulary),
@@ -40,6 +40,7 @@ const CRATES: [(&str, Level); 20] = [
     ("vfio-user", Level::Part),
     ("volume", Level::Part),
     ("qcow", Level::Part),
+    ("vhd", Level::Part),
     ("xen", Level::Part),
     ("blkif", Level::Part),
     ("nbd", Level::Part),

@@ -18,18 +18,20 @@ use super::print::{self, Output, Progress};
 use super::reader::{Reader, file_id};
 use super::{Backing, reading, snapshot, usage};
 use plan::{Part, Piece, Plan, Under};
-use target::{Existing, NewQcow, NewRaw, Target};
+use target::{Existing, NewQcow, NewRaw, NewVhd, Target};
+
+use crate::args::AnyFormat;
 
 /// Copy an image to another format, or compress it.
 #[derive(Args)]
 pub(crate) struct Convert {
-    /// The source's format: qcow2 or raw.
-    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::format)]
-    format: Format,
-    /// The destination's format: qcow2 or raw.
+    /// The source's format: qcow2, raw or vhd.
+    #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
+    format: AnyFormat,
+    /// The destination's format: qcow2, raw or vhd.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "qcow2",
-          value_parser = crate::args::format)]
-    output_format: Format,
+          value_parser = crate::args::any_format)]
+    output_format: AnyFormat,
     /// Options of the destination's format, as in cluster_size=64k,compression_type=zstd (may be
     /// given several times).
     #[arg(short, value_name = "OPTIONS", value_parser = fresh::pairs, conflicts_with = "no_create")]
@@ -100,7 +102,7 @@ pub(crate) fn run(args: &Convert) -> anyhow::Result<()> {
         Backing { backing_format: args.backing_format, allow_backing: args.allow_backing.clone() };
     let named = BackingFile { name: args.backing.clone(), format: args.backing_format };
     let mut wanted = Wanted::new(args.output_format, &args.options, &named)?;
-    if args.compress && wanted.format == Format::Raw {
+    if args.compress && wanted.format != AnyFormat::Qcow2 {
         return usage("-c: only qcow2 images can be compressed");
     }
     if args.compress && wanted.qcow.preallocation != Preallocation::Off {
@@ -113,8 +115,14 @@ pub(crate) fn run(args: &Convert) -> anyhow::Result<()> {
         return usage("-S: a multiple of 512 is needed");
     }
     let snapshot = args.snapshot.as_deref().map(snapshot::key);
-    let options = reading(args.format, &allowed, args.force_share);
-    let source = Reader::open_at(&args.source, &options, snapshot)?;
+    let source = match (args.format.chained(), snapshot) {
+        (Some(format), snapshot) => {
+            let options = reading(format, &allowed, args.force_share);
+            Reader::open_at(&args.source, &options, snapshot)?
+        }
+        (None, None) => Reader::open_any(&args.source, args.format, &allowed, args.force_share)?,
+        (None, Some(_)) => return usage("-l: vhd images have no internal snapshots"),
+    };
     if let Some(id) = args.destination.path().and_then(file_id)
         && source.find_file(id).is_some()
     {
@@ -150,7 +158,12 @@ fn under(
     };
     let id = backing.layers()[0].path.as_deref().and_then(file_id);
     Ok(match id.and_then(|id| source.find_file(id)) {
-        Some(depth) if source.layers()[depth].format() == backing.layers()[0].format() => {
+        Some(depth)
+            if source
+                .layers()
+                .get(depth)
+                .is_some_and(|l| l.format() == backing.layers()[0].format()) =>
+        {
             Under::Layer { depth, size: backing.size() }
         }
         _ => Under::Other(Box::new(backing)),
@@ -165,13 +178,19 @@ fn into_new(
     place: &mut Place,
 ) -> anyhow::Result<(Done, u64)> {
     match wanted.format {
-        Format::Raw => {
+        AnyFormat::Vhd => {
+            let mut target = NewVhd::new(place, &wanted.vhd())?;
+            let plan = Plan::new(source, under, None, args.sparse_size);
+            let done = copy(plan, &mut target, args)?;
+            Ok((Done { virtual_size: target.size(), ..done }, target.finish()?))
+        }
+        AnyFormat::Raw => {
             let mut target = NewRaw::new(place, wanted.qcow.size, wanted.raw)?;
             let plan = Plan::new(source, under, None, args.sparse_size);
             let done = copy(plan, &mut target, args)?;
             Ok((done, target.finish()?))
         }
-        Format::Qcow2 => {
+        AnyFormat::Qcow2 => {
             let mut target = NewQcow::new(place, &wanted.qcow, args.compress)?;
             let cluster = Some(wanted.qcow.cluster_size);
             let plan = Plan::new(source, under, cluster, args.sparse_size);
@@ -188,7 +207,10 @@ fn into_existing(
     allowed: &Backing,
 ) -> anyhow::Result<Done> {
     super::refuse_special(&args.destination)?;
-    let options = OpenOptions { writable: true, ..reading(args.output_format, allowed, false) };
+    let Some(format) = args.output_format.chained() else {
+        return usage("-n: nothing is written into vhd images that exist");
+    };
+    let options = OpenOptions { writable: true, ..reading(format, allowed, false) };
     let mut target = Existing::open(&args.destination, &options, args.target_is_zero)?;
     let room = target.size();
     if room < wanted.qcow.size {

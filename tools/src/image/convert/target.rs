@@ -1,5 +1,5 @@
-//! Where a copy goes: a new QCOW2 image ([`NewQcow`]), a new raw one ([`NewRaw`]), or one that
-//! exists ([`Existing`]).
+//! Where a copy goes: a new QCOW2 image ([`NewQcow`]), a new raw one ([`NewRaw`]), a new VHD one
+//! ([`NewVhd`]), or one that exists ([`Existing`]).
 
 use std::collections::HashMap;
 
@@ -148,6 +148,40 @@ impl Target for NewRaw<'_> {
             return Ok(());
         }
         self.place.write_zeroes_at(at, len).with_context(|| self.place.name.clone())
+    }
+}
+
+/// A new VHD image.
+pub(super) struct NewVhd<'p>(vhd::build::Builder<'p>);
+
+impl<'p> NewVhd<'p> {
+    /// Begins the image; what was in its place is lost.
+    pub(super) fn new(
+        place: &'p mut Place,
+        options: &vhd::build::BuildOptions,
+    ) -> anyhow::Result<NewVhd<'p>> {
+        let name = place.name.clone();
+        Ok(NewVhd(vhd::build::Builder::new(place, &name, options)?))
+    }
+
+    /// Bytes of its disk.
+    pub(super) fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    /// Ends the image; its length.
+    pub(super) fn finish(self) -> anyhow::Result<u64> {
+        Ok(self.0.finish()?)
+    }
+}
+
+impl Target for NewVhd<'_> {
+    fn data(&mut self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        Ok(self.0.data(at, bytes)?)
+    }
+
+    fn zeroes(&mut self, _at: u64, _len: u64) -> anyhow::Result<()> {
+        Ok(())
     }
 }
 
