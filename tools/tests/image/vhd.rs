@@ -18,7 +18,7 @@ const MIB: u64 = 1 << 20;
 fn disk(env: &Env) -> Vec<u8> {
     let mut bytes = vec![0; (37 * MIB) as usize];
     for i in 0..200usize {
-        let at = i * i * 977 % bytes.len() & !511;
+        let at = (i * i * 977 % bytes.len()) & !511;
         bytes[at..at + 512].fill(i as u8 + 1);
     }
     std::fs::write(env.path("disk.raw"), &bytes).unwrap();
@@ -51,7 +51,7 @@ fn both_programs_agree_on_what_is_converted() {
                 env.image(&format!("compare -f vhd -F raw {name} disk.raw")).ok();
                 env.qemu_img(&format!("compare -f vpc -F raw {name} disk.raw")).ok();
                 env.image(&format!("convert -f vhd -O qcow2 {name} back.qcow2")).ok();
-                env.qemu_img(&format!("compare -f qcow2 -F raw back.qcow2 disk.raw")).ok();
+                env.qemu_img("compare -f qcow2 -F raw back.qcow2 disk.raw").ok();
             }
         }
     }
