@@ -16,6 +16,7 @@
 //! `unsafe` stands in four small files: `os` (system calls that have no safe wrapper), `uring`,
 //! `aio` and `kernel` (which keeps memory in place while the kernel may use it).
 
+mod ahead;
 mod aio;
 mod helper;
 mod kernel;

@@ -15,6 +15,7 @@ use block::{
 };
 use dma::{Buf, Pool, Region};
 
+use crate::ahead::Ahead;
 use crate::kernel::{Io, Kernel};
 use crate::memory::Vecs;
 use crate::unit::{MAX_TRANSFER, Unit};
@@ -60,6 +61,8 @@ enum Step {
     Zero,
     /// Lengthen the file to the end of the range.
     Grow,
+    /// Space ahead of the writes: nobody's request.
+    Ahead,
     Flush,
 }
 
@@ -84,6 +87,8 @@ pub struct FileQueue {
     /// Waiting for a bounce buffer.
     waiting: VecDeque<u16>,
     bounces: Option<Pool>,
+    /// Slots kept for what is nobody's request: one for each file that gets its space ahead.
+    reserved: usize,
 }
 
 impl FileQueue {
@@ -115,6 +120,7 @@ impl FileQueue {
             done: VecDeque::with_capacity(DEPTH.into()),
             waiting: VecDeque::with_capacity(DEPTH.into()),
             bounces: None,
+            reserved: 0,
         })
     }
 
@@ -133,6 +139,18 @@ impl FileQueue {
         }
         self.units.push(unit);
         Ok(at)
+    }
+
+    /// Has the file get its space in large steps when it grows, ahead of the writes: it is then longer
+    /// than what was written. For whoever shortens it in the end ([`LeafAccess::set_unit_len`]).
+    pub fn allocate_ahead(&mut self, unit: u16) {
+        if let Some(u) = self.units.get_mut(usize::from(unit))
+            && !u.block_device
+            && !u.info.read_only
+        {
+            u.ahead = Some(Ahead::new());
+            self.reserved += 1;
+        }
     }
 
     /// The engine in use; never [`Engine::Auto`].
@@ -197,7 +215,68 @@ impl FileQueue {
             Op::Discard => return Some(Status::Unsupported),
         }
         self.start(slot);
+        if r.op == Op::Write {
+            self.look_ahead(r.unit, r.offset + r.len);
+        }
         None
+    }
+
+    /// Asks for more space if the file grows.
+    #[inline]
+    fn look_ahead(&mut self, unit: u16, end: u64) {
+        let u = &mut self.units[usize::from(unit)];
+        if let Some(ahead) = &mut u.ahead
+            && let Some((offset, len)) = ahead.look(end, u.len)
+        {
+            self.ask_ahead(unit, offset, len);
+        }
+    }
+
+    #[cold]
+    fn ask_ahead(&mut self, unit: u16, offset: u64, len: u64) {
+        let Some(slot) = self.free.pop() else {
+            if let Some(ahead) = &mut self.units[usize::from(unit)].ahead {
+                ahead.busy = false;
+            }
+            return;
+        };
+        let s = &mut self.slots[usize::from(slot)];
+        (s.step, s.unit, s.offset, s.len) = (Step::Ahead, unit, offset, len);
+        self.start(slot);
+    }
+
+    /// The kernel has made space, or has not.
+    #[cold]
+    fn is_ahead(&mut self, slot: u16, result: i64) {
+        let s = &self.slots[usize::from(slot)];
+        let unit = &mut self.units[usize::from(s.unit)];
+        if result >= 0 {
+            unit.len = unit.len.max(s.offset + s.len);
+        }
+        if let Some(ahead) = &mut unit.ahead {
+            ahead.busy = false;
+            ahead.off |= result < 0;
+        }
+        self.free.push(slot);
+    }
+
+    /// Waits until no space is asked for any more: what comes then stays.
+    fn end_ahead(&mut self, unit: u16) {
+        while self.units.get(usize::from(unit)).is_some_and(Unit::grows_now) {
+            self.kernel.send();
+            while let Some((slot, result)) = self.kernel.next() {
+                if self.slots[usize::from(slot)].step == Step::Ahead {
+                    self.is_ahead(slot, result);
+                } else if let Some(end) = self.result(slot, result) {
+                    let s = &mut self.slots[usize::from(slot)];
+                    (s.status, s.detail) = end;
+                    self.done.push_back(slot);
+                }
+            }
+        }
+        if let Some(u) = self.units.get_mut(usize::from(unit)) {
+            u.ahead = None;
+        }
     }
 
     /// Asks the kernel for the slot's step.
@@ -224,6 +303,7 @@ impl FileQueue {
                 self.kernel.start(slot, &unit.file, io, s.offset + s.len - block);
                 return;
             }
+            (Step::Ahead, _) => Io::Allocate { mode: 0, len: s.len },
             (Step::Flush, _) => Io::Sync,
         };
         self.kernel.start(slot, &unit.file, io, s.offset);
@@ -283,6 +363,7 @@ impl FileQueue {
                     return self.flush_now(slot);
                 }
             }
+            Step::Ahead => {}
             Step::Flush if unit.lost != 0 => return Some((Status::Medium, unit.lost)),
             Step::Flush => {}
         }
@@ -410,11 +491,14 @@ impl Submit for FileQueue {
 
     #[inline]
     fn room(&self) -> usize {
-        self.free.len()
+        self.free.len().saturating_sub(self.reserved)
     }
 
     #[inline]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        if self.room() == 0 {
+            return Err(Full);
+        }
         let slot = self.free.pop().ok_or(Full)?;
         let s = &mut self.slots[usize::from(slot)];
         s.tag = request.tag;
@@ -449,7 +533,9 @@ impl BlockQueue for FileQueue {
         let before = out.len();
         while out.room() > 0 {
             if let Some((slot, result)) = self.kernel.next() {
-                if let Some((status, detail)) = self.result(slot, result) {
+                if self.slots[usize::from(slot)].step == Step::Ahead {
+                    self.is_ahead(slot, result);
+                } else if let Some((status, detail)) = self.result(slot, result) {
                     let c = self.finish(slot, status, detail);
                     out.push(c);
                 }
@@ -494,6 +580,7 @@ impl LeafAccess for FileQueue {
     }
 
     fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        self.end_ahead(unit);
         let u = self.units.get_mut(usize::from(unit)).ok_or(Status::Invalid)?;
         if u.info.read_only {
             return Err(Status::ReadOnly);

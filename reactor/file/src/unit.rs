@@ -11,6 +11,7 @@ use block::DeviceInfo;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::uio::pread;
 
+use crate::ahead::Ahead;
 use crate::{Error, os};
 
 /// Longest read or write in one request.
@@ -38,6 +39,8 @@ pub(crate) struct Unit {
     /// The errno of a failed flush of the page cache, which has forgotten the data that it could not
     /// write: no later flush may say that all is well.
     pub(crate) lost: u16,
+    /// For a file that is expected to grow.
+    pub(crate) ahead: Option<Ahead>,
 }
 
 impl Unit {
@@ -112,7 +115,15 @@ impl Unit {
             zero_range: punch,
             dsync: align.is_some(),
             lost: 0,
+            ahead: None,
         })
+    }
+}
+
+impl Unit {
+    /// Whether space is being asked for.
+    pub(crate) fn grows_now(&self) -> bool {
+        self.ahead.as_ref().is_some_and(|a| a.busy)
     }
 }
 

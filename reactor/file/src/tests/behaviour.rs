@@ -49,6 +49,57 @@ fn an_unaligned_tail_is_read_and_grown_right() {
 }
 
 #[test]
+fn a_growing_file_gets_its_space_ahead() {
+    for kind in KINDS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![1; 64 << 10]).unwrap();
+        let mut rig = Rig::new(kind);
+        rig.q.add(open(&path)).unwrap();
+        rig.q.allocate_ahead(0);
+        rig.region.write(0, &[2; 4096]);
+        assert_eq!(rig.one(Op::Write, Flags::NONE, 0, 4096).status, Status::Ok);
+        assert_eq!(rig.q.unit_len(0), 64 << 10, "a write inside");
+        let room = rig.q.room();
+        for n in 0..64 {
+            let offset = (64 << 10) + n * 4096;
+            assert_eq!(rig.one(Op::Write, Flags::NONE, offset, 4096).status, Status::Ok);
+        }
+        assert_eq!(rig.q.room() + usize::from(rig.q.room() < room), room);
+        // Nothing comes after this that makes the file longer.
+        let end = (64 << 10) + 64 * 4096;
+        assert_eq!(rig.q.set_unit_len(0, end), Ok(()));
+        assert_eq!(rig.one(Op::Flush, Flags::NONE, 0, 0).status, Status::Ok);
+        let disk = std::fs::read(&path).unwrap();
+        assert_eq!(disk.len() as u64, end);
+        assert!(disk[..4096].iter().all(|&b| b == 2));
+        assert!(disk[4096..64 << 10].iter().all(|&b| b == 1));
+        assert!(disk[64 << 10..].iter().all(|&b| b == 2));
+    }
+}
+
+#[test]
+fn a_file_gets_longer_in_large_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    for kind in [Kind::Uring, Kind::Aio] {
+        let path = dir.path().join(format!("{kind:?}"));
+        std::fs::write(&path, vec![1; 64 << 10]).unwrap();
+        let mut rig = Rig::new(kind);
+        rig.q.add(open(&path)).unwrap();
+        rig.q.allocate_ahead(0);
+        assert_eq!(rig.one(Op::Write, Flags::NONE, 64 << 10, 4096).status, Status::Ok);
+        for tries in 0.. {
+            if rig.q.unit_len(0) >= 32 << 20 {
+                break;
+            }
+            assert!(tries < 10_000, "{kind:?}: no space came");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            assert_eq!(rig.one(Op::Write, Flags::NONE, 64 << 10, 4096).status, Status::Ok);
+        }
+    }
+}
+
+#[test]
 fn a_batch_is_one_call_and_idling_is_none() {
     let dir = tempfile::tempdir().unwrap();
     for kind in [Kind::Uring, Kind::Aio] {

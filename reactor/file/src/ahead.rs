@@ -1,0 +1,71 @@
+//! [`Ahead`]: allocating the space of a growing file ahead of its writes.
+//!
+//! A direct write behind a file's end makes it longer, which file systems do one at a time and
+//! io_uring on threads of the kernel's: several times the processor time of a write into space that
+//! is there already. So a file that is written to behind its end gets space in large steps.
+
+/// Space asked for at a time, at least and at most: a quarter of the file between these.
+const LEAST: u64 = 32 << 20;
+const MOST: u64 = 256 << 20;
+
+/// How far ahead the space of a file is.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    /// The file's length as asked for; 0: it has not grown yet.
+    to: u64,
+    /// A request for space is under way.
+    pub(crate) busy: bool,
+    /// The file system has no space or cannot do it: writes make the file longer themselves.
+    pub(crate) off: bool,
+}
+
+impl Ahead {
+    pub(crate) fn new() -> Ahead {
+        Ahead { to: 0, busy: false, off: false }
+    }
+
+    /// Looks at a write up to `end` in a file of `len` bytes. Returns offset and length of the space
+    /// that is to be asked for now.
+    #[inline]
+    pub(crate) fn look(&mut self, end: u64, len: u64) -> Option<(u64, u64)> {
+        if self.busy || self.off || end <= len && self.to == 0 {
+            return None;
+        }
+        self.grow(end, len)
+    }
+
+    fn grow(&mut self, end: u64, len: u64) -> Option<(u64, u64)> {
+        let step = (len / 4).clamp(LEAST, MOST).next_multiple_of(4096);
+        let from = self.to.max(len).max(end).next_multiple_of(4096);
+        if end.saturating_add(step / 2) < self.to || from.checked_add(step).is_none() {
+            return None;
+        }
+        self.busy = true;
+        self.to = from + step;
+        Some((from, step))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_is_asked_for_when_a_file_grows_and_well_ahead() {
+        let mut a = Ahead::new();
+        assert_eq!(a.look(4096, 8192), None, "a write inside");
+        assert_eq!(a.look(12288, 8192), Some((12288, LEAST)));
+        assert_eq!(a.look(16384, 8192), None, "one at a time");
+        a.busy = false;
+        assert_eq!(a.look(16384, 12288 + LEAST), None, "far enough");
+        let end = LEAST * 3 / 4;
+        assert_eq!(a.look(end, 12288 + LEAST), Some((12288 + LEAST, LEAST)));
+        a.busy = false;
+        let far = 1 << 40;
+        assert_eq!(a.look(far, far / 2), Some((far, MOST)));
+        a.off = true;
+        a.busy = false;
+        assert_eq!(a.look(far * 2, far), None);
+        assert_eq!(Ahead::new().look(u64::MAX - 4096, 0), None);
+    }
+}
