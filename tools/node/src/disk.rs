@@ -101,10 +101,9 @@ impl Parts {
         }
         if !files.is_empty() {
             let mut leaf = file_leaf(files).map_err(|e| Error::node(&name, e))?;
-            if let (Leaf::File(queue), Plan::Qcow(_), true) = (&mut leaf, &plan, ports[0].leaf == 0)
-            {
+            if let (Leaf::File(queue), Plan::Qcow(_), true) = (&mut leaf, &plan, top.leaf == 0) {
                 // It grows, and is cut where the image ends.
-                let ahead = queue.with_leaf(|q| q.allocate_ahead(ports[0].unit));
+                let ahead = queue.with_leaf(|q| q.allocate_ahead(top.unit));
                 ahead.map_err(|e| Error::node(&name, e))?;
             }
             leaves.insert(0, leaf);
