@@ -146,7 +146,7 @@ impl Info {
                 compat: if v3 { "1.1" } else { "0.10" },
                 compression_type: header.compression.name(),
                 lazy_refcounts: v3.then(|| header.lazy_refcounts()),
-                bitmaps: crate::bitmaps::read(&mut layer.storage, &layer.name, header)?,
+                bitmaps: crate::bitmaps::list(&mut layer.storage, &layer.name, header)?,
                 refcount_bits: 1 << header.refcount_order,
                 corrupt: v3.then(|| header.is_corrupt()),
                 extended_l2: v3.then_some(false),

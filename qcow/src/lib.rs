@@ -45,7 +45,7 @@ mod atomics {
     }
 }
 
-pub use bitmaps::BitmapInfo;
+pub use bitmaps::{Bitmap, BitmapInfo, BitmapRun};
 pub use compress::{DecompressError, Decompressor};
 pub use compressor::Compressor;
 pub use error::{Error, Result};

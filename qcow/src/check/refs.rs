@@ -3,7 +3,8 @@
 use block::Storage;
 
 use crate::Error;
-use crate::format::{BitmapEntry, EntryError, Geometry, L1Entry, MAX_L1_BYTES, autoclear};
+use crate::bitmaps::Bitmaps;
+use crate::format::{EntryError, Geometry, L1Entry, MAX_L1_BYTES, autoclear};
 use crate::format::{Header, Snapshot, decode_refcount_table_entry};
 use crate::open::{ImageMeta, read_snapshots, read_word_table};
 
@@ -199,72 +200,13 @@ impl Collector<'_> {
         if header.autoclear_features & autoclear::BITMAPS == 0 {
             return;
         }
-        let Some(bitmaps) = header.bitmaps() else {
+        if header.bitmaps().is_none() {
             return self.corrupt("the bitmaps feature bit is set without a bitmaps extension");
-        };
-        /// QEMU's limit: 65535 bitmaps with names of up to 1023 bytes.
-        const MAX_DIRECTORY: u64 = 65535 * (24 + 1024);
-        let (offset, size) = (bitmaps.directory_offset, bitmaps.directory_size);
-        let end = self.geometry().round_up(storage.len()).unwrap_or(u64::MAX);
-        let fits = offset.checked_add(size).is_some_and(|e| e <= end);
-        if size > MAX_DIRECTORY || !fits || self.geometry().in_cluster(offset) != 0 {
-            self.corrupt(&format!(
-                "bitmap directory of {size} bytes at offset {offset:#x} does not fit the file"
-            ));
-            self.refs.errors += 1;
-            return;
         }
-        self.add("bitmap directory", offset, size);
-        let mut directory = vec![0; size as usize];
-        if let Err(e) =
-            storage.read_at(offset, &mut directory).map_err(Error::io(&self.meta.name, "bitmaps"))
-        {
-            return self.failed(&e);
-        }
-        let mut at = 0;
-        let mut left = storage.len();
-        for _ in 0..bitmaps.count {
-            let entry = match BitmapEntry::parse(&directory[at..], offset + at as u64) {
-                Ok(entry) => entry,
-                Err(e) => return self.failed(&Error::field(&self.meta.name, e)),
-            };
-            at += entry.entry_len;
-            self.bitmap_table(storage, &entry, &mut left, end);
-        }
-    }
-
-    fn bitmap_table(
-        &mut self,
-        storage: &mut dyn Storage,
-        entry: &BitmapEntry,
-        left: &mut u64,
-        end: u64,
-    ) {
-        let g = self.geometry();
-        let bytes = u64::from(entry.table_size) * 8;
-        let offset = entry.table_offset;
-        let fits = offset.checked_add(bytes).is_some_and(|e| e <= end) && bytes <= *left;
-        if !fits || g.in_cluster(offset) != 0 {
-            self.corrupt(&format!(
-                "bitmap {:?}: its table of {bytes} bytes at offset {offset:#x} does not fit the \
-                 file",
-                entry.name
-            ));
-            self.refs.errors += 1;
-            return;
-        }
-        *left -= bytes;
-        if bytes == 0 {
-            return;
-        }
-        self.add("bitmap table", offset, bytes);
-        match read_word_table(storage, &self.meta.name, "bitmap table", offset, bytes) {
-            Ok(words) => {
-                for raw in words {
-                    let host = raw & L1_OFFSET;
-                    if host != 0 {
-                        self.add("bitmap data", host, g.cluster_size());
-                    }
+        match Bitmaps::read(storage, &self.meta.name, header) {
+            Ok(bitmaps) => {
+                for (offset, len) in bitmaps.places(header) {
+                    self.add("bitmap", offset, len);
                 }
             }
             Err(e) => self.failed(&e),

@@ -39,7 +39,7 @@ pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
     }
     let lazy = options.lazy_refcounts.unwrap_or(old.lazy_refcounts());
     if lazy != old.lazy_refcounts() {
-        run(st, name, false, |tx, _| {
+        run(st, name, |tx, _| {
             tx.meta.header.compatible_features ^= compatible::LAZY_REFCOUNTS;
             Ok(())
         })?;
@@ -61,7 +61,7 @@ fn upgraded(old: &Header) -> Header {
 
 /// Gives every entry of the snapshot table the extra data that version 3 demands.
 fn complete_snapshots(st: &mut dyn Storage, name: &str) -> Result<()> {
-    run(st, name, false, |tx, st| {
+    run(st, name, |tx, st| {
         let (all, mut entries) = raw_entries(st, name, &tx.meta.header)?;
         if all.iter().all(|s| s.disk_size.is_some()) {
             return Ok(());

@@ -29,9 +29,9 @@ pub struct Committed {
 /// size if it is smaller. `progress` is told how many bytes of the disk are done.
 ///
 /// # Errors
-/// If the top has internal snapshots (they would show something else afterwards) or the layer has
-/// bitmaps, something cannot be read or written, or there is no room. The chain shows what it did
-/// before, and the call can be repeated.
+/// If the top has internal snapshots (they would show something else afterwards), something cannot
+/// be read or written, or there is no room. The chain shows what it did before, and the call can be
+/// repeated.
 pub fn commit<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
@@ -51,7 +51,7 @@ pub fn commit<S: Storage>(
         LayerKind::Qcow2(_) => into_image(reader, depth, progress)?,
     };
     if empty && let Some(size) = reader.layers()[0].image().map(|i| i.geometry.size()) {
-        let (_, meta) = run(reader.storage(0), &name, false, |tx, st| {
+        let (_, meta) = run(reader.storage(0), &name, |tx, st| {
             tx.compact = true;
             tx.drop_from(st, 0, size)
         })?;
@@ -134,7 +134,7 @@ fn into_image<S: Storage>(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Committed> {
     let name = reader.layers()[depth].name.clone();
-    let mut tx = Tx::open(reader.storage(depth), &name, true)?;
+    let mut tx = Tx::open(reader.storage(depth), &name)?;
     reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
     match copy(reader, depth, &mut tx, progress) {
         Ok(done) => Ok(done),
@@ -156,6 +156,19 @@ pub(super) fn checkpoint<S: Storage>(
     Ok(())
 }
 
+/// Has the layer's bitmaps say what is going to change, before anything does.
+fn mark<S: Storage>(reader: &mut ChainReader<S>, depth: usize, tx: &mut Tx) -> Result<()> {
+    if tx.bitmaps.is_empty() {
+        return Ok(());
+    }
+    let mut at = 0;
+    while let Some((start, len, _)) = next_above(reader, depth, at)? {
+        tx.mark(reader.storage(depth), start, len)?;
+        at = start + len;
+    }
+    checkpoint(reader, depth, tx)
+}
+
 fn copy<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
@@ -168,6 +181,7 @@ fn copy<S: Storage>(
         tx.set_size(reader.storage(depth), size, below)?;
         checkpoint(reader, depth, tx)?;
     }
+    mark(reader, depth, tx)?;
     let g = tx.geometry();
     let cluster = g.cluster_size();
     let backed = tx.meta.header.backing_name.is_some();

@@ -51,12 +51,13 @@ pub(super) struct Counts {
 /// Where the image's metadata is.
 pub(super) struct Metadata {
     tables: MetadataSet,
-    /// Clusters of snapshots' tables, sorted and apart.
-    snapshots: Vec<Range<u64>>,
+    /// Clusters of snapshots' tables and of bitmaps, sorted and apart.
+    others: Vec<Range<u64>>,
 }
 
 impl Metadata {
-    /// Tables of the image, and places (offset and length) of those that snapshots have.
+    /// Tables of the image, and places (offset and length) of those that snapshots and bitmaps
+    /// have.
     ///
     /// # Errors
     /// If they overlap.
@@ -66,19 +67,29 @@ impl Metadata {
             let first = g.cluster(offset);
             first..first + g.clusters_for(len)
         };
-        let mut snapshots: Vec<Range<u64>> = places.iter().filter(|p| p.1 > 0).map(range).collect();
-        snapshots.sort_unstable_by_key(|r| r.start);
-        if snapshots.windows(2).any(|w| w[0].end > w[1].start) {
-            let reason = "tables of its snapshots lie over each other; it must be repaired first";
+        let mut others: Vec<Range<u64>> = places.iter().filter(|p| p.1 > 0).map(range).collect();
+        others.sort_unstable_by_key(|r| r.start);
+        let tables = MetadataSet::new(meta)?;
+        if others.windows(2).any(|w| w[0].end > w[1].start)
+            || others.iter().any(|r| tables.meets(r))
+        {
+            let reason = "tables of its snapshots or its bitmaps lie over each other or over other \
+                          tables; it must be repaired first";
             return Err(Error::refused(&meta.name, reason));
         }
-        Ok(Metadata { tables: MetadataSet::new(meta)?, snapshots })
+        others.dedup_by(|next, kept| {
+            let joined = kept.end == next.start;
+            if joined {
+                kept.end = next.end;
+            }
+            joined
+        });
+        Ok(Metadata { tables, others })
     }
 
     fn contains(&self, cluster: u64) -> bool {
-        let at = self.snapshots.partition_point(|r| r.end <= cluster);
-        self.snapshots.get(at).is_some_and(|r| r.contains(&cluster))
-            || self.tables.contains(cluster)
+        let at = self.others.partition_point(|r| r.end <= cluster);
+        self.others.get(at).is_some_and(|r| r.contains(&cluster)) || self.tables.contains(cluster)
     }
 }
 

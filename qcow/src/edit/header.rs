@@ -6,7 +6,7 @@
 
 use block::Storage;
 
-use super::tx::SECTOR;
+use super::tx::{SECTOR, Tx};
 use crate::format::{Extension, FieldError, Header, MAX_BACKING_NAME, ext};
 use crate::open::{Format, ImageMeta, Mode};
 use crate::{Error, Result};
@@ -60,6 +60,39 @@ pub(super) fn replace(st: &mut dyn Storage, name: &str, new: &Header) -> Result<
     }
     st.write_at(0, &bytes[..SECTOR]).map_err(io())?;
     st.flush().map_err(io())
+}
+
+impl Tx {
+    /// Lays the header out anew around what the transaction changes in its extensions, and writes
+    /// all of it but the first sector, which is returned: until that is on disk the old header
+    /// says what it said.
+    pub(super) fn lay_out_header(&mut self, st: &mut dyn Storage) -> Result<[u8; SECTOR]> {
+        let name = &self.meta.name;
+        let io = || Error::io(name, "header");
+        let mut old = vec![0; 1 << self.meta.header.cluster_bits];
+        st.read_at(0, &mut old).map_err(io())?;
+        let bytes = lay_out(&old, &self.meta.header)
+            .map_err(|e| Error::field(name, e))?
+            .ok_or_else(|| Error::refused(name, "has no room in its first cluster for bitmaps"))?;
+        if bytes[SECTOR..] != old[SECTOR..] {
+            st.write_at(SECTOR as u64, &bytes[SECTOR..]).map_err(io())?;
+        }
+        Ok(bytes[..SECTOR].try_into().expect("a sector"))
+    }
+
+    /// Puts names of feature bits back into the header if they had to give way while it was laid
+    /// out anew.
+    pub(super) fn restore_names(&mut self, st: &mut dyn Storage) -> Result<()> {
+        let name = &self.meta.name;
+        let now = ImageMeta::open(st, name, Mode::Check)?.header;
+        if now.extensions != self.meta.header.extensions
+            && let Err(e) = replace(st, name, &self.meta.header)
+        {
+            log::debug!("{name}: names of feature bits had to give way: {e}");
+        }
+        self.meta.header.extensions = ImageMeta::open(st, name, Mode::Check)?.header.extensions;
+        Ok(())
+    }
 }
 
 /// The header cluster with the new header, such that the old first sector together with any part of

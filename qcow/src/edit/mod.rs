@@ -1,5 +1,5 @@
-//! Changing images that nobody uses: size, internal snapshots, the backing file, committing into
-//! it. Blocking, on the control path.
+//! Changing images that nobody uses: size, internal snapshots, bitmaps, the backing file, committing
+//! into it. Blocking, on the control path.
 //!
 //! All of it stands on a transaction ([`tx`]): tables, refcount blocks and new data go to clusters
 //! that the image on disk does not use, and are flushed; then one write of the header's first
@@ -7,6 +7,8 @@
 //! without a leak. A failure leaves the old one.
 
 mod amend;
+mod bitmap;
+mod bitmaps;
 mod commit;
 mod counts;
 mod data;
@@ -19,6 +21,7 @@ mod tree;
 mod tx;
 
 pub use amend::{Amend, amend};
+pub use bitmap::{BitmapAction, change_bitmap};
 pub use commit::{Committed, commit};
 pub use header::set_backing;
 pub use rebase::{NewBacking, Rebased, rebase};

@@ -50,7 +50,7 @@ pub fn rebase<S: Storage>(
         return Err(Error::refused(&name, "is raw, and so has no backing file"));
     }
     refuse_snapshots(top)?;
-    let mut tx = Tx::open(reader.storage(0), &name, false)?;
+    let mut tx = Tx::open(reader.storage(0), &name)?;
     reader.changed(0, LayerKind::Qcow2(Box::new(tx.meta.clone())));
     let done = match copy(reader, to.as_mut(), &mut tx, progress) {
         Ok(done) => done,

@@ -36,8 +36,8 @@ impl Below {
 ///
 /// # Errors
 /// If the size is no multiple of 512 or too large, the image has version 2 and internal snapshots
-/// (which do not say then how large they are) or has bitmaps, there is no room, or a write fails.
-/// The image is as it was then.
+/// (which do not say then how large they are) or bitmaps that were not saved or would become too
+/// large, there is no room, or a write fails. The image is as it was then.
 pub fn resize<S: Storage>(reader: &mut ChainReader<S>, size: u64) -> Result<()> {
     let name = reader.layers()[0].name.clone();
     if !size.is_multiple_of(512) || i64::try_from(size).is_err() {
@@ -45,7 +45,7 @@ pub fn resize<S: Storage>(reader: &mut ChainReader<S>, size: u64) -> Result<()> 
         return Err(Error::refused(&name, reason));
     }
     let below = Below::of(reader, 0)?;
-    let meta = run(reader.storage(0), &name, true, |tx, st| {
+    let meta = run(reader.storage(0), &name, |tx, st| {
         if tx.meta.header.version < 3 && tx.meta.header.nb_snapshots > 0 {
             return Err(tx.refused(
                 "has version 2 and internal snapshots, whose size is that of the disk: it cannot \
@@ -81,6 +81,7 @@ impl Tx {
         // Behind the end there may be something: state of a virtual machine, or of another program
         // that shrank the disk.
         let kept = old.min(size);
+        self.resize_bitmaps(st, size)?;
         let first = g.round_up(kept).unwrap_or(u64::MAX);
         self.drop_from(st, first, u64::MAX)?;
         self.meta.header = header;

@@ -32,7 +32,7 @@ pub fn create_snapshot(
         let reason = format!("a snapshot's name has 1 to {MAX_NAME} bytes");
         return Err(Error::refused(name, reason));
     }
-    run(st, name, false, |tx, st| {
+    run(st, name, |tx, st| {
         let (all, mut entries) = raw_entries(st, name, &tx.meta.header)?;
         if all.len() >= MAX_SNAPSHOTS as usize {
             return Err(tx.refused(format!("has {MAX_SNAPSHOTS} snapshots, the most possible")));
@@ -82,7 +82,12 @@ fn next_id(all: &[Snapshot]) -> String {
 /// If there is no such snapshot, the image has bitmaps, refcounts are too narrow, there is no room,
 /// or a write fails. The image is as it was then.
 pub fn apply_snapshot(st: &mut dyn Storage, name: &str, key: SnapshotKey<'_>) -> Result<()> {
-    run(st, name, true, |tx, st| {
+    run(st, name, |tx, st| {
+        if !tx.bitmaps.is_empty() {
+            return Err(tx.refused(
+                "has persistent bitmaps, which would not know what changed; remove them first",
+            ));
+        }
         let (_, snapshot) = super::find_snapshot(st, name, &tx.meta.header, key)?;
         let mut l1 = snapshot_l1(tx, st, &snapshot)?;
         let size = snapshot.disk_size.unwrap_or(tx.meta.header.size);
@@ -110,7 +115,7 @@ pub fn apply_snapshot(st: &mut dyn Storage, name: &str, key: SnapshotKey<'_>) ->
 /// If there is no such snapshot, there is no room for changed tables, or a write fails. The image
 /// is as it was then.
 pub fn delete_snapshot(st: &mut dyn Storage, name: &str, key: SnapshotKey<'_>) -> Result<()> {
-    run(st, name, false, |tx, st| {
+    run(st, name, |tx, st| {
         let (_, mut entries) = raw_entries(st, name, &tx.meta.header)?;
         let (at, snapshot) = super::find_snapshot(st, name, &tx.meta.header, key)?;
         let l1 = snapshot_l1(tx, st, &snapshot)?;

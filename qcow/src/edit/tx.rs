@@ -2,8 +2,9 @@
 
 use block::Storage;
 
+use super::bitmaps::Held;
 use super::counts::{Counts, Metadata, TablePlace};
-use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry, autoclear};
+use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry};
 use crate::open::{ImageMeta, Mode, read_snapshots, read_word_table};
 use crate::{Error, Result};
 
@@ -41,8 +42,8 @@ pub(super) struct Tx {
     snapshots_were: Place,
     /// Places of snapshots' L1 tables on disk.
     snapshot_l1: Vec<Place>,
-    /// Whether the disk's contents change, so that bitmaps do not describe them any more.
-    contents: bool,
+    /// Bitmaps as they will be.
+    pub(super) bitmaps: Held,
     /// Whether to move tables to the front afterwards: they went behind what is let go of.
     pub(super) compact: bool,
     /// The file's length before.
@@ -50,23 +51,15 @@ pub(super) struct Tx {
 }
 
 impl Tx {
-    /// Opens an image for a change. `contents`: the change alters what a guest reads; such are
-    /// refused on images with bitmaps, which nobody would keep up to date.
+    /// Opens an image for a change. Whoever changes what a guest reads has bitmaps say so
+    /// ([`Tx::mark`]).
     ///
     /// # Errors
     /// As opening for writing; if tables overlap.
-    pub(super) fn open(st: &mut dyn Storage, name: &str, contents: bool) -> Result<Tx> {
+    pub(super) fn open(st: &mut dyn Storage, name: &str) -> Result<Tx> {
         let meta = ImageMeta::open(st, name, Mode::Edit)?;
         let header = &meta.header;
-        if contents
-            && header.autoclear_features & autoclear::BITMAPS != 0
-            && header.bitmaps().is_some()
-        {
-            return Err(Error::refused(
-                name,
-                "has persistent bitmaps, which this would make wrong; remove them first",
-            ));
-        }
+        let bitmaps = Held::read(st, name, header)?;
         let (snapshots, table_len) = read_snapshots(st, name, header)?;
         let mut snapshot_l1 = Vec::new();
         for s in &snapshots {
@@ -75,7 +68,7 @@ impl Tx {
             snapshot_l1.push(place);
         }
         let snapshots_were = Place { offset: header.snapshots_offset, len: table_len };
-        let metadata = metadata(&meta, snapshots_were, &snapshot_l1)?;
+        let metadata = metadata(&meta, &bitmaps, snapshots_were, &snapshot_l1)?;
         super::tree::check_l1_words(&meta, &meta.l1)?;
         Ok(Tx {
             counts: Counts::new(&meta, metadata),
@@ -86,7 +79,7 @@ impl Tx {
             snapshots: None,
             snapshots_were,
             snapshot_l1,
-            contents,
+            bitmaps,
             compact: false,
             len_was: st.len(),
             meta,
@@ -308,6 +301,7 @@ impl Tx {
         if let Some((count, bytes)) = self.snapshots.take() {
             self.put_snapshots(st, count, bytes)?;
         }
+        let relaid = self.put_bitmaps(st)?;
         let header = &self.meta.header;
         let old = TablePlace {
             offset: header.refcount_table_offset,
@@ -319,14 +313,14 @@ impl Tx {
             self.meta.header.refcount_table_clusters = new.clusters;
             self.meta.refcount_table = self.counts.table();
         }
-        let vouched = if self.contents { 0 } else { autoclear::BITMAPS };
-        self.meta.header.autoclear_features &= vouched;
+        let first = if relaid { Some(self.lay_out_header(st)?) } else { None };
         st.flush().map_err(self.io("flush"))?;
         // From here on what was added may be the image, whatever fails.
         self.len_was = u64::MAX;
-        self.write_header(st)?;
+        self.write_header(st, first)?;
         st.flush().map_err(self.io("flush"))?;
-        self.committed(st, counted.is_some())
+        self.committed(st, counted.is_some())?;
+        if relaid { self.restore_names(st) } else { Ok(()) }
     }
 
     fn put_snapshots(
@@ -351,10 +345,17 @@ impl Tx {
     }
 
     /// Writes the fields that a transaction changes: all of them stand in the first sector.
-    fn write_header(&self, st: &mut dyn Storage) -> Result<()> {
-        let mut sector = [0; SECTOR];
-        st.read_at(0, &mut sector).map_err(self.io("header"))?;
-        put_fields(&mut sector, &self.meta.header);
+    /// `sector`: the sector as it was laid out anew.
+    fn write_header(&self, st: &mut dyn Storage, sector: Option<[u8; SECTOR]>) -> Result<()> {
+        let sector = match sector {
+            Some(sector) => sector,
+            None => {
+                let mut sector = [0; SECTOR];
+                st.read_at(0, &mut sector).map_err(self.io("header"))?;
+                put_fields(&mut sector, &self.meta.header);
+                sector
+            }
+        };
         st.write_at(0, &sector).map_err(self.io("header"))
     }
 
@@ -369,7 +370,7 @@ impl Tx {
             .iter()
             .map(|s| Place { offset: s.l1_table_offset, len: u64::from(s.l1_size) * 8 })
             .collect();
-        let metadata = metadata(&self.meta, self.snapshots_were, &self.snapshot_l1)?;
+        let metadata = metadata(&self.meta, &self.bitmaps, self.snapshots_were, &self.snapshot_l1)?;
         if counted {
             let end = self.counts.end(st)?;
             if st.len() > end {
@@ -426,10 +427,9 @@ impl Tx {
 pub(super) fn run<T>(
     st: &mut dyn Storage,
     name: &str,
-    contents: bool,
     change: impl FnOnce(&mut Tx, &mut dyn Storage) -> Result<T>,
 ) -> Result<(T, ImageMeta)> {
-    let mut tx = Tx::open(st, name, contents)?;
+    let mut tx = Tx::open(st, name)?;
     match change(&mut tx, st).and_then(|t| tx.commit(st).map(|()| t)) {
         Ok(t) => {
             if tx.compact
@@ -465,9 +465,10 @@ fn put_fields(sector: &mut [u8; SECTOR], h: &Header) {
     }
 }
 
-/// Where the image's metadata lies, snapshots' tables included.
-fn metadata(meta: &ImageMeta, snapshots: Place, l1: &[Place]) -> Result<Metadata> {
-    let places: Vec<(u64, u64)> =
+/// Where the image's metadata lies, bitmaps and snapshots' tables included.
+fn metadata(meta: &ImageMeta, bitmaps: &Held, snapshots: Place, l1: &[Place]) -> Result<Metadata> {
+    let mut places: Vec<(u64, u64)> =
         l1.iter().chain([&snapshots]).map(|p| (p.offset, p.len)).collect();
+    places.extend(bitmaps.places(&meta.header));
     Metadata::new(meta, &places)
 }

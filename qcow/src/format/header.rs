@@ -442,6 +442,15 @@ impl Header {
         self.extension(ext::BITMAPS).and_then(Bitmaps::parse)
     }
 
+    /// Sets or removes the bitmaps extension. It stands before all others: so it lies in the first
+    /// sector, where one write changes it together with the tables' places.
+    pub fn set_bitmaps(&mut self, bitmaps: Option<Bitmaps>) {
+        self.extensions.retain(|e| e.kind != ext::BITMAPS);
+        if let Some(b) = bitmaps {
+            self.extensions.insert(0, Extension { kind: ext::BITMAPS, data: b.encode() });
+        }
+    }
+
     /// The feature name table.
     pub fn feature_names(&self) -> Vec<FeatureName> {
         self.extension(ext::FEATURE_NAMES).map_or(Vec::new(), |d| FeatureName::parse(d).collect())

@@ -14,7 +14,10 @@ mod header;
 mod refcount;
 mod snapshot;
 
-pub use bitmap::{BitmapEntry, Bitmaps};
+pub use bitmap::{
+    BITMAP_GRANULARITY_BITS, BitmapCluster, BitmapEntry, Bitmaps, MAX_BITMAP_BYTES,
+    MAX_BITMAP_DIRECTORY, MAX_BITMAP_NAME, MAX_BITMAPS,
+};
 pub use entry::{EntryError, L1Entry, L2Entry, decode_refcount_table_entry};
 pub use error::FieldError;
 pub use extension::{Extension, FeatureName, ext};

@@ -73,6 +73,13 @@ impl MetadataSet {
         self.initial.binary_search(&cluster).is_ok() || self.added.contains(&cluster)
     }
 
+    /// Whether any of these clusters holds metadata.
+    pub(crate) fn meets(&self, clusters: &std::ops::Range<u64>) -> bool {
+        let at = self.initial.partition_point(|&c| c < clusters.start);
+        self.initial.get(at).is_some_and(|&c| c < clusters.end)
+            || self.added.range(clusters.clone()).next().is_some()
+    }
+
     /// Adds a cluster that became metadata.
     pub fn insert(&mut self, cluster: u64) {
         self.added.insert(cluster);

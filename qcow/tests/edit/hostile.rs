@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use block::Storage;
-use qcow::edit::{self, Amend, SnapshotKey};
+use qcow::edit::{self, Amend, BitmapAction, SnapshotKey};
 use qcow::{ChainReader, Error};
 
 use crate::rig::{Disk, KINDS, Rng, clean, contents, image, open};
@@ -27,7 +27,11 @@ fn chain(disk: &Disk) -> Result<ChainReader<Disk>, Error> {
     Chain::open(top, ChainOptions::default(), refuse).map(ChainReader::new)
 }
 
-const OPERATIONS: [(&str, Operation); 7] = [
+fn bitmap(disk: &Disk, name: &str, action: BitmapAction) -> Result<(), Error> {
+    edit::change_bitmap::<Disk>(&mut disk.clone(), "d", name, &[action], None)
+}
+
+const OPERATIONS: [(&str, Operation); 11] = [
     ("grow", grow),
     ("shrink", shrink),
     ("create", |d| edit::create_snapshot(&mut d.clone(), "d", "new", Duration::ZERO).map(|_| ())),
@@ -41,6 +45,10 @@ const OPERATIONS: [(&str, Operation); 7] = [
         let options = Amend { version: Some(3), lazy_refcounts: Some(true) };
         edit::amend(&mut d.clone(), "d", &options)
     }),
+    ("add", |d| bitmap(d, "new", BitmapAction::Add { granularity: Some(512) })),
+    ("remove", |d| bitmap(d, "full", BitmapAction::Remove)),
+    ("clear", |d| bitmap(d, "full", BitmapAction::Clear)),
+    ("merge", |d| bitmap(d, "empty", BitmapAction::Merge("full".to_owned()))),
 ];
 
 /// An image with two snapshots of different sizes.
@@ -56,11 +64,22 @@ fn made(kind: usize) -> Vec<u8> {
     disk.bytes()
 }
 
+/// The same with two bitmaps, one of which has bits.
+fn with_bitmaps(kind: usize) -> Vec<u8> {
+    let disk = Disk::new(made(kind));
+    for name in ["full", "empty"] {
+        bitmap(&disk, name, BitmapAction::Add { granularity: Some(512) }).unwrap();
+    }
+    bitmap(&disk, "empty", BitmapAction::Disable).unwrap();
+    edit::resize(&mut open(std::slice::from_ref(&disk)), KINDS[kind].size()).unwrap();
+    disk.bytes()
+}
+
 #[test]
 fn a_device_that_fails_leaves_the_old_image_or_the_new_one() {
     let mut failures = 0;
-    for kind in [2, 4, 5] {
-        let made = made(kind);
+    for (kind, bitmaps) in [(2, false), (4, false), (5, false), (2, true), (5, true)] {
+        let made = if bitmaps { with_bitmaps(kind) } else { made(kind) };
         let shows = |disk: &Disk| contents(&mut open(std::slice::from_ref(disk)));
         for (name, operation) in OPERATIONS {
             let disk = Disk::new(made.clone());
@@ -99,8 +118,8 @@ fn a_device_that_fails_leaves_the_old_image_or_the_new_one() {
 #[test]
 fn a_damaged_image_is_refused_or_changed_but_never_a_panic() {
     let (mut refused, mut done) = (0, 0);
-    for kind in [2, 3, 4, 5] {
-        let made = made(kind);
+    for (kind, bitmaps) in [(2, false), (4, false), (2, true), (3, true), (5, true)] {
+        let made = if bitmaps { with_bitmaps(kind) } else { made(kind) };
         let mut rng = Rng(kind as u64);
         // Where tables are: all that is no noise lies in few places.
         let cluster = KINDS[kind].cluster as usize;

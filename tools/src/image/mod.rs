@@ -1,6 +1,7 @@
 //! `polldisk image …`: what qemu-img users expect, one file a command. Control path throughout.
 
 mod amend;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -48,6 +49,8 @@ pub(crate) enum Command {
     Commit(commit::Commit),
     /// Give an image another backing file.
     Rebase(rebase::Rebase),
+    /// Add, remove, clear, enable, disable or merge persistent bitmaps.
+    Bitmap(bitmap::Bitmap),
     /// Change options of an image.
     Amend(amend::Amend),
 }
@@ -65,6 +68,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
         Command::Snapshot(c) => snapshot::run(&c).map(|()| 0),
         Command::Commit(c) => commit::run(&c).map(|()| 0),
         Command::Rebase(c) => rebase::run(&c).map(|()| 0),
+        Command::Bitmap(c) => bitmap::run(&c).map(|()| 0),
         Command::Amend(c) => amend::run(&c).map(|()| 0),
     }
 }

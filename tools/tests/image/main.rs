@@ -1,5 +1,6 @@
 //! `polldisk image …`, run as users run it, with qemu-img as the judge.
 
+mod bitmap;
 mod check;
 mod compare;
 mod convert;
