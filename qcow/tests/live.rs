@@ -137,7 +137,7 @@ impl Live {
 
     /// Takes all up into the last layer and cuts the chain below it.
     fn stream(&mut self) -> u64 {
-        self.all.home.image(0).unwrap().start_stream(0);
+        assert!(self.all.home.image(0).unwrap().start_stream(0));
         let mut paused = 0;
         let copied = loop {
             for _ in 0..200 {
@@ -272,11 +272,168 @@ fn a_close_ends_a_pause_and_a_stream() {
             1 => live.all.home.image(0).unwrap().pause(),
             _ => {
                 let image = live.all.home.image(0).unwrap();
-                image.start_stream(0);
+                assert!(image.start_stream(0) && !image.start_stream(0));
                 image.grant_stream(4096);
                 (0..20).for_each(|_| live.step());
             }
         }
         live.all.close();
+    }
+}
+
+/// A layer that goes may be shorter than one that stays: what it hid must stay hidden.
+#[test]
+fn a_stream_keeps_the_zeroes_behind_a_short_layer() {
+    let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+    assert_eq!(live.all.call(0, Op::Write, 2 << 20, 4096, &[9; 4096]).0, Status::Ok);
+    for size in [1 << 20, 3 << 20] {
+        let n = live.add_device(overlay(size, 4096));
+        live.pause();
+        live.chain.push(n);
+        live.restack(false);
+        live.resume();
+    }
+    assert_eq!(live.all.call(0, Op::Read, 2 << 20, 4096, &[]), (Status::Ok, vec![0; 4096]));
+    let image = live.all.home.image(0).unwrap();
+    assert!(image.start_stream(1));
+    image.grant_stream(1 << 30);
+    while live.all.home.image(0).unwrap().stream_progress().ended.is_none() {
+        live.step();
+    }
+    live.pause();
+    live.chain = vec![0, 2];
+    live.restack(false);
+    live.resume();
+    assert_eq!(live.all.call(0, Op::Read, 2 << 20, 4096, &[]), (Status::Ok, vec![0; 4096]));
+}
+
+#[test]
+fn a_stream_that_begins_in_a_pause_waits_for_its_end() {
+    for restack in [false, true] {
+        let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+        assert_eq!(live.all.call(0, Op::Write, 0, 4096, &[9; 4096]).0, Status::Ok);
+        live.snapshot();
+        live.pause();
+        let image = live.all.home.image(0).unwrap();
+        assert!(image.start_stream(0));
+        image.grant_stream(1 << 30);
+        (0..200).for_each(|_| live.step());
+        let image = live.all.home.image(0).unwrap();
+        assert_eq!((image.paused(), image.stream_progress().copied), (Some(Status::Ok), 0));
+        if restack {
+            live.restack(true);
+        }
+        live.resume();
+        (0..20_000).for_each(|_| live.step());
+        let progress = live.all.home.image(0).unwrap().stream_progress();
+        assert_eq!((progress.ended, progress.copied), (Some(Status::Ok), 4096));
+    }
+}
+
+/// A pause lets nothing leak and does not turn in circles while another reactor is slow.
+#[test]
+fn a_pause_ends_soon_and_leaks_nothing() {
+    let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+    for op in [Op::Write, Op::Flush, Op::Discard] {
+        for n in 0..8 {
+            let at = if op == Op::Flush { (0, 0) } else { (n * 4096, 4096) };
+            assert_eq!(live.all.call(1, op, at.0, at.1, &[9; 4096]).0, Status::Ok);
+        }
+    }
+    let batches = |live: &mut Live| live.all.home.image(0).unwrap().counters().batches.get();
+    let before = batches(&mut live);
+    live.pause();
+    assert!(batches(&mut live) - before < 10);
+    live.restack(false);
+    live.resume();
+    live.finish();
+}
+
+#[test]
+fn no_satellite_starves_another() {
+    let mut live = Live::new(3, 4096, 3 << 20, 5, 1, 0);
+    let all = &mut live.all;
+    let flush = |all: &mut Several, n: usize| {
+        all.clients[n].send(Op::Flush, block::Flags::NONE, 0, 0, &[]);
+    };
+    flush(all, 2);
+    let mut flying = 0;
+    for _ in 0..2000 {
+        while flying < 24 {
+            flush(all, 1);
+            flying += 1;
+        }
+        [1, 2, 0, 1].into_iter().for_each(|n| all.turn(n));
+        flying -= all.clients[1].answers().len();
+        if !all.clients[2].answers().is_empty() {
+            return;
+        }
+    }
+    panic!("never answered");
+}
+
+/// What a satellite has left behind is done before a pause is reached.
+#[test]
+fn an_errand_of_a_reactor_that_is_gone() {
+    let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+    live.all.clients[1].send(Op::Write, block::Flags::NONE, 0, 4096, &[7; 4096]);
+    live.all.turn(1);
+    drop(live.all.away.remove(0));
+    live.all.home.leaves()[0].stalled = true;
+    live.all.home.image(0).unwrap().pause();
+    (0..20).for_each(|_| live.all.turn(0));
+    assert_eq!(live.all.home.image(0).unwrap().paused(), None);
+    live.all.home.leaves()[0].stalled = false;
+    (0..200).for_each(|_| live.all.turn(0));
+    assert_eq!(live.all.home.image(0).unwrap().paused(), Some(Status::Ok));
+}
+
+/// The home reactor goes while others have errands in its queue, or rest for its pause.
+#[test]
+fn the_home_reactor_goes_in_a_pause() {
+    for paused in [false, true] {
+        let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+        let send = |client: &mut rig::several::Client, n: u64| {
+            (0..n).for_each(|_| {
+                client.send(Op::Flush, block::Flags::NONE, 0, 0, &[]);
+            });
+        };
+        if paused {
+            live.pause();
+        }
+        let Several { home, mut away, mut clients, .. } = live.all;
+        send(&mut clients[1], 14);
+        away[0].turn();
+        drop(home);
+        send(&mut clients[1], 4);
+        away[0].turn();
+        send(&mut clients[1], 10);
+        (0..20).for_each(|_| {
+            away[0].turn();
+        });
+        let answers = clients[1].answers();
+        assert_eq!(answers.len(), 28);
+        assert!(answers.iter().all(|a| a.1 == Status::Gone));
+    }
+}
+
+/// A satellite that was not told of new layers sends everything home.
+#[test]
+fn a_satellite_that_was_not_told() {
+    let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+    assert_eq!(live.all.call(1, Op::Write, 0, 4096, &[1; 4096]).0, Status::Ok);
+    let n = live.add_device(overlay(live.disk, 4096));
+    live.pause();
+    live.chain.push(n);
+    let ports = live.ports();
+    let new = Stack::new(&mut open(&[&live.devices[1], &live.devices[0]]), &ports).unwrap();
+    let home = &mut live.all.home;
+    home.with_image(0, |i, leaves| i.restack(new, leaves, true)).unwrap().unwrap();
+    live.resume();
+    assert_eq!(live.all.call(1, Op::Write, 0, 4096, &[2; 4096]).0, Status::Ok);
+    assert_eq!(live.all.call(0, Op::Read, 0, 4096, &[]), (Status::Ok, vec![2; 4096]));
+    live.pause();
+    if let Some(lower) = contents(&live.devices[0]) {
+        assert!(lower[..4096].iter().all(|&b| b == 1), "the layer below was written to");
     }
 }

@@ -20,6 +20,8 @@ impl Shared {
             if !status.is_ok() || !self.is_dirty() {
                 return status;
             }
+            // Others have their turn: what is waited for may be theirs.
+            self.pause(slot).await;
         }
         log::warn!("{}: refcounts stay too high; a check finds them", self.stack.top_layer().name);
         Status::Ok

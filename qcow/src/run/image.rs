@@ -89,6 +89,8 @@ pub struct Image {
     pub(super) links: Vec<Arc<Link>>,
     /// Slots that have their requests.
     errands: usize,
+    /// Whose turn it is to send one.
+    next_link: usize,
     pub(super) stage: Stage,
     // What it does not need.
     writable: bool,
@@ -150,6 +152,7 @@ impl Image {
             direct: 0,
             links: Vec::new(),
             errands: 0,
+            next_link: 0,
             writable,
             stage: Stage::Serving,
             closing: false,
@@ -208,6 +211,7 @@ impl Image {
             layers: self.shared.stack.layers.clone(),
             info: self.shared.info.clone(),
             geometry: self.shared.geometry,
+            version: self.shared.common.version(),
         }
     }
 
@@ -267,27 +271,26 @@ impl Image {
     fn serve_links<L: BlockQueue>(&mut self, leaves: &mut [L]) -> bool {
         let links = std::mem::take(&mut self.links);
         let mut busy = false;
-        for link in &links {
-            // The other half of the slots is for frontends here.
-            while self.errands < self.shared.slots() / 2
-                && let Some(at) = self.free.pop().or_else(|| self.resting.pop())
-            {
-                let Some(errand) = link.take_errand() else {
-                    self.give_back(at);
-                    break;
-                };
-                self.learn_regions(leaves, link);
-                busy = true;
-                self.errands += 1;
-                *self.shared.work(at).via.borrow_mut() = Some(link.clone());
-                let Errand { slot, op, flags, offset, len, segs } = errand;
-                let (tag, segs) = (Tag::new(0, slot, 0), segs.as_slice());
-                self.submit_slow(
-                    leaves,
-                    at,
-                    &Request { tag, op, flags, unit: 0, offset, len, segs },
-                );
+        // One of each in turn, so that none waits for ever; the other half of the slots is for
+        // frontends here.
+        let most = usize::from(self.requests / 2).max(1);
+        let mut empty = 0;
+        while empty < links.len() && self.errands < most {
+            let link = &links[self.next_link % links.len()];
+            self.next_link = self.next_link.wrapping_add(1);
+            // Asked first, since taking from an empty queue costs a fence.
+            if !link.has_errand() {
+                empty += 1;
+                continue;
             }
+            let Some(at) = self.free.pop().or_else(|| self.resting.pop()) else { break };
+            let Some(errand) = link.take_errand() else {
+                self.give_back(at);
+                break;
+            };
+            empty = 0;
+            busy = true;
+            self.serve_errand(leaves, at, link, errand);
         }
         self.links = links;
         if self.links.iter().any(|l| l.is_gone()) {
@@ -302,6 +305,21 @@ impl Image {
             self.lose();
         }
         busy
+    }
+
+    fn serve_errand<L: BlockQueue>(
+        &mut self,
+        leaves: &mut [L],
+        at: u16,
+        link: &Arc<Link>,
+        errand: Errand,
+    ) {
+        self.learn_regions(leaves, link);
+        self.errands += 1;
+        *self.shared.work(at).via.borrow_mut() = Some(link.clone());
+        let Errand { slot, op, flags, offset, len, segs } = errand;
+        let (tag, segs) = (Tag::new(0, slot, 0), segs.as_slice());
+        self.submit_slow(leaves, at, &Request { tag, op, flags, unit: 0, offset, len, segs });
     }
 
     /// Makes the memory known that a satellite's requests name.

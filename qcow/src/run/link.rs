@@ -20,6 +20,8 @@ pub(super) struct Common {
     phase: AtomicU8,
     /// Counts pauses and their ends: odd while nobody may begin anything.
     pause: AtomicU64,
+    /// Counts changes of the layers.
+    version: AtomicU64,
 }
 
 /// What becomes of an image, in this order.
@@ -38,14 +40,24 @@ pub(super) enum Phase {
 
 impl Common {
     pub(super) fn new() -> Common {
-        let (phase, pause) = (AtomicU8::new(Phase::Open as u8), AtomicU64::new(0));
-        Common { epoch: Epoch::new(), phase, pause }
+        let phase = AtomicU8::new(Phase::Open as u8);
+        let (pause, version) = (AtomicU64::new(0), AtomicU64::new(0));
+        Common { epoch: Epoch::new(), phase, pause, version }
     }
 
     /// The number of the pause, if it is odd.
     #[inline]
     pub(super) fn pause(&self) -> u64 {
         self.pause.load(Ordering::Acquire)
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The layers have changed, during a pause. For the home reactor.
+    pub(super) fn turn_version(&self) {
+        self.version.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Begins or ends a pause. For the home reactor.
@@ -171,9 +183,9 @@ impl Link {
         !self.errands.is_empty()
     }
 
-    /// Whether the satellite rests during this pause.
+    /// Whether the satellite rests during this pause, and has left no errand behind.
     pub(super) fn rests(&self, pause: u64) -> bool {
-        self.rests.load(Ordering::Acquire) == pause || self.is_gone()
+        self.rests.load(Ordering::Acquire) == pause || self.is_gone() && !self.has_errand()
     }
 
     pub(super) fn is_gone(&self) -> bool {

@@ -1,4 +1,4 @@
-//! [`Tables`]: L1 and L2 tables of layer 0 that are being changed.
+//! [`Tables`]: L1 and L2 tables of the layer that is written to that are being changed.
 //!
 //! Each table part is kept twice: as it is *now*, and as an *image* of what may go to disk in the
 //! batch that is being written. What changes during a batch waits for the next one: so an entry

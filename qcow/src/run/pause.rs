@@ -67,7 +67,8 @@ impl Image {
 
     /// Serves this stack from now on, in which each layer was read from disk during the pause.
     /// `keep`: all layers that were there before are there still, from the bottom on, and the guest's
-    /// clusters lie where they did; others may have come on top.
+    /// clusters lie where they did; others may have come on top. A stream ends if the layers are
+    /// more or fewer, or the size is another.
     ///
     /// # Errors
     /// If the image is not paused, the new stack cannot take its place (clusters of another size,
@@ -103,7 +104,12 @@ impl Image {
         let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
         let device = device.ok_or("the leaf queue has no such unit")?;
         let (clusters, bits) = (geometry.guest_clusters(), page_bits(&geometry));
-        let same_map = keep && old.map.clusters() == clusters && old.map.page_bits() == bits;
+        // The last cluster may end elsewhere, which changes what is in it.
+        let same_size = geometry.size() == old.geometry.size();
+        let same_map = keep && same_size && old.map.page_bits() == bits;
+        if !same_size || stack.layers.len() != old.stack.layers.len() {
+            old.end_stream();
+        }
         let map = match same_map {
             true => old.map.clone(),
             false => {
@@ -115,7 +121,7 @@ impl Image {
         self.known_leaves = leaves.len();
         self.tasks = Tasks::new(0, |_| std::future::ready(()));
         let Some(shared) = Rc::get_mut(&mut self.shared) else {
-            return Err("the image is in use".to_owned());
+            unreachable!("the tasks alone share it, and they are gone");
         };
         // Frontends know how much they may send at a time, so that stays.
         let info = info(&stack, shared.info.max_transfer);
@@ -136,6 +142,7 @@ impl Image {
         shared.device = device;
         shared.geometry = geometry;
         shared.info = info;
+        shared.common.turn_version();
         let shared = self.shared.clone();
         self.tasks = Tasks::new(shared.slots(), |slot| serve(shared.clone(), slot as u16));
         Ok(())

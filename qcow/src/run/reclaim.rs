@@ -6,11 +6,13 @@
 //! follows in a later batch, so it is never too low.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use block::{Flags, Op, SegList, Status};
 
 use super::epochs;
 use super::io::Child;
+use super::link::Link;
 use super::read::check;
 use super::shared::Shared;
 use crate::format::L2Entry;
@@ -172,7 +174,11 @@ impl Shared {
     /// Whether nothing is in flight on another reactor that was looked up in `epoch` or before.
     fn all_past(&self, epoch: u64) -> bool {
         let links = self.links.borrow();
-        links.is_empty() || epochs::all_past(links.iter().map(|l| &l.announced), epoch)
+        let pause = self.common.pause();
+        // What rests has nothing in flight, and looks up again behind the end of the pause.
+        let awake = |l: &&Arc<Link>| pause.is_multiple_of(2) || !l.rests(pause);
+        let announced = links.iter().filter(awake).map(|l| &l.announced);
+        links.is_empty() || epochs::all_past(announced, epoch)
     }
 
     async fn lower(&self, slot: u16, clusters: &[u64]) {

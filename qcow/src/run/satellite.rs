@@ -38,6 +38,7 @@ pub struct Reseat {
     pub(super) layers: Vec<StackLayer>,
     pub(super) info: DeviceInfo,
     pub(super) geometry: Geometry,
+    pub(super) version: u64,
 }
 
 impl Reseat {
@@ -77,10 +78,12 @@ enum Use {
     Free,
     /// A leaf has the request.
     Direct,
+    /// It waits for a place in its leaf.
+    Waiting,
     /// The home reactor has it.
     Errand,
-    /// Nobody takes it any more: to be answered.
-    Refused,
+    /// Nobody takes it: to be answered so.
+    Refused(Status),
 }
 
 struct Slot {
@@ -108,12 +111,18 @@ pub struct Satellite {
     common: Arc<Common>,
     link: Away,
     announced: u64,
+    /// A slot with the stamp that was announced, if that was not the newest epoch.
+    oldest: u16,
+    /// Requests that their leaf had no place for, in order.
+    waiting: VecDeque<Errand>,
     /// Slots whose requests were refused.
     refused: VecDeque<u16>,
     /// Free slots during a pause.
     resting: Vec<u16>,
     /// The last one of [`Common::pause`] that was followed.
     pause: u64,
+    /// What [`Common::version`] was when the layers were looked at.
+    version: u64,
     stale: u64,
     closing: bool,
     ended: bool,
@@ -121,8 +130,7 @@ pub struct Satellite {
 
 impl Satellite {
     /// Attaches the image to this reactor, where its layers lie at `ports`, the one that is written
-    /// to first; `owner` as the reactor
-    /// gave it.
+    /// to first; `owner` as the reactor gave it.
     ///
     /// # Errors
     /// If a leaf or unit is not there, or a leaf takes shorter requests than those of the home
@@ -135,7 +143,7 @@ impl Satellite {
     ) -> Result<Satellite, String> {
         let Seat { image, common, link, slots } = seat;
         let layers = image.layers_at(ports, leaves)?;
-        let Reseat { map, info, geometry, .. } = image;
+        let Reseat { map, info, geometry, version, .. } = image;
         let slot = |_| Slot { up: Tag::new(0, 0, 0), generation: 0, epoch: QUIET, used: Use::Free };
         Ok(Satellite {
             hits: Hits::new(map, &layers, &info, &geometry),
@@ -149,9 +157,13 @@ impl Satellite {
             common,
             link,
             announced: QUIET,
+            oldest: 0,
+            waiting: VecDeque::with_capacity(usize::from(slots)),
             refused: VecDeque::with_capacity(usize::from(slots)),
             resting: Vec::with_capacity(usize::from(slots)),
-            pause: 0,
+            // Even, and none that there is: so the first poll looks.
+            pause: u64::MAX - 1,
+            version,
             stale: 0,
             closing: false,
             ended: false,
@@ -175,30 +187,76 @@ impl Satellite {
         self.hits.translate(op, offset)
     }
 
+    /// What to do with a request that did not go straight down.
     #[cold]
-    fn send_home(&mut self, at: u16, r: &Request<'_>) {
-        let slot = &mut self.slots[usize::from(at)];
-        slot.up = r.tag;
-        // More segments than anybody may send: the home reactor would refuse it too.
-        let segs = SegList::from_slice(r.segs);
-        match segs.filter(|_| !self.ended && !self.closing) {
-            Some(segs) => {
-                slot.used = Use::Errand;
-                let (op, flags) = (r.op, r.flags);
-                self.link.0.send(Errand {
-                    slot: at,
-                    op,
-                    flags,
-                    offset: r.offset,
-                    len: r.len,
-                    segs,
-                });
+    fn submit_slow(&mut self, at: u16, r: &Request<'_>) {
+        self.slots[usize::from(at)].up = r.tag;
+        let Some(segs) = SegList::from_slice(r.segs) else {
+            return self.refuse(at, Status::Invalid);
+        };
+        let (op, flags) = (r.op, r.flags);
+        let errand = Errand { slot: at, op, flags, offset: r.offset, len: r.len, segs };
+        if self.hits.straight(r).is_some() {
+            // Its leaf is full, which the home reactor's need not be: but that would be no help.
+            self.slots[usize::from(at)].used = Use::Waiting;
+            self.waiting.push_back(errand);
+        } else {
+            self.send_home(errand);
+        }
+    }
+
+    fn send_home(&mut self, errand: Errand) {
+        let at = errand.slot;
+        if self.ended || self.closing || self.common.phase() == Phase::Gone {
+            return self.refuse(at, Status::Gone);
+        }
+        self.slots[usize::from(at)].used = Use::Errand;
+        self.link.0.send(errand);
+    }
+
+    fn refuse(&mut self, at: u16, status: Status) {
+        self.slots[usize::from(at)].used = Use::Refused(status);
+        self.refused.push_back(at);
+    }
+
+    /// Sends what waits for places in leaves, as far as there are any.
+    #[cold]
+    fn send_waiting<L: BlockQueue>(&mut self, leaves: &mut [L]) {
+        while let Some(e) = self.waiting.pop_front() {
+            let slot = &self.slots[usize::from(e.slot)];
+            let (op, flags, segs) = (e.op, e.flags, e.segs.as_slice());
+            let r =
+                Request { tag: slot.up, op, flags, unit: 0, offset: e.offset, len: e.len, segs };
+            if self.go_straight(leaves, e.slot, &r) {
+                continue;
             }
-            None => {
-                slot.used = Use::Refused;
-                self.refused.push_back(at);
+            if self.hits.straight(&r).is_some() {
+                self.waiting.push_front(e);
+                return;
+            }
+            // What it was mapped to has changed.
+            self.send_home(e);
+        }
+    }
+
+    /// Sends a request straight down, if it may go there and its leaf has a place.
+    #[inline(always)]
+    fn go_straight<L: BlockQueue>(&mut self, leaves: &mut [L], at: u16, r: &Request<'_>) -> bool {
+        if let Some((port, offset)) = self.hits.straight(r)
+            && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
+        {
+            let slot = &mut self.slots[usize::from(at)];
+            let tag = Tag::new(self.owner, at, slot.generation);
+            let below = Request { tag, unit: port.unit, offset, ..*r };
+            if leaf.submit(&below).is_ok() {
+                slot.up = r.tag;
+                slot.used = Use::Direct;
+                slot.epoch = self.epoch;
+                self.direct += 1;
+                return true;
             }
         }
+        false
     }
 
     #[inline(always)]
@@ -216,8 +274,13 @@ impl Satellite {
     /// Says which look-ups are still of importance, if that is news.
     #[inline]
     fn announce(&mut self) {
-        if self.quiet || self.common.epoch.get() != self.announced {
-            self.announce_new();
+        let now = self.common.epoch.get();
+        if self.quiet || now != self.announced {
+            let waits =
+                now == self.epoch && self.slots[usize::from(self.oldest)].epoch == self.announced;
+            if self.quiet || !waits {
+                self.announce_new();
+            }
         }
     }
 
@@ -227,17 +290,23 @@ impl Satellite {
             true => self.link.0.announced.wake(&self.common.epoch),
             false => self.common.epoch.get(),
         };
-        let oldest = self.slots.iter().map(|s| s.epoch).min().unwrap_or(QUIET).min(self.epoch);
-        self.announced = oldest;
-        self.link.0.announced.announce(oldest);
+        let stamps = self.slots.iter().zip(0..).map(|(s, at)| (s.epoch, at));
+        let (stamp, at) = stamps.min().unwrap_or((QUIET, 0));
+        self.oldest = at;
+        self.announced = stamp.min(self.epoch);
+        self.link.0.announced.announce(self.announced);
     }
 
     /// Takes part in a pause, or ends that.
     #[cold]
     fn follow_pause(&mut self, pause: u64) {
-        if pause.is_multiple_of(2) {
+        if pause.is_multiple_of(2) || self.common.phase() != Phase::Open {
             self.free.append(&mut self.resting);
             self.pause = pause;
+            if self.version != self.common.version() {
+                // The layers are others, and nobody has told us: the home reactor knows them.
+                self.hits.end();
+            }
             return;
         }
         // Without a free slot nobody sends anything.
@@ -262,6 +331,7 @@ impl Satellite {
         let layers = news.layers_at(ports, leaves)?;
         self.hits = Hits::new(news.map.clone(), &layers, &news.info, &news.geometry);
         self.info = news.info.clone();
+        self.version = news.version;
         if self.common.phase() != Phase::Open {
             self.hits.end();
         }
@@ -276,12 +346,14 @@ impl Satellite {
             // Nobody replies any more, and nobody uses the buffers.
             for (at, slot) in (0..).zip(self.slots.iter_mut()) {
                 if slot.used == Use::Errand {
-                    slot.used = Use::Refused;
+                    slot.used = Use::Refused(Status::Gone);
                     self.refused.push_back(at);
                 }
             }
         }
-        if !self.ended && self.free.len() + self.resting.len() == self.slots.len() {
+        // A pause has no end any more.
+        self.free.append(&mut self.resting);
+        if !self.ended && self.free.len() == self.slots.len() {
             self.ended = true;
             self.link.0.end();
         }
@@ -316,21 +388,10 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         if self.quiet {
             self.announce_new();
         }
-        if let Some((port, offset)) = self.hits.straight(r)
-            && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
-        {
-            let slot = &mut self.slots[usize::from(at)];
-            let tag = Tag::new(self.owner, at, slot.generation);
-            let below = Request { tag, unit: port.unit, offset, ..*r };
-            if leaf.submit(&below).is_ok() {
-                slot.up = r.tag;
-                slot.used = Use::Direct;
-                slot.epoch = self.epoch;
-                self.direct += 1;
-                return Ok(());
-            }
+        if !self.go_straight(leaves, at, r) {
+            // A copy, so that the caller's need not be in memory for the straight way.
+            self.submit_slow(at, &{ *r });
         }
-        self.send_home(at, &{ *r });
         Ok(())
     }
 
@@ -350,10 +411,12 @@ impl<L: BlockQueue> Layer<L> for Satellite {
     }
 
     #[inline(always)]
-    fn poll(&mut self, _leaves: &mut [L], out: &mut Completions) -> bool {
+    fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
         self.announce();
         let mut busy = false;
-        while out.room() > 0
+        // Asked first, since taking from an empty queue costs a fence.
+        while self.link.0.has_reply()
+            && out.room() > 0
             && let Some(reply) = self.link.0.take_reply()
         {
             busy = true;
@@ -364,11 +427,17 @@ impl<L: BlockQueue> Layer<L> for Satellite {
             && let Some(at) = self.refused.pop_front()
         {
             busy = true;
+            let used = self.slots[usize::from(at)].used;
+            let status = if let Use::Refused(status) = used { status } else { Status::Gone };
             let tag = self.release(at);
-            out.push(Completion { tag, status: Status::Gone, detail: 0 });
+            out.push(Completion { tag, status, detail: 0 });
+        }
+        if !self.waiting.is_empty() {
+            self.send_waiting(leaves);
         }
         let pause = self.common.pause();
-        if pause != self.pause || !self.free.is_empty() && !pause.is_multiple_of(2) {
+        let rests = !pause.is_multiple_of(2) && !self.free.is_empty();
+        if pause != self.pause || rests {
             self.follow_pause(pause);
         }
         // Behind the replies, so that one which came after a loss is not handed out before it.
@@ -380,7 +449,7 @@ impl<L: BlockQueue> Layer<L> for Satellite {
 
     fn arm(&mut self) -> HasWork {
         let ending = self.common.phase() != Phase::Open && !self.ended;
-        let ending = ending || self.common.pause() != self.pause;
+        let ending = ending || self.common.pause() != self.pause || !self.waiting.is_empty();
         if self.link.0.has_reply() || !self.refused.is_empty() || ending {
             return HasWork::Yes;
         }

@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use block::{DeviceInfo, Flags, Op, SegList, Status, Tag};
 use dma::{Buf, Pool, Region, RegionId, Seg};
@@ -136,7 +136,8 @@ pub(super) struct Shared {
     data: RefCell<Pool>,
     /// Zeroes, never written: one cluster of them.
     zeroes: Arc<Region>,
-    regions: RefCell<Vec<Option<Arc<Region>>>>,
+    /// Of frontends, here and elsewhere: theirs to keep.
+    regions: RefCell<Vec<Weak<Region>>>,
 }
 
 impl Shared {
@@ -196,7 +197,7 @@ impl Shared {
             meta: RefCell::new(Pool::new(META_BUFS, META as u32)?),
             data: RefCell::new(Pool::new(data_bufs, cluster as u32)?),
             zeroes: Region::new_best(cluster.max(META))?,
-            regions: RefCell::new(vec![None; RegionId::MAX]),
+            regions: RefCell::new((0..RegionId::MAX).map(|_| Weak::new()).collect()),
         }))
     }
 
@@ -216,17 +217,17 @@ impl Shared {
     }
 
     pub(super) fn register(&self, region: &Arc<Region>) {
-        self.regions.borrow_mut()[region.id().index()] = Some(region.clone());
+        self.regions.borrow_mut()[region.id().index()] = Arc::downgrade(region);
     }
 
     /// All memory that requests may name.
     pub(super) fn regions(&self) -> Vec<Arc<Region>> {
-        self.regions.borrow().iter().flatten().cloned().collect()
+        self.regions.borrow().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// The memory that a segment names, if it was registered.
     pub(super) fn region(&self, seg: &Seg) -> Option<Arc<Region>> {
-        self.regions.borrow().get(seg.region().index())?.clone()
+        self.regions.borrow().get(seg.region().index())?.upgrade()
     }
 
     /// Says what is wrong with the file of a layer. Guests can have the same found again and again, so

@@ -8,6 +8,8 @@ use std::cell::Cell;
 use block::{Flags, Status};
 
 use super::image::Image;
+use super::pause::Stage;
+use super::resolve::Source;
 use super::shared::{Key, Shared, What};
 use crate::map::{Kind, Word};
 
@@ -52,11 +54,13 @@ pub struct Progress {
 
 impl Image {
     /// Begins to take up what layers hold above the lowest `keep` ones, but for as many bytes as are
-    /// granted ([`Image::grant_stream`]). One at a time; an earlier one is forgotten.
-    pub fn start_stream(&mut self, keep: usize) {
+    /// granted ([`Image::grant_stream`]). Returns whether it does: not while there is one already.
+    /// An error ends it for good; what was copied stays.
+    #[must_use]
+    pub fn start_stream(&mut self, keep: usize) -> bool {
         let s = &self.shared.stream;
         if s.active.get() {
-            return;
+            return false;
         }
         s.active.set(true);
         s.keep.set(keep as u64);
@@ -65,8 +69,8 @@ impl Image {
         s.copied.set(0);
         s.granted.set(0);
         s.status.set(None);
-        s.held.set(false);
         self.begin_stream();
+        true
     }
 
     /// Lets the stream copy so many bytes more.
@@ -78,11 +82,7 @@ impl Image {
 
     /// Ends the stream soon. What was copied stays.
     pub fn cancel_stream(&mut self) {
-        let s = &self.shared.stream;
-        if s.active.get() && s.status.get().is_none() {
-            s.status.set(Some(Status::Gone));
-        }
-        self.shared.unpark(Key::Stream);
+        self.shared.end_stream();
     }
 
     /// How far the last stream has come.
@@ -101,10 +101,10 @@ impl Image {
     /// Has the stream's slots begin, if there is a stream.
     pub(super) fn begin_stream(&mut self) {
         let s = &self.shared.stream;
-        s.held.set(false);
-        if !s.active.get() || s.running.get() > 0 || self.closing {
+        if !s.active.get() || s.running.get() > 0 || self.stage != Stage::Serving {
             return;
         }
+        s.held.set(false);
         s.running.set(STREAM_SLOTS);
         for n in 0..STREAM_SLOTS {
             self.give(self.requests + 1 + n, What::Stream);
@@ -116,6 +116,18 @@ impl Shared {
     /// Has the stream's slots end, so that it can go on later.
     pub(super) fn hold_stream(&self) {
         self.stream.held.set(true);
+        self.unpark(Key::Stream);
+    }
+
+    /// Ends the stream before it is done, if there is one.
+    pub(super) fn end_stream(&self) {
+        let s = &self.stream;
+        if s.active.get() && s.status.get().is_none() {
+            s.status.set(Some(Status::Gone));
+        }
+        if s.running.get() == 0 {
+            s.active.set(false);
+        }
         self.unpark(Key::Stream);
     }
 
@@ -169,8 +181,6 @@ impl Shared {
             let done = self.take_up(slot, cluster).await;
             self.work(slot).epoch.set(u64::MAX);
             if let Err(status) = done {
-                // To be looked at again by a stream that goes on.
-                s.next.set(s.next.get().min(cluster));
                 return status;
             }
         }
@@ -185,13 +195,15 @@ impl Shared {
                 self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
                 continue;
             }
-            if !self.is_to_come_up(word) {
-                return Ok(());
-            }
+            let zero = match self.is_to_come_up(slot, cluster, word).await? {
+                Come::Not => return Ok(()),
+                Come::Zero => true,
+                Come::Data => false,
+            };
             if word.kind() == Kind::Corrupt {
                 return Err(Status::Corrupt);
             }
-            if word.kind() == Kind::Zero && self.geometry.version() >= 3 {
+            if zero && self.geometry.version() >= 3 {
                 if self.zero_alone(slot, cluster, word).await? {
                     return Ok(());
                 }
@@ -205,15 +217,38 @@ impl Shared {
         }
     }
 
-    fn is_to_come_up(&self, word: Word) -> bool {
-        let keep = self.stream.keep.get();
-        let lower = word.layer() != self.stack.top_number() && u64::from(word.layer()) >= keep;
-        match word.kind() {
-            Kind::Hole | Kind::Absent => false,
-            // Zeroes show below the last layer, too.
-            Kind::Zero => lower && keep > 0,
-            Kind::Mapped | Kind::Compressed => lower,
-            Kind::Split | Kind::Corrupt => true,
-        }
+    async fn is_to_come_up(&self, slot: u16, cluster: u64, word: Word) -> Result<Come, Status> {
+        let keep = self.stream.keep.get() as usize;
+        let (at, top) = (usize::from(word.layer()), self.top_at());
+        // Zeroes show below the last layer, too, but not where another one stays.
+        let zero = if keep > 0 { Come::Zero } else { Come::Not };
+        let size = self.geometry.cluster_size();
+        let start = cluster << self.geometry.cluster_bits();
+        Ok(match word.kind() {
+            Kind::Zero | Kind::Mapped | Kind::Compressed if at == top || at < keep => Come::Not,
+            Kind::Zero => zero,
+            Kind::Mapped | Kind::Compressed => Come::Data,
+            // Behind the end of a layer that goes; what stays may be longer.
+            Kind::Hole
+                if self.stack.layers[keep.min(top)..top]
+                    .iter()
+                    .any(|l| l.size() < start + size) =>
+            {
+                zero
+            }
+            Kind::Hole | Kind::Absent => Come::Not,
+            Kind::Split => match self.resolve(slot, start, size).await? {
+                (Source::Zero, run) if run == size => zero,
+                _ => Come::Data,
+            },
+            Kind::Corrupt => Come::Data,
+        })
     }
+}
+
+/// What a stream has to do with a cluster.
+enum Come {
+    Not,
+    Zero,
+    Data,
 }
