@@ -413,6 +413,31 @@ fn compressed(cluster: u64, count: u64, compression: Compression) -> (LogQueue, 
 
 /// Parts of compressed clusters overwritten, many at once: each needs its old contents, and there
 /// are far fewer buffers for that than requests.
+/// Many readers of a few clusters, which threads decompress.
+#[test]
+fn workers_decompress() {
+    let cluster = 65536u64;
+    let (leaf, model) = compressed(cluster, 16, Compression::Zstd);
+    let mut rig = Rig::single(leaf);
+    let wake = rig.core.wake();
+    rig.image().use_workers(qcow::run::Workers::new(2), wake);
+    for round in 0..4 {
+        let mut sent = HashMap::new();
+        for n in 0..3u64 {
+            let first = (round * 4 + n) * cluster;
+            for at in (0..16).map(|i| first + i * 4096) {
+                sent.insert(rig.send(Op::Read, Flags::NONE, at, 4096, &[]), at as usize);
+            }
+        }
+        for (id, status, data) in rig.settle() {
+            assert_eq!(status, Status::Ok);
+            let at = sent[&id];
+            same(&data.unwrap()[..4096], &model[at..at + 4096], at as u64);
+        }
+    }
+    rig.close();
+}
+
 #[test]
 fn compressed_clusters_are_read_and_overwritten() {
     for (cluster, compression, over) in [

@@ -9,6 +9,7 @@ use block::{
     Port, Request, SegList, Status, Tag,
 };
 use dma::Region;
+use reactor::Wake;
 use reactor::task::Tasks;
 
 use super::alloc::Allocator;
@@ -21,6 +22,7 @@ use super::serve::serve;
 use super::shared::{Job, Shared, What};
 use super::stack::Stack;
 use super::stream::STREAM_SLOTS;
+use super::workers::{Unpacker, Workers};
 use crate::map::Map;
 
 /// How an image is attached.
@@ -170,6 +172,12 @@ impl Image {
     /// What the image has done so far.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Has compressed clusters decompressed by these threads, instead of by the reactor, which `wake`
+    /// wakes.
+    pub fn use_workers(&mut self, workers: Arc<Workers>, wake: Wake) {
+        *self.shared.unpacker.borrow_mut() = Some(Unpacker::new(workers, wake));
     }
 
     /// The map, for look-ups from other reactors.
@@ -461,6 +469,9 @@ impl<L: BlockQueue> Layer<L> for Image {
     #[inline(always)]
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
         let mut busy = !self.links.is_empty() && self.serve_links(leaves);
+        if self.shared.has_answers() {
+            self.shared.take_answers();
+        }
         if !self.shared.is_quiet() {
             self.go_on(leaves, out);
             busy = true;
@@ -472,6 +483,7 @@ impl<L: BlockQueue> Layer<L> for Image {
         let asked = self.links.iter().any(|l| l.has_errand() || l.is_gone());
         let lost = self.shared.common.phase() == Phase::Lost && !self.lost;
         let resting = matches!(self.stage, Stage::Serving | Stage::Resting(_));
+        let asked = asked || self.shared.has_answers();
         if self.shared.is_quiet() && !asked && !lost && resting {
             HasWork::No
         } else {

@@ -31,6 +31,7 @@ mod shared;
 mod stack;
 mod stream;
 mod tables;
+mod workers;
 mod write;
 mod zero;
 
@@ -40,3 +41,4 @@ pub use image::{Counters, Image, Options};
 pub use satellite::{Reseat, Satellite, Seat, Wakes};
 pub use stack::Stack;
 pub use stream::Progress;
+pub use workers::Workers;

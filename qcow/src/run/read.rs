@@ -5,8 +5,9 @@ use dma::Seg;
 
 use super::io::Child;
 use super::resolve::Source;
-use super::shared::{META, Shared};
+use super::shared::{Key, META, Shared};
 use super::stack::LayerFormat;
+use super::workers::unpack;
 use crate::map::{Kind, Word};
 
 /// Decompressed clusters kept for the reads that follow in the same cluster.
@@ -15,18 +16,22 @@ const KEPT: usize = 4;
 /// The clusters that were decompressed last: (layer, host offset, contents). Nothing is compressed
 /// while an image is open, so that what is at a place never becomes something else.
 #[derive(Default)]
-pub(super) struct Decompressed(Vec<(usize, u64, Vec<u8>)>);
+pub(super) struct Decompressed {
+    kept: Vec<(usize, u64, Vec<u8>)>,
+    /// Being decompressed: (layer, host offset).
+    under_way: Vec<(usize, u64)>,
+}
 
 impl Decompressed {
     fn get(&self, layer: usize, host: u64) -> Option<&[u8]> {
-        self.0.iter().find(|c| c.0 == layer && c.1 == host).map(|c| &c.2[..])
+        self.kept.iter().find(|c| c.0 == layer && c.1 == host).map(|c| &c.2[..])
     }
 
     fn put(&mut self, layer: usize, host: u64, data: Vec<u8>) {
-        if self.0.len() == KEPT {
-            self.0.remove(0);
+        if self.kept.len() == KEPT {
+            self.kept.remove(0);
         }
-        self.0.push((layer, host, data));
+        self.kept.push((layer, host, data));
     }
 }
 
@@ -180,25 +185,47 @@ impl Shared {
 
     /// Makes sure that a compressed cluster is among those kept.
     async fn decompress(&self, slot: u16, layer: usize, host: u64, len: u32) -> Result<(), Status> {
-        if self.decompressed.borrow().get(layer, host).is_some() {
-            return Ok(());
+        let key = (layer, host);
+        while self.decompressed.borrow().get(layer, host).is_none() {
+            if self.decompressed.borrow().under_way.contains(&key) {
+                self.park(slot, Key::Packed(layer, host)).await;
+                continue;
+            }
+            self.decompressed.borrow_mut().under_way.push(key);
+            let result = self.decompress_now(slot, layer, host, len).await;
+            self.decompressed.borrow_mut().under_way.retain(|k| *k != key);
+            self.unpark(Key::Packed(layer, host));
+            return result;
         }
+        Ok(())
+    }
+
+    async fn decompress_now(
+        &self,
+        slot: u16,
+        layer: usize,
+        host: u64,
+        len: u32,
+    ) -> Result<(), Status> {
         let l = &self.stack.layers[layer];
         let LayerFormat::Qcow { geometry, compression, .. } = &l.format else {
             return Err(Status::Corrupt);
         };
         let packed = self.read_packed(slot, layer, host, len).await?;
         let size = geometry.cluster_size() as usize;
-        let mut data = vec![0; size];
-        let unpacked = self.decompressor.borrow_mut().decode(*compression, &packed, &mut data);
-        unpacked.map_err(|e| {
+        let sent = match self.unpacker.borrow().as_ref() {
+            Some(unpacker) => Ok(unpacker.send(*compression, packed, size)),
+            None => Err(packed),
+        };
+        let unpacked = match sent {
+            Ok(reply) => self.answer(slot, || reply.pop()).await,
+            Err(packed) => unpack(&mut self.decompressor.borrow_mut(), *compression, &packed, size),
+        };
+        let data = unpacked.map_err(|e| {
             self.complain(layer, format_args!("compressed cluster at {host:#x}: {e}"));
             Status::Corrupt
         })?;
-        let mut kept = self.decompressed.borrow_mut();
-        if kept.get(layer, host).is_none() {
-            kept.put(layer, host, data);
-        }
+        self.decompressed.borrow_mut().put(layer, host, data);
         Ok(())
     }
 

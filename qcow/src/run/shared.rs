@@ -22,6 +22,7 @@ use super::read::Decompressed;
 use super::reclaim::LetGo;
 use super::stack::Stack;
 use super::stream::Stream;
+use super::workers::Unpacker;
 use crate::compress::Decompressor;
 use crate::format::Geometry;
 use crate::map::{Map, Pages};
@@ -65,6 +66,8 @@ pub(super) enum Key {
     Buffer,
     /// Leave for the stream to go on.
     Stream,
+    /// The contents of a compressed cluster: layer and host offset.
+    Packed(usize, u64),
 }
 
 /// A slot as its task sees it.
@@ -119,6 +122,10 @@ pub(super) struct Shared {
     pub(super) let_go: RefCell<LetGo>,
     pub(super) decompressed: RefCell<Decompressed>,
     pub(super) decompressor: RefCell<Decompressor>,
+    /// Who decompresses, if not the reactor itself.
+    pub(super) unpacker: RefCell<Option<Unpacker>>,
+    /// Slots that wait for an answer of theirs.
+    unpacking: RefCell<Vec<u16>>,
     pub(super) counters: super::image::Counters,
     pub(super) stream: Stream,
     /// What other reactors know of the image too.
@@ -183,6 +190,8 @@ impl Shared {
             let_go: RefCell::default(),
             decompressed: RefCell::default(),
             decompressor: RefCell::default(),
+            unpacker: RefCell::default(),
+            unpacking: RefCell::default(),
             counters: super::image::Counters::default(),
             stream: Stream::default(),
             common: Arc::new(Common::new()),
@@ -303,6 +312,29 @@ impl Shared {
         self.parked.borrow_mut().push((key, slot));
         self.counters.parked.set(self.counters.parked.get() + 1);
         reactor::task::until(|| self.work(slot).woken.get().then_some(())).await;
+    }
+
+    /// Waits until `ready` returns something, asked whenever workers have answered.
+    pub(super) async fn answer<T>(&self, slot: u16, ready: impl FnMut() -> Option<T>) -> T {
+        self.unpacking.borrow_mut().push(slot);
+        let answer = reactor::task::until(ready).await;
+        self.unpacking.borrow_mut().retain(|&s| s != slot);
+        answer
+    }
+
+    /// Whether workers have answered.
+    #[inline]
+    pub(super) fn has_answers(&self) -> bool {
+        self.unpacker.borrow().as_ref().is_some_and(Unpacker::has_answers)
+    }
+
+    /// Has those look that wait for answers.
+    #[cold]
+    pub(super) fn take_answers(&self) {
+        if let Some(u) = self.unpacker.borrow().as_ref() {
+            u.clear();
+        }
+        self.ready.borrow_mut().extend(self.unpacking.borrow().iter());
     }
 
     /// Lets the others of this turn go first.
