@@ -24,9 +24,33 @@ pub struct Committed {
     pub zero_bytes: u64,
 }
 
+/// Who looks on at something long.
+pub trait Watch {
+    /// So many bytes of the disk are done.
+    ///
+    /// # Errors
+    /// Ends it here.
+    fn at(&mut self, bytes: u64) -> Result<()>;
+
+    /// An image that is changed has new tables on disk; where the old ones were, others will soon be.
+    ///
+    /// # Errors
+    /// Ends it here, with nothing of the old tables given back.
+    fn switched(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl<F: FnMut(u64)> Watch for F {
+    fn at(&mut self, bytes: u64) -> Result<()> {
+        self(bytes);
+        Ok(())
+    }
+}
+
 /// Writes what the layers above `depth` (at least 1) hold into that layer; its storage must be
 /// writable, and with `empty` the top's, too, which is emptied then. The layer grows to the top's
-/// size if it is smaller. `progress` is told how many bytes of the disk are done.
+/// size if it is smaller.
 ///
 /// # Errors
 /// If the top has internal snapshots (they would show something else afterwards), something cannot
@@ -36,7 +60,7 @@ pub fn commit<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
     empty: bool,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Committed> {
     let layers = reader.layers();
     let name = layers[0].name.clone();
@@ -47,8 +71,8 @@ pub fn commit<S: Storage>(
         refuse_snapshots(layer)?;
     }
     let done = match layers[depth].kind {
-        LayerKind::Raw(_) => into_raw(reader, depth, progress)?,
-        LayerKind::Qcow2(_) => into_image(reader, depth, progress)?,
+        LayerKind::Raw(_) => into_raw(reader, depth, watch)?,
+        LayerKind::Qcow2(_) => into_image(reader, depth, watch)?,
     };
     if empty && let Some(size) = reader.layers()[0].image().map(|i| i.geometry.size()) {
         let (_, meta) = run(reader.storage(0), &name, |tx, st| {
@@ -91,7 +115,7 @@ fn next_above<S: Storage>(
 fn into_raw<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Committed> {
     let name = reader.layers()[depth].name.clone();
     let io = |what| Error::io(&name, what);
@@ -122,7 +146,7 @@ fn into_raw<S: Storage>(
             done.data_bytes += len;
             at = start + len;
         }
-        progress(at);
+        watch.at(at)?;
     }
     reader.storage(depth).flush().map_err(io("flush"))?;
     Ok(done)
@@ -131,12 +155,12 @@ fn into_raw<S: Storage>(
 fn into_image<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Committed> {
     let name = reader.layers()[depth].name.clone();
     let mut tx = Tx::open(reader.storage(depth), &name)?;
     reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
-    match copy(reader, depth, &mut tx, progress) {
+    match copy(reader, depth, &mut tx, watch) {
         Ok(done) => Ok(done),
         Err(e) => {
             tx.abort(reader.storage(depth));
@@ -150,14 +174,20 @@ pub(super) fn checkpoint<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
     tx: &mut Tx,
+    watch: &mut dyn Watch,
 ) -> Result<()> {
-    tx.commit(reader.storage(depth))?;
+    tx.commit_watched(reader.storage(depth), &mut || watch.switched())?;
     reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
     Ok(())
 }
 
 /// Has the layer's bitmaps say what is going to change, before anything does.
-fn mark<S: Storage>(reader: &mut ChainReader<S>, depth: usize, tx: &mut Tx) -> Result<()> {
+fn mark<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    tx: &mut Tx,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     if tx.bitmaps.is_empty() {
         return Ok(());
     }
@@ -166,22 +196,22 @@ fn mark<S: Storage>(reader: &mut ChainReader<S>, depth: usize, tx: &mut Tx) -> R
         tx.mark(reader.storage(depth), start, len)?;
         at = start + len;
     }
-    checkpoint(reader, depth, tx)
+    checkpoint(reader, depth, tx, watch)
 }
 
 fn copy<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
     tx: &mut Tx,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Committed> {
     let size = reader.size();
     if tx.geometry().size() < size {
         let below = Below::of(reader, depth)?;
         tx.set_size(reader.storage(depth), size, below)?;
-        checkpoint(reader, depth, tx)?;
+        checkpoint(reader, depth, tx, watch)?;
     }
-    mark(reader, depth, tx)?;
+    mark(reader, depth, tx, watch)?;
     let g = tx.geometry();
     let cluster = g.cluster_size();
     let backed = tx.meta.header.backing_name.is_some();
@@ -227,14 +257,14 @@ fn copy<S: Storage>(
         at = end;
         since += end - first;
         if since >= STEP {
-            checkpoint(reader, depth, tx)?;
+            checkpoint(reader, depth, tx, watch)?;
             since = 0;
         }
-        progress(at.min(size));
+        watch.at(at.min(size))?;
         if at >= size {
             break;
         }
     }
-    checkpoint(reader, depth, tx)?;
+    checkpoint(reader, depth, tx, watch)?;
     Ok(done)
 }

@@ -22,7 +22,7 @@ mod tx;
 
 pub use amend::{Amend, amend};
 pub use bitmap::{BitmapAction, change_bitmap};
-pub use commit::{Committed, commit};
+pub use commit::{Committed, Watch, commit};
 pub use header::set_backing;
 pub use rebase::{NewBacking, Rebased, rebase};
 pub use resize::resize;

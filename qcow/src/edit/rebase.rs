@@ -5,7 +5,7 @@
 
 use block::Storage;
 
-use super::commit::{PIECE, STEP, checkpoint, refuse_snapshots};
+use super::commit::{PIECE, STEP, Watch, checkpoint, refuse_snapshots};
 use super::header::set_backing;
 use super::tx::Tx;
 use crate::open::{Format, LayerKind};
@@ -33,7 +33,7 @@ pub struct Rebased {
 }
 
 /// Gives the top image, whose storage must be writable, another backing file (or none), with the
-/// disk unchanged. `progress` is told how many bytes of the disk are done.
+/// disk unchanged.
 ///
 /// # Errors
 /// If the image has internal snapshots (they would show something else afterwards), something
@@ -42,7 +42,7 @@ pub struct Rebased {
 pub fn rebase<S: Storage>(
     reader: &mut ChainReader<S>,
     mut to: Option<NewBacking<'_, S>>,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Rebased> {
     let top = &reader.layers()[0];
     let name = top.name.clone();
@@ -52,7 +52,7 @@ pub fn rebase<S: Storage>(
     refuse_snapshots(top)?;
     let mut tx = Tx::open(reader.storage(0), &name)?;
     reader.changed(0, LayerKind::Qcow2(Box::new(tx.meta.clone())));
-    let done = match copy(reader, to.as_mut(), &mut tx, progress) {
+    let done = match copy(reader, to.as_mut(), &mut tx, watch) {
         Ok(done) => done,
         Err(e) => {
             tx.abort(reader.storage(0));
@@ -68,7 +68,7 @@ fn copy<S: Storage>(
     reader: &mut ChainReader<S>,
     mut to: Option<&mut NewBacking<'_, S>>,
     tx: &mut Tx,
-    progress: &mut dyn FnMut(u64),
+    watch: &mut dyn Watch,
 ) -> Result<Rebased> {
     let g = tx.geometry();
     let cluster = g.cluster_size();
@@ -87,7 +87,7 @@ fn copy<S: Storage>(
         let same = if same == run { run } else { same - same % cluster };
         if same > 0 {
             at += same;
-            progress(at);
+            watch.at(at)?;
             continue;
         }
         let len = run.min(PIECE.max(cluster));
@@ -118,12 +118,12 @@ fn copy<S: Storage>(
         }
         at += len;
         if since >= STEP {
-            checkpoint(reader, 0, tx)?;
+            checkpoint(reader, 0, tx, watch)?;
             since = 0;
         }
-        progress(at);
+        watch.at(at)?;
     }
-    checkpoint(reader, 0, tx)?;
+    checkpoint(reader, 0, tx, watch)?;
     Ok(done)
 }
 

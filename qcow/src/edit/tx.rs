@@ -281,6 +281,19 @@ impl Tx {
     /// # Errors
     /// If there is no room, a count is impossible, or a write fails.
     pub(super) fn commit(&mut self, st: &mut dyn Storage) -> Result<()> {
+        self.commit_watched(st, &mut || Ok(()))
+    }
+
+    /// The same; `switched` is called when the image is the new one, before anything that the old
+    /// one had is used again or given back: somebody may still be reading there.
+    ///
+    /// # Errors
+    /// Also what `switched` says; the image is the new one then, and nothing is given back.
+    pub(super) fn commit_watched(
+        &mut self,
+        st: &mut dyn Storage,
+        switched: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         self.put_table(st)?;
         if self.counts.flags_moved {
             self.fix_flags(st)?;
@@ -319,6 +332,7 @@ impl Tx {
         self.len_was = u64::MAX;
         self.write_header(st, first)?;
         st.flush().map_err(self.io("flush"))?;
+        switched()?;
         self.committed(st, counted.is_some())?;
         if relaid { self.restore_names(st) } else { Ok(()) }
     }
