@@ -180,7 +180,8 @@ impl Rig {
         let parts = Parts::new(node::open_chain(&spec, &open)?)?;
         let image = qcow::run::Options { l2_cache: o.l2_cache, ..Default::default() };
         let start = Start { cpu: o.cores[0], policy: o.policy };
-        let mut disk = Disk::start(parts, DiskOptions { start, image }, clock.clone())?;
+        let mut disk =
+            Disk::start(parts, DiskOptions { reactors: vec![start], image }, clock.clone())?;
         let wake = ask(&disk, |core| core.wake())?;
         let guest = Guest::new(ORDER, served.blocks, Kick { signal: Signal::default(), wake })?;
         let (ring, grants) = (guest.ring().ring(), guest.ring().grants());

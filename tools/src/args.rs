@@ -33,9 +33,14 @@ impl Reactor {
         Ok((0..count).map(|i| from.get(i).or(from.last()).copied()).collect())
     }
 
-    /// The first of `--cores`, if any were named.
-    pub(crate) fn first_core(&self) -> anyhow::Result<Option<usize>> {
-        Ok(if self.cores.is_empty() { None } else { self.cores(1)?[0] })
+    /// Processors for reactors that serve together: those of `--cores`, else one for the scheduler
+    /// to choose.
+    pub(crate) fn each_core(&self) -> anyhow::Result<Vec<Option<usize>>> {
+        let again = |&(i, c): &(usize, &usize)| self.cores[..i].contains(c);
+        if let Some((_, c)) = self.cores.iter().enumerate().find(again) {
+            bail!("processor {c} is named twice");
+        }
+        if self.cores.is_empty() { Ok(vec![None]) } else { self.cores(self.cores.len()) }
     }
 }
 

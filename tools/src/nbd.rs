@@ -78,12 +78,11 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     };
     // Until here a signal ends the process, as long as opening and repairing may take.
     let stop = signals.told();
-    let start = Start {
-        cpu: nbd.reactor.first_core()?,
-        policy: nbd.reactor.policy.unwrap_or(Policy::Adaptive),
-    };
+    let policy = nbd.reactor.policy.unwrap_or(Policy::Adaptive);
+    let cores = nbd.reactor.each_core()?;
+    let reactors = cores.into_iter().map(|cpu| Start { cpu, policy }).collect();
     let image = qcow::run::Options { l2_cache: nbd.reactor.l2_cache, ..Default::default() };
-    let disk = Disk::start(parts, DiskOptions { start, image }, clock)?;
+    let disk = Disk::start(parts, DiskOptions { reactors, image }, clock)?;
     let served = serve(nbd, &spec, &disk, &stop);
     let closed = disk.close();
     served?;

@@ -288,6 +288,8 @@ impl Image {
             self.next_link = self.next_link.wrapping_add(1);
             // Asked first, since taking from an empty queue costs a fence.
             if !link.has_errand() {
+                // Of frontends that came, and may have gone again.
+                self.learn_regions(leaves, link);
                 empty += 1;
                 continue;
             }

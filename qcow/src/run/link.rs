@@ -149,7 +149,8 @@ impl Link {
     }
 
     pub(super) fn take_reply(&self) -> Option<Reply> {
-        self.replies.pop()
+        // Asked in every turn, and to take from an empty queue costs a fence.
+        if self.has_reply() { self.replies.pop() } else { None }
     }
 
     pub(super) fn has_reply(&self) -> bool {
@@ -176,7 +177,7 @@ impl Link {
     }
 
     pub(super) fn take_region(&self) -> Option<Arc<Region>> {
-        self.regions.pop()
+        if self.regions.is_empty() { None } else { self.regions.pop() }
     }
 
     pub(super) fn has_errand(&self) -> bool {

@@ -33,7 +33,7 @@ pub struct Span {
 }
 
 /// One layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum MapLayer {
     /// A VHD image.
     Vhd(Arc<Image>),
@@ -89,7 +89,7 @@ pub(crate) struct Cut {
 }
 
 /// A bitmap: a bit for each sector, the highest of each byte first.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Bitmap {
     /// All are set.
     Full,
@@ -101,7 +101,7 @@ enum Bitmap {
 type Look = Result<(Source, u64), Load>;
 
 /// The layers and what is known of their bitmaps.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Map {
     pub(crate) layers: Vec<MapLayer>,
     bitmaps: HashMap<(usize, u64), Bitmap>,

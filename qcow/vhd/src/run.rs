@@ -24,6 +24,7 @@ const LOAD_BYTES: u64 = 4 << 20;
 const COMPLAINTS: u32 = 100;
 
 /// An opened chain as the datapath needs it. Can be sent to the reactor's thread.
+#[derive(Clone)]
 pub struct Stack {
     map: Map,
     ports: Vec<Port>,

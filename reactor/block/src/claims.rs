@@ -135,6 +135,11 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
+    /// The claims that it is a part of.
+    pub(crate) fn claims(&self) -> &Arc<Claims> {
+        &self.claims
+    }
+
     fn words(&self) -> &[AtomicU64; WRITES] {
         &self.claims.lanes[self.index].0
     }

@@ -102,6 +102,14 @@ impl<Q: BlockQueue> RmwQueue<Q> {
         Ok(queue)
     }
 
+    /// The same for another reactor, over its own queue to the same device.
+    ///
+    /// # Errors
+    /// As for [`RmwQueue::new`].
+    pub fn another(&self, leaf: Q) -> Result<RmwQueue<Q>, String> {
+        RmwQueue::new(leaf, self.lane.claims())
+    }
+
     /// The leaf.
     pub fn leaf(&self) -> &Q {
         &self.leaf

@@ -190,6 +190,22 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         Ok(queue)
     }
 
+    /// The same stripe for another reactor; `queue` makes another queue to a member's device.
+    ///
+    /// # Errors
+    /// What `queue` says, or that a member has become smaller.
+    pub fn another(
+        &self,
+        mut queue: impl FnMut(&Q) -> Result<Q, String>,
+    ) -> Result<StripeQueue<Q>, String> {
+        let members = self.members.iter().map(|(q, unit)| Ok((queue(q)?, *unit)));
+        let other = StripeQueue::new(members.collect::<Result<_, String>>()?, self.layout.size())?;
+        match other.info.size {
+            size if size < self.info.size => Err("a member has become smaller".to_owned()),
+            _ => Ok(other),
+        }
+    }
+
     /// The members' queues.
     pub fn members(&self) -> impl Iterator<Item = &Q> {
         self.members.iter().map(|(queue, _)| queue)

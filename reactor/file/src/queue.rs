@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{
     BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op, Request,
@@ -130,8 +131,24 @@ impl FileQueue {
     /// # Errors
     /// If it is no regular file or block device, or cannot be looked at.
     pub fn add(&mut self, file: File) -> Result<u16, Error> {
+        self.add_unit(Unit::new(file)?)
+    }
+
+    /// A queue to the same files for another reactor: the same descriptors, units of the same
+    /// numbers, the same engine.
+    ///
+    /// # Errors
+    /// If the kernel or memory has no more.
+    pub fn another(&self) -> Result<FileQueue, Error> {
+        let mut queue = FileQueue::new(self.engine())?;
+        for unit in &self.units {
+            queue.add_unit(unit.another())?;
+        }
+        Ok(queue)
+    }
+
+    fn add_unit(&mut self, unit: Unit) -> Result<u16, Error> {
         let at = u16::try_from(self.units.len()).map_err(|_| Error::TooMany)?;
-        let unit = Unit::new(file)?;
         if unit.direct && self.bounces.is_none() {
             let pool = Pool::new(BOUNCES, MAX_TRANSFER)?;
             self.kernel.register(pool.region(), false);
@@ -364,8 +381,10 @@ impl FileQueue {
                 }
             }
             Step::Ahead => {}
-            Step::Flush if unit.lost != 0 => return Some((Status::Medium, unit.lost)),
-            Step::Flush => {}
+            Step::Flush => match unit.lost.load(Ordering::Relaxed) {
+                0 => {}
+                lost => return Some((Status::Medium, lost)),
+            },
         }
         Some((Status::Ok, 0))
     }
@@ -439,7 +458,7 @@ impl FileQueue {
             // What lies behind the end reads as zeroes anyway.
             Step::Grow if unsupported && s.flush_after => return self.flush_now(slot),
             Step::Grow if unsupported => return Some((Status::Ok, 0)),
-            Step::Flush if !unit.direct => unit.lost = detail,
+            Step::Flush if !unit.direct => unit.lost.store(detail, Ordering::Relaxed),
             _ => {}
         }
         Some((if unsupported { Status::Unsupported } else { Status::from_errno(errno) }, detail))

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU16;
 
 use block::DeviceInfo;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -37,9 +38,10 @@ pub(crate) struct Unit {
     /// older data too, which only a flush tells (see `lost`).
     pub(crate) dsync: bool,
     /// The errno of a failed flush of the page cache, which has forgotten the data that it could not
-    /// write: no later flush may say that all is well.
-    pub(crate) lost: u16,
-    /// For a file that is expected to grow.
+    /// write: no later flush may say that all is well, of whatever reactor, since the kernel tells
+    /// one of them only.
+    pub(crate) lost: Arc<AtomicU16>,
+    /// For a file that is expected to grow; of one queue to it.
     pub(crate) ahead: Option<Ahead>,
 }
 
@@ -114,7 +116,7 @@ impl Unit {
             punch,
             zero_range: punch,
             dsync: align.is_some(),
-            lost: 0,
+            lost: Arc::default(),
             ahead: None,
         })
     }
@@ -124,6 +126,14 @@ impl Unit {
     /// Whether space is being asked for.
     pub(crate) fn grows_now(&self) -> bool {
         self.ahead.as_ref().is_some_and(|a| a.busy)
+    }
+}
+
+impl Unit {
+    /// The same file in the queue of another reactor, which makes it no longer.
+    pub(crate) fn another(&self) -> Unit {
+        let (file, info, lost) = (self.file.clone(), self.info.clone(), self.lost.clone());
+        Unit { file, info, lost, ahead: None, ..*self }
     }
 }
 

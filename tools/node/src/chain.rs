@@ -11,7 +11,7 @@ use reactor::Clock;
 
 use crate::device::Device;
 use crate::source::{Kind, Source, blocking};
-use crate::{Error, HostStorage, Leaf, Model, ModelSpec, NodeSpec, remote, vfio};
+use crate::{Error, HostStorage, Leaf, MOST_REACTORS, Model, ModelSpec, NodeSpec, remote, vfio};
 
 /// An image with its backing files, opened.
 pub type Chain = qcow::open::Chain<Source>;
@@ -271,6 +271,6 @@ pub(crate) fn file_leaf(files: Vec<std::fs::File>) -> Result<Leaf, String> {
     for f in files {
         queue.add(f).map_err(|e| e.to_string())?;
     }
-    let claims: Arc<Claims> = Claims::new(1);
+    let claims: Arc<Claims> = Claims::new(MOST_REACTORS);
     Ok(Leaf::File(Box::new(RmwQueue::new(queue, &claims)?)))
 }

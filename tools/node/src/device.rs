@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use crate::{Error, Model, remote, vfio};
+use crate::{Error, Leaf, Model, remote, vfio};
 
 /// A device that a leaf queue leads to, beyond what the queue itself holds.
 pub(crate) enum Device {
@@ -24,6 +24,18 @@ impl Device {
             Device::Model(model) => model.close().map(Some),
             Device::Vfio(lease) => lease.close().map(|()| None),
             Device::Remote(lease) => lease.close().map(|()| None),
+        }
+    }
+
+    /// Another queue to it, for another reactor; to be dropped before [`Device::close`].
+    ///
+    /// # Errors
+    /// If the controller has none left, or is lost.
+    pub(crate) fn another_queue(&self) -> Result<Leaf, Error> {
+        match self {
+            Device::Model(model) => model.another_queue(),
+            Device::Vfio(lease) => lease.another_queue(),
+            Device::Remote(lease) => lease.another_queue(),
         }
     }
 

@@ -74,7 +74,7 @@ impl ExtentSource {
     /// If memory is short or the reactor has ended.
     pub fn new(door: Door) -> Result<ExtentSource, Error> {
         let region = Region::new(4096, PageSize::Small).map_err(|e| Error::node(door.name(), e))?;
-        let portal = door.open(1, vec![region.clone()])?;
+        let portal = door.open_home(1, vec![region.clone()])?;
         Ok(ExtentSource { door, portal: Mutex::new((portal, region)) })
     }
 

@@ -11,6 +11,7 @@ use dma::Region;
 use file::FileQueue;
 use nvme::QueuePair;
 
+use crate::device::Device;
 use crate::transport::Transport;
 
 /// A reactor's queue to one device.
@@ -41,6 +42,29 @@ impl Leaf {
         Ok(match info.block_size {
             512 => Leaf::Nvme(Box::new(pair)),
             _ => Leaf::NvmeRmw(Box::new(RmwQueue::new(pair, claims)?)),
+        })
+    }
+
+    /// Another queue to the same devices, for another reactor. `below`: the devices that NVMe queues
+    /// lead to, in the order of the queues.
+    ///
+    /// # Errors
+    /// If a device, the kernel or memory has no more.
+    pub(crate) fn another<'a>(
+        &self,
+        below: &mut impl Iterator<Item = &'a Device>,
+    ) -> Result<Leaf, String> {
+        Ok(match self {
+            Leaf::Mem(q) => Leaf::Mem(Box::new(q.another())),
+            Leaf::File(q) => {
+                let queue = q.leaf().another().map_err(|e| e.to_string())?;
+                Leaf::File(Box::new(q.another(queue)?))
+            }
+            Leaf::Nvme(_) | Leaf::NvmeRmw(_) => {
+                let device = below.next().ok_or("a queue pair without a device")?;
+                device.another_queue().map_err(|e| e.to_string())?
+            }
+            Leaf::Stripe(q) => Leaf::Stripe(Box::new(q.another(|m| m.another(below))?)),
         })
     }
 

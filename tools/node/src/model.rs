@@ -15,13 +15,10 @@ use reactor::{Clock, sync::Mutex};
 
 use crate::control::Control;
 use crate::transport::Transport;
-use crate::{Error, Leaf, ModelSpec};
+use crate::{Error, Leaf, MOST_REACTORS, ModelSpec};
 
 /// The device's half, for whoever steps it.
 pub type ModelController = nvme_model::Controller<RegionMemory>;
-
-/// Queues to a model at most.
-const QUEUES: usize = 16;
 
 /// Counters of the device, readable while it runs.
 pub use nvme_model::Stats as ModelStats;
@@ -159,7 +156,7 @@ impl Model {
         if let Some(r) = control.refused().first() {
             return Err(Error::node(&node, format!("namespace: {}", r.why)));
         }
-        let claims = Claims::new(QUEUES);
+        let claims = Claims::new(MOST_REACTORS);
         let (device, control) = (Some(device), Some(control));
         let model = Model { node, device, stats, control, claims };
         let leaf = model.another_queue()?;

@@ -309,13 +309,18 @@ impl Remote {
         if uses.iter().any(|&(n, w)| n == nsid && (w || writable)) {
             return Err(format!("namespace {nsid} is in use"));
         }
+        let queue = self.another_queue(nsid)?;
+        uses.push((nsid, writable));
+        Ok(queue)
+    }
+
+    /// The same without noting a use.
+    fn another_queue(&self, nsid: u32) -> Result<(Leaf, u16), String> {
         let found = self.control.namespaces().iter().position(|n| n.nsid == nsid);
         let unit = found.ok_or_else(|| self.missing(nsid))?;
         let unit = u16::try_from(unit).map_err(|_| "too many namespaces".to_owned())?;
         let pair = self.control.queue_pair().map_err(|e| e.to_string())?;
-        let leaf = Leaf::nvme(pair, unit, &self.claims)?;
-        uses.push((nsid, writable));
-        Ok((leaf, unit))
+        Ok((Leaf::nvme(pair, unit, &self.claims)?, unit))
     }
 
     /// Why a namespace is not among those that can be used.
@@ -329,6 +334,16 @@ impl Remote {
 }
 
 impl Lease {
+    /// Another queue to the namespace, for another reactor.
+    ///
+    /// # Errors
+    /// If the controller has none left, or is lost.
+    pub(crate) fn another_queue(&self) -> Result<Leaf, Error> {
+        let fail = |why: String| Error::node(format!("namespace {}", self.nsid), why);
+        let remote = self.remote.as_ref().ok_or_else(|| fail("was given back".to_owned()))?;
+        remote.another_queue(self.nsid).map(|(leaf, _)| leaf).map_err(fail)
+    }
+
     /// Whether the namespace was opened for writing.
     pub(crate) fn writable(&self) -> bool {
         self.writable

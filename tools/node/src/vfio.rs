@@ -211,7 +211,6 @@ pub(crate) fn open(
     clock: Clock,
 ) -> Result<(Leaf, u16, device::Device), Error> {
     let node = spec.to_string();
-    let fail = |e: &dyn std::fmt::Display| Error::node(&node, e);
     let mut drives = DRIVES.lock();
     let drives = &mut *drives;
     if !drives.drives.iter().any(|d| d.address == spec.address) {
@@ -221,14 +220,7 @@ pub(crate) fn open(
     }
     // Gives the device back on every way out but the last.
     let mut lease = Lease { spec, writable, open: false };
-    let result = drives.lease(&mut lease).and_then(|drive| {
-        let namespaces = drive.control.namespaces();
-        let found = namespaces.iter().position(|n| n.nsid == spec.nsid);
-        let unit = found.ok_or_else(|| fail(&missing(drive, spec.nsid)))? as u16;
-        let pair = drive.control.queue_pair()?;
-        let leaf = Leaf::nvme(pair, unit, &drive.claims).map_err(|e| fail(&e))?;
-        Ok((leaf, unit))
-    });
+    let result = drives.lease(&mut lease).and_then(|drive| drive.queue(spec));
     match result {
         Ok((leaf, unit)) => Ok((leaf, unit, device::Device::Vfio(lease))),
         Err(e) => {
@@ -299,6 +291,18 @@ fn start(drives: &mut Drives, address: Address, node: &str, clock: Clock) -> Res
     Ok(Drive { address, control, claims, uses: Vec::new() })
 }
 
+impl Drive {
+    /// A queue of which a namespace is to be used, and the unit of that in it.
+    fn queue(&self, spec: VfioSpec) -> Result<(Leaf, u16), Error> {
+        let fail = |e: String| Error::node(spec.to_string(), e);
+        let found = self.control.namespaces().iter().position(|n| n.nsid == spec.nsid);
+        let unit = found.ok_or_else(|| fail(missing(self, spec.nsid)))? as u16;
+        let pair = self.control.queue_pair()?;
+        let leaf = Leaf::nvme(pair, unit, &self.claims).map_err(fail)?;
+        Ok((leaf, unit))
+    }
+}
+
 impl Drives {
     /// Notes the use of a namespace of a drive that is open.
     fn lease(&mut self, lease: &mut Lease) -> Result<&Drive, Error> {
@@ -349,6 +353,17 @@ impl Lease {
     /// If the shutdown does not end in order.
     pub(crate) fn close(mut self) -> Result<(), Error> {
         DRIVES.lock().give_back(&mut self)
+    }
+
+    /// Another queue to the namespace, for another reactor.
+    ///
+    /// # Errors
+    /// If the device has none left, or is lost.
+    pub(crate) fn another_queue(&self) -> Result<Leaf, Error> {
+        let drives = DRIVES.lock();
+        let drive = drives.drives.iter().find(|d| d.address == self.spec.address);
+        let closed = || Error::node(self.spec.to_string(), "the device was closed");
+        Ok(drive.ok_or_else(closed)?.queue(self.spec)?.0)
     }
 
     /// Whether the namespace may be written to.

@@ -12,7 +12,7 @@ use reactor::{Clock, Policy, PortalRequest, Start};
 
 fn options() -> DiskOptions {
     DiskOptions {
-        start: Start { cpu: None, policy: Policy::Adaptive },
+        reactors: vec![Start { cpu: None, policy: Policy::Adaptive }],
         image: qcow::run::Options::default(),
     }
 }

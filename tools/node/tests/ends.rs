@@ -20,7 +20,7 @@ fn make(path: &Path) {
 fn serve(spec: &str) -> Disk {
     let chain = open_chain(&NodeSpec::parse(spec).unwrap(), &OpenOptions::write(Format::Qcow2));
     let options = DiskOptions {
-        start: Start { cpu: None, policy: Policy::Adaptive },
+        reactors: vec![Start { cpu: None, policy: Policy::Adaptive }],
         image: qcow::run::Options::default(),
     };
     Disk::start(Parts::new(chain.unwrap()).unwrap(), options, Clock::real()).unwrap()

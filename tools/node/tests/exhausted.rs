@@ -22,7 +22,7 @@ fn a_disk_without_memory_gives_everything_back_at_once() {
     let regions: Vec<_> =
         std::iter::from_fn(|| Region::new(4096, PageSize::Small).ok()).take(1024).collect();
     let options = DiskOptions {
-        start: Start { cpu: None, policy: Policy::Adaptive },
+        reactors: vec![Start { cpu: None, policy: Policy::Adaptive }],
         image: qcow::run::Options::default(),
     };
     let began = Instant::now();

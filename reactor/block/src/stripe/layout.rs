@@ -17,6 +17,11 @@ impl Layout {
         Layout { shift: size.ilog2(), members, inverse: u64::MAX / members + 1 }
     }
 
+    /// Bytes of a chunk.
+    pub(super) fn size(&self) -> u64 {
+        1 << self.shift
+    }
+
     /// Row and column of a chunk.
     #[inline]
     fn place(&self, chunk: u64) -> (u64, u64) {

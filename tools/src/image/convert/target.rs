@@ -220,7 +220,8 @@ impl Existing {
     ) -> anyhow::Result<Existing> {
         let parts = Parts::new(open_chain(spec, options)?)?;
         let start = Start { cpu: None, policy: Policy::Adaptive };
-        let options_of_disk = DiskOptions { start, image: qcow::run::Options::default() };
+        let options_of_disk =
+            DiskOptions { reactors: vec![start], image: qcow::run::Options::default() };
         let disk = Disk::start(parts, options_of_disk, Clock::real())?;
         let name = spec.to_string();
         let size = REQUEST.min(disk.info().max_transfer) & !511;

@@ -1,0 +1,359 @@
+//! [`Parts`]: an opened image taken apart, for one reactor or several, and [`Rest`], what is left of
+//! that while it runs.
+
+use std::fs::File;
+
+use block::{LeafAccess, Port, RawImage, Status};
+use file::ImageLock;
+use qcow::open::LayerKind;
+use qcow::run::{Seat, Stack, Wakes};
+use reactor::Wake;
+
+use crate::chain::file_leaf;
+use crate::device::Device;
+use crate::source::{Kind, Source};
+use crate::{Chain, Error, Image, Leaf, Model, ReactorCore, VhdChain};
+
+/// Reactors that serve an image together, at most.
+pub const MOST_REACTORS: usize = 16;
+
+/// An opened image taken apart: what a reactor needs to serve it. Can be sent to its thread.
+pub struct Parts {
+    // On an error dropped in this order: devices wait for their queue pairs, locks come last.
+    further: Vec<Further>,
+    leaves: Vec<Leaf>,
+    plan: Plan,
+    /// Where the layers lie, the one that is written to first.
+    ports: Vec<Port>,
+    writable: bool,
+    devices: Vec<Device>,
+    locks: Vec<ImageLock>,
+    name: String,
+}
+
+enum Plan {
+    /// Its metadata belongs to one reactor.
+    Qcow(Box<Stack>),
+    Each(Each),
+}
+
+/// An image of which every reactor has one of its own, since there is nothing to agree on.
+#[derive(Clone)]
+enum Each {
+    Raw { size: u64 },
+    Vhd(Box<vhd::run::Stack>),
+}
+
+impl Each {
+    fn attach(self, leaves: &mut [Leaf], top: Port, owner: u16) -> Result<Image, String> {
+        Ok(match self {
+            Each::Raw { size } => {
+                let image = RawImage::new(leaves, top, size, owner);
+                Image::Raw(Box::new(image.ok_or("the leaf queue has no such unit")?))
+            }
+            Each::Vhd(stack) => {
+                Image::Vhd(Box::new(vhd::run::Image::attach(*stack, owner, leaves)?))
+            }
+        })
+    }
+}
+
+impl Parts {
+    /// Takes an opened image apart.
+    ///
+    /// # Errors
+    /// If its metadata contradicts itself, or a leaf cannot be made.
+    pub fn new(mut chain: Chain) -> Result<Parts, Error> {
+        let name = chain.layers[0].name.clone();
+        let ports = ports(chain.layers.iter().map(|l| &l.storage));
+        let (plan, writable) = match &chain.layers[0].kind {
+            LayerKind::Raw(size) => (
+                Plan::Each(Each::Raw { size: *size }),
+                !block::Storage::read_only(&chain.layers[0].storage),
+            ),
+            LayerKind::Qcow2(image) => {
+                let writable = image.mode == qcow::Mode::Write;
+                (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
+            }
+        };
+        let storages = chain.layers.into_iter().map(|l| l.storage);
+        Parts::of(storages, plan, ports, writable, name)
+    }
+
+    /// Takes an opened VHD chain apart.
+    ///
+    /// # Errors
+    /// If a leaf cannot be made.
+    pub fn of_vhd(chain: VhdChain) -> Result<Parts, Error> {
+        let name = chain.layers[0].name.clone();
+        let ports = ports(chain.layers.iter().map(|l| &l.storage));
+        let plan = Each::Vhd(Box::new(vhd::run::Stack::new(&chain, &ports)));
+        let storages = chain.layers.into_iter().map(|l| l.storage);
+        Parts::of(storages, Plan::Each(plan), ports, false, name)
+    }
+
+    fn of(
+        storages: impl Iterator<Item = Source>,
+        plan: Plan,
+        ports: Vec<Port>,
+        writable: bool,
+        name: String,
+    ) -> Result<Parts, Error> {
+        let top = ports[0];
+        // On an error dropped in reverse: devices wait for their queue pairs, locks come last.
+        let (mut locks, mut devices, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
+        let mut files: Vec<File> = Vec::new();
+        for storage in storages {
+            locks.extend(storage.locks);
+            match storage.kind {
+                Kind::Host(h) => files.push(h.into_file()),
+                Kind::Leaf(b, below) => {
+                    leaves.push(b.into_leaf());
+                    devices.extend(below);
+                }
+            }
+        }
+        if !files.is_empty() {
+            let mut leaf = file_leaf(files).map_err(|e| Error::node(&name, e))?;
+            if let (Leaf::File(queue), Plan::Qcow(_), true) = (&mut leaf, &plan, top.leaf == 0) {
+                // It grows, and is cut where the image ends.
+                let ahead = queue.with_leaf(|q| q.allocate_ahead(top.unit));
+                ahead.map_err(|e| Error::node(&name, e))?;
+            }
+            leaves.insert(0, leaf);
+        }
+        let further = Vec::new();
+        Ok(Parts { further, leaves, plan, ports, writable, devices, locks, name })
+    }
+
+    /// The name of the image, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes queues to the same devices for `count` more reactors: see [`Rest::further`].
+    ///
+    /// # Errors
+    /// If a device, the kernel or memory has no more, or so many reactors are too many.
+    pub fn reserve(&mut self, count: usize) -> Result<(), Error> {
+        if self.further.len() + count >= MOST_REACTORS {
+            let why = format!("at most {MOST_REACTORS} reactors can serve an image");
+            return Err(Error::node(&self.name, why));
+        }
+        for _ in 0..count {
+            let mut below = self.devices.iter();
+            let leaves = self.leaves.iter().map(|l| l.another(&mut below));
+            let leaves =
+                leaves.collect::<Result<_, _>>().map_err(|e| Error::node(&self.name, e))?;
+            let own = match &self.plan {
+                Plan::Each(each) => Some(each.clone()),
+                Plan::Qcow(_) => None,
+            };
+            self.further.push(Further { leaves, ports: self.ports.clone(), own });
+        }
+        Ok(())
+    }
+
+    /// The models among the nodes.
+    pub fn models(&mut self) -> impl Iterator<Item = &mut Model> {
+        self.devices.iter_mut().filter_map(Device::as_model)
+    }
+
+    /// The queue to the top layer's device, the unit in it, and what is needed to end: for
+    /// measurements of a device, without an image.
+    pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
+        let top = self.ports[0];
+        let leaf = self.leaves.swap_remove(usize::from(top.leaf));
+        let Parts { further, writable, devices, locks, name, .. } = self;
+        (leaf, top.unit, Rest { further, top, writable, devices, locks, name })
+    }
+
+    /// Puts leaves and image into a core; returns the image's index and what is needed to close.
+    /// To be called on the reactor's thread, on a core without leaves.
+    ///
+    /// # Errors
+    /// If memory is short or a device cannot reach it.
+    pub fn attach(
+        self,
+        core: &mut ReactorCore,
+        options: qcow::run::Options,
+    ) -> Result<(usize, Rest), String> {
+        // On an error dropped in reverse.
+        let Parts { name, locks, devices, writable, ports, plan, leaves, further } = self;
+        let top = ports[0];
+        match attach_image(core, leaves, plan, top, options) {
+            Ok(index) => Ok((index, Rest { further, top, writable, devices, locks, name })),
+            Err(e) => {
+                drop(further);
+                // Before the devices, whose controllers wait for their queue pairs, and the locks.
+                drop(core.take_leaves());
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Where each layer will lie: all files are units of the first leaf queue, if there are any.
+fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> Vec<Port> {
+    let hosts = storages.clone().filter(|s| matches!(s.kind, Kind::Host(_)));
+    let (mut files, mut others) = (0, u16::from(hosts.count() > 0));
+    storages
+        .map(|s| match &s.kind {
+            Kind::Host(_) => {
+                files += 1;
+                Port { leaf: 0, unit: files - 1 }
+            }
+            Kind::Leaf(storage, _) => {
+                others += 1;
+                Port { leaf: others - 1, unit: storage.unit() }
+            }
+        })
+        .collect()
+}
+
+fn attach_image(
+    core: &mut ReactorCore,
+    leaves: Vec<Leaf>,
+    plan: Plan,
+    top: Port,
+    options: qcow::run::Options,
+) -> Result<usize, String> {
+    for leaf in leaves {
+        core.add_leaf(leaf)?;
+    }
+    core.add_image(|owner, leaves| match plan {
+        Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
+            .map(|i| Image::Qcow(Box::new(i))),
+        Plan::Each(each) => each.attach(leaves, top, owner),
+    })
+}
+
+/// What one more reactor needs to serve an image. Can be sent to its thread.
+pub struct Further {
+    leaves: Vec<Leaf>,
+    ports: Vec<Port>,
+    /// `None` for a satellite of the home reactor's.
+    own: Option<Each>,
+}
+
+impl Further {
+    /// Puts leaves and image into a core; returns the image's index. `seat` asks the home reactor
+    /// for [`take_seat`], given what wakes this one. To be called on the reactor's thread, on a core
+    /// without leaves; dropping the core gives all back.
+    ///
+    /// # Errors
+    /// If memory is short, a device cannot reach it, or the home reactor has ended.
+    pub fn attach(
+        self,
+        core: &mut ReactorCore,
+        seat: impl FnOnce(Wake) -> Option<Seat>,
+    ) -> Result<usize, String> {
+        let Further { leaves, ports, own } = self;
+        for leaf in leaves {
+            core.add_leaf(leaf)?;
+        }
+        let wake = core.wake();
+        core.add_image(|owner, leaves| match own {
+            Some(each) => each.attach(leaves, ports[0], owner),
+            None => {
+                let seat = seat(wake).ok_or("the image's home reactor has ended")?;
+                let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
+                Ok(Image::Satellite(Box::new(image)))
+            }
+        })
+    }
+}
+
+/// A place for one more reactor, which `away` wakes, at the image of this index on its home reactor.
+pub fn take_seat(home: &mut ReactorCore, image: usize, away: Wake) -> Option<Seat> {
+    let wakes = Wakes { home: home.wake(), away };
+    match home.image(image) {
+        Some(Image::Qcow(i)) => Some(i.seat(wakes)),
+        _ => None,
+    }
+}
+
+/// What is left of [`Parts`] while the image runs: needed to close it.
+pub struct Rest {
+    // First, as its queue pairs go before their devices.
+    further: Vec<Further>,
+    top: Port,
+    writable: bool,
+    devices: Vec<Device>,
+    locks: Vec<ImageLock>,
+    name: String,
+}
+
+impl Rest {
+    /// The name of the image, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What was reserved for one more reactor; to be taken out of its core before the end.
+    pub fn further(&mut self) -> Option<Further> {
+        self.further.pop()
+    }
+
+    /// The models among the nodes.
+    pub fn models(&mut self) -> impl Iterator<Item = &mut Model> {
+        self.devices.iter_mut().filter_map(Device::as_model)
+    }
+
+    /// Ends everything below an image that was closed and taken out of its core: cuts the file
+    /// where the image ends, shuts controllers down, gives locks back.
+    ///
+    /// # Errors
+    /// If the image's own close failed, or a device does not shut down.
+    pub fn finish(self, image: &Image, status: Status, mut leaves: Vec<Leaf>) -> Result<(), Error> {
+        let striped = matches!(leaves.get(usize::from(self.top.leaf)), Some(Leaf::Stripe(_)));
+        let end = match image {
+            // The members of a stripe are not the image's own files, and keep their length.
+            Image::Qcow(i) if self.writable && status.is_ok() && !striped => Some(i.end()),
+            _ => None,
+        };
+        if let Some(end) = end
+            && let Some(leaf) = leaves.get_mut(usize::from(self.top.leaf))
+            && end < leaf.unit_len(self.top.unit)
+            && let Err(s) = leaf.set_unit_len(self.top.unit, end)
+        {
+            log::warn!("{}: cannot cut the file at the image's end: {s}", self.name);
+        }
+        drop(leaves);
+        let name = self.name.clone();
+        self.end(end)?;
+        match status {
+            Status::Ok => Ok(()),
+            s => Err(Error::node(name, format!("closing the image: {s}"))),
+        }
+    }
+
+    /// Ends everything below a leaf that was dropped, see [`Parts::into_leaf`].
+    ///
+    /// # Errors
+    /// If a device does not shut down.
+    pub fn finish_leaf(self) -> Result<(), Error> {
+        self.end(None)
+    }
+
+    /// Shuts controllers down and gives locks back. The file of a model that holds the image is cut
+    /// at `cut`.
+    fn end(self, cut: Option<u64>) -> Result<(), Error> {
+        drop(self.further);
+        for device in self.devices {
+            let Some(file) = device.close()? else { continue };
+            let shorten = || -> std::io::Result<()> {
+                match cut {
+                    Some(end) if end < file.metadata()?.len() => {
+                        file.set_len(end)?;
+                        file.sync_all()
+                    }
+                    _ => Ok(()),
+                }
+            };
+            shorten().map_err(|e| Error::node(&self.name, e))?;
+        }
+        drop(self.locks);
+        Ok(())
+    }
+}
