@@ -253,3 +253,45 @@ fn what_cannot_be_opened_says_why() {
     assert!(model(&[&a, &b]).contains("must be the same"));
     assert!(model(&[]).contains("no node"));
 }
+
+#[test]
+fn an_image_on_two_reactors() {
+    let mut served = Served::start(&["mem:64M"]);
+    let spec = NodeSpec::parse(&served.node(1)).unwrap();
+    let mut bytes = open_source(&spec, &OpenOptions::write(Format::Raw)).unwrap();
+    qcow::create::create(&mut bytes, "test", &qcow::create::CreateOptions::new(32 << 20)).unwrap();
+    bytes.close().unwrap();
+    let chain = node::open_chain(&spec, &OpenOptions::write(Format::Qcow2)).unwrap();
+    let start = reactor::Start { cpu: None, policy: reactor::Policy::Adaptive };
+    let options = node::DiskOptions { reactors: vec![start; 2], image: Default::default() };
+    let parts = node::Parts::new(chain).unwrap();
+    let disk = node::Disk::start(parts, options, reactor::Clock::real()).unwrap();
+    let door = disk.door();
+    let mut pool = dma::Pool::new(2, 65536).unwrap();
+    let region = pool.region().clone();
+    let mut portals = [(); 2].map(|()| door.open(1, vec![region.clone()]).unwrap());
+    let (from, to) = (pool.take().unwrap().seg(), pool.take().unwrap().seg());
+    let mut call = |by: usize, op, cluster: u64, seg| {
+        let (flags, offset) = (block::Flags::NONE, cluster * 65536);
+        let request =
+            reactor::PortalRequest { id: 0, op, flags, offset, len: 65536, seg: Some(seg) };
+        assert_eq!(portals[by].call(request), block::Status::Ok);
+    };
+    for cluster in 0..64 {
+        let by = cluster as usize % 2;
+        region.write_seg(&from, &[cluster as u8 + 1; 65536]);
+        // An allocation, and then a hit, on one reactor; read on the other, twice.
+        call(by, block::Op::Write, cluster, from);
+        call(by, block::Op::Write, cluster, from);
+        for _ in 0..2 {
+            region.write_seg(&to, &[0; 65536]);
+            call(1 - by, block::Op::Read, cluster, to);
+            let mut data = vec![0; 65536];
+            region.read_seg(&to, &mut data);
+            assert!(data.iter().all(|&b| b == cluster as u8 + 1), "cluster {cluster}");
+        }
+    }
+    drop(portals);
+    disk.close().unwrap();
+    served.stop();
+}
