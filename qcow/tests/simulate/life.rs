@@ -96,7 +96,7 @@ impl Run<'_> {
         let bytes = std::mem::take(&mut self.bytes);
         let mut top = Disk::new(self.plan.disk, bytes, rng.fork(), self.trace.clone());
         if life.repair {
-            self.leaks = check(&mut top, Repair::All)?;
+            top = self.repair(life, top, rng)?;
         }
         top.set_sabotage(self.sabotage);
         let mut a = self.attach(life, top)?;
@@ -128,6 +128,23 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Repairs the image, with a power cut on the way: that must not have made anything worse.
+    fn repair(&mut self, life: &Life, mut top: Disk, rng: &mut Rng) -> Result<Disk, String> {
+        top.set_power_for(life.cut_repair);
+        if check(&mut top, Repair::All).is_err() {
+            let bytes = top.survivor(rng);
+            let left = verify(self.plan, &self.below, bytes, &self.model, Ended::Cut)?;
+            top = Disk::new(self.plan.disk, left.bytes, rng.fork(), self.trace.clone());
+            self.outcome.cuts += 1;
+        }
+        top.set_power_for(u64::MAX);
+        match check(&mut top, Repair::All)? {
+            0 => self.leaks = 0,
+            n => return Err(format!("{n} clusters leak after a repair")),
+        }
+        Ok(top)
+    }
+
     fn attach(&self, life: &Life, top: Disk) -> Result<Attached, String> {
         let mut disks = vec![top.clone()];
         disks.extend_from_slice(&self.below);
@@ -139,7 +156,7 @@ impl Run<'_> {
         let guest = (life.depth, life.sleepy);
         let reactors = Reactors::new(&disks, stack, options, guest, self.trace.clone())?;
         let cut_at = match life.end {
-            End::Cut(n) => top.writes().saturating_add(n),
+            End::Cut(n) | End::Lost(n) => top.writes().saturating_add(n),
             End::CutClose(_) | End::Close => u64::MAX,
         };
         let a = Attached { top, disks, reactors, cut_at };
@@ -158,10 +175,10 @@ impl Run<'_> {
                 let from = if full { rng.below(self.plan.disk.size) } else { u64::MAX };
                 a.top.set_no_space_from(from);
             }
-            if life.satellites > 0 && rng.one_in(60) {
+            if life.satellites > 0 && rng.one_in(25) {
                 if (a.reactors.count() as u64) <= life.satellites {
                     a.reactors.join()?;
-                } else if rng.one_in(3) {
+                } else if rng.one_in(8) {
                     a.reactors.leave();
                 }
             }
@@ -185,7 +202,11 @@ impl Run<'_> {
                 return Err(format!("{} requests are never answered", a.reactors.open()));
             }
             if a.is_cut() {
-                return Ok(Ended::Cut);
+                if matches!(life.end, End::Cut(_)) {
+                    return Ok(Ended::Cut);
+                }
+                a.top.lose();
+                a.cut_at = u64::MAX;
             }
             if probes > 0 && rng.one_in(150) {
                 probes -= 1;
@@ -197,7 +218,7 @@ impl Run<'_> {
             self.outcome.parked += parked;
             self.outcome.allocated += allocated;
         }
-        if matches!(life.end, End::Cut(_)) {
+        if matches!(life.end, End::Cut(_) | End::Lost(_)) {
             return Ok(Ended::Cut);
         }
         // All that is wrong with the disk ends: now everything must come right.
@@ -239,6 +260,7 @@ impl Run<'_> {
             Status::Ok => true,
             Status::Unsupported => op.flags.has(Flags::FAST_ONLY) || broken,
             Status::Medium | Status::Timeout => broken,
+            Status::Gone => matches!(life.end, End::Lost(_)),
             // A read needs no space; what a flush needs was taken before.
             Status::NoSpace => !matches!(op.op, Op::Read),
             _ => false,

@@ -19,6 +19,8 @@ pub(crate) enum End {
     Cut(u64),
     /// A clean close, and the power may fail in it, after so many changes.
     CutClose(u64),
+    /// The disk is lost after so many of its changes; all must be answered, and then the power fails.
+    Lost(u64),
     /// A clean close.
     Close,
 }
@@ -42,6 +44,8 @@ pub(crate) struct Life {
     pub(crate) probes: u64,
     /// Leaks are repaired before it begins.
     pub(crate) repair: bool,
+    /// The power fails after so many changes of that repair, and it is done again.
+    pub(crate) cut_repair: u64,
 }
 
 impl Life {
@@ -101,7 +105,8 @@ fn sectors(rng: &mut Rng, cluster_bits: u32) -> u64 {
 
 fn faults(rng: &mut Rng) -> Faults {
     let rare = |rng: &mut Rng| rng.pick(&[0, 0, 30, 100, 300]);
-    let mut f = Faults { late: rng.pick(&[0, 0, 20, 100]), ..Faults::default() };
+    let mut f = Faults { late: rng.pick(&[0, 0, 8, 30, 100]), ..Faults::default() };
+    f.stall = rng.pick(&[0, 0, 0, 200, 1000]);
     if rng.one_in(3) {
         (f.error, f.torn, f.done, f.lost) = (rare(rng), rare(rng), rare(rng), rare(rng));
     }
@@ -111,11 +116,19 @@ fn faults(rng: &mut Rng) -> Faults {
 impl Plan {
     pub(crate) fn draw(seed: u64, long: bool) -> Plan {
         let rng = &mut Rng::new(seed);
-        let cluster_bits = cluster_bits(rng);
-        let version = if rng.one_in(6) { 2 } else { 3 };
-        let refcount_bits =
-            if version == 2 { 16 } else { rng.pick(&[16, 16, 1, 2, 4, 8, 16, 32, 64]) };
-        let sectors = sectors(rng, cluster_bits) * if long { rng.within(1, 3) } else { 1 };
+        // The refcount table is full at 2 MiB of these, and moves.
+        let growing = rng.one_in(25);
+        let cluster_bits = if growing { 9 } else { cluster_bits(rng) };
+        let version = if !growing && rng.one_in(6) { 2 } else { 3 };
+        let refcount_bits = match version {
+            2 => 16,
+            _ if growing => 64,
+            _ => rng.pick(&[16, 16, 1, 2, 4, 8, 16, 32, 64]),
+        };
+        let sectors = match sectors(rng, cluster_bits) {
+            _ if growing => rng.within(4000, 5200),
+            n => n * if long { rng.within(1, 3) } else { 1 },
+        };
         let cluster = 1u64 << cluster_bits;
         // With little more than the disk, what was let go of is soon used again; and now and then
         // not everything fits.
@@ -132,7 +145,7 @@ impl Plan {
             refcount_bits,
             lazy: version > 2 && rng.one_in(4),
             compression: if zstd { Compression::Zstd } else { Compression::Deflate },
-            filled: rng.pick(&[0, 0, 3, 8]),
+            filled: if growing { 7 } else { rng.pick(&[0, 0, 3, 8]) },
             disk: disk(rng, room),
             below,
             lives: (0..lives).map(|n| Plan::draw_life(rng, n + 1 == lives, long)).collect(),
@@ -164,6 +177,7 @@ impl Plan {
             End::Cut(rng.within(1, requests * 2)),
             End::Cut(u64::MAX),
             End::CutClose(rng.within(1, 30)),
+            End::Lost(rng.within(1, requests)),
             End::Close,
         ];
         Life {
@@ -171,13 +185,14 @@ impl Plan {
             slots: rng.pick(&[1, 1, 2, 4, 8, 16, 64]),
             l2_cache: rng.pick(&[0, 0, 16 << 10, 8 << 20]),
             depth: rng.pick(&[1, 4, 12, 16]),
-            satellites: rng.pick(&[0, 0, 0, 1, 1, 2]),
+            satellites: rng.pick(&[0, 0, 1, 1, 2]),
             sleepy: rng.one_in(2),
             faults: faults(rng),
             full: rng.one_in(8),
-            end: ends[rng.weighted(if last { &[3, 1, 2, 3] } else { &[5, 1, 2, 2] })],
+            end: ends[rng.weighted(if last { &[6, 2, 4, 1, 6] } else { &[10, 2, 4, 1, 4] })],
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
+            cut_repair: rng.within(0, 6),
         }
     }
 }

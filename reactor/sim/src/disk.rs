@@ -36,6 +36,8 @@ pub struct Faults {
     pub done: u64,
     /// It is done, but only after several hundred polls.
     pub late: u64,
+    /// A queue stands still for several hundred polls: once in so many polls.
+    pub stall: u64,
     /// It has no answer until somebody else gives up, after some thousand polls: a time-out. It
     /// may have been done.
     pub lost: u64,
@@ -104,6 +106,8 @@ pub(crate) struct Lane {
     pub(crate) regions: Vec<Option<Arc<Region>>>,
     pub(crate) held: Vec<Held>,
     pub(crate) polls: u64,
+    /// The queue stands still before this poll.
+    pub(crate) still: u64,
 }
 
 pub(crate) struct State {
@@ -120,6 +124,10 @@ pub(crate) struct State {
     pub(crate) numbers: u64,
     pub(crate) faults: Faults,
     pub(crate) no_space_from: u64,
+    /// It is lost: everything fails.
+    gone: bool,
+    /// The control path's changes after which the power fails.
+    power_for: u64,
     pub(crate) sabotage: Sabotage,
     pub(crate) rng: Rng,
     pub(crate) trace: Trace,
@@ -175,6 +183,8 @@ impl Disk {
             numbers: 0,
             faults: Faults::default(),
             no_space_from: u64::MAX,
+            gone: false,
+            power_for: u64::MAX,
             sabotage: Sabotage::None,
             rng,
             trace,
@@ -195,6 +205,22 @@ impl Disk {
     /// Writes behind this byte fail for want of space from now on.
     pub fn set_no_space_from(&self, offset: u64) {
         self.state().no_space_from = offset;
+    }
+
+    /// The disk is lost: from now on everything fails, also what it was asked already.
+    pub fn lose(&self) {
+        let mut s = self.state();
+        s.gone = true;
+        let State { lanes, rng, .. } = &mut *s;
+        for h in lanes.iter_mut().flat_map(|l| &mut l.held).filter(|h| h.end.is_none()) {
+            h.fate = Fate::Fails(Status::Gone, rng.pick(&[0, 50, 100]));
+        }
+    }
+
+    /// The power fails after so many changes that the control path makes: it gets errors then, and
+    /// [`Disk::survivor`] is what is left.
+    pub fn set_power_for(&self, changes: u64) {
+        self.state().power_for = changes;
     }
 
     /// How the disk lies from now on.
@@ -333,6 +359,9 @@ impl State {
             let some = if self.rng.one_in(2) { 50 } else { 0 };
             return (Fate::Fails(Status::NoSpace, some), 0);
         }
+        if self.gone {
+            return (Fate::Fails(Status::Gone, 0), 0);
+        }
         let f = self.faults;
         let status = match r.op {
             Op::WriteZeroes | Op::Discard => self.rng.pick(&[Status::Medium, Status::Unsupported]),
@@ -394,6 +423,10 @@ impl Storage for Disk {
         let (start, end) = self.range(offset, len).map_err(|s| failed("write", offset, len, s))?;
         let mut whole = vec![0; (end - start) as usize];
         let mut s = self.state();
+        if s.power_for == 0 {
+            return Err(failed("write", offset, len, Status::Gone));
+        }
+        s.power_for -= 1;
         s.get(start, &mut whole);
         whole[(offset - start) as usize..][..from.len()].copy_from_slice(from);
         s.numbers += 1;
@@ -414,6 +447,9 @@ impl Storage for Disk {
 
     fn flush(&mut self) -> Result<(), StorageError> {
         let mut s = self.state();
+        if s.power_for == 0 {
+            return Err(failed("flush", 0, 0, Status::Gone));
+        }
         s.numbers += 1;
         let number = s.numbers;
         s.flush(number);

@@ -27,7 +27,7 @@ impl SimQueue {
     pub fn new(disk: &Disk) -> SimQueue {
         let mut s = disk.state();
         let regions = vec![None; RegionId::MAX];
-        s.lanes.push(Lane { regions, held: Vec::new(), polls: 0 });
+        s.lanes.push(Lane { regions, held: Vec::new(), polls: 0, still: 0 });
         SimQueue { disk: disk.clone(), lane: s.lanes.len() - 1, info: s.info.clone() }
     }
 
@@ -172,6 +172,13 @@ impl BlockQueue for SimQueue {
         let before = out.len();
         s.lanes[self.lane].polls += 1;
         let now = s.lanes[self.lane].polls;
+        let stall = s.faults.stall;
+        if s.rng.one_in(stall) {
+            s.lanes[self.lane].still = now + s.rng.within(50, 500);
+        }
+        if now < s.lanes[self.lane].still {
+            return 0;
+        }
         let tries = s.lanes[self.lane].held.len() as u64;
         let tries = if tries == 0 { 0 } else { s.rng.below(tries + 2) };
         for _ in 0..tries.min(out.room() as u64) {

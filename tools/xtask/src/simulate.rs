@@ -13,7 +13,7 @@ use crate::suite::{Tally, cargo, counted};
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// How many runs.
-    #[arg(long, default_value_t = 2500, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// The first run's seed; the next ones follow. If it is not given the last commit decides.
     #[arg(long)]
@@ -30,7 +30,7 @@ pub(crate) fn command(args: &Args) -> Result<bool> {
 
 /// The step of the test command.
 pub(crate) fn step() -> Result<Tally> {
-    run(&Args { seeds: 2500, seed: None, long: false })
+    run(&Args { seeds: 2000, seed: None, long: false })
 }
 
 fn run(args: &Args) -> Result<Tally> {
