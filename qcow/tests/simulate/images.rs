@@ -3,53 +3,74 @@
 use block::Storage;
 use qcow::Compressor;
 use qcow::build::Builder;
-use qcow::create::CreateOptions;
+use qcow::create::{CreateOptions, create};
 use qcow::open::{Chain, ChainOptions, Format, Opened};
 use sim::{BELOW, Disk, Rng, SECTOR, Trace, fill};
 
 use crate::plan::Plan;
 
-/// Disks by layer, the image's first; and what each sector of the guest's disk holds.
+/// An image file.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    /// Images name each other by this number.
+    pub(crate) name: u32,
+    pub(crate) format: Format,
+    pub(crate) disk: Disk,
+}
+
+impl Layer {
+    /// Its name in another image.
+    pub(crate) fn path(&self) -> String {
+        format!("/layer{}", self.name)
+    }
+
+    /// The image as a power cut would leave it.
+    pub(crate) fn frozen(&self, rng: &mut Rng) -> Layer {
+        Layer { disk: self.disk.frozen(rng), ..self.clone() }
+    }
+}
+
+/// The layers, the one that is written to first; and what each sector of the guest's disk holds.
 pub(crate) struct Images {
-    pub(crate) disks: Vec<Disk>,
+    pub(crate) layers: Vec<Layer>,
     pub(crate) held: Vec<u32>,
 }
 
 /// Makes all layers, the lowest one first.
 pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, String> {
-    let (mut disks, mut held) = (Vec::new(), Vec::new());
-    let mut backing = None;
+    let (mut layers, mut held): (Vec<Layer>, _) = (Vec::new(), Vec::new());
     for (at, below) in plan.below.iter().enumerate().rev() {
         let id = BELOW + 2 * at as u32;
         let mut disk = Disk::new(below.disk, Vec::new(), rng.fork(), trace.clone());
         let format = if below.qcow {
             let mut o = CreateOptions::new(below.sectors * SECTOR as u64);
             o.cluster_size = 1 << below.cluster_bits;
-            o.backing = backing;
+            o.backing = layers.first().map(|l| (l.path(), l.format));
             held = build(&mut disk, &o, held, 6, id, rng)?;
             Format::Qcow2
         } else {
             // Whatever was below a raw layer is not seen.
-            disks.clear();
+            layers.clear();
             held = (0..below.sectors).map(|_| if rng.one_in(4) { 0 } else { id }).collect();
             write(&mut disk, 0, &held)?;
             Format::Raw
         };
-        disks.insert(0, disk);
-        backing = Some((format!("/layer{}", at + 1), format));
+        // It is not written to any more.
+        let disk = Disk::view(below.disk, disk.take_bytes());
+        layers.insert(0, Layer { name: at as u32 + 1, format, disk });
     }
     let mut disk = Disk::new(plan.disk, Vec::new(), rng.fork(), trace.clone());
     let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
     o.cluster_size = 1 << plan.cluster_bits;
     (o.version, o.refcount_bits, o.lazy_refcounts) = (plan.version, plan.refcount_bits, plan.lazy);
     o.compression = plan.compression;
-    o.backing = backing;
+    o.backing = layers.first().map(|l| (l.path(), l.format));
     let id = BELOW + 2 * plan.below.len() as u32;
     // Half of it is sure to fit.
     let filled = if plan.disk.size < plan.sectors * 600 { plan.filled / 2 } else { plan.filled };
     held = build(&mut disk, &o, held, filled, id, rng)?;
-    disks.insert(0, disk);
-    Ok(Images { disks, held })
+    layers.insert(0, Layer { name: 0, format: Format::Qcow2, disk });
+    Ok(Images { layers, held })
 }
 
 fn write(disk: &mut Disk, first: u64, held: &[u32]) -> Result<(), String> {
@@ -99,19 +120,29 @@ fn build(
     Ok(held)
 }
 
-/// Opens an image on the disks.
-pub(crate) fn open(disks: &[Disk], writable: bool) -> Result<Chain<Disk>, String> {
-    let opened = |i: usize| Opened {
-        storage: disks[i].clone(),
-        path: (i > 0).then(|| format!("/layer{i}").into()),
-        name: format!("layer {i}"),
+/// An empty image on this layer.
+pub(crate) fn overlay(plan: &Plan, name: u32, on: &Layer, disk: Disk) -> Result<Layer, String> {
+    let mut layer = Layer { name, format: Format::Qcow2, disk };
+    let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
+    o.cluster_size = 1 << plan.cluster_bits;
+    (o.version, o.refcount_bits) = (plan.version, plan.refcount_bits);
+    o.backing = Some((on.path(), on.format));
+    create(&mut layer.disk, "overlay", &o).map_err(|e| e.to_string())?;
+    Ok(layer)
+}
+
+/// Opens the first of the layers, with those of them that it stands on.
+pub(crate) fn open(layers: &[Layer], writable: bool) -> Result<Chain<Disk>, String> {
+    let opened = |l: &Layer| Opened {
+        storage: l.disk.clone(),
+        path: Some(l.path().into()),
+        name: format!("layer {}", l.name),
         id: None,
     };
     let options = ChainOptions { writable, ..Default::default() };
-    let mut next = 0;
-    let chain = Chain::open(opened(0), options, &mut |_| {
-        next += 1;
-        Ok(opened(next))
+    let chain = Chain::open(opened(&layers[0]), options, &mut |backing| {
+        let found = layers.iter().find(|l| l.path() == backing.name);
+        Ok(opened(found.expect("images name only what there is")))
     });
     chain.map_err(|e| e.to_string())
 }

@@ -5,7 +5,8 @@ use qcow::check::Repair;
 use qcow::run::{Options, Stack};
 use sim::{Disk, Faults, Guest, GuestOp, Load, Model, Rng, Sabotage, Trace};
 
-use crate::images::{Images, make, open};
+use crate::change::Stage;
+use crate::images::{Images, Layer, make, open};
 use crate::plan::{End, Life, Plan};
 use crate::reactors::Reactors;
 use crate::verify::{Ended, Verified, check, qemu, verify};
@@ -23,6 +24,9 @@ pub(crate) struct Outcome {
     /// Power cuts looked at.
     pub(crate) cuts: u64,
     pub(crate) lives: u64,
+    /// Overlays put in front, and streams that ended.
+    pub(crate) snapshots: u64,
+    pub(crate) streams: u64,
     /// Pages of maps loaded, waits for other requests, clusters allocated.
     pub(crate) loads: u64,
     pub(crate) parked: u64,
@@ -40,14 +44,13 @@ pub(crate) fn run(plan: &Plan, seed: u64, sabotage: Sabotage) -> Result<Outcome,
     let trace = Trace::default();
     // Other numbers than the plan was drawn from.
     let mut rng = Rng::new(!seed);
-    let Images { mut disks, held } = make(plan, &mut rng, &trace)?;
-    let top = disks.remove(0);
+    let Images { layers, held } = make(plan, &mut rng, &trace)?;
     let mut run = Run {
         plan,
         model: Model::new(&held),
-        bytes: top.take_bytes(),
+        layers,
         leaks: 0,
-        below: disks,
+        last_name: 100,
         sabotage,
         trace,
         outcome: Outcome::default(),
@@ -59,24 +62,33 @@ pub(crate) fn run(plan: &Plan, seed: u64, sabotage: Sabotage) -> Result<Outcome,
     Ok(run.outcome)
 }
 
-struct Run<'p> {
-    plan: &'p Plan,
-    model: Model,
-    /// What the disk holds between two lives.
-    bytes: Vec<u8>,
-    /// Clusters that leak there.
+/// See [`run`].
+pub(crate) struct Run<'p> {
+    pub(crate) plan: &'p Plan,
+    pub(crate) model: Model,
+    /// What there is between two lives, the image first.
+    layers: Vec<Layer>,
+    /// Clusters that leak in it.
     leaks: u64,
-    below: Vec<Disk>,
-    sabotage: Sabotage,
-    trace: Trace,
-    outcome: Outcome,
+    /// Of overlays.
+    pub(crate) last_name: u32,
+    pub(crate) sabotage: Sabotage,
+    pub(crate) trace: Trace,
+    pub(crate) outcome: Outcome,
 }
 
 /// An image attached.
-struct Attached {
+pub(crate) struct Attached {
+    /// The image's disk.
     top: Disk,
-    disks: Vec<Disk>,
-    reactors: Reactors,
+    /// The image and what it stands on, and the numbers of their leaf queues.
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) leaves: Vec<u16>,
+    pub(crate) reactors: Reactors,
+    pub(crate) stage: Stage,
+    /// Clusters that leaked in it when it was opened.
+    pub(crate) leaks: u64,
+    faults: Faults,
     /// Changes of the disk after which its power fails.
     cut_at: u64,
 }
@@ -86,24 +98,37 @@ impl Attached {
         self.top.writes() >= self.cut_at
     }
 
-    fn set_faults(&self, faults: Faults) {
-        self.disks.iter().for_each(|d| d.set_faults(faults));
+    fn set_faults(&mut self, faults: Faults) {
+        self.faults = faults;
+        self.layers.iter().for_each(|l| l.disk.set_faults(faults));
+    }
+
+    /// The image is on this disk now.
+    pub(crate) fn follow(&mut self, disk: &Disk) {
+        if self.cut_at != u64::MAX {
+            // As many changes more as there would have been.
+            let left = self.cut_at - self.top.writes();
+            self.cut_at = disk.writes() + left;
+        }
+        disk.set_faults(self.faults);
+        self.top = disk.clone();
     }
 }
 
 impl Run<'_> {
     fn life(&mut self, life: &Life, rng: &mut Rng) -> Result<(), String> {
-        let bytes = std::mem::take(&mut self.bytes);
-        let mut top = Disk::new(self.plan.disk, bytes, rng.fork(), self.trace.clone());
+        let mut layers = std::mem::take(&mut self.layers);
+        let bytes = layers[0].disk.clone().take_bytes();
+        layers[0].disk = Disk::new(self.plan.disk, bytes, rng.fork(), self.trace.clone());
         if life.repair {
-            top = self.repair(life, top, rng)?;
+            layers = self.repair(life, layers, rng)?;
         }
-        top.set_sabotage(self.sabotage);
-        let mut a = self.attach(life, top)?;
+        layers[0].disk.set_sabotage(self.sabotage);
+        let mut a = self.attach(life, layers)?;
         let ended = self.drive(life, &mut a, rng)?;
         let ended = match ended {
             // A count that cannot be read to be lowered stays, which the image says in its log.
-            Ended::Clean if self.leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
+            Ended::Clean if a.leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
             other => other,
         };
         if ended != Ended::Cut {
@@ -111,55 +136,62 @@ impl Run<'_> {
             self.model.flushed(now);
         }
         // Also after a clean close: everything is durable then.
-        let bytes = a.top.survivor(rng);
+        let layers = a.layers.iter().map(|l| l.frozen(rng)).collect();
         drop(a);
-        let Verified { held, leaks, bytes } =
-            verify(self.plan, &self.below, bytes, &self.model, ended)?;
+        let Verified { held, leaks, mut layers } = verify(layers, &self.model, ended)?;
         self.trace.add(&held.iter().map(|&id| id.into()).collect::<Vec<_>>());
         if self.plan.qemu {
-            let there = qemu(&bytes, ended)?;
+            let there = qemu(&mut layers[0].disk, ended)?;
             self.outcome.qemu += u64::from(there);
             self.outcome.no_qemu += u64::from(!there);
         }
         self.model.restart(&held);
-        (self.bytes, self.leaks) = (bytes, leaks);
+        (self.layers, self.leaks) = (layers, leaks);
         self.outcome.lives += 1;
         self.outcome.cuts += u64::from(ended == Ended::Cut);
         Ok(())
     }
 
     /// Repairs the image, with a power cut on the way: that must not have made anything worse.
-    fn repair(&mut self, life: &Life, mut top: Disk, rng: &mut Rng) -> Result<Disk, String> {
-        top.set_power_for(life.cut_repair);
-        if check(&mut top, Repair::All).is_err() {
-            let bytes = top.survivor(rng);
-            let left = verify(self.plan, &self.below, bytes, &self.model, Ended::Cut)?;
-            top = Disk::new(self.plan.disk, left.bytes, rng.fork(), self.trace.clone());
+    fn repair(
+        &mut self,
+        life: &Life,
+        mut layers: Vec<Layer>,
+        rng: &mut Rng,
+    ) -> Result<Vec<Layer>, String> {
+        layers[0].disk.set_power_for(life.cut_repair);
+        if check(&mut layers[0].disk, Repair::All).is_err() {
+            let left = layers.iter().map(|l| l.frozen(rng)).collect();
+            layers = verify(left, &self.model, Ended::Cut)?.layers;
+            let bytes = layers[0].disk.clone().take_bytes();
+            layers[0].disk = Disk::new(self.plan.disk, bytes, rng.fork(), self.trace.clone());
             self.outcome.cuts += 1;
         }
-        top.set_power_for(u64::MAX);
-        match check(&mut top, Repair::All)? {
+        layers[0].disk.set_power_for(u64::MAX);
+        match check(&mut layers[0].disk, Repair::All)? {
             0 => self.leaks = 0,
             n => return Err(format!("{n} clusters leak after a repair")),
         }
-        Ok(top)
+        Ok(layers)
     }
 
-    fn attach(&self, life: &Life, top: Disk) -> Result<Attached, String> {
-        let mut disks = vec![top.clone()];
-        disks.extend_from_slice(&self.below);
+    fn attach(&self, life: &Life, layers: Vec<Layer>) -> Result<Attached, String> {
+        let disks: Vec<Disk> = layers.iter().map(|l| l.disk.clone()).collect();
         let stack = |ports: &[Port]| {
-            let mut chain = open(&disks, true)?;
+            let mut chain = open(&layers, true)?;
             Stack::new(&mut chain, ports).map_err(|e| e.to_string())
         };
         let options = Options { slots: life.slots, l2_cache: life.l2_cache };
         let guest = (life.depth, life.sleepy);
         let reactors = Reactors::new(&disks, stack, options, guest, self.trace.clone())?;
+        let top = disks[0].clone();
         let cut_at = match life.end {
             End::Cut(n) | End::Lost(n) => top.writes().saturating_add(n),
             End::CutClose(_) | End::Close => u64::MAX,
         };
-        let a = Attached { top, disks, reactors, cut_at };
+        let leaves = (0..layers.len() as u16).collect();
+        let (stage, leaks, faults) = (Stage::Later, self.leaks, Faults::default());
+        let mut a = Attached { top, layers, leaves, reactors, stage, leaks, faults, cut_at };
         a.set_faults(life.faults);
         Ok(a)
     }
@@ -207,6 +239,9 @@ impl Run<'_> {
                 }
                 a.top.lose();
                 a.cut_at = u64::MAX;
+            }
+            if self.change(life, a, sent, rng)? {
+                return Ok(Ended::Cut);
             }
             if probes > 0 && rng.one_in(150) {
                 probes -= 1;
@@ -270,8 +305,8 @@ impl Run<'_> {
 
     /// Looks at what a power cut would leave now.
     fn probe(&mut self, a: &Attached, rng: &mut Rng) -> Result<(), String> {
-        let bytes = a.top.survivor(rng);
-        verify(self.plan, &self.below, bytes, &self.model, Ended::Cut)?;
+        let layers = a.layers.iter().map(|l| l.frozen(rng)).collect();
+        verify(layers, &self.model, Ended::Cut)?;
         self.outcome.cuts += 1;
         Ok(())
     }
@@ -284,6 +319,8 @@ impl Outcome {
         self.requests += other.requests;
         self.cuts += other.cuts;
         self.lives += other.lives;
+        self.snapshots += other.snapshots;
+        self.streams += other.streams;
         self.loads += other.loads;
         self.parked += other.parked;
         self.allocated += other.allocated;

@@ -2,6 +2,7 @@
 //! wrote. Each seed is a run of its own; docs/reliability.md says what is simulated and how a seed
 //! is replayed.
 
+mod change;
 mod images;
 mod life;
 mod plan;
@@ -100,8 +101,19 @@ fn seeds() {
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
         "simulate: {} lives, {} requests ({} failed, {} of them for want of space), {} clusters \
-         allocated, {} pages loaded, {} waits; {} power cuts looked at, {} images by qemu-img",
-        o.lives, o.requests, o.failed, o.no_space, o.allocated, o.loads, o.parked, o.cuts, o.qemu
+         allocated, {} pages loaded, {} waits, {} snapshots, {} streams; {} power cuts looked at, {} \
+         images by qemu-img",
+        o.lives,
+        o.requests,
+        o.failed,
+        o.no_space,
+        o.allocated,
+        o.loads,
+        o.parked,
+        o.snapshots,
+        o.streams,
+        o.cuts,
+        o.qemu
     );
     if o.no_qemu > 0 {
         println!("simulate: skipped: qemu-img is not installed, {} images", o.no_qemu);

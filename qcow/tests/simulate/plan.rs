@@ -25,6 +25,18 @@ pub(crate) enum End {
     Close,
 }
 
+/// What is done to an image while guests go on.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Change {
+    Nothing,
+    /// It comes to rest, and goes on.
+    Pause,
+    /// A new image in front of it.
+    Snapshot,
+    /// What lies in lower layers is taken up; so many of the lowest ones stay.
+    Stream(u64),
+}
+
 /// One life of an image: from opening it to its end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Life {
@@ -39,6 +51,8 @@ pub(crate) struct Life {
     pub(crate) faults: Faults,
     /// At times the disk says that it is full.
     pub(crate) full: bool,
+    /// What is done, and after how many requests.
+    pub(crate) change: (Change, u64),
     pub(crate) end: End,
     /// What a power cut would leave is looked at so often before the end.
     pub(crate) probes: u64,
@@ -180,6 +194,12 @@ impl Plan {
             End::Lost(rng.within(1, requests)),
             End::Close,
         ];
+        let changes = [
+            Change::Nothing,
+            Change::Pause,
+            Change::Snapshot,
+            Change::Stream(rng.pick(&[0, 0, 1, 2])),
+        ];
         Life {
             requests,
             slots: rng.pick(&[1, 1, 2, 4, 8, 16, 64]),
@@ -190,6 +210,7 @@ impl Plan {
             faults: faults(rng),
             full: rng.one_in(8),
             end: ends[rng.weighted(if last { &[6, 2, 4, 1, 6] } else { &[10, 2, 4, 1, 4] })],
+            change: (changes[rng.weighted(&[6, 1, 2, 2])], rng.below(requests)),
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
             cut_repair: rng.within(0, 6),

@@ -141,6 +141,44 @@ impl Reactors {
         }
     }
 
+    /// One more disk for all of them: the number of its leaf queues.
+    pub(crate) fn add_disk(&mut self, disk: &Disk) -> Result<u16, String> {
+        let claims = Claims::new(QUEUES);
+        for away in &mut self.away {
+            away.core.add_leaf(RmwQueue::new(SimQueue::new(disk), &claims)?)?;
+        }
+        let number = self.home.core.add_leaf(RmwQueue::new(SimQueue::new(disk), &claims)?)?;
+        self.ground.disks.push(disk.clone());
+        self.ground.claims.push(claims);
+        Ok(number)
+    }
+
+    /// The image, for what somebody asks of it. Its reactor is woken.
+    pub(crate) fn image(&mut self) -> &mut Image {
+        self.home.wake();
+        self.home.core.image(0).expect("it is attached")
+    }
+
+    /// The image rests: from now on it has these layers.
+    pub(crate) fn restack(
+        &mut self,
+        make: impl FnOnce(&[Port]) -> Result<Stack, String>,
+        leaves: &[u16],
+        keep: bool,
+    ) -> Result<(), String> {
+        let ports: Vec<Port> = leaves.iter().map(|&leaf| Port { leaf, unit: 0 }).collect();
+        let stack = make(&ports)?;
+        let restacked = self.home.core.with_image(0, |i, l| i.restack(stack, l, keep));
+        restacked.ok_or("no image")??;
+        let news = self.image().reseat();
+        for away in &mut self.away {
+            let reseated = away.core.with_image(0, |s, l| s.reseat(&news, &ports, l));
+            reseated.ok_or("no satellite")??;
+        }
+        self.ground.ports = ports;
+        Ok(())
+    }
+
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
         1 + self.away.len()

@@ -2,12 +2,12 @@
 
 use std::process::Command;
 
+use block::Storage;
 use qcow::ChainReader;
 use qcow::check::{Repair, run};
 use sim::{Disk, Model, SECTOR, ident, show};
 
-use crate::images::open;
-use crate::plan::Plan;
+use crate::images::{Layer, open};
 
 /// How an image ended.
 #[derive(Clone, Copy, PartialEq)]
@@ -25,25 +25,21 @@ pub(crate) struct Verified {
     pub(crate) held: Vec<u32>,
     /// Clusters that leak.
     pub(crate) leaks: u64,
-    /// The bytes that were given.
-    pub(crate) bytes: Vec<u8>,
+    /// The image and what it stands on.
+    pub(crate) layers: Vec<Layer>,
 }
 
-/// Checks the image and reads all of it; every sector must hold what it may.
+/// Checks an image and reads all of it; every sector must hold what it may.
 pub(crate) fn verify(
-    plan: &Plan,
-    below: &[Disk],
-    bytes: Vec<u8>,
+    mut layers: Vec<Layer>,
     model: &Model,
     ended: Ended,
 ) -> Result<Verified, String> {
-    let mut disks = vec![Disk::view(plan.disk, bytes)];
-    disks.extend_from_slice(below);
-    let leaks = check(&mut disks[0], Repair::None)?;
+    let leaks = check(&mut layers[0].disk, Repair::None)?;
     if ended == Ended::Clean && leaks > 0 {
         return Err(format!("{leaks} clusters leak after a clean close"));
     }
-    let mut reader = ChainReader::new(open(&disks, false)?);
+    let mut reader = ChainReader::new(open(&layers, false)?);
     let (mut held, mut first) = (Vec::new(), 0);
     let mut buffer = vec![0; 256 * SECTOR];
     while first < model.len() {
@@ -60,8 +56,9 @@ pub(crate) fn verify(
         }
         first += count as u64;
     }
-    drop(reader);
-    Ok(Verified { held, leaks, bytes: disks.swap_remove(0).take_bytes() })
+    let names: Vec<_> = reader.layers().iter().map(|l| l.path.clone()).collect();
+    layers.retain(|l| names.contains(&Some(l.path().into())));
+    Ok(Verified { held, leaks, layers })
 }
 
 /// Our checker: leaks are counted, anything else is an error.
@@ -79,8 +76,10 @@ pub(crate) fn check(disk: &mut Disk, repair: Repair) -> Result<u64, String> {
     }
 }
 
-/// What qemu-img says about the bytes of an image; `false` if there is no qemu-img.
-pub(crate) fn qemu(bytes: &[u8], ended: Ended) -> Result<bool, String> {
+/// What qemu-img says about an image; `false` if there is no qemu-img.
+pub(crate) fn qemu(disk: &mut Disk, ended: Ended) -> Result<bool, String> {
+    let mut bytes = vec![0; disk.len() as usize];
+    disk.read_at(0, &mut bytes).map_err(|e| e.to_string())?;
     let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
     std::fs::write(file.path(), bytes).map_err(|e| e.to_string())?;
     let out = Command::new("qemu-img")

@@ -111,8 +111,8 @@ pub(crate) struct Lane {
 }
 
 pub(crate) struct State {
+    config: DiskConfig,
     pub(crate) info: DeviceInfo,
-    discarded: Option<u8>,
     /// What reads see.
     now: Vec<u8>,
     /// What is durable. Empty if nobody asks for that: see [`Disk::view`].
@@ -174,8 +174,8 @@ impl Disk {
             max_transfer: 1 << 20,
         };
         let state = State {
+            config,
             info,
-            discarded: config.discarded,
             stable: Vec::new(),
             now: bytes,
             cache: BTreeMap::new(),
@@ -237,6 +237,21 @@ impl Disk {
         self.writes.set(self.writes.get() + 1);
     }
 
+    /// What a power cut would leave, to be looked at: see [`Disk::view`]. The disk itself if nothing
+    /// could be lost.
+    pub fn frozen(&self, rng: &mut Rng) -> Disk {
+        let config = {
+            let s = self.state();
+            // A view already: nobody writes to it.
+            if s.stable.is_empty() {
+                drop(s);
+                return self.clone();
+            }
+            s.config
+        };
+        Disk::view(config, self.survivor(rng))
+    }
+
     /// Ends the disk: what reads saw last.
     pub fn take_bytes(self) -> Vec<u8> {
         std::mem::take(&mut self.state().now)
@@ -277,7 +292,7 @@ impl State {
         match h.request.op {
             Op::Read | Op::Flush => None,
             Op::WriteZeroes => Some(vec![0; len as usize]),
-            Op::Discard => self.discarded.map(|byte| vec![byte; len as usize]),
+            Op::Discard => self.config.discarded.map(|byte| vec![byte; len as usize]),
             Op::Write => {
                 let mut data = vec![0; len as usize];
                 let mut part = SegList::EMPTY;
