@@ -200,7 +200,7 @@ impl Run<'_> {
         let unit = 1 << (self.plan.cluster_bits - 9);
         let load = Load::draw(rng, self.plan.sectors, unit, Guest::LONGEST);
         let (mut sent, mut idle, mut probes) = (0, 0, life.probes);
-        let mut full = false;
+        let (mut full, mut looked_at) = (false, 0);
         while sent < life.requests || a.reactors.open() > 0 {
             if life.full && rng.one_in(100) {
                 full = !full;
@@ -242,6 +242,11 @@ impl Run<'_> {
             }
             if self.change(life, a, sent, rng)? {
                 return Ok(Ended::Cut);
+            }
+            if life.dense && a.top.writes() != looked_at {
+                looked_at = a.top.writes();
+                check(&mut a.top.frozen(rng), Repair::None)?;
+                self.outcome.cuts += 1;
             }
             if probes > 0 && rng.one_in(150) {
                 probes -= 1;

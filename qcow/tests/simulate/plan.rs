@@ -56,6 +56,8 @@ pub(crate) struct Life {
     pub(crate) end: End,
     /// What a power cut would leave is looked at so often before the end.
     pub(crate) probes: u64,
+    /// And our checker looks at it after each change of the disk.
+    pub(crate) dense: bool,
     /// Leaks are repaired before it begins.
     pub(crate) repair: bool,
     /// The power fails after so many changes of that repair, and it is done again.
@@ -99,6 +101,8 @@ fn disk(rng: &mut Rng, size: u64) -> DiskConfig {
         block_size: rng.pick(&[512, 512, 4096]),
         volatile_cache: !rng.one_in(4),
         discarded: rng.pick(&[None, Some(0), Some(0xb7)]),
+        // Rubbish must never show. But a count that says 0 where there is none is worse.
+        fresh: rng.pick(&[0xd5, 0xd5, 0]),
     }
 }
 
@@ -129,9 +133,12 @@ fn faults(rng: &mut Rng) -> Faults {
 
 impl Plan {
     pub(crate) fn draw(seed: u64, long: bool) -> Plan {
-        let rng = &mut Rng::new(seed);
+        let mut rng = Rng::new(seed);
+        // Each part draws from its own: one more draw in one changes no other.
+        let (mut of_disks, mut of_lives) = (rng.fork(), rng.fork());
+        let rng = &mut rng;
         // The refcount table is full at 2 MiB of these, and moves.
-        let growing = rng.one_in(25);
+        let growing = rng.one_in(40);
         let cluster_bits = if growing { 9 } else { cluster_bits(rng) };
         let version = if !growing && rng.one_in(6) { 2 } else { 3 };
         let refcount_bits = match version {
@@ -149,7 +156,7 @@ impl Plan {
         let spare = if cluster_bits > 16 { 10 } else { 24 };
         let room = sectors * 512 / 8 * rng.pick(&[7, 9, 10, 12, 16]) + spare * cluster + (64 << 10);
         let depth = rng.weighted(&[6, 3, 1, 1]);
-        let below = (0..depth).map(|_| Plan::draw_below(rng, sectors)).collect();
+        let below = (0..depth).map(|_| Plan::draw_below(&mut of_disks.fork(), sectors)).collect();
         let lives = rng.within(1, 3);
         let zstd = version > 2 && rng.one_in(3);
         Plan {
@@ -160,9 +167,15 @@ impl Plan {
             lazy: version > 2 && rng.one_in(4),
             compression: if zstd { Compression::Zstd } else { Compression::Deflate },
             filled: if growing { 7 } else { rng.pick(&[0, 0, 3, 8]) },
-            disk: disk(rng, room),
+            disk: disk(&mut of_disks, room),
             below,
-            lives: (0..lives).map(|n| Plan::draw_life(rng, n + 1 == lives, long)).collect(),
+            lives: (0..lives)
+                .map(|n| {
+                    let mut life = Plan::draw_life(&mut of_lives.fork(), n + 1 == lives, long);
+                    life.dense |= growing;
+                    life
+                })
+                .collect(),
             qemu: rng.one_in(40),
         }
     }
@@ -214,6 +227,7 @@ impl Plan {
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
             cut_repair: rng.within(0, 6),
+            dense: rng.one_in(40),
         }
     }
 }

@@ -23,6 +23,8 @@ pub struct DiskConfig {
     pub volatile_cache: bool,
     /// What a discarded range reads as; `None`: as before.
     pub discarded: Option<u8>,
+    /// What stands where nobody wrote.
+    pub fresh: u8,
 }
 
 /// How often something goes wrong: once in so many requests; 0: never.
@@ -160,8 +162,7 @@ impl Disk {
     }
 
     fn with(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
-        // Foreign contents: they must never show.
-        bytes.resize(config.size as usize, 0xd5);
+        bytes.resize(config.size as usize, config.fresh);
         let info = DeviceInfo {
             size: config.size,
             block_size: config.block_size,
