@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cmd;
+mod fuzz;
 mod gates;
 mod lab;
 mod layers;
@@ -38,6 +39,8 @@ enum Task {
     RealInput(real_input::Args),
     /// Images on simulated disks, with faults and power cuts, from seeds.
     Simulate(simulate::Args),
+    /// Feeds mutated input to everything that reads an image.
+    Fuzz(fuzz::Args),
     /// Boots a machine with emulated hardware and drives that with `polldisk`.
     #[command(subcommand)]
     Lab(lab::Lab),
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Test(args) => suite::run(&args),
         Task::RealInput(args) => real_input::command(&args),
         Task::Simulate(args) => simulate::command(&args),
+        Task::Fuzz(args) => fuzz::command(&args),
         Task::Lab(lab) => lab::command(&lab),
         Task::Gates => gates::command(),
         Task::Layers => layers::command(),

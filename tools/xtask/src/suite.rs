@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{gates, layers, real_input, simulate, tidy};
+use crate::{fuzz, gates, layers, real_input, simulate, tidy};
 
 /// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -90,11 +90,12 @@ impl Step {
 }
 
 /// All parts, cheap ones first.
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 8] = [
     Step::new("layers", || layers::command().map(Tally::one)).quick(),
     Step::new("tidy", || tidy::command().map(Tally::one)).quick(),
     Step::new("tests", cargo_test).quick(),
     Step::new("simulate", simulate::step),
+    Step::new("fuzz", fuzz::step).optional(),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
     Step::new("real-input", || real_input::run(&real_input::Args::default())),
@@ -220,10 +221,15 @@ pub(crate) fn build(what: &[&str]) -> Result<PathBuf> {
     if !status.success() {
         bail!("{} does not build", what.join(" "));
     }
+    Ok(target_folder()?.join("release"))
+}
+
+/// The folder that cargo builds in.
+pub(crate) fn target_folder() -> Result<PathBuf> {
     let text = cmd::ok(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: serde_json::Value = serde_json::from_str(&text)?;
     let target = metadata["target_directory"].as_str().context("no target folder")?;
-    Ok(PathBuf::from(target).join("release"))
+    Ok(PathBuf::from(target))
 }
 
 #[cfg(test)]
