@@ -88,7 +88,7 @@ fn build(folder: &Path) -> Result<PathBuf> {
     let target = crate::suite::target_folder()?.join("fuzz");
     // With --target the flags are not for build scripts.
     let mut command = crate::suite::cargo();
-    command.args(["build", "--quiet", "--release", "--locked", "--bins", "--target", host]);
+    command.args(["build", "--quiet", "--release", "--bins", "--target", host]);
     command.current_dir(folder).env("CARGO_TARGET_DIR", &target).env("RUSTFLAGS", FLAGS);
     command.env_remove("CARGO_ENCODED_RUSTFLAGS");
     if !command.status()?.success() {
