@@ -6,7 +6,8 @@
 
 use block::Storage;
 
-use crate::create::{CreateOptions, Layout, Preallocation, check, make_header};
+use crate::create::room_for_data;
+use crate::create::{CreateOptions, Layout, Preallocation, check, make_data, make_header};
 use crate::format::{
     Geometry, HOST_OFFSET_BITS, Header, L1Entry, L2Entry, MAX_REFCOUNT_TABLE_BYTES, RefcountBlock,
 };
@@ -18,6 +19,8 @@ const PACK_BYTES: usize = 1 << 20;
 /// An image that is being written.
 pub struct Builder<'s> {
     storage: &'s mut dyn Storage,
+    /// The external data file, if the image has one.
+    data: Option<&'s mut dyn Storage>,
     name: String,
     header: Header,
     geometry: Geometry,
@@ -105,7 +108,7 @@ impl CreateOptions {
     /// A sentence, if they contradict each other or the format.
     pub fn image_len(&self) -> Result<u64, String> {
         let geometry = check(self)?;
-        let layout = Layout::new(&geometry, self.preallocation)?;
+        let layout = Layout::new(&geometry, self.preallocation())?;
         make_header(&geometry, &layout, self).encode().map_err(|e| e.to_string())?;
         Ok(layout.total() * geometry.cluster_size())
     }
@@ -122,11 +125,41 @@ impl<'s> Builder<'s> {
         name: &str,
         options: &CreateOptions,
     ) -> Result<Builder<'s>> {
+        Self::start(storage, None, name, options)
+    }
+
+    /// As [`Builder::new`], for an image with an external data file; what was in that is lost, too.
+    ///
+    /// # Errors
+    /// As [`Builder::new`]; if the data file has too little room.
+    pub fn with_data(
+        storage: &'s mut dyn Storage,
+        data: &'s mut dyn Storage,
+        name: &str,
+        options: &CreateOptions,
+    ) -> Result<Builder<'s>> {
+        Self::start(storage, Some(data), name, options)
+    }
+
+    fn start(
+        storage: &'s mut dyn Storage,
+        mut data: Option<&'s mut dyn Storage>,
+        name: &str,
+        options: &CreateOptions,
+    ) -> Result<Builder<'s>> {
         let refuse = |reason: String| Error::refused(name, reason);
         let geometry = check(options).map_err(refuse)?;
         let layout = Layout::new(&geometry, Preallocation::Off).map_err(refuse)?;
         let header = make_header(&geometry, &layout, options);
         header.encode().map_err(|e| Error::field(name, e))?;
+        let preallocation = options.preallocation();
+        if data.is_some() != geometry.data_file() {
+            return Err(refuse("an external data file must be named and be open".to_owned()));
+        }
+        if let Some(data) = &mut data {
+            room_for_data(&**data, name, geometry.size())?;
+            make_data(&mut **data, name, geometry.size(), preallocation)?;
+        }
 
         storage.set_len(0).map_err(Error::io(name, "set length"))?;
         if !storage.is_empty() {
@@ -137,11 +170,12 @@ impl<'s> Builder<'s> {
         }
         let mut builder = Builder {
             storage,
+            data,
             name: name.to_owned(),
             l1: vec![0; header.l1_size as usize],
             header,
             geometry,
-            preallocation: options.preallocation,
+            preallocation,
             refcounts: Refcounts {
                 geometry,
                 next: 0,
@@ -171,6 +205,10 @@ impl<'s> Builder<'s> {
     /// If there is no space or a write fails.
     pub fn data(&mut self, guest: u64, bytes: &[u8]) -> Result<()> {
         let count = self.advance(guest, bytes.len() as u64);
+        if let Some(data) = &mut self.data {
+            data.write_at(guest, bytes).map_err(Error::io(&self.name, "data file"))?;
+            return self.map(guest, guest, count);
+        }
         let host = self.take(count)?;
         self.write("data cluster", host, bytes)?;
         let padding = count * self.geometry.cluster_size() - bytes.len() as u64;
@@ -185,11 +223,16 @@ impl<'s> Builder<'s> {
     /// One compressed cluster, at `guest`: what [`crate::Compressor::encode`] gave.
     ///
     /// # Errors
-    /// If there is no space, the file is too long to hold compressed clusters, or a write fails.
+    /// If there is no space, the file is too long to hold compressed clusters, the image has an
+    /// external data file, or a write fails.
     pub fn compressed(&mut self, guest: u64, packed: &[u8]) -> Result<()> {
         let size = self.geometry.cluster_size();
         let len = packed.len() as u64;
         debug_assert!(len > 0 && len < size);
+        if self.data.is_some() {
+            let reason = "an external data file cannot hold compressed clusters";
+            return Err(Error::refused(&self.name, reason));
+        }
         self.advance(guest, 1);
         let next = self.pack.next;
         let room = next.next_multiple_of(size) - next;
@@ -244,6 +287,11 @@ impl<'s> Builder<'s> {
                 let count = self.advance(guest, len);
                 (0..count).try_for_each(|i| self.set_entry(guest + i * size, L2Entry::Zero))
             }
+            // The data file was made to read as zeroes.
+            Preallocation::Metadata | Preallocation::Full if self.data.is_some() => {
+                let count = self.advance(guest, len);
+                self.map(guest, guest, count)
+            }
             Preallocation::Metadata => {
                 let count = self.advance(guest, len);
                 let host = self.take(count)?;
@@ -284,6 +332,9 @@ impl<'s> Builder<'s> {
         self.header.refcount_table_clusters = clusters;
         let header = self.header.encode().map_err(|e| Error::field(&self.name, e))?;
         self.storage.set_len(end).map_err(Error::io(&self.name, "set length"))?;
+        if let Some(data) = &mut self.data {
+            data.flush().map_err(Error::io(&self.name, "data file"))?;
+        }
         self.storage.flush().map_err(Error::io(&self.name, "flush"))?;
         self.write_padded("header", 0, header)?;
         self.storage.flush().map_err(Error::io(&self.name, "flush"))?;
@@ -385,9 +436,10 @@ impl<'s> Builder<'s> {
         if self.l2.as_ref().is_none_or(|(i, _)| *i != index) {
             self.flush_l2()?;
         }
-        let entries = self.geometry.l2_entries();
-        let (_, words) = self.l2.get_or_insert_with(|| (index, vec![0; entries]));
-        words[self.geometry.l2_index(guest)] = entry.encode(&self.geometry);
+        let g = self.geometry;
+        let words = g.l2_entries() * g.l2_words();
+        let (_, words) = self.l2.get_or_insert_with(|| (index, vec![0; words]));
+        entry.encode(&g).put(words, g.l2_index(guest), &g);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use block::Storage;
 
 use crate::format::{
     Compression, Extension, Geometry, Header, L1Entry, L2Entry, MAX_L1_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, RefcountBlock, compatible, ext, incompatible,
+    MAX_REFCOUNT_TABLE_BYTES, RefcountBlock, autoclear, compatible, ext, incompatible,
 };
 use crate::open::Format;
 use crate::{Error, Result};
@@ -40,6 +40,13 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// Name of the backing file, as it shall stand in the image, and its format.
     pub backing: Option<(String, Format)>,
+    /// Whether L2 entries are extended, with 32 subclusters in each cluster.
+    pub extended_l2: bool,
+    /// Name of the external data file, as it shall stand in the image.
+    pub data_file: Option<String>,
+    /// Whether the external data file shall be the guest's disk by itself. Everything is mapped in
+    /// advance then, as with [`Preallocation::Metadata`].
+    pub data_file_raw: bool,
 }
 
 impl CreateOptions {
@@ -54,11 +61,23 @@ impl CreateOptions {
             compression: Compression::Deflate,
             preallocation: Preallocation::Off,
             backing: None,
+            extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
+        }
+    }
+
+    /// What is laid out in advance, all options considered.
+    pub(crate) fn preallocation(&self) -> Preallocation {
+        match self.preallocation {
+            Preallocation::Off if self.data_file_raw => Preallocation::Metadata,
+            other => other,
         }
     }
 
     /// Sets an option by the name that `qemu-img create -o name=value` uses: cluster_size,
-    /// refcount_bits, compat, lazy_refcounts, preallocation or compression_type.
+    /// refcount_bits, compat, lazy_refcounts, preallocation, compression_type, extended_l2, data_file
+    /// or data_file_raw.
     ///
     /// # Errors
     /// A sentence: the option is unknown, or what its value may be.
@@ -86,6 +105,13 @@ impl CreateOptions {
             ("compression_type", "zlib") => self.compression = Compression::Deflate,
             ("compression_type", "zstd") => self.compression = Compression::Zstd,
             ("compression_type", _) => return bad("zlib and zstd are possible"),
+            ("extended_l2", "on") => self.extended_l2 = true,
+            ("extended_l2", "off") => self.extended_l2 = false,
+            ("data_file", "") => return bad("a name is needed"),
+            ("data_file", _) => self.data_file = Some(value.to_owned()),
+            ("data_file_raw", "on") => self.data_file_raw = true,
+            ("data_file_raw", "off") => self.data_file_raw = false,
+            ("extended_l2" | "data_file_raw", _) => return bad("on and off are possible"),
             _ => return bad("this option is not supported"),
         }
         Ok(())
@@ -131,6 +157,7 @@ impl Layout {
         }
         let (l2, data) = match preallocation {
             Preallocation::Off => (0, 0),
+            Preallocation::Metadata | Preallocation::Full if g.data_file() => (g.l1_entries(), 0),
             Preallocation::Metadata | Preallocation::Full => (g.l1_entries(), g.guest_clusters()),
         };
         let mut layout = Layout {
@@ -168,16 +195,43 @@ impl Layout {
 /// half-made image is none.
 ///
 /// # Errors
-/// If the options contradict each other or the format, or a write fails.
+/// If the options contradict each other or the format, they ask for an external data file, or a
+/// write fails.
 pub fn create(storage: &mut dyn Storage, name: &str, options: &CreateOptions) -> Result<()> {
+    create_with(storage, None, name, options)
+}
+
+/// As [`create`], for an image with an external data file. What was in `data` is lost, too.
+///
+/// # Errors
+/// As [`create`]; if the data file has too little room.
+pub fn create_with_data(
+    storage: &mut dyn Storage,
+    data: &mut dyn Storage,
+    name: &str,
+    options: &CreateOptions,
+) -> Result<()> {
+    create_with(storage, Some(data), name, options)
+}
+
+fn create_with(
+    storage: &mut dyn Storage,
+    data: Option<&mut dyn Storage>,
+    name: &str,
+    options: &CreateOptions,
+) -> Result<()> {
     let refuse = |reason: String| Error::refused(name, reason);
     let geometry = check(options).map_err(refuse)?;
-    let layout = Layout::new(&geometry, options.preallocation).map_err(refuse)?;
+    let preallocation = options.preallocation();
+    let layout = Layout::new(&geometry, preallocation).map_err(refuse)?;
     let header = make_header(&geometry, &layout, options);
     let mut first = header.encode().map_err(|e| {
-        refuse(format!("{} is {}; {} (backing file name too long?)", e.what, e.found, e.allowed))
+        refuse(format!("{} is {}; {} (file names too long?)", e.what, e.found, e.allowed))
     })?;
     first.resize(geometry.cluster_size() as usize, 0);
+    if data.is_some() != geometry.data_file() {
+        return Err(refuse("an external data file must be named and be open".to_owned()));
+    }
 
     let bytes = layout.total() * geometry.cluster_size();
     if storage.capacity() < bytes {
@@ -185,6 +239,9 @@ pub fn create(storage: &mut dyn Storage, name: &str, options: &CreateOptions) ->
             "has room for {} bytes, but the new image needs {bytes}",
             storage.capacity()
         )));
+    }
+    if let Some(data) = &data {
+        room_for_data(&**data, name, geometry.size())?;
     }
     storage.set_len(0).map_err(Error::io(name, "set length"))?;
     let is_file = storage.is_empty();
@@ -194,20 +251,53 @@ pub fn create(storage: &mut dyn Storage, name: &str, options: &CreateOptions) ->
         storage.flush().map_err(io)?;
     }
     write_tables(storage, name, &geometry, &layout)?;
-    match options.preallocation {
-        Preallocation::Off => {}
-        Preallocation::Metadata if is_file => {
+    match (preallocation, data) {
+        (_, Some(data)) => make_data(data, name, geometry.size(), preallocation)?,
+        (Preallocation::Off, _) => {}
+        (Preallocation::Metadata, _) if is_file => {
             storage.set_len(bytes).map_err(Error::io(name, "set length"))?;
         }
         // A device's old contents must not show.
-        Preallocation::Metadata | Preallocation::Full => {
-            write_data(storage, name, &geometry, &layout, options.preallocation)?;
+        (Preallocation::Metadata | Preallocation::Full, _) => {
+            let len = layout.data * geometry.cluster_size();
+            write_data(storage, name, bytes - len..bytes, preallocation)?;
         }
     }
     let io = |e| Error::io(name, "header")(e);
     storage.flush().map_err(io)?;
     storage.write_at(0, &first).map_err(io)?;
     storage.flush().map_err(io)
+}
+
+/// Refuses a data file that cannot hold the disk.
+pub(crate) fn room_for_data(data: &dyn Storage, name: &str, size: u64) -> Result<()> {
+    match data.capacity() {
+        room if room < size => Err(Error::refused(
+            name,
+            format!("its data file has room for {room} bytes, but the disk has {size}"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Makes an external data file for an empty disk of `size` bytes, durably. What is mapped in advance
+/// reads as zeroes.
+pub(crate) fn make_data(
+    data: &mut dyn Storage,
+    name: &str,
+    size: u64,
+    preallocation: Preallocation,
+) -> Result<()> {
+    let io = |e| Error::io(name, "data file")(e);
+    data.set_len(0).map_err(io)?;
+    let is_file = data.is_empty();
+    data.set_len(size).map_err(io)?;
+    match preallocation {
+        Preallocation::Full => write_data(data, name, 0..size, preallocation)?,
+        Preallocation::Metadata if !is_file => write_data(data, name, 0..size, preallocation)?,
+        Preallocation::Metadata | Preallocation::Off => {}
+    }
+    data.flush().map_err(io)
 }
 
 /// Checks the options against each other.
@@ -231,6 +321,18 @@ pub(crate) fn check(options: &CreateOptions) -> Result<Geometry, String> {
         if options.compression != Compression::Deflate {
             return Err("compression_type other than zlib needs compat=1.1".to_owned());
         }
+        if options.extended_l2 {
+            return Err("extended_l2=on needs compat=1.1".to_owned());
+        }
+        if options.data_file.is_some() {
+            return Err("data_file needs compat=1.1".to_owned());
+        }
+    }
+    if options.data_file_raw && options.data_file.is_none() {
+        return Err("data_file_raw=on needs data_file".to_owned());
+    }
+    if options.data_file_raw && options.backing.is_some() {
+        return Err("data_file_raw=on leaves no place for a backing file".to_owned());
     }
     if let Some((backing, _)) = &options.backing {
         if backing.is_empty() || backing.len() > crate::format::MAX_BACKING_NAME as usize {
@@ -245,8 +347,11 @@ pub(crate) fn check(options: &CreateOptions) -> Result<Geometry, String> {
     }
     let size = options.size.checked_next_multiple_of(512).filter(|&s| s <= i64::MAX as u64);
     let size = size.ok_or_else(|| format!("size {} is too large", options.size))?;
-    Geometry::new(options.version, cluster_bits, order, size)
-        .ok_or_else(|| "the options do not fit the format".to_owned())
+    let geometry = Geometry::new(options.version, cluster_bits, order, size)
+        .ok_or_else(|| "the options do not fit the format".to_owned())?;
+    let geometry = geometry.with_extended_l2(options.extended_l2);
+    let geometry = geometry.ok_or("extended_l2=on needs clusters of at least 16 KiB")?;
+    Ok(geometry.with_data_file(options.data_file.is_some()))
 }
 
 pub(crate) fn make_header(geometry: &Geometry, layout: &Layout, options: &CreateOptions) -> Header {
@@ -267,6 +372,13 @@ pub(crate) fn make_header(geometry: &Geometry, layout: &Layout, options: &Create
         header.backing_name = Some(backing.clone().into_bytes());
         let data = format.name().as_bytes().to_vec();
         header.extensions.push(Extension { kind: ext::BACKING_FORMAT, data });
+    }
+    if let Some(name) = &options.data_file {
+        let data = name.clone().into_bytes();
+        header.extensions.push(Extension { kind: ext::DATA_FILE, data });
+    }
+    if options.data_file_raw {
+        header.autoclear_features |= autoclear::RAW_DATA;
     }
     // The name table is for people; where clusters are tiny, the backing file name matters more.
     if header.version >= 3 {
@@ -314,9 +426,10 @@ fn write_tables(
     let per_table = g.l2_entries() as u64;
     for i in 0..layout.l2 {
         let first = i * per_table;
-        let entries = (first..(first + per_table).min(layout.data)).map(|n| {
-            let host = (first_data + n) * cluster;
-            L2Entry::Normal { host, copied: true }.encode(g)
+        let entries = (first..(first + per_table).min(g.guest_clusters())).flat_map(|n| {
+            let host = if g.data_file() { n } else { first_data + n } * cluster;
+            let raw = L2Entry::Normal { host, copied: true }.encode(g);
+            [raw.word, raw.bitmap].into_iter().take(g.l2_words())
         });
         write_words(storage, name, "L2 table", (first_l2 + i) * cluster, cluster, entries)?;
     }
@@ -347,25 +460,23 @@ fn write_words(
     Ok(())
 }
 
-/// Makes the preallocated clusters zero: `Full` by writing, so that a file's space is taken.
+/// Makes preallocated clusters zero: `Full` by writing, so that a file's space is taken.
 fn write_data(
     storage: &mut dyn Storage,
     name: &str,
-    g: &Geometry,
-    layout: &Layout,
+    range: std::ops::Range<u64>,
     preallocation: Preallocation,
 ) -> Result<()> {
     let io = |e| Error::io(name, "data clusters")(e);
-    let len = layout.data * g.cluster_size();
-    let start = layout.total() * g.cluster_size() - len;
+    let len = range.end - range.start;
     if preallocation == Preallocation::Metadata {
-        return storage.write_zeroes_at(start, len).map_err(io);
+        return storage.write_zeroes_at(range.start, len).map_err(io);
     }
     let zeroes = vec![0; 1 << 20];
     let mut at = 0;
     while at < len {
         let piece = (len - at).min(zeroes.len() as u64);
-        storage.write_at(start + at, &zeroes[..piece as usize]).map_err(io)?;
+        storage.write_at(range.start + at, &zeroes[..piece as usize]).map_err(io)?;
         at += piece;
     }
     Ok(())
@@ -385,6 +496,9 @@ mod tests {
             ("lazy_refcounts", "on"),
             ("preallocation", "metadata"),
             ("compression_type", "zstd"),
+            ("extended_l2", "on"),
+            ("data_file", "x"),
+            ("data_file_raw", "on"),
         ] {
             o.set(name, value).unwrap();
         }
@@ -427,6 +541,36 @@ mod tests {
             bad(CreateOptions { size: u64::MAX, ..o.clone() }),
             "size 18446744073709551615 is too large"
         );
+        let data_file = Some("x".to_owned());
+        for (options, text) in [
+            (
+                CreateOptions { data_file_raw: true, ..o.clone() },
+                "data_file_raw=on needs data_file",
+            ),
+            (
+                CreateOptions { data_file: data_file.clone(), version: 2, ..o.clone() },
+                "data_file needs compat=1.1",
+            ),
+            (
+                CreateOptions {
+                    data_file,
+                    data_file_raw: true,
+                    backing: Some(("b".to_owned(), Format::Raw)),
+                    ..o.clone()
+                },
+                "data_file_raw=on leaves no place for a backing file",
+            ),
+            (
+                CreateOptions { extended_l2: true, cluster_size: 8192, ..o.clone() },
+                "extended_l2=on needs clusters of at least 16 KiB",
+            ),
+            (
+                CreateOptions { extended_l2: true, version: 2, ..o.clone() },
+                "extended_l2=on needs compat=1.1",
+            ),
+        ] {
+            assert_eq!(bad(options), text);
+        }
         let g = check(&CreateOptions { size: 1 << 50, cluster_size: 512, ..o }).unwrap();
         let Err(text) = Layout::new(&g, Preallocation::Off) else { panic!() };
         assert!(text.contains("its L1 table would be larger than 32 MiB"), "{text}");

@@ -68,6 +68,12 @@ pub struct Qcow2Info {
     pub bitmaps: Vec<crate::BitmapInfo>,
     /// Width of a refcount.
     pub refcount_bits: u32,
+    /// The external data file's name as it stands in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether the external data file is the guest's disk by itself, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file_raw: Option<bool>,
     /// Whether the image is marked corrupt; version 3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub corrupt: Option<bool>,
@@ -148,8 +154,12 @@ impl Info {
                 lazy_refcounts: v3.then(|| header.lazy_refcounts()),
                 bitmaps: crate::bitmaps::list(&mut layer.storage, &layer.name, header)?,
                 refcount_bits: 1 << header.refcount_order,
+                data_file: header
+                    .data_file_name()
+                    .map(|name| String::from_utf8_lossy(name).into_owned()),
+                data_file_raw: header.has_data_file().then(|| header.raw_data()),
                 corrupt: v3.then(|| header.is_corrupt()),
-                extended_l2: v3.then_some(false),
+                extended_l2: v3.then(|| header.extended_l2()),
             },
         });
         info.backing_filename =

@@ -1,5 +1,6 @@
 //! The map from guest clusters to where their bytes lie: one atomic word a cluster, flattened over
-//! the whole backing chain, so that a look-up costs the same at any depth.
+//! the whole backing chain, so that a look-up costs the same at any depth. Where L2 entries are
+//! extended it has a word a subcluster: what is called a cluster here is one of those.
 //!
 //! Any reactor looks up, by loads alone and without writing a shared line; one owner (see
 //! [`Pages`]) fills pages on demand, publishes new words and evicts. A page that is reused while a
@@ -18,7 +19,8 @@ pub enum Kind {
     Absent,
     /// Data at [`Word::host`] of [`Word::layer`].
     Mapped,
-    /// Reads as zeroes by an explicit entry; [`Word::host`] is the kept cluster of its layer, or 0.
+    /// Reads as zeroes by an explicit entry; [`Word::host`] is the kept cluster of its layer, if
+    /// [`Word::keeps`] says that there is one.
     Zero,
     /// In no layer: reads as zeroes.
     Hole,
@@ -135,6 +137,13 @@ impl Word {
     #[inline]
     pub fn owned(self) -> bool {
         self.0 & OWNED != 0
+    }
+
+    /// Whether a zero cluster has a place for later writes.
+    #[inline]
+    pub fn keeps(self) -> bool {
+        // At offset 0 is a place only in an external data file, whose clusters are all owned.
+        self.0 & (HOST | OWNED) != 0
     }
 
     /// Whether somebody is changing the mapping. The rest of the word is still the old mapping.
@@ -285,7 +294,7 @@ pub struct Pages {
     loaded: VecDeque<(u64, u32)>,
     free: Vec<u32>,
     /// Per page place: how many claims hold it.
-    held: Vec<u16>,
+    held: Vec<u32>,
     generation: u32,
 }
 

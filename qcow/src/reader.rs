@@ -6,9 +6,17 @@
 use block::Storage;
 
 use crate::compress::Decompressor;
-use crate::format::{Compression, FieldError, L1Entry, L2Entry};
+use crate::format::{Compression, FieldError, Geometry, L1Entry, L2Entry, RawL2, Unit};
 use crate::open::{Chain, ImageMeta, Layer, LayerKind};
 use crate::{Error, Result};
+
+/// The files of one image, to change them.
+pub(crate) struct Files<'a> {
+    /// Its metadata, and guest clusters unless they are in `data`.
+    pub(crate) image: &'a mut dyn Storage,
+    /// The external data file.
+    pub(crate) data: Option<&'a mut dyn Storage>,
+}
 
 /// Most bytes of L2 tables kept in memory (one table may have 2 MiB).
 const L2_CACHE_BYTES: usize = 16 << 20;
@@ -20,7 +28,7 @@ pub enum Source {
     Unallocated,
     /// Zeroes, as the layer says; perhaps with clusters kept for them at this offset of its file.
     Zero(Option<u64>),
-    /// Data at this offset of the layer's file.
+    /// Data at this offset of the layer's file (or of its external data file).
     Data(u64),
     /// A compressed cluster, which starts at this offset of the layer's file and has at most this
     /// many bytes. The span may be a part of it.
@@ -144,7 +152,8 @@ impl<S: Storage> ChainReader<S> {
                 Source::Unallocated | Source::Zero(_) => part.fill(0),
                 Source::Data(host) => {
                     let layer = &mut self.layers[span.depth];
-                    layer.storage.read_at(host, part).map_err(Error::io(&layer.name, "data"))?;
+                    let read = layer.data_storage().read_at(host, part);
+                    read.map_err(Error::io(&layer.name, "data"))?;
                 }
                 Source::Compressed(host, len) => {
                     self.unpack(span.depth, host, len)?;
@@ -208,6 +217,13 @@ impl<S: Storage> ChainReader<S> {
         &mut self.layers[depth].storage
     }
 
+    /// The files of a layer, to change them.
+    pub(crate) fn files(&mut self, depth: usize) -> Files<'_> {
+        let layer = &mut self.layers[depth];
+        let data = layer.data.as_mut().map(|d| &mut d.storage as &mut dyn Storage);
+        Files { image: &mut layer.storage, data }
+    }
+
     /// A layer was changed: these are its tables now.
     pub(crate) fn changed(&mut self, depth: usize, kind: LayerKind) {
         self.layers[depth].kind = kind;
@@ -246,47 +262,58 @@ impl<S: Storage> ChainReader<S> {
             }
         };
         let words = &self.cache.tables[cached].words;
+        let external = g.data_file();
+        let end_of_file = if external { u64::MAX } else { layer.storage.len() };
         let decode = |index: usize| {
-            L2Entry::decode(words[index], &g).map_err(|e| {
-                bad_entry(image, "L2 entry", l1_entry.offset + index as u64 * 8, words[index], &e)
-            })
+            let raw = RawL2::of(words, index, &g);
+            let bad = |why: &dyn std::fmt::Display| {
+                let at = l1_entry.offset + index as u64 * g.l2_entry_size();
+                Err(bad_entry(image, "L2 entry", at, raw, why))
+            };
+            let guest = ((l1_index << g.l2_bits()) + index as u64) << g.cluster_bits();
+            match L2Entry::decode(raw, &g) {
+                Ok(entry) if external && entry.host_cluster().is_some_and(|(h, _)| h != guest) => {
+                    bad(&format!("in an external data file it must be at {guest:#x}"))
+                }
+                Ok(entry) => Ok(entry),
+                Err(e) => bad(&e),
+            }
         };
         let first = g.l2_index(start);
         let entry = decode(first)?;
-        let into = g.in_cluster(start);
-        let source = match entry {
-            L2Entry::Unallocated => Source::Unallocated,
-            L2Entry::Zero => Source::Zero(None),
-            L2Entry::ZeroAllocated { host, .. } => Source::Zero(Some(host + into)),
-            L2Entry::Normal { host, .. } => Source::Data(host + into),
-            L2Entry::Compressed { host, len } => Source::Compressed(host, len),
-        };
-        if let L2Entry::Normal { host, .. } | L2Entry::Compressed { host, .. } = entry {
+        if external && layer.data.is_none() {
+            return Err(Error::refused(&layer.name, "its external data file is not open"));
+        }
+        if let L2Entry::Normal { host, .. }
+        | L2Entry::Compressed { host, .. }
+        | L2Entry::Parts { host: Some((host, _)), alloc: 1.., .. } = entry
+            && !external
+        {
             inside_file(image, &layer.storage, "data cluster", host)?;
         }
-        let end_of_file = layer.storage.len();
-        let mut run = g.cluster_size() - into;
+        let into = g.in_cluster(start);
+        let (mut run, source) = source_in(entry, &g, into);
+        // As far as the entries behind go on with it.
+        let mut whole = into + run == g.cluster_size();
         for index in first + 1..g.l2_entries() {
-            if run >= max {
+            if run >= max || !whole {
                 break;
             }
             // A bad entry ends the run; it is reported when it is asked for itself.
             let Ok(next) = decode(index) else { break };
-            let goes_on = match (source, next) {
-                (Source::Unallocated, L2Entry::Unallocated)
-                | (Source::Zero(None), L2Entry::Zero) => true,
-                (Source::Zero(Some(host)), L2Entry::ZeroAllocated { host: h, .. }) => {
-                    host + run == h
-                }
-                (Source::Data(host), L2Entry::Normal { host: h, .. }) => {
-                    host + run == h && h < end_of_file
-                }
+            let (more, other) = source_in(next, &g, 0);
+            let goes_on = match (source, other) {
+                (Source::Unallocated, Source::Unallocated)
+                | (Source::Zero(None), Source::Zero(None)) => true,
+                (Source::Zero(Some(host)), Source::Zero(Some(h))) => host + run == h,
+                (Source::Data(host), Source::Data(h)) => host + run == h && h < end_of_file,
                 _ => false,
             };
             if !goes_on {
                 break;
             }
-            run += g.cluster_size();
+            run += more;
+            whole = more == g.cluster_size();
         }
         Ok((run.min(max), source))
     }
@@ -322,6 +349,26 @@ impl<S: Storage> ChainReader<S> {
     }
 }
 
+/// What an entry says from `into` its cluster on, and for how many bytes of the cluster.
+fn source_in(entry: L2Entry, g: &Geometry, into: u64) -> (u64, Source) {
+    let host = entry.host_cluster().map(|(host, _)| host + into);
+    let to_end = g.cluster_size() - into;
+    if let L2Entry::Compressed { host, len } = entry {
+        return (to_end, Source::Compressed(host, len));
+    }
+    let index = if g.extended_l2() { (into >> g.unit_bits()) as u32 } else { 0 };
+    let run = match g.extended_l2() {
+        true => (u64::from(index + entry.run(index)) << g.unit_bits()) - into,
+        false => to_end,
+    };
+    let source = match (entry.unit(index), host) {
+        (Unit::Data, Some(host)) => Source::Data(host),
+        (Unit::Zero, host) => Source::Zero(host),
+        _ => Source::Unallocated,
+    };
+    (run, source)
+}
+
 /// Refuses a table or data cluster that starts past the file's end: the file was cut, and what
 /// it held must not silently read as zeroes.
 fn inside_file(image: &ImageMeta, storage: &dyn Storage, what: &str, offset: u64) -> Result<()> {
@@ -344,7 +391,7 @@ fn bad_entry(
     image: &ImageMeta,
     what: &str,
     offset: u64,
-    raw: u64,
+    raw: impl std::fmt::LowerHex,
     why: &dyn std::fmt::Display,
 ) -> Error {
     Error::field(&image.name, FieldError::new(what, offset, format!("{raw:#x}"), why.to_string()))

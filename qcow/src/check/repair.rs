@@ -3,7 +3,7 @@
 use super::scan::{COPIED, Counting, Scan, judge};
 use super::window::Window;
 use super::{Checker, Repair};
-use crate::format::{L1Entry, RefcountBlock};
+use crate::format::{L1Entry, RawL2, RefcountBlock};
 use crate::{Error, Result};
 
 impl Checker<'_> {
@@ -52,7 +52,7 @@ impl Checker<'_> {
     }
 
     /// Replaces damaged entries whose repair loses nothing: places kept for zeroes that are not
-    /// aligned, and flags where there can be none.
+    /// aligned, and flags where there can be none; and subclusters that cannot be read.
     fn repair_entries(&mut self) -> Result<()> {
         let g = self.meta.geometry;
         for index in 0..self.meta.l1.len() {
@@ -66,10 +66,10 @@ impl Checker<'_> {
                 continue;
             }
             let Some(words) = self.read_l2(&table)? else { continue };
-            for (index, &raw) in words.iter().enumerate() {
+            for (index, raw) in RawL2::all(&words, &g).enumerate() {
                 if let Some(better) = judge(raw, &g).better {
-                    let at = table.offset + index as u64 * 8;
-                    self.write("L2 table", at, &better.to_be_bytes())?;
+                    let at = table.offset + index as u64 * g.l2_entry_size();
+                    self.write("L2 table", at, &better.to_bytes(&g))?;
                 }
             }
         }
@@ -155,11 +155,11 @@ impl Checker<'_> {
         let g = self.meta.geometry;
         let Some(mut words) = self.read_l2(table)? else { return Ok(0) };
         let mut fixed = 0;
-        for raw in &mut words {
-            if let Some((host, copied)) = judge(*raw, &g).copied
-                && window.is_one(g.cluster(host)).is_some_and(|one| one != copied)
+        for entry in words.chunks_exact_mut(g.l2_words()) {
+            if let Some((host, copied)) = judge(RawL2::of(entry, 0, &g), &g).copied
+                && window.is_one_at(host, &g).is_some_and(|one| one != copied)
             {
-                *raw ^= COPIED;
+                entry[0] ^= COPIED;
                 fixed += 1;
             }
         }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::refs::{InUse, L2Ref};
 use super::window::{WINDOW, Window};
 use super::{Checker, Report};
-use crate::format::{EntryError, L1Entry, L2Entry, RefcountBlock};
+use crate::format::{EntryError, Geometry, L1Entry, L2Entry, RawL2, RefcountBlock};
 use crate::open::read_word_table;
 use crate::{Error, Result};
 
@@ -71,8 +71,8 @@ pub(super) enum Target {
 pub(super) struct Judged {
     pub(super) target: Target,
     pub(super) wrong: Option<EntryError>,
-    /// The word that repair puts in its place, where it can.
-    pub(super) better: Option<u64>,
+    /// What repair puts in its place, where it can.
+    pub(super) better: Option<RawL2>,
     /// Host cluster offset and COPIED flag of a valid standard entry.
     pub(super) copied: Option<(u64, bool)>,
 }
@@ -81,46 +81,60 @@ pub(super) struct Judged {
 pub(super) const COPIED: u64 = 1 << 63;
 
 /// Looks at an L2 entry.
-pub(super) fn judge(raw: u64, g: &crate::format::Geometry) -> Judged {
+pub(super) fn judge(raw: RawL2, g: &Geometry) -> Judged {
     let nothing = |wrong, better| Judged { target: Target::Nothing, wrong, better, copied: None };
+    // What the entry is without the fault counts as in use.
+    let without = |why, raw: RawL2| {
+        let judged = judge(raw, g);
+        Judged { wrong: Some(why), better: Some(judged.better.unwrap_or(raw)), ..judged }
+    };
+    let RawL2 { word, bitmap } = raw;
     match L2Entry::decode(raw, g) {
-        Ok(entry) => match entry {
-            L2Entry::Unallocated | L2Entry::Zero => nothing(None, None),
-            L2Entry::ZeroAllocated { host, copied } | L2Entry::Normal { host, copied } => Judged {
+        Ok(L2Entry::Compressed { host, len }) => Judged {
+            target: Target::Range(host, u64::from(len), true),
+            wrong: None,
+            better: None,
+            copied: None,
+        },
+        Ok(entry) => match entry.host_cluster() {
+            None => nothing(None, None),
+            Some((host, copied)) => Judged {
                 target: Target::Range(host, g.cluster_size(), false),
                 wrong: None,
                 better: None,
                 copied: Some((host, copied)),
             },
-            L2Entry::Compressed { host, len } => Judged {
-                target: Target::Range(host, u64::from(len), true),
-                wrong: None,
-                better: None,
-                copied: None,
-            },
         },
-        Err(e @ EntryError::CopiedWithoutCluster) => nothing(Some(e), Some(raw & !COPIED)),
-        Err(e @ EntryError::CompressedTooHigh(_)) => nothing(Some(e), None),
-        Err(e @ EntryError::CopiedCompressed) => {
-            let mut judged = judge(raw & !COPIED, g);
-            judged.wrong = Some(e);
-            judged.better = Some(raw & !COPIED);
-            judged
+        Err(e @ (EntryError::CompressedTooHigh(_) | EntryError::CompressedWithDataFile)) => {
+            nothing(Some(e), None)
+        }
+        Err(e @ (EntryError::CopiedWithoutCluster | EntryError::CopiedCompressed)) => {
+            without(e, RawL2 { word: word & !COPIED, bitmap })
+        }
+        Err(e @ EntryError::SubclustersCompressed(_)) => without(e, RawL2 { word, bitmap: 0 }),
+        // Such subclusters cannot be read: they become zeroes, and the others stay.
+        Err(e @ EntryError::Subclusters(_)) => {
+            without(e, RawL2 { word, bitmap: bitmap & !(bitmap >> 32) })
+        }
+        Err(e @ EntryError::SubclustersWithoutCluster(_)) => {
+            without(e, RawL2 { word, bitmap: (bitmap | bitmap << 32) & !u64::from(u32::MAX) })
         }
         Err(e @ EntryError::Reserved(bits)) => {
             // What the rest says still counts as in use; QEMU, too, leaves such entries alone.
-            let mut judged = judge(raw & !bits, g);
-            judged.wrong = Some(e);
-            judged.better = None;
-            judged
+            let judged = judge(RawL2 { word: word & !bits, bitmap }, g);
+            Judged { wrong: Some(e), better: None, ..judged }
         }
         Err(e @ EntryError::Misaligned(host)) => {
             // A place kept for zeroes can be dropped without loss; data cannot.
-            let zero = raw & 1 != 0 && g.version() >= 3;
+            let data = match g.extended_l2() {
+                true => bitmap as u32 != 0,
+                false => word & 1 == 0 || g.version() < 3,
+            };
+            let zero = if g.extended_l2() { 0 } else { 1 };
             Judged {
                 target: Target::Range(host, g.cluster_size(), false),
                 wrong: Some(e),
-                better: zero.then_some(1),
+                better: (!data).then_some(RawL2 { word: zero, bitmap }),
                 copied: None,
             }
         }
@@ -250,6 +264,34 @@ impl Checker<'_> {
         if into.flags {
             self.compare_l1_flags(into.window, into.scan);
         }
+        if into.first && self.meta.geometry.data_file() {
+            self.compare_places(into.scan);
+        }
+    }
+
+    /// Compares where clusters are in an external data file with where they must be.
+    fn compare_places(&mut self, scan: &mut Scan) {
+        let g = self.meta.geometry;
+        for l1_index in 0..self.meta.l1.len() {
+            let Ok(entry) = L1Entry::decode(self.meta.l1[l1_index], &g) else { continue };
+            let table = L2Ref { offset: entry.offset, active: 1, inactive: 0 };
+            // What cannot be read was counted already.
+            let words = if entry.offset == 0 { Ok(None) } else { self.read_l2(&table) };
+            let Ok(Some(words)) = words else { continue };
+            for (index, raw) in RawL2::all(&words, &g).enumerate() {
+                let guest = (((l1_index as u64) << g.l2_bits()) + index as u64) << g.cluster_bits();
+                if let Some((host, _)) = judge(raw, &g).copied
+                    && host != guest
+                {
+                    self.say(&format!(
+                        "ERROR L2 entry {index} of the table at offset {:#x} is {raw:#x}: in an \
+                         external data file it must be at {guest:#x}",
+                        table.offset
+                    ));
+                    scan.corruptions += 1;
+                }
+            }
+        }
     }
 
     /// The words of a table; `None` if it lies past the file's end.
@@ -265,8 +307,8 @@ impl Checker<'_> {
         let g = self.meta.geometry;
         let active = u64::from(table.active);
         let mut expected = None;
-        for (index, &raw) in words.iter().enumerate() {
-            if raw == 0 {
+        for (index, raw) in RawL2::all(words, &g).enumerate() {
+            if raw == RawL2::default() {
                 continue;
             }
             let judged = judge(raw, &g);
@@ -281,7 +323,10 @@ impl Checker<'_> {
             }
             if let Target::Range(host, len, compressed) = judged.target {
                 let what = if compressed { "compressed data" } else { "data cluster" };
-                self.add(into, table.times(), InUse { what, offset: host, len });
+                // Nothing in an external data file is counted.
+                if !g.data_file() {
+                    self.add(into, table.times(), InUse { what, offset: host, len });
+                }
                 if into.first {
                     into.scan.allocated += active;
                     if compressed {
@@ -298,7 +343,7 @@ impl Checker<'_> {
             if into.flags
                 && active > 0
                 && let Some((host, copied)) = judged.copied
-                && into.window.is_one(g.cluster(host)).is_some_and(|one| one != copied)
+                && into.window.is_one_at(host, &g).is_some_and(|one| one != copied)
             {
                 self.say(&format!(
                     "ERROR COPIED flag of L2 entry {index} of the table at offset {:#x} \

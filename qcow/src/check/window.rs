@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::format::Geometry;
+
 /// Clusters in a window: 64 MiB of counts. A multiple of the refcounts in any refcount block.
 pub(super) const WINDOW: u64 = 1 << 25;
 
@@ -74,6 +76,15 @@ impl Window {
     pub(super) fn is_one(&self, cluster: u64) -> Option<bool> {
         let index = self.index(cluster)?;
         Some(self.ones[index / 64] & (1 << (index % 64)) != 0)
+    }
+
+    /// The same of a guest cluster by its offset. One in an external data file, of which there is one
+    /// each, belongs to the first window.
+    pub(super) fn is_one_at(&self, host: u64, g: &Geometry) -> Option<bool> {
+        match g.data_file() {
+            true => (self.first == 0).then_some(true),
+            false => self.is_one(g.cluster(host)),
+        }
     }
 }
 

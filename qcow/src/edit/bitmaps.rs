@@ -281,7 +281,7 @@ impl Tx {
         let g = self.geometry();
         if !self.bitmaps.changed {
             let vouched = if self.bitmaps.is_empty() { 0 } else { autoclear::BITMAPS };
-            self.meta.header.autoclear_features &= vouched;
+            self.meta.header.autoclear_features &= vouched | autoclear::RAW_DATA;
             return Ok(false);
         }
         for index in 0..self.bitmaps.all.len() {
@@ -311,7 +311,7 @@ impl Tx {
         let header = &mut self.meta.header;
         if bytes.is_empty() {
             header.set_bitmaps(None);
-            header.autoclear_features = 0;
+            header.autoclear_features &= autoclear::RAW_DATA;
             self.bitmaps.directory = Place { offset: 0, len: 0 };
         } else {
             let offset = self.take(st, len)?;
@@ -323,7 +323,8 @@ impl Tx {
                 directory_size: len,
                 directory_offset: offset,
             }));
-            header.autoclear_features = autoclear::BITMAPS;
+            header.autoclear_features &= autoclear::RAW_DATA;
+            header.autoclear_features |= autoclear::BITMAPS;
             self.bitmaps.directory = Place { offset, len };
         }
         if old.len > 0 {

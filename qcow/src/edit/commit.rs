@@ -176,6 +176,7 @@ pub(super) fn checkpoint<S: Storage>(
     tx: &mut Tx,
     watch: &mut dyn Watch,
 ) -> Result<()> {
+    tx.flush_data(&mut reader.files(depth))?;
     tx.commit_watched(reader.storage(depth), &mut || watch.switched())?;
     reader.changed(depth, LayerKind::Qcow2(Box::new(tx.meta.clone())));
     Ok(())
@@ -208,26 +209,34 @@ fn copy<S: Storage>(
     let size = reader.size();
     if tx.geometry().size() < size {
         let below = Below::of(reader, depth)?;
-        tx.set_size(reader.storage(depth), size, below)?;
+        tx.set_size(&mut reader.files(depth), size, below)?;
         checkpoint(reader, depth, tx, watch)?;
     }
     mark(reader, depth, tx, watch)?;
-    let g = tx.geometry();
-    let cluster = g.cluster_size();
+    let unit = tx.geometry().unit_size();
     let backed = tx.meta.header.backing_name.is_some();
     let mut done = Committed::default();
     let (mut at, mut since) = (0, 0);
     let mut buffer = Vec::new();
     while let Some((start, len, zero)) = next_above(reader, depth, at)? {
-        // Whole clusters of the layer: after the commit it shows what the top shows, so that is
+        // Whole units of the layer: after the commit it shows what the top shows, so that is
         // what fills them.
-        let first = g.cluster_start(start);
-        let most = if zero { STEP } else { PIECE.max(cluster) };
-        let end = (start + len).min(first + most);
-        let end = g.round_up(end).unwrap_or(u64::MAX);
+        let first = start & !(unit - 1);
+        let most = if zero { STEP } else { PIECE.max(unit) };
+        let end = (start + len).min(first + most).next_multiple_of(unit);
         let whole = zero && first == start && end <= start + len;
-        if !whole {
-            let end = end.min(first + PIECE.max(cluster));
+        let mut end = end;
+        if whole {
+            done.zero_bytes += end - first;
+            let g = tx.geometry();
+            let mut guest = first;
+            while guest < end {
+                let to = end.min(g.cluster_start(guest) + g.cluster_size());
+                tx.zero_units(&mut reader.files(depth), guest, to - guest, backed)?;
+                guest = to;
+            }
+        } else {
+            end = end.min(first + PIECE.max(unit));
             buffer.resize((end - first) as usize, 0);
             reader.read_at(first, &mut buffer)?;
             if end > size {
@@ -235,24 +244,9 @@ fn copy<S: Storage>(
                 let tail = (size - first) as usize;
                 reader.read_below(depth, size, &mut buffer[tail..])?;
             }
-        }
-        let end = if whole { end } else { first + buffer.len() as u64 };
-        let mut guest = first;
-        while guest < end {
-            let here = (guest - first) as usize;
-            let bytes = (!whole).then(|| &buffer[here..here + cluster as usize]);
-            let st = reader.storage(depth);
-            match bytes.filter(|b| b.iter().any(|&b| b != 0)) {
-                Some(bytes) => {
-                    tx.write_cluster(st, guest, bytes, true)?;
-                    done.data_bytes += cluster;
-                }
-                None => {
-                    tx.zero_cluster(st, guest, backed)?;
-                    done.zero_bytes += cluster;
-                }
-            }
-            guest += cluster;
+            let put = tx.put(&mut reader.files(depth), first, &buffer, true, backed)?;
+            done.data_bytes += put.0;
+            done.zero_bytes += put.1;
         }
         at = end;
         since += end - first;

@@ -71,7 +71,8 @@ fn copy<S: Storage>(
     watch: &mut dyn Watch,
 ) -> Result<Rebased> {
     let g = tx.geometry();
-    let cluster = g.cluster_size();
+    // What can be mapped by itself.
+    let unit = g.unit_size();
     let size = g.size();
     let mut done = Rebased::default();
     let (mut at, mut since) = (0, 0);
@@ -83,15 +84,15 @@ fn copy<S: Storage>(
         } else {
             run
         };
-        // Whole clusters, as far as they are known to be alike.
-        let same = if same == run { run } else { same - same % cluster };
+        // Whole units, as far as they are known to be alike.
+        let same = if same == run { run } else { same - same % unit };
         if same > 0 {
             at += same;
             watch.at(at)?;
             continue;
         }
-        let len = run.min(PIECE.max(cluster));
-        let whole = len.next_multiple_of(cluster) as usize;
+        let len = run.min(PIECE.max(unit));
+        let whole = len.next_multiple_of(unit) as usize;
         for buffer in [&mut old, &mut new] {
             buffer.clear();
             buffer.resize(whole, 0);
@@ -100,21 +101,23 @@ fn copy<S: Storage>(
         if let Some(to) = to.as_deref_mut() {
             to.reader.read_at(at, &mut new[..len as usize])?;
         }
-        let size = cluster as usize;
-        for (i, (old, new)) in old.chunks(size).zip(new.chunks(size)).enumerate() {
-            if old == new {
-                continue;
+        let alike = |i: usize| {
+            let range = i * unit as usize..(i + 1) * unit as usize;
+            old[range.clone()] == new[range]
+        };
+        let count = whole / unit as usize;
+        let mut i = 0;
+        while i < count {
+            let n = (i..count).take_while(|&i| !alike(i)).count();
+            if n > 0 {
+                let (guest, range) =
+                    (at + i as u64 * unit, i * unit as usize..(i + n) * unit as usize);
+                let put = tx.put(&mut reader.files(0), guest, &old[range], false, true)?;
+                done.data_bytes += put.0;
+                done.zero_bytes += put.1;
+                since += n as u64 * unit;
             }
-            let guest = at + i as u64 * cluster;
-            let st = reader.storage(0);
-            if old.iter().all(|&b| b == 0) {
-                tx.zero_cluster(st, guest, true)?;
-                done.zero_bytes += cluster;
-            } else {
-                tx.write_cluster(st, guest, old, false)?;
-                done.data_bytes += cluster;
-            }
-            since += cluster;
+            i += n.max(1);
         }
         at += len;
         if since >= STEP {

@@ -33,6 +33,10 @@ pub fn create_snapshot(
         return Err(Error::refused(name, reason));
     }
     run(st, name, |tx, st| {
+        if tx.geometry().data_file() {
+            let reason = "has an external data file, and so cannot have internal snapshots";
+            return Err(tx.refused(reason));
+        }
         let (all, mut entries) = raw_entries(st, name, &tx.meta.header)?;
         if all.len() >= MAX_SNAPSHOTS as usize {
             return Err(tx.refused(format!("has {MAX_SNAPSHOTS} snapshots, the most possible")));
@@ -141,8 +145,7 @@ fn snapshot_l1(tx: &Tx, st: &mut dyn Storage, s: &Snapshot) -> Result<Vec<u64>> 
 
 /// The image's sizes with a disk as the snapshot had it.
 fn size_of(tx: &Tx, s: &Snapshot, size: u64) -> Result<Geometry> {
-    let g = &tx.meta.geometry;
-    let new = Geometry::new(g.version(), g.cluster_bits(), g.refcount_order(), size);
+    let new = Some(tx.meta.geometry.with_size(size));
     new.filter(|g| size <= i64::MAX as u64 && g.l1_entries() * 8 <= crate::format::MAX_L1_BYTES)
         .ok_or_else(|| {
             tx.refused(format!("snapshot {:?} claims an impossible disk of {size} bytes", s.name))

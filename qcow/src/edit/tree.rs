@@ -4,7 +4,7 @@
 use block::Storage;
 
 use super::tx::Tx;
-use crate::format::{L1Entry, L2Entry};
+use crate::format::{L1Entry, RawL2};
 use crate::open::ImageMeta;
 use crate::{Error, Result};
 
@@ -45,16 +45,13 @@ impl Tx {
             }
             let words = self.read_l2(st, offset)?;
             self.count(st, g.cluster(offset), way)?;
-            for raw in words {
-                let entry = self.l2_entry(raw)?;
-                if let L2Entry::Compressed { host, .. }
-                | L2Entry::Normal { host, .. }
-                | L2Entry::ZeroAllocated { host, .. } = entry
-                {
+            for raw in RawL2::all(&words, &g) {
+                let clusters = self.clusters_of(self.l2_entry(raw)?);
+                if !clusters.is_empty() {
                     // The last sector of compressed data may be missing from the file.
-                    self.inside(st, "data cluster", host, 1)?;
+                    self.inside(st, "data cluster", clusters.start << g.cluster_bits(), 1)?;
                 }
-                for cluster in self.clusters_of(entry) {
+                for cluster in clusters {
                     self.count(st, cluster, way)?;
                 }
             }
@@ -78,21 +75,13 @@ impl Tx {
             }
             let Some(words) = self.words(st, l1_index)? else { continue };
             let words = words.to_vec();
-            for (index, &raw) in words.iter().enumerate() {
-                let better = match self.l2_entry(raw)? {
-                    L2Entry::Normal { host, .. } => {
-                        let copied = self.counts.get(st, g.cluster(host))? == 1;
-                        L2Entry::Normal { host, copied }
-                    }
-                    L2Entry::ZeroAllocated { host, .. } => {
-                        let copied = self.counts.get(st, g.cluster(host))? == 1;
-                        L2Entry::ZeroAllocated { host, copied }
-                    }
-                    _ => continue,
-                };
-                let better = better.encode(&g);
+            for (index, raw) in RawL2::all(&words, &g).enumerate() {
+                let entry = self.l2_entry(raw)?;
+                let Some((host, _)) = entry.host_cluster() else { continue };
+                let copied = g.data_file() || self.counts.get(st, g.cluster(host))? == 1;
+                let better = entry.with_copied(copied).encode(&g);
                 if better != raw {
-                    self.set_word(st, l1_index, index, better)?;
+                    self.set_raw(st, l1_index, index, better)?;
                 }
             }
             self.put_table(st)?;

@@ -4,8 +4,9 @@ use block::Storage;
 
 use super::bitmaps::Held;
 use super::counts::{Counts, Metadata, TablePlace};
-use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry};
+use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry, RawL2};
 use crate::open::{ImageMeta, Mode, read_snapshots, read_word_table};
+use crate::reader::Files;
 use crate::{Error, Result};
 
 /// Bytes of the header that one write replaces: the smallest sector.
@@ -135,7 +136,7 @@ impl Tx {
     }
 
     /// Decodes an L2 entry.
-    pub(super) fn l2_entry(&self, raw: u64) -> Result<L2Entry> {
+    pub(super) fn l2_entry(&self, raw: RawL2) -> Result<L2Entry> {
         L2Entry::decode(raw, &self.meta.geometry)
             .map_err(|e| self.refused(format!("an L2 entry is {raw:#x}: {e}; repair it first")))
     }
@@ -160,7 +161,7 @@ impl Tx {
             let entry = self.l1_entry(self.meta.l1[l1_index])?;
             let words = match entry.offset {
                 0 if !make => return Ok(None),
-                0 => vec![0; self.geometry().l2_entries()],
+                0 => vec![0; self.geometry().l2_entries() * self.geometry().l2_words()],
                 offset => self.read_l2(st, offset)?,
             };
             self.table = Some(Table { l1_index, words, dirty: false });
@@ -213,39 +214,51 @@ impl Tx {
         if index >= self.meta.l1.len() {
             return Ok(L2Entry::Unallocated);
         }
-        match self.load(st, index, false)?.map(|t| t.words[g.l2_index(guest)]) {
-            Some(raw) => self.l2_entry(raw),
-            None => Ok(L2Entry::Unallocated),
+        let raw = self.load(st, index, false)?.map(|t| RawL2::of(&t.words, g.l2_index(guest), &g));
+        let entry = self.l2_entry(raw.unwrap_or_default())?;
+        if g.data_file() && entry.host_cluster().is_some_and(|(h, _)| h != g.cluster_start(guest)) {
+            return Err(self.refused(format!(
+                "offset {guest:#x} is not at its place in the external data file; repair it first"
+            )));
         }
+        Ok(entry)
     }
 
-    /// Sets a word of the L2 table below an entry of the active L1 table.
-    pub(super) fn set_word(
+    /// Sets an entry of the L2 table below an entry of the active L1 table.
+    pub(super) fn set_raw(
         &mut self,
         st: &mut dyn Storage,
         l1_index: usize,
         index: usize,
-        raw: u64,
+        raw: RawL2,
     ) -> Result<()> {
+        let g = self.geometry();
         if let Some(table) = self.load(st, l1_index, true)? {
-            table.dirty |= table.words[index] != raw;
-            table.words[index] = raw;
+            table.dirty |= RawL2::of(&table.words, index, &g) != raw;
+            raw.put(&mut table.words, index, &g);
         }
         Ok(())
     }
 
-    /// Maps a guest cluster anew; what it was mapped to is let go of.
+    /// Maps a guest cluster anew; what it was mapped to is let go of, unless it stays there.
     pub(super) fn set_entry(
         &mut self,
         st: &mut dyn Storage,
         guest: u64,
         entry: L2Entry,
     ) -> Result<()> {
-        let g = self.geometry();
         let old = self.entry(st, guest)?;
-        let raw = entry.encode(&g);
-        self.set_word(st, g.l1_index(guest) as usize, g.l2_index(guest), raw)?;
+        self.change_entry(st, guest, entry)?;
+        if entry.host_cluster().is_some() && entry.host_cluster() == old.host_cluster() {
+            return Ok(());
+        }
         self.lower_entry(st, old)
+    }
+
+    /// Replaces the entry of a guest cluster; its references stay what they are.
+    fn change_entry(&mut self, st: &mut dyn Storage, guest: u64, entry: L2Entry) -> Result<()> {
+        let g = self.geometry();
+        self.set_raw(st, g.l1_index(guest) as usize, g.l2_index(guest), entry.encode(&g))
     }
 
     /// Lets go of what an L2 entry refers to.
@@ -261,17 +274,16 @@ impl Tx {
         Ok(())
     }
 
-    /// The host clusters that an L2 entry refers to.
+    /// The host clusters that an L2 entry refers to: none in an external data file.
     pub(super) fn clusters_of(&self, entry: L2Entry) -> std::ops::Range<u64> {
         let g = self.geometry();
-        match entry {
-            L2Entry::Unallocated | L2Entry::Zero => 0..0,
-            L2Entry::ZeroAllocated { host, .. } | L2Entry::Normal { host, .. } => {
-                g.cluster(host)..g.cluster(host) + 1
-            }
-            L2Entry::Compressed { host, len } => {
+        match (entry, entry.host_cluster()) {
+            _ if g.data_file() => 0..0,
+            (L2Entry::Compressed { host, len }, _) => {
                 g.cluster(host)..g.cluster(host + u64::from(len) - 1) + 1
             }
+            (_, Some((host, _))) => g.cluster(host)..g.cluster(host) + 1,
+            (_, None) => 0..0,
         }
     }
 
@@ -335,6 +347,14 @@ impl Tx {
         switched()?;
         self.committed(st, counted.is_some())?;
         if relaid { self.restore_names(st) } else { Ok(()) }
+    }
+
+    /// Makes data in an external data file durable: to be called before what refers to it.
+    pub(super) fn flush_data(&self, files: &mut Files<'_>) -> Result<()> {
+        match &mut files.data {
+            Some(data) => data.flush().map_err(self.io("data file")),
+            None => Ok(()),
+        }
     }
 
     fn put_snapshots(
@@ -443,20 +463,31 @@ pub(super) fn run<T>(
     name: &str,
     change: impl FnOnce(&mut Tx, &mut dyn Storage) -> Result<T>,
 ) -> Result<(T, ImageMeta)> {
-    let mut tx = Tx::open(st, name)?;
-    match change(&mut tx, st).and_then(|t| tx.commit(st).map(|()| t)) {
+    let mut files = Files { image: st, data: None };
+    run_files(&mut files, name, |tx, files| change(tx, files.image))
+}
+
+/// As [`run`], for changes that move guests' data, too.
+pub(super) fn run_files<T>(
+    files: &mut Files<'_>,
+    name: &str,
+    change: impl FnOnce(&mut Tx, &mut Files<'_>) -> Result<T>,
+) -> Result<(T, ImageMeta)> {
+    let mut tx = Tx::open(files.image, name)?;
+    let changed = change(&mut tx, files).and_then(|t| tx.flush_data(files).map(|()| t));
+    match changed.and_then(|t| tx.commit(files.image).map(|()| t)) {
         Ok(t) => {
             if tx.compact
-                && let Err(e) = tx.move_to_front(st)
+                && let Err(e) = tx.move_to_front(files.image)
             {
                 log::warn!("{name}: is fine, but longer than it must be: {e}");
-                tx.abort(st);
-                return Ok((t, ImageMeta::open(st, name, Mode::Edit)?));
+                tx.abort(files.image);
+                return Ok((t, ImageMeta::open(files.image, name, Mode::Edit)?));
             }
             Ok((t, tx.meta))
         }
         Err(e) => {
-            tx.abort(st);
+            tx.abort(files.image);
             Err(e)
         }
     }

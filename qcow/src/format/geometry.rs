@@ -2,6 +2,11 @@
 
 use super::{HOST_OFFSET_BITS, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS};
 
+/// log2 of the subclusters in a cluster where L2 entries are extended.
+pub const SUBCLUSTER_BITS: u32 = 5;
+/// log2 of the smallest cluster that can have subclusters: none is smaller than 512 bytes.
+const MIN_EXTENDED_BITS: u32 = MIN_CLUSTER_BITS + SUBCLUSTER_BITS;
+
 /// The sizes of an image. All arithmetic on offsets is here; offsets are bytes, `u64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
@@ -9,6 +14,8 @@ pub struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
     size: u64,
+    extended_l2: bool,
+    data_file: bool,
 }
 
 impl Geometry {
@@ -19,7 +26,43 @@ impl Geometry {
             && (MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits)
             && refcount_order <= MAX_REFCOUNT_ORDER
             && (version > 2 || refcount_order == 4);
-        fine.then_some(Geometry { version, cluster_bits, refcount_order, size })
+        fine.then_some(Geometry {
+            version,
+            cluster_bits,
+            refcount_order,
+            size,
+            extended_l2: false,
+            data_file: false,
+        })
+    }
+
+    /// The same with or without extended L2 entries, if that is possible: with them in version 3
+    /// with clusters of at least 16 KiB.
+    pub fn with_extended_l2(self, extended_l2: bool) -> Option<Self> {
+        let fine = self.version >= 3 && self.cluster_bits >= MIN_EXTENDED_BITS;
+        (fine || !extended_l2).then_some(Geometry { extended_l2, ..self })
+    }
+
+    /// The same with or without an external data file.
+    pub fn with_data_file(self, data_file: bool) -> Self {
+        Geometry { data_file, ..self }
+    }
+
+    /// The same with a guest's disk of another size.
+    pub fn with_size(self, size: u64) -> Self {
+        Geometry { size, ..self }
+    }
+
+    /// Whether L2 entries are extended: each has a second word, with two bits a subcluster.
+    #[inline]
+    pub fn extended_l2(&self) -> bool {
+        self.extended_l2
+    }
+
+    /// Whether guest clusters stand in another file, each at its guest offset.
+    #[inline]
+    pub fn data_file(&self) -> bool {
+        self.data_file
     }
 
     /// Format version, 2 or 3. Version 2 knows no zero flag.
@@ -46,10 +89,47 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// log2 of the entries in an L2 table (a table is one cluster of 8-byte entries).
+    /// log2 of the units in a cluster: 0, or 5 with extended L2 entries.
+    #[inline]
+    pub fn sub_bits(&self) -> u32 {
+        if self.extended_l2 { SUBCLUSTER_BITS } else { 0 }
+    }
+
+    /// log2 of the unit's size. A unit is what can be mapped by itself: a subcluster with extended
+    /// L2 entries, else a cluster.
+    #[inline]
+    pub fn unit_bits(&self) -> u32 {
+        self.cluster_bits - self.sub_bits()
+    }
+
+    /// Size of a unit in bytes.
+    #[inline]
+    pub fn unit_size(&self) -> u64 {
+        1 << self.unit_bits()
+    }
+
+    /// Units that the guest's disk has, the last one perhaps partly.
+    #[inline]
+    pub fn guest_units(&self) -> u64 {
+        self.size.div_ceil(self.unit_size())
+    }
+
+    /// 8-byte words of an L2 entry: 2 if they are extended, else 1.
+    #[inline]
+    pub fn l2_words(&self) -> usize {
+        if self.extended_l2 { 2 } else { 1 }
+    }
+
+    /// Bytes of an L2 entry.
+    #[inline]
+    pub fn l2_entry_size(&self) -> u64 {
+        8 * self.l2_words() as u64
+    }
+
+    /// log2 of the entries in an L2 table (a table is one cluster of 8- or 16-byte entries).
     #[inline]
     pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 
     /// Entries in an L2 table.
@@ -198,6 +278,20 @@ mod tests {
         assert_eq!(g.compressed_limit(), 1 << 49);
         assert_eq!(g.guest_clusters(), 1);
         assert_eq!(g.round_up(u64::MAX), None);
+    }
+
+    #[test]
+    fn subclusters() {
+        let g = Geometry::new(3, 17, 4, (1 << 30) + 1).unwrap();
+        assert_eq!((g.unit_bits(), g.l2_bits(), g.l2_entry_size()), (17, 14, 8));
+        let g = g.with_extended_l2(true).unwrap();
+        assert_eq!((g.unit_bits(), g.l2_bits(), g.l2_entry_size()), (12, 13, 16));
+        assert_eq!((g.guest_units(), g.guest_clusters()), ((1 << 18) + 1, (1 << 13) + 1));
+        assert_eq!(g.l2_span(), 1 << 30);
+        assert_eq!(Geometry::new(3, 13, 4, 0).unwrap().with_extended_l2(true), None);
+        assert_eq!(Geometry::new(2, 16, 4, 0).unwrap().with_extended_l2(true), None);
+        let plain = Geometry::new(2, 9, 4, 0).unwrap();
+        assert_eq!(plain.with_extended_l2(false), Some(plain));
     }
 
     #[test]

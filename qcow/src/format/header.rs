@@ -148,7 +148,15 @@ impl Header {
             refcount_table_clusters: 0,
             nb_snapshots: 0,
             snapshots_offset: 0,
-            incompatible_features: 0,
+            incompatible_features: if geometry.extended_l2() {
+                incompatible::EXTENDED_L2
+            } else {
+                0
+            } | if geometry.data_file() {
+                incompatible::DATA_FILE
+            } else {
+                0
+            },
             compatible_features: 0,
             autoclear_features: 0,
             refcount_order: geometry.refcount_order(),
@@ -296,8 +304,22 @@ impl Header {
                 format!("at most {} entries (32 MiB) are possible", MAX_L1_BYTES / 8),
             ));
         }
-        // With extended entries a table has half as many, so this asks for too few; such images
-        // are refused anyway.
+        if self.extended_l2() && self.plain_geometry().with_extended_l2(true).is_none() {
+            return Err(FieldError::header(
+                "cluster_bits",
+                20,
+                self.cluster_bits,
+                "14 to 21 are possible with extended L2 entries",
+            ));
+        }
+        if self.raw_data() && !self.has_data_file() {
+            return Err(FieldError::header(
+                "autoclear_features",
+                88,
+                format!("{:#x}", self.autoclear_features),
+                "bit 1 (raw external data) is possible with an external data file",
+            ));
+        }
         let need = self.geometry().l1_entries();
         if u64::from(self.l1_size) < need {
             return Err(FieldError::header(
@@ -363,6 +385,13 @@ impl Header {
 
     /// The sizes.
     pub fn geometry(&self) -> Geometry {
+        self.plain_geometry()
+            .with_extended_l2(self.extended_l2())
+            .expect("a header's fields are in range")
+            .with_data_file(self.has_data_file())
+    }
+
+    fn plain_geometry(&self) -> Geometry {
         Geometry::new(self.version, self.cluster_bits, self.refcount_order, self.size)
             .expect("a header's fields are in range")
     }
@@ -437,6 +466,12 @@ impl Header {
         self.extension(ext::BACKING_FORMAT).map(|d| String::from_utf8_lossy(d).into_owned())
     }
 
+    /// The external data file's name as it stands in the image, if there is such a file and a name.
+    pub fn data_file_name(&self) -> Option<&[u8]> {
+        let name = self.extension(ext::DATA_FILE).filter(|name| !name.is_empty());
+        name.filter(|_| self.has_data_file())
+    }
+
     /// The bitmaps extension.
     pub fn bitmaps(&self) -> Option<Bitmaps> {
         self.extension(ext::BITMAPS).and_then(Bitmaps::parse)
@@ -492,6 +527,21 @@ impl Header {
     /// Whether the image was marked corrupt and must not be written.
     pub fn is_corrupt(&self) -> bool {
         self.incompatible_features & incompatible::CORRUPT != 0
+    }
+
+    /// Whether guest clusters stand in another file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible_features & incompatible::DATA_FILE != 0
+    }
+
+    /// Whether the external data file is the guest's disk by itself.
+    pub fn raw_data(&self) -> bool {
+        self.autoclear_features & autoclear::RAW_DATA != 0
+    }
+
+    /// Whether L2 entries are extended.
+    pub fn extended_l2(&self) -> bool {
+        self.incompatible_features & incompatible::EXTENDED_L2 != 0
     }
 
     /// Whether refcounts may be written late.

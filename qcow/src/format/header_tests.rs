@@ -179,3 +179,33 @@ fn a_header_that_does_not_fit_is_an_error() {
          a cluster holds 512"
     );
 }
+
+#[test]
+fn features_that_change_the_sizes() {
+    let g = Geometry::new(3, 16, 4, 1 << 30).unwrap();
+    let g = g.with_extended_l2(true).unwrap().with_data_file(true);
+    let mut h = Header { l1_size: g.l1_entries() as u32, ..Header::new(&g) };
+    assert_eq!((h.l1_size, h.geometry()), (4, g));
+    assert_eq!(h.data_file_name(), None);
+    h.extensions.push(Extension { kind: ext::DATA_FILE, data: b"data".to_vec() });
+    assert_eq!(h.data_file_name(), Some(&b"data"[..]));
+    h.l1_size -= 1;
+    let text = |h: &Header| {
+        let mut bytes = h.encode().unwrap();
+        bytes.resize(65536, 0);
+        Header::parse(&bytes).unwrap_err().to_string()
+    };
+    assert!(text(&h).ends_with("a disk of 1073741824 bytes needs at least 4 entries"));
+    (h.cluster_bits, h.l1_size) = (13, 1 << 20);
+    assert_eq!(
+        text(&h),
+        "header field cluster_bits at offset 20 is 13; 14 to 21 are possible with extended L2 entries"
+    );
+    let mut h = sample(3);
+    h.autoclear_features = autoclear::RAW_DATA;
+    assert_eq!(
+        text(&h),
+        "header field autoclear_features at offset 88 is 0x2; bit 1 (raw external data) is possible \
+         with an external data file"
+    );
+}

@@ -18,10 +18,10 @@ pub use bitmap::{
     BITMAP_GRANULARITY_BITS, BitmapCluster, BitmapEntry, Bitmaps, MAX_BITMAP_BYTES,
     MAX_BITMAP_DIRECTORY, MAX_BITMAP_NAME, MAX_BITMAPS,
 };
-pub use entry::{EntryError, L1Entry, L2Entry, decode_refcount_table_entry};
+pub use entry::{EntryError, L1Entry, L2Entry, RawL2, Unit, decode_refcount_table_entry};
 pub use error::FieldError;
 pub use extension::{Extension, FeatureName, ext};
-pub use geometry::Geometry;
+pub use geometry::{Geometry, SUBCLUSTER_BITS};
 pub use header::{Compression, Header, autoclear, compatible, field, incompatible};
 pub use refcount::{RefcountBlock, get_refcount, set_refcount};
 pub use snapshot::Snapshot;

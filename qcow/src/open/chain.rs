@@ -40,7 +40,7 @@ pub struct ChainOptions {
     pub writable: bool,
     /// Format of backing files whose image states none.
     pub backing_format: Option<Format>,
-    /// Whether backing files stay closed: only the top layer is opened.
+    /// Whether backing files and data files stay closed: only the top layer's image is opened.
     pub top_only: bool,
 }
 
@@ -53,6 +53,14 @@ pub enum LayerKind {
     Raw(u64),
 }
 
+/// A layer's external data file, opened.
+pub struct DataFile<S> {
+    /// The bytes.
+    pub storage: S,
+    /// What to call it in messages.
+    pub name: String,
+}
+
 /// One layer of a chain.
 pub struct Layer<S> {
     /// The bytes.
@@ -63,6 +71,8 @@ pub struct Layer<S> {
     pub path: Option<PathBuf>,
     /// What it is.
     pub kind: LayerKind,
+    /// Where its guest clusters stand, if that is another file and was opened.
+    pub data: Option<DataFile<S>>,
     /// The backing file it names, with the path that leads to.
     pub backing: Option<BackingRef>,
 }
@@ -84,6 +94,24 @@ impl<S> Layer<S> {
         }
     }
 
+    /// Its files: the image's own, and its data file.
+    pub fn storages(&self) -> impl Iterator<Item = &S> + Clone {
+        [Some(&self.storage), self.data.as_ref().map(|d| &d.storage)].into_iter().flatten()
+    }
+
+    /// The same, taken apart.
+    pub fn into_storages(self) -> impl Iterator<Item = S> {
+        [Some(self.storage), self.data.map(|d| d.storage)].into_iter().flatten()
+    }
+
+    /// The bytes in which its guest clusters stand: the layer's own, or its data file's.
+    pub(crate) fn data_storage(&mut self) -> &mut S {
+        match &mut self.data {
+            Some(data) => &mut data.storage,
+            None => &mut self.storage,
+        }
+    }
+
     /// Its format.
     pub fn format(&self) -> Format {
         match self.kind {
@@ -101,8 +129,9 @@ pub struct Chain<S> {
 }
 
 impl<S: Storage> Chain<S> {
-    /// Opens an image and its backing files. `open_backing` opens the file that a name leads to
-    /// (see [`super::allowed_host_file`]), for reading only.
+    /// Opens an image, its backing files and the external data files of all of them.
+    /// `open_backing` opens the file that a name leads to (see [`super::allowed_host_file`]): for
+    /// reading only, but for the data file of the top layer if that is writable.
     ///
     /// # Errors
     /// If a layer cannot be opened, a name is refused, the chain is a cycle or too deep.
@@ -125,8 +154,24 @@ impl<S: Storage> Chain<S> {
                 }
                 ids.push(id);
             }
+            let path = opened.path.clone();
             let mode = if options.writable && layers.is_empty() { Mode::Write } else { Mode::Read };
-            let layer = Self::open_layer(opened, format, mode, options, layers.len())?;
+            let mut layer = Self::open_layer(opened, format, mode, options, layers.len())?;
+            if let LayerKind::Qcow2(image) = &layer.kind
+                && image.header.has_data_file()
+                && !options.top_only
+            {
+                let named = data_of(image, path.as_deref(), layers.len())?;
+                let opened = open_backing(&named)?;
+                if opened.id.is_some_and(|id| ids.contains(&id)) {
+                    return Err(Error::refused(
+                        &layer.name,
+                        format!("its data file {} is a file of the chain already", opened.name),
+                    ));
+                }
+                ids.extend(opened.id);
+                layer.data = Some(fit_data(opened, image, mode)?);
+            }
             l1_bytes += layer.image().map_or(0, |i| i.l1.len() * 8);
             if l1_bytes > MAX_CHAIN_L1_BYTES {
                 return Err(Error::refused(
@@ -181,7 +226,7 @@ impl<S: Storage> Chain<S> {
             }
         };
         let Opened { storage, path, name, .. } = opened;
-        Ok(Layer { storage, name, path, kind, backing })
+        Ok(Layer { storage, name, path, kind, data: None, backing })
     }
 
     /// Bytes that a guest sees.
@@ -202,6 +247,29 @@ impl<S: Storage> Chain<S> {
         let (_, snapshot) = find_snapshot(storage, name, &image.header, key)?;
         image.show_snapshot(storage, &snapshot)
     }
+}
+
+/// The external data file that an image names.
+fn data_of(image: &ImageMeta, path: Option<&Path>, depth: usize) -> Result<BackingRef> {
+    let Some(name) = image.header.data_file_name() else {
+        return Err(Error::refused(&image.name, "has an external data file, but does not name it"));
+    };
+    BackingRef::data_file(&image.name, name, path, depth)
+}
+
+/// Looks whether a data file can hold the image's disk. A file that is shorter reads as zeroes
+/// behind its end, and grows.
+fn fit_data<S: Storage>(opened: Opened<S>, image: &ImageMeta, mode: Mode) -> Result<DataFile<S>> {
+    let Opened { storage, name, .. } = opened;
+    let refuse = |reason: String| Err(Error::refused(&image.name, reason));
+    if mode == Mode::Write && storage.read_only() {
+        return refuse(format!("cannot be opened for writing: its data file {name} is read-only"));
+    }
+    let (room, size) = (storage.capacity(), image.geometry.size());
+    if room < size {
+        return refuse(format!("its data file {name} has {room} bytes, but the disk has {size}"));
+    }
+    Ok(DataFile { storage, name })
 }
 
 /// The backing file that an image names.

@@ -8,16 +8,16 @@ mod metadata;
 mod names;
 mod tables;
 
-pub use chain::{Chain, ChainOptions, Layer, LayerKind, MAX_DEPTH, Opened};
+pub use chain::{Chain, ChainOptions, DataFile, Layer, LayerKind, MAX_DEPTH, Opened};
 pub use metadata::MetadataSet;
-pub use names::{BackingRef, FileId, Format, HostFile, allowed_host_file};
+pub use names::{BackingRef, FileId, Format, HostFile, Role, allowed_host_file};
 pub(crate) use tables::{read_snapshots, read_word_table};
 
 use block::Storage;
 
 use crate::check;
 use crate::edit::check_l1;
-use crate::format::{FieldError, Geometry, Header, Snapshot, autoclear, field, incompatible};
+use crate::format::{FieldError, Geometry, Header, Snapshot, autoclear, field};
 use crate::{Error, Result};
 
 /// What an image is opened for.
@@ -83,20 +83,21 @@ impl ImageMeta {
     }
 
     /// To be called before the first write to the image: clears the autoclear bits, since
-    /// nothing that they vouch for (bitmaps and what is unknown here) is kept up to date. Durable
-    /// when it returns.
+    /// nothing that they vouch for (bitmaps and what is unknown here) is kept up to date, except for
+    /// an external data file that is raw. Durable when it returns.
     ///
     /// # Errors
     /// If the header cannot be written.
     pub fn prepare_write(&mut self, storage: &mut dyn Storage) -> Result<()> {
-        if self.header.autoclear_features == 0 {
+        let kept = self.header.autoclear_features & autoclear::RAW_DATA;
+        if self.header.autoclear_features == kept {
             return Ok(());
         }
         if self.header.autoclear_features & autoclear::BITMAPS != 0 {
             log::warn!("{}: its persistent bitmaps become invalid by writing to it", self.name);
         }
-        self.write_field(storage, field::AUTOCLEAR, 0)?;
-        self.header.autoclear_features = 0;
+        self.write_field(storage, field::AUTOCLEAR, kept)?;
+        self.header.autoclear_features = kept;
         Ok(())
     }
 
@@ -124,8 +125,7 @@ impl ImageMeta {
     fn show_snapshot(&mut self, storage: &mut dyn Storage, s: &Snapshot) -> Result<()> {
         check_l1(self, s, storage.len())?;
         let size = s.disk_size.unwrap_or(self.header.size);
-        let g = &self.geometry;
-        let geometry = Geometry::new(g.version(), g.cluster_bits(), g.refcount_order(), size)
+        let geometry = Some(self.geometry.with_size(size))
             .filter(|g| i64::try_from(size).is_ok() && g.l1_entries() <= u64::from(s.l1_size))
             .ok_or_else(|| {
                 Error::refused(
@@ -171,13 +171,8 @@ fn read_header(storage: &mut dyn Storage, name: &str) -> Result<Header> {
 /// Refuses what is not done here, by name.
 fn refuse_unsupported(header: &Header, name: &str) -> Result<()> {
     let unknown = header.unknown_incompatible();
-    let bits = header.incompatible_features;
     let feature = if !unknown.is_empty() {
         format!("unknown incompatible features {} are", unknown.join(", "))
-    } else if bits & incompatible::EXTENDED_L2 != 0 {
-        "extended L2 entries (subclusters) are".to_owned()
-    } else if bits & incompatible::DATA_FILE != 0 {
-        "an external data file is".to_owned()
     } else if header.crypt_method == 1 {
         "AES encryption is".to_owned()
     } else if header.crypt_method == 2 {

@@ -1,4 +1,4 @@
-//! Names of backing files as they stand in images, and what they may open.
+//! Names of backing files and external data files as they stand in images, and what they may open.
 //!
 //! An image is not trusted: a name in it must not make us read a device that hangs, a socket, a
 //! URL, or a file whose format would be guessed from contents that a guest wrote.
@@ -37,9 +37,30 @@ impl Format {
     }
 }
 
-/// A backing file as an image names it.
+/// What a file is to the image that names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The backing file: a layer of its own.
+    Backing,
+    /// The external data file: where the image's guest clusters stand.
+    Data,
+}
+
+impl Role {
+    /// For messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Backing => "backing file",
+            Role::Data => "data file",
+        }
+    }
+}
+
+/// A backing file (or external data file) as an image names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingRef {
+    /// What it is to that image.
+    pub role: Role,
     /// The image that names it, for messages.
     pub named_by: String,
     /// The name as it stands in the image.
@@ -48,7 +69,7 @@ pub struct BackingRef {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
-    /// Its place in the chain: 1 for the top image's backing file.
+    /// Its place in the chain: 1 for the top image's backing file, 0 for its data file.
     pub depth: usize,
 }
 
@@ -68,36 +89,64 @@ impl BackingRef {
         depth: usize,
     ) -> Result<BackingRef> {
         let refuse = |reason: String| Error::refused(named_by, reason);
-        let Ok(name) = std::str::from_utf8(name) else {
-            let lossy = String::from_utf8_lossy(name).into_owned();
-            return Err(refuse(format!("backing file name {lossy:?} is not UTF-8")));
-        };
-        if name.contains('\0') {
-            return Err(refuse(format!("backing file name {name:?} contains a NUL byte")));
-        }
         let format = match (stated, default_format) {
             (Some(s), _) => Format::from_name(s).ok_or_else(|| {
+                let name = String::from_utf8_lossy(name);
                 refuse(format!(
                     "backing file {name:?} has format {s:?}; only qcow2 and raw are supported"
                 ))
             })?,
             (None, Some(f)) => f,
             (None, None) => {
+                let name = String::from_utf8_lossy(name);
                 return Err(refuse(format!(
                     "backing file {name:?} has no format stated in the image, and formats are not \
                      guessed; state it with --backing-format"
                 )));
             }
         };
+        Self::with_role(Role::Backing, named_by, name, image_path, format, depth)
+    }
+
+    /// Takes an external data file's name from the image at `depth`. Its format is raw.
+    ///
+    /// # Errors
+    /// If the name is not one that may be opened.
+    pub fn data_file(
+        named_by: &str,
+        name: &[u8],
+        image_path: Option<&Path>,
+        depth: usize,
+    ) -> Result<BackingRef> {
+        Self::with_role(Role::Data, named_by, name, image_path, Format::Raw, depth)
+    }
+
+    fn with_role(
+        role: Role,
+        named_by: &str,
+        name: &[u8],
+        image_path: Option<&Path>,
+        format: Format,
+        depth: usize,
+    ) -> Result<BackingRef> {
+        let what = role.name();
+        let refuse = |reason: String| Error::refused(named_by, reason);
+        let Ok(name) = std::str::from_utf8(name) else {
+            let lossy = String::from_utf8_lossy(name).into_owned();
+            return Err(refuse(format!("{what} name {lossy:?} is not UTF-8")));
+        };
+        if name.contains('\0') {
+            return Err(refuse(format!("{what} name {name:?} contains a NUL byte")));
+        }
         let plain = name.strip_prefix("file:").unwrap_or(name);
         if let Some(prefix) = protocol(plain) {
             return Err(refuse(format!(
-                "backing file name {name:?} starts with {prefix:?}; only paths of files and block \
+                "{what} name {name:?} starts with {prefix:?}; only paths of files and block \
                  devices are opened"
             )));
         }
         if plain.is_empty() {
-            return Err(refuse(format!("backing file name {name:?} is empty")));
+            return Err(refuse(format!("{what} name {name:?} is empty")));
         }
         let path = Path::new(plain);
         let path = match (path.is_absolute(), image_path) {
@@ -105,13 +154,13 @@ impl BackingRef {
             (false, Some(image)) => image.parent().unwrap_or(Path::new("")).join(path),
             (false, None) => {
                 return Err(refuse(format!(
-                    "backing file name {name:?} is relative, but the image is not a file that \
+                    "{what} name {name:?} is relative, but the image is not a file that \
                      stands in a directory"
                 )));
             }
         };
         let name = name.to_owned();
-        Ok(BackingRef { named_by: named_by.to_owned(), name, path, format, depth })
+        Ok(BackingRef { role, named_by: named_by.to_owned(), name, path, format, depth })
     }
 }
 
@@ -157,7 +206,8 @@ pub struct HostFile {
 /// With the image, the name and the reason.
 pub fn allowed_host_file(backing: &BackingRef, allow: &[PathBuf]) -> Result<HostFile> {
     let refuse = |reason: String| {
-        Error::refused(&backing.named_by, format!("backing file {:?} {reason}", backing.name))
+        let what = backing.role.name();
+        Error::refused(&backing.named_by, format!("{what} {:?} {reason}", backing.name))
     };
     let cannot =
         |e: std::io::Error| refuse(format!("cannot be opened at {}: {e}", backing.path.display()));

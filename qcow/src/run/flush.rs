@@ -3,8 +3,8 @@
 //! A batch seals what has been changed so far, then writes
 //!
 //! 1. refcount blocks (what was allocated is counted; nothing freed is, yet),
-//! 2. a flush, if the device has a volatile cache: now the counts, the data and any new, zeroed
-//!    L2 tables are durable,
+//! 2. a flush, if the device has a volatile cache, and one of the external data file's: now the
+//!    counts, the data and any new, zeroed L2 tables are durable,
 //! 3. L2 table parts and L1 entries, which only point at what is durable,
 //! 4. a flush again.
 //!
@@ -113,7 +113,8 @@ impl Shared {
         let refs = self.alloc.borrow_mut().begin_write()?;
         let pieces = refs.iter().map(|(_, offset, bytes)| (*offset, bytes.clone()));
         self.write_meta(slot, pieces).await?;
-        check(self.device_flush(slot).await)?;
+        let changes = !(refs.is_empty() && pages.is_empty() && parts.is_empty());
+        check(self.flush_both(slot, changes).await)?;
         self.alloc.borrow_mut().end_write(&refs);
         if pages.is_empty() && parts.is_empty() {
             return Ok(());
@@ -133,11 +134,10 @@ impl Shared {
 
     /// Where a page's part of its L2 table stands on disk.
     fn slice_offset(&self, page: u64) -> u64 {
-        let first = page << self.map.page_bits();
-        let guest = first << self.geometry.cluster_bits();
+        let guest = self.page_start(page);
         let raw = self.tables.borrow().l1(self.geometry.l1_index(guest));
         let table = crate::format::L1Entry::decode(raw, &self.geometry).map_or(0, |e| e.offset);
-        table + self.geometry.l2_index(guest) as u64 * 8
+        table + self.geometry.l2_index(guest) as u64 * self.geometry.l2_entry_size()
     }
 
     /// Writes metadata parts (offset, bytes): neighbours that follow each other go in one request.

@@ -17,15 +17,16 @@ const NO_PORT: Port = Port { leaf: u16::MAX, unit: u16::MAX };
 /// What a hit needs.
 pub(super) struct Hits {
     map: Arc<Map>,
-    /// By layer; [`NO_PORT`] where there is none.
+    /// Where the data of each layer is; [`NO_PORT`] where there is none.
     ports: Box<[Port; 256]>,
     /// By operation: what lets a request go straight down.
     ways: [Way; 5],
     /// Bytes of the disk, whole sectors.
     size: u64,
-    cluster_bits: u32,
-    /// Offsets within a cluster, as a mask.
-    cluster_mask: u64,
+    /// log2 of what has a word in the map: a cluster, or a subcluster.
+    unit_bits: u32,
+    /// Offsets within such a unit, as a mask.
+    unit_mask: u64,
 }
 
 impl Hits {
@@ -38,7 +39,7 @@ impl Hits {
     ) -> Hits {
         let mut table = Box::new([NO_PORT; 256]);
         for (place, layer) in table.iter_mut().zip(layers) {
-            *place = layer.port;
+            *place = layer.data_port();
         }
         let mut ways = [Way::NONE; 5];
         ways[Op::Read as usize] = Way::READ;
@@ -50,8 +51,8 @@ impl Hits {
             ports: table,
             ways,
             size: info.size,
-            cluster_bits: geometry.cluster_bits(),
-            cluster_mask: geometry.cluster_size() - 1,
+            unit_bits: geometry.unit_bits(),
+            unit_mask: geometry.unit_size() - 1,
         }
     }
 
@@ -75,13 +76,13 @@ impl Hits {
 
     #[inline(always)]
     fn word_for(&self, op: Op, offset: u64) -> Option<Word> {
-        let word = self.map.lookup(offset >> self.cluster_bits);
+        let word = self.map.lookup(offset >> self.unit_bits);
         word.allows(self.ways[op as usize]).then_some(word)
     }
 
     #[inline(always)]
     fn place(&self, word: Word, offset: u64) -> (Port, u64) {
-        (self.ports[usize::from(word.layer())], word.host() + (offset & self.cluster_mask))
+        (self.ports[usize::from(word.layer())], word.host() + (offset & self.unit_mask))
     }
 
     /// Where a request goes if it can go straight down as a whole: one mapped run.
@@ -97,7 +98,7 @@ impl Hits {
             return None;
         }
         let word = self.word_for(r.op, r.offset)?;
-        let crosses = (r.offset & self.cluster_mask) + (r.len - 1) > self.cluster_mask;
+        let crosses = (r.offset & self.unit_mask) + (r.len - 1) > self.unit_mask;
         if crosses && !self.runs_on(r.op, r.offset, r.len, word) {
             return None;
         }
@@ -107,13 +108,13 @@ impl Hits {
     /// Whether the clusters behind the first one, whose word is `first`, continue it.
     #[inline(never)]
     fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
-        let last = (offset + len - 1) >> self.cluster_bits;
+        let last = (offset + len - 1) >> self.unit_bits;
         let mut before = first.unclaimed();
-        ((offset >> self.cluster_bits) + 1..=last).all(|cluster| {
+        ((offset >> self.unit_bits) + 1..=last).all(|cluster| {
             let next = self.map.lookup(cluster);
             // What is claimed may be read, but not written.
             let next = if op == Op::Read { next.unclaimed() } else { next };
-            let on = before.continued_by(next, 1 << self.cluster_bits);
+            let on = before.continued_by(next, 1 << self.unit_bits);
             before = next;
             on
         })
@@ -131,16 +132,30 @@ pub(super) fn look_at_leaves<L: block::BlockQueue>(
 ) -> Result<u32, String> {
     let mut max_transfer = 1 << 20;
     for l in layers {
-        let leaf = leaves.get(usize::from(l.port.leaf));
-        let leaf =
-            leaf.ok_or_else(|| format!("{}: there is no leaf queue {}", l.name, l.port.leaf))?;
-        let info = leaf.info(l.port.unit);
-        let info = info.ok_or_else(|| format!("{}: the leaf queue has no such unit", l.name))?;
+        let info = info_at(leaves, l, l.port)?;
         l.capacity = info.size;
         max_transfer = max_transfer.min(info.max_transfer & !4095);
+        if let Some(port) = l.data {
+            max_transfer = max_transfer.min(info_at(leaves, l, port)?.max_transfer & !4095);
+        }
     }
     if max_transfer == 0 {
         return Err("a device takes less than 4 KiB at a time".to_owned());
     }
     Ok(max_transfer)
+}
+
+/// What the unit is like at which a file of a layer lies.
+///
+/// # Errors
+/// If it is not there.
+pub(super) fn info_at<'l, L: block::BlockQueue>(
+    leaves: &'l [L],
+    layer: &StackLayer,
+    port: Port,
+) -> Result<&'l DeviceInfo, String> {
+    let leaf = leaves.get(usize::from(port.leaf));
+    let leaf =
+        leaf.ok_or_else(|| format!("{}: there is no leaf queue {}", layer.name, port.leaf))?;
+    leaf.info(port.unit).ok_or_else(|| format!("{}: the leaf queue has no such unit", layer.name))
 }

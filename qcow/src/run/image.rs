@@ -13,7 +13,7 @@ use reactor::Wake;
 use reactor::task::Tasks;
 
 use super::alloc::Allocator;
-use super::hits::{Hits, look_at_leaves};
+use super::hits::{Hits, info_at, look_at_leaves};
 use super::link::{Errand, Link, Phase, Reply};
 use super::meta::{Tables, page_bits};
 use super::pause::Stage;
@@ -79,6 +79,17 @@ pub(super) fn info(stack: &Stack, max_transfer: u32) -> DeviceInfo {
     }
 }
 
+/// The devices below the layer that is written to: its own, and that of its external data file.
+pub(super) fn devices<L: BlockQueue>(
+    stack: &Stack,
+    leaves: &[L],
+) -> Result<(DeviceInfo, Option<DeviceInfo>), String> {
+    let top = stack.top_layer();
+    let device = info_at(leaves, top, top.port)?.clone();
+    let data = top.data.map(|port| info_at(leaves, top, port).cloned()).transpose()?;
+    Ok((device, data))
+}
+
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
 pub struct Image {
     // What a hit needs, first.
@@ -123,23 +134,32 @@ impl Image {
         options: Options,
     ) -> Result<Image, String> {
         let max_transfer = look_at_leaves(&mut stack.layers, leaves)?;
-        let below = stack.top_layer().port;
-        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
-        let device = device.ok_or("the leaf queue has no such unit")?;
+        let (device, data_device) = devices(&stack, leaves)?;
         let top = &mut stack.top;
         let geometry = top.geometry;
         let slots = options.slots.clamp(1, 1024);
         let least = 2 * usize::from(slots) + 16;
         let bits = page_bits(&geometry);
-        let map = Arc::new(Map::new(geometry.guest_clusters(), bits, options.l2_cache, least)?);
-        let tables = Tables::new(std::mem::take(&mut top.l1));
+        let map = Arc::new(Map::new(geometry.guest_units(), bits, options.l2_cache, least)?);
+        let tables = Tables::new(geometry, std::mem::take(&mut top.l1));
         let alloc = Allocator::new(top, device.size);
         let info = info(&stack, max_transfer);
         let hits = Hits::new(map.clone(), &stack.layers, &info, &geometry);
         let writable = stack.writable;
         let count = usize::from(slots + 1 + STREAM_SLOTS);
-        let shared = Shared::new(stack, device, geometry, info, map, tables, alloc, owner, count)
-            .map_err(|e| e.to_string())?;
+        let shared = Shared::new(
+            stack,
+            device,
+            data_device,
+            geometry,
+            info,
+            map,
+            tables,
+            alloc,
+            owner,
+            count,
+        )
+        .map_err(|e| e.to_string())?;
         for region in shared.own_regions() {
             shared.register(&region);
             for leaf in leaves.iter_mut() {
@@ -185,8 +205,14 @@ impl Image {
         self.hits.map()
     }
 
-    /// First byte of the layer that is written to behind everything that was ever in use: where a file may be cut after
-    /// a clean close. `u64::MAX` if that is not known.
+    /// Bytes that have a word of their own in the map: a cluster, or a subcluster where L2 entries are
+    /// extended.
+    pub fn unit_size(&self) -> u64 {
+        self.shared.geometry.unit_size()
+    }
+
+    /// First byte of the layer that is written to behind everything that was ever in use: where its
+    /// file may be cut after a clean close. `u64::MAX` if that is not known.
     pub fn end(&self) -> u64 {
         self.shared.alloc.borrow().end()
     }

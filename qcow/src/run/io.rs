@@ -182,14 +182,38 @@ impl Shared {
         self.wait(slot).await
     }
 
-    /// Has the device of the layer that is written to make everything durable that was completed; nothing to do where
-    /// it has no volatile cache.
+    /// Has the device of the layer that is written to make everything durable that was completed;
+    /// nothing to do where it has no volatile cache.
     pub(super) async fn device_flush(&self, slot: u16) -> Status {
         if !self.device.volatile_cache {
             return Status::Ok;
         }
         self.counters.flushes.set(self.counters.flushes.get() + 1);
         self.io(slot, self.top(), Op::Flush, 0, SegList::EMPTY).await
+    }
+
+    /// The same, and of the external data file where there is one; then the image's own device
+    /// need only be asked if metadata has changed.
+    pub(super) async fn flush_both(&self, slot: u16, changes: bool) -> Status {
+        let Some(data) = &self.data_device else { return self.device_flush(slot).await };
+        let port = self.stack.top_layer().data_port();
+        let flush = |port| Child {
+            port,
+            op: Op::Flush,
+            flags: Flags::NONE,
+            offset: 0,
+            len: 0,
+            segs: SegList::EMPTY,
+        };
+        for (port, wanted) in
+            [(port, data.volatile_cache), (self.top(), changes && self.device.volatile_cache)]
+        {
+            if wanted {
+                self.counters.flushes.set(self.counters.flushes.get() + 1);
+                self.start(slot, flush(port));
+            }
+        }
+        self.wait(slot).await
     }
 
     /// Reads up to a metadata buffer's worth of bytes, a multiple of 512.

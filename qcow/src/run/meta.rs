@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::shared::META;
-use crate::format::Geometry;
+use crate::format::{Geometry, RawL2};
 
 /// L1 entries in one metadata buffer.
 pub(super) const L1_PART: usize = META / 8;
@@ -33,14 +33,18 @@ pub(super) struct Tables {
     l1_pending: Vec<(usize, u64)>,
     l1_dirty: BTreeSet<usize>,
     slices: BTreeMap<u64, Slice>,
+    geometry: Geometry,
     /// L2 tables being made, by L1 index, and pages being loaded.
     pub(super) making: HashSet<usize>,
     pub(super) loading: HashSet<u64>,
+    /// Guest clusters that are about to get a host cluster, where claims are on subclusters only.
+    pub(super) placing: HashSet<u64>,
 }
 
 impl Tables {
-    pub(super) fn new(l1: Vec<u64>) -> Tables {
+    pub(super) fn new(geometry: Geometry, l1: Vec<u64>) -> Tables {
         Tables {
+            geometry,
             l1_image: l1.clone(),
             l1,
             l1_pending: Vec::new(),
@@ -48,6 +52,7 @@ impl Tables {
             slices: BTreeMap::new(),
             making: HashSet::new(),
             loading: HashSet::new(),
+            placing: HashSet::new(),
         }
     }
 
@@ -64,8 +69,9 @@ impl Tables {
         self.slices.contains_key(&page)
     }
 
-    pub(super) fn insert(&mut self, page: u64, entries: Vec<u64>) {
-        let now: Box<[u64]> = entries.into();
+    /// Takes the words of a slice.
+    pub(super) fn insert(&mut self, page: u64, words: Vec<u64>) {
+        let now: Box<[u64]> = words.into();
         let image = now.clone();
         let slice = Slice { now, image, changed: false, dirty: false, users: 0 };
         self.slices.entry(page).or_insert(slice);
@@ -84,17 +90,24 @@ impl Tables {
         }
     }
 
+    /// The words of `count` entries from `index` on, with all changes, if the slice is in memory.
+    pub(super) fn words(&self, page: u64, index: usize, count: usize) -> Option<&[u64]> {
+        let n = self.geometry.l2_words();
+        self.slices.get(&page)?.now.get(index * n..(index + count) * n)
+    }
+
     /// An entry with all changes, if its slice is in memory.
-    pub(super) fn entry(&self, page: u64, index: usize) -> Option<u64> {
-        self.slices.get(&page)?.now.get(index).copied()
+    pub(super) fn entry(&self, page: u64, index: usize) -> Option<RawL2> {
+        Some(RawL2::of(self.words(page, index, 1)?, 0, &self.geometry))
     }
 
     /// Changes an entry of a held slice, from the next batch on.
-    pub(super) fn stage(&mut self, page: u64, index: usize, raw: u64) {
+    pub(super) fn stage(&mut self, page: u64, index: usize, raw: RawL2) {
+        let n = self.geometry.l2_words();
         if let Some(s) = self.slices.get_mut(&page)
-            && let Some(entry) = s.now.get_mut(index)
+            && let Some(entry) = s.now.get_mut(index * n..(index + 1) * n)
         {
-            *entry = raw;
+            raw.put(entry, 0, &self.geometry);
             s.changed = true;
         }
     }
@@ -178,38 +191,65 @@ impl Tables {
     }
 }
 
-/// Entries of a page of the map and of a slice: one metadata buffer's worth, or a whole table.
+/// log2 of the units in a page of the map, which has as many entries as a slice: a metadata buffer's
+/// worth, or a whole table. With subclusters half of that, so that pages do not get too large.
 pub(super) fn page_bits(geometry: &Geometry) -> u32 {
-    geometry.l2_bits().min((META / 8).trailing_zeros())
+    let bytes = if geometry.extended_l2() { META as u64 / 2 } else { META as u64 };
+    let entries = (bytes / geometry.l2_entry_size()).trailing_zeros();
+    geometry.l2_bits().min(entries) + geometry.sub_bits()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn tables(extended: bool, l1: Vec<u64>) -> Tables {
+        let g = Geometry::new(3, 16, 4, 1 << 30).unwrap().with_extended_l2(extended).unwrap();
+        Tables::new(g, l1)
+    }
+
+    fn plain(word: u64) -> RawL2 {
+        RawL2 { word, bitmap: 0 }
+    }
+
+    #[test]
+    fn extended_entries_have_two_words() {
+        let mut t = tables(true, vec![]);
+        t.insert(7, vec![0; 256]);
+        t.stage(7, 127, RawL2 { word: 5, bitmap: 6 });
+        t.stage(7, 128, plain(1));
+        assert_eq!((t.entry(7, 127), t.entry(7, 128)), (Some(RawL2 { word: 5, bitmap: 6 }), None));
+        assert_eq!(t.words(7, 126, 2), Some(&[0, 0, 5, 6][..]));
+        assert_eq!(t.seal(), [7]);
+        let bytes = t.slice_bytes(7);
+        assert_eq!(bytes[2032..], [5u64.to_be_bytes(), 6u64.to_be_bytes()].concat());
+        let g = t.geometry;
+        assert_eq!((page_bits(&g), page_bits(&g.with_extended_l2(false).unwrap())), (12, 9));
+    }
+
     #[test]
     fn a_batch_holds_what_was_sealed_and_no_more() {
-        let mut t = Tables::new(vec![0; 600]);
+        let mut t = tables(false, vec![0; 600]);
         t.insert(7, vec![0; 512]);
-        t.stage(7, 3, 11);
-        assert_eq!(t.entry(7, 3), Some(11));
+        t.stage(7, 3, plain(11));
+        assert_eq!(t.entry(7, 3), Some(plain(11)));
         assert_eq!(t.seal(), [7]);
-        t.stage(7, 3, 12);
-        t.stage(7, 4, 13);
+        t.stage(7, 3, plain(12));
+        t.stage(7, 4, plain(13));
         assert_eq!(t.slice_bytes(7)[24..40], [[0; 7].as_slice(), &[11], &[0; 8]].concat());
-        assert_eq!((t.entry(7, 3), t.entry(7, 4)), (Some(12), Some(13)));
+        assert_eq!((t.entry(7, 3), t.entry(7, 4)), (Some(plain(12)), Some(plain(13))));
         t.written(&[7], &[]);
         assert!(t.is_dirty() && t.page_is_dirty(7) && !t.page_is_dirty(8));
         assert_eq!(t.seal(), [7]);
         assert_eq!(t.seal(), [7], "what is not known to be durable stays dirty");
         t.written(&[7], &[]);
-        t.stage(7, 4, 13);
+        t.stage(7, 4, plain(13));
         assert!(t.seal().is_empty(), "nothing is new");
     }
 
     #[test]
     fn l1_parts() {
-        let mut t = Tables::new(vec![0; 600]);
+        let mut t = tables(false, vec![0; 600]);
         t.set_l1(599, 0x10000);
         assert_eq!(t.l1(599), 0x10000);
         assert!(t.dirty_l1_parts().is_empty());
@@ -224,12 +264,12 @@ mod tests {
 
     #[test]
     fn trimming_spares_what_is_needed() {
-        let mut t = Tables::new(vec![]);
+        let mut t = tables(false, vec![]);
         for p in 0..4 {
             t.insert(p, vec![0; 8]);
         }
         t.hold(1);
-        t.stage(2, 0, 5);
+        t.stage(2, 0, plain(5));
         t.trim(1);
         assert!(!t.has_slice(0) && t.has_slice(1) && t.has_slice(2) && !t.has_slice(3));
     }

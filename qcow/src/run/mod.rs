@@ -21,6 +21,7 @@ mod io;
 mod link;
 mod meta;
 mod pause;
+mod place;
 mod read;
 mod reclaim;
 mod refblocks;

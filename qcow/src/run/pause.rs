@@ -11,7 +11,7 @@ use reactor::task::Tasks;
 
 use super::alloc::Allocator;
 use super::hits::{Hits, look_at_leaves};
-use super::image::{Image, info};
+use super::image::{Image, devices, info};
 use super::meta::{Tables, page_bits};
 use super::serve::serve;
 use super::shared::{Job, What};
@@ -100,13 +100,12 @@ impl Image {
                 leaf.register(region)?;
             }
         }
-        let below = stack.top_layer().port;
-        let device = leaves[usize::from(below.leaf)].info(below.unit).cloned();
-        let device = device.ok_or("the leaf queue has no such unit")?;
-        let (clusters, bits) = (geometry.guest_clusters(), page_bits(&geometry));
+        let (device, data_device) = devices(&stack, leaves)?;
+        let (units, bits) = (geometry.guest_units(), page_bits(&geometry));
         // The last cluster may end elsewhere, which changes what is in it.
         let same_size = geometry.size() == old.geometry.size();
-        let same_map = keep && same_size && old.map.page_bits() == bits;
+        let same_unit = geometry.unit_size() == old.geometry.unit_size();
+        let same_map = keep && same_size && same_unit && old.map.page_bits() == bits;
         if !same_size || stack.layers.len() != old.stack.layers.len() {
             old.end_stream();
         }
@@ -114,7 +113,7 @@ impl Image {
             true => old.map.clone(),
             false => {
                 let least = 2 * usize::from(self.requests) + 16;
-                Arc::new(Map::new(clusters, bits, self.l2_cache, least)?)
+                Arc::new(Map::new(units, bits, self.l2_cache, least)?)
             }
         };
         // From here on nothing fails. The tasks wait for jobs, and hold nothing else.
@@ -129,7 +128,7 @@ impl Image {
         if self.lost {
             self.hits.end();
         }
-        shared.tables = RefCell::new(Tables::new(std::mem::take(&mut stack.top.l1)));
+        shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));
         shared.alloc = RefCell::new(Allocator::new(&mut stack.top, device.size));
         if !same_map {
             shared.pages = RefCell::new(Pages::new(&map));
@@ -140,6 +139,7 @@ impl Image {
         shared.decompressed = RefCell::default();
         shared.stack = stack;
         shared.device = device;
+        shared.data_device = data_device;
         shared.geometry = geometry;
         shared.info = info;
         shared.common.turn_version();

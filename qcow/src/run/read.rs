@@ -56,27 +56,27 @@ impl Shared {
         len: u64,
         segs: &[Seg],
     ) -> Result<(), Status> {
-        let bits = self.geometry.cluster_bits();
-        let size = self.geometry.cluster_size();
+        let bits = self.geometry.unit_bits();
+        let size = self.geometry.unit_size();
         let end = (offset + len).min(self.geometry.size().next_multiple_of(512));
         self.zero_memory(segs, end - offset, offset + len - end)?;
         let mut at = offset;
         while at < end {
             self.wait_if_crowded(slot).await?;
-            let cluster = at >> bits;
-            let word = match self.map.lookup(cluster) {
+            let unit = at >> bits;
+            let word = match self.map.lookup(unit) {
                 w if w.kind() == Kind::Absent => {
                     // Loading reads too, and waits for all that is in flight for this slot.
                     check(self.wait(slot).await)?;
-                    self.word(slot, cluster).await?
+                    self.word(slot, unit).await?
                 }
                 w => w,
             }
             .unclaimed();
-            let mut to = end.min((cluster + 1) << bits);
+            let mut to = end.min((unit + 1) << bits);
             match word.kind() {
                 Kind::Mapped => {
-                    // As far as the clusters lie side by side.
+                    // As far as they lie side by side.
                     let mut last = word;
                     while to < end {
                         let next = self.map.lookup(to >> bits).unclaimed();
@@ -99,6 +99,11 @@ impl Shared {
                 Kind::Zero | Kind::Hole => self.zero_memory(segs, at - offset, to - at)?,
                 Kind::Compressed | Kind::Split => {
                     check(self.wait(slot).await)?;
+                    if word.kind() == Kind::Compressed {
+                        // All subclusters are.
+                        let size = self.geometry.cluster_size();
+                        to = end.min(self.geometry.cluster_start(at) + size);
+                    }
                     let (source, run) = self.resolve(slot, at, to - at).await?;
                     // A layer that ends within a sector: zeroes follow.
                     let whole = run.next_multiple_of(512);
@@ -138,7 +143,7 @@ impl Shared {
         if !part.push_part(segs, from, len) {
             return Err(Status::Invalid);
         }
-        let port = self.stack.layers[layer].port;
+        let port = self.stack.layers[layer].data_port();
         let child = Child { port, op: Op::Read, flags: Flags::NONE, offset: host, len, segs: part };
         self.start(slot, child);
         Ok(())
@@ -272,7 +277,7 @@ impl Shared {
         Ok(packed)
     }
 
-    /// Whether a cluster reads as zeroes by its word alone.
+    /// Whether a unit reads as zeroes by its word alone.
     pub(super) fn reads_zero(word: Word) -> bool {
         matches!(word.kind(), Kind::Zero | Kind::Hole)
     }

@@ -107,18 +107,17 @@ impl Shared {
     }
 
     /// Notes that what an L2 entry pointed to is not needed any more once the change is durable.
-    pub(super) fn free_old(&self, guest_cluster: u64, raw: u64) {
-        let guest = guest_cluster << self.geometry.cluster_bits();
-        match self.decode(self.top_at(), &self.geometry, guest, raw) {
-            Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-                self.free_later(self.geometry.cluster(host), 1);
+    pub(super) fn free_old(&self, old: L2Entry) {
+        let g = &self.geometry;
+        match (old, old.host_cluster()) {
+            // Nothing is counted in an external data file.
+            _ if g.data_file() => {}
+            (L2Entry::Compressed { host, len }, _) => {
+                let first = g.cluster(host);
+                self.free_later(first, g.cluster(host + u64::from(len) - 1) - first + 1);
             }
-            Ok(L2Entry::Compressed { host, len }) => {
-                let first = self.geometry.cluster(host);
-                let last = self.geometry.cluster(host + u64::from(len) - 1);
-                self.free_later(first, last - first + 1);
-            }
-            _ => {}
+            (_, Some((host, _))) => self.free_later(g.cluster(host), 1),
+            (_, None) => {}
         }
     }
 

@@ -1,11 +1,11 @@
-//! Filling the map: reading L2 entries down the chain, and finding single ranges where a cluster
-//! is made of parts.
+//! Filling the map: reading L2 entries down the chain, and finding single ranges where a unit (a
+//! cluster, or a subcluster of the image's own) is made of parts.
 
 use block::{Port, Status};
 
 use super::shared::{Key, META, Shared};
 use super::stack::LayerFormat;
-use crate::format::{Geometry, HOST_OFFSET_BITS, L1Entry, L2Entry};
+use crate::format::{Geometry, HOST_OFFSET_BITS, L1Entry, L2Entry, RawL2, Unit};
 use crate::map::{Kind, Word};
 
 /// Where a range of the guest's disk comes from.
@@ -20,14 +20,14 @@ pub(super) enum Source {
 }
 
 impl Shared {
-    /// The word of a cluster, its page loaded if need be. Never [`Kind::Absent`].
-    pub(super) async fn word(&self, slot: u16, cluster: u64) -> Result<Word, Status> {
+    /// The word of a unit, its page loaded if need be. Never [`Kind::Absent`].
+    pub(super) async fn word(&self, slot: u16, unit: u64) -> Result<Word, Status> {
         loop {
-            let word = self.map.lookup(cluster);
+            let word = self.map.lookup(unit);
             if word.kind() != Kind::Absent {
                 return Ok(word);
             }
-            let page = cluster >> self.map.page_bits();
+            let page = unit >> self.map.page_bits();
             if self.tables.borrow().loading.contains(&page) {
                 self.park(slot, Key::Page(page)).await;
                 continue;
@@ -47,8 +47,8 @@ impl Shared {
     /// The words of a page, resolved through the chain.
     async fn page_words(&self, slot: u16, page: u64) -> Result<Vec<Word>, Status> {
         self.counters.page_loads.set(self.counters.page_loads.get() + 1);
-        let bits = self.geometry.cluster_bits();
-        let size = self.geometry.cluster_size();
+        let bits = self.geometry.unit_bits();
+        let size = self.geometry.unit_size();
         let first = page << self.map.page_bits();
         let count = (self.map.clusters() - first).min(1 << self.map.page_bits());
         let mut words = vec![Word::ABSENT; count as usize];
@@ -67,7 +67,7 @@ impl Shared {
                 words.iter_mut().filter(|w| **w == Word::ABSENT).for_each(|w| *w = Word::corrupt());
                 break;
             }
-            let entries = entries?;
+            let mut entries = LayerEntries { list: entries?, last: None };
             for (i, word) in words.iter_mut().enumerate() {
                 if *word != Word::ABSENT {
                     continue;
@@ -89,7 +89,7 @@ impl Shared {
                             Some(Word::split())
                         }
                         LayerFormat::Qcow { geometry, .. } => {
-                            self.layer_word(at, geometry, guest, &entries)
+                            self.layer_word(at, geometry, guest, &mut entries)
                         }
                     }
                 };
@@ -107,45 +107,77 @@ impl Shared {
         Ok(words)
     }
 
-    /// What layer `at` says of the cluster at `guest`; `None`: ask the next one.
+    /// What layer `at` says of the unit at `guest`; `None`: ask the next one.
     fn layer_word(
         &self,
         at: usize,
         g: &Geometry,
         guest: u64,
-        entries: &Option<(u64, Vec<u64>)>,
+        entries: &mut LayerEntries,
     ) -> Option<Word> {
-        let (start, list) = entries.as_ref()?;
+        let (start, list) = entries.list.as_ref()?;
         let index = (guest >> g.cluster_bits()) - (start >> g.cluster_bits());
-        let raw = *list.get(index as usize)?;
-        let inside = g.in_cluster(guest);
-        let top = at == self.top_at();
-        let entry = self.decode(at, g, guest, raw);
-        if top && !self.info.read_only {
-            self.look_at_count(g, entry);
+        let entry = match entries.last {
+            Some((last, entry)) if last == index => entry,
+            _ => {
+                if (index + 1) as usize * g.l2_words() > list.len() {
+                    return None;
+                }
+                let entry = self.decode(at, g, guest, RawL2::of(list, index as usize, g));
+                if at == self.top_at() && !self.info.read_only {
+                    self.look_at_count(g, entry);
+                }
+                entries.last = Some((index, entry));
+                entry
+            }
+        };
+        let Ok(entry) = entry else { return Some(Word::corrupt()) };
+        // The subclusters of the layer that lie in this unit.
+        let first = g.in_cluster(guest) >> g.unit_bits();
+        let count = (self.geometry.unit_size() >> g.unit_bits()).max(1);
+        if g.extended_l2() && u64::from(entry.run(first as u32)) < count {
+            return Some(Word::split());
         }
-        match entry {
-            Err(_) => Some(Word::corrupt()),
-            Ok(L2Entry::Unallocated) => None,
-            Ok(L2Entry::Normal { host, copied }) => {
+        self.word_of(at, g, guest, entry)
+    }
+
+    /// The word of a unit for which `entry` of layer `at` is the same throughout; `None`: the next
+    /// layer knows.
+    pub(super) fn word_of(
+        &self,
+        at: usize,
+        g: &Geometry,
+        guest: u64,
+        entry: L2Entry,
+    ) -> Option<Word> {
+        let top = at == self.top_at();
+        let inside = g.in_cluster(guest);
+        let host = entry.host_cluster();
+        match (entry.unit((inside >> g.unit_bits()) as u32), host) {
+            (Unit::Unallocated, _) => None,
+            (Unit::Compressed, _) => Some(Word::compressed(at as u8)),
+            (Unit::Data, Some((host, copied))) => {
                 Some(Word::mapped(at as u8, host + inside, top && copied))
             }
-            Ok(L2Entry::Zero) => Some(Word::zero(at as u8, 0, false)),
-            Ok(L2Entry::ZeroAllocated { host, copied }) if top => {
-                Some(Word::zero(at as u8, host, copied))
+            (Unit::Data, None) => Some(Word::corrupt()),
+            (Unit::Zero, Some((host, copied))) if top => {
+                Some(Word::zero(at as u8, host + inside, copied))
             }
-            Ok(L2Entry::ZeroAllocated { .. }) => Some(Word::zero(at as u8, 0, false)),
-            Ok(L2Entry::Compressed { .. }) => Some(Word::compressed(at as u8)),
+            (Unit::Zero, _) => Some(Word::zero(at as u8, 0, false)),
         }
     }
 
     /// Looks whether the refcount of what an entry names is 0, as far as that is known without a
     /// read.
     fn look_at_count(&self, g: &Geometry, entry: Result<L2Entry, Status>) {
-        let (Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. })
-        | Ok(L2Entry::Compressed { host, .. })) = entry
-        else {
-            return;
+        let host = match entry {
+            _ if g.data_file() => return,
+            Ok(L2Entry::Compressed { host, .. }) => host,
+            Ok(entry) => match entry.host_cluster() {
+                Some((host, _)) => host,
+                None => return,
+            },
+            Err(_) => return,
         };
         if !self.alloc.borrow().seems_counted(g.cluster(host)) {
             self.miscounted(g.cluster(host));
@@ -165,18 +197,26 @@ impl Shared {
         at: usize,
         g: &Geometry,
         guest: u64,
-        raw: u64,
+        raw: RawL2,
     ) -> Result<L2Entry, Status> {
         let entry = L2Entry::decode(raw, g).map_err(|e| {
             self.complain(at, format_args!("L2 entry {raw:#x} of guest offset {guest:#x}: {e}"));
             Status::Corrupt
         })?;
-        let (host, len, needed) = match entry {
-            L2Entry::Normal { host, .. } => (host, g.cluster_size(), true),
-            L2Entry::ZeroAllocated { host, .. } => (host, g.cluster_size(), false),
-            L2Entry::Compressed { host, len } => (host, u64::from(len), true),
-            L2Entry::Unallocated | L2Entry::Zero => return Ok(entry),
+        let (host, len, needed) = match (entry, entry.host_cluster()) {
+            (L2Entry::Compressed { host, len }, _) => (host, u64::from(len), true),
+            (_, Some((host, _))) => (host, g.cluster_size(), entry.bits().0 != 0),
+            (_, None) => return Ok(entry),
         };
+        if g.data_file() {
+            if host != g.cluster_start(guest) {
+                let what = "is not at its place in the external data file, but at";
+                self.complain(at, format_args!("offset {guest:#x} {what} {host:#x}"));
+                return Err(Status::Corrupt);
+            }
+            // Nobody else can have it, whatever the flag says.
+            return Ok(entry.with_copied(true));
+        }
         let mut clusters = g.cluster(host)..=g.cluster(host + len - 1);
         if at == self.top_at() && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
             self.complain(at, format_args!("offset {guest:#x} is mapped to metadata at {host:#x}"));
@@ -193,8 +233,8 @@ impl Shared {
         Ok(entry)
     }
 
-    /// L2 entries of a layer for `[guest, guest + len)`, which lies in one L2 table, with the
-    /// guest offset of the first; `None` if there is no table.
+    /// The words of a layer's L2 entries for `[guest, guest + len)`, with the guest offset of the
+    /// first; `None` if there is no table. In layer 0 the range lies in one page of the map.
     async fn page_entries(
         &self,
         slot: u16,
@@ -203,28 +243,48 @@ impl Shared {
         guest: u64,
         len: u64,
     ) -> Result<Option<(u64, Vec<u64>)>, Status> {
-        if guest >= g.size() {
-            return Ok(None);
+        let end = guest.saturating_add(len).min(g.size());
+        let mut words = Vec::new();
+        let mut found = false;
+        let mut from = guest;
+        // A lower layer with small clusters may have several tables for the range.
+        while from < end {
+            let last = (from | (g.l2_span() - 1)).min(end - 1);
+            let count = g.l2_index(last) + 1 - g.l2_index(from);
+            match self.table_entries(slot, at, g, from, count).await? {
+                Some(mut part) => {
+                    found = true;
+                    words.append(&mut part);
+                }
+                None => words.resize(words.len() + count * g.l2_words(), 0),
+            }
+            from = last + 1;
         }
+        Ok(found.then_some((g.cluster_start(guest), words)))
+    }
+
+    /// The words of `count` entries from `guest` on, all of one table, if that exists.
+    async fn table_entries(
+        &self,
+        slot: u16,
+        at: usize,
+        g: &Geometry,
+        guest: u64,
+        count: usize,
+    ) -> Result<Option<Vec<u64>>, Status> {
         let table = self.l1_entry(at, g, guest)?.offset;
         if table == 0 {
             return Ok(None);
         }
-        let first = g.l2_index(guest);
-        let last = g.l2_index(guest.saturating_add(len - 1).min(guest | (g.l2_span() - 1)));
         if at == self.top_at() {
             // Changes that are not on disk yet count too.
-            let page = g.cluster(guest) >> self.map.page_bits();
-            let tables = self.tables.borrow();
-            if tables.has_slice(page) {
-                let base = page << self.map.page_bits();
-                let low = (g.cluster(guest) - base) as usize;
-                let all = (low..=low + (last - first)).filter_map(|i| tables.entry(page, i));
-                return Ok(Some((g.cluster_start(guest), all.collect())));
+            let (page, index) = self.place_of_entry(g.cluster(guest));
+            if let Some(words) = self.tables.borrow().words(page, index, count) {
+                return Ok(Some(words.to_vec()));
             }
         }
-        let raw = self.read_entries(slot, self.stack.layers[at].port, table, first, last).await?;
-        Ok(Some((g.cluster_start(guest), raw)))
+        let (port, first) = (self.stack.layers[at].port, g.l2_index(guest));
+        self.read_entries(slot, port, table, g, first, first + count - 1).await.map(Some)
     }
 
     /// A layer's L1 entry for `guest`.
@@ -248,26 +308,33 @@ impl Shared {
         Ok(entry)
     }
 
-    /// Entries `first..=last` of the table at `table`, at most a metadata buffer's worth.
+    /// The words of entries `first..=last` of the table at `table`.
     pub(super) async fn read_entries(
         &self,
         slot: u16,
         port: Port,
         table: u64,
+        g: &Geometry,
         first: usize,
         last: usize,
     ) -> Result<Vec<u64>, Status> {
-        let from = (first as u64 * 8) & !511;
-        let to = ((last as u64 + 1) * 8).next_multiple_of(512);
-        debug_assert!(to - from <= META as u64);
-        let bytes = self.read_meta(slot, port, table + from, (to - from) as usize).await?;
-        let skip = first * 8 - from as usize;
-        let words = bytes[skip..].chunks_exact(8).take(last - first + 1);
+        let size = g.l2_entry_size();
+        let from = (first as u64 * size) & !511;
+        let to = ((last as u64 + 1) * size).next_multiple_of(512);
+        let mut bytes = Vec::new();
+        let mut at = from;
+        while at < to {
+            let len = (to - at).min(META as u64);
+            bytes.append(&mut self.read_meta(slot, port, table + at, len as usize).await?);
+            at += len;
+        }
+        let skip = first * size as usize - from as usize;
+        let words = bytes[skip..].chunks_exact(8).take((last - first + 1) * g.l2_words());
         Ok(words.map(|b| u64::from_be_bytes(b.try_into().unwrap_or([0; 8]))).collect())
     }
 
     /// Where `[guest, …)` comes from and for how many bytes at most `len` that holds, asked of the
-    /// layers one by one: for clusters made of parts.
+    /// layers one by one: for units made of parts.
     pub(super) async fn resolve(
         &self,
         slot: u16,
@@ -283,23 +350,33 @@ impl Shared {
             let LayerFormat::Qcow { geometry: g, .. } = &layer.format else {
                 return Ok((Source::Data { layer: at, host: guest }, run));
             };
-            let inside = g.in_cluster(guest);
-            run = run.min(g.cluster_size() - inside);
-            let entry = match self.page_entries(slot, at, g, guest, 1).await? {
-                Some((_, list)) => list.first().copied().unwrap_or(0),
-                None => 0,
+            let raw = match self.page_entries(slot, at, g, guest, 1).await? {
+                Some((_, list)) => RawL2::of(&list, 0, g),
+                None => RawL2::default(),
             };
-            match self.decode(at, g, guest, entry)? {
-                L2Entry::Unallocated => {}
-                L2Entry::Zero | L2Entry::ZeroAllocated { .. } => return Ok((Source::Zero, run)),
-                L2Entry::Normal { host, .. } => {
+            let inside = g.in_cluster(guest);
+            let entry = self.decode(at, g, guest, raw)?;
+            if let L2Entry::Compressed { host, len } = entry {
+                run = run.min(g.cluster_size() - inside);
+                return Ok((Source::Compressed { layer: at, host, len, from: inside }, run));
+            }
+            run = run.min(g.unit_size() - (guest & (g.unit_size() - 1)));
+            match (entry.unit((inside >> g.unit_bits()) as u32), entry.host_cluster()) {
+                (Unit::Data, Some((host, _))) => {
                     return Ok((Source::Data { layer: at, host: host + inside }, run));
                 }
-                L2Entry::Compressed { host, len } => {
-                    return Ok((Source::Compressed { layer: at, host, len, from: inside }, run));
-                }
+                (Unit::Zero, _) => return Ok((Source::Zero, run)),
+                _ => {}
             }
         }
         Ok((Source::Zero, run))
     }
+}
+
+/// What a layer says of a page.
+struct LayerEntries {
+    /// Guest offset of the first entry, and the words.
+    list: Option<(u64, Vec<u64>)>,
+    /// The entry looked at last: several units lie in one cluster.
+    last: Option<(u64, Result<L2Entry, Status>)>,
 }

@@ -42,18 +42,20 @@ pub struct Reseat {
 }
 
 impl Reseat {
-    /// The layers as they lie at a reactor's own `ports`.
+    /// The layers as their files lie at a reactor's own `ports`.
     fn layers_at<L: BlockQueue>(
         &self,
         ports: &[Port],
         leaves: &[L],
     ) -> Result<Vec<StackLayer>, String> {
         let mut layers = self.layers.clone();
-        if layers.len() != ports.len() {
-            return Err(format!("{} layers lie at {} ports", layers.len(), ports.len()));
+        let files = layers.iter_mut().rev().flat_map(|l| [Some(&mut l.port), l.data.as_mut()]);
+        let mut places: Vec<&mut Port> = files.flatten().collect();
+        if places.len() != ports.len() {
+            return Err(format!("{} files lie at {} ports", places.len(), ports.len()));
         }
-        for (layer, &port) in layers.iter_mut().rev().zip(ports) {
-            layer.port = port;
+        for (place, &port) in places.iter_mut().zip(ports) {
+            **place = port;
         }
         if look_at_leaves(&mut layers, leaves)? < self.info.max_transfer {
             return Err("a device takes less at a time than on the home reactor".to_owned());
@@ -129,8 +131,8 @@ pub struct Satellite {
 }
 
 impl Satellite {
-    /// Attaches the image to this reactor, where its layers lie at `ports`, the one that is written
-    /// to first; `owner` as the reactor gave it.
+    /// Attaches the image to this reactor, where its files lie at `ports`, in the order of
+    /// [`super::Stack::new`]; `owner` as the reactor gave it.
     ///
     /// # Errors
     /// If a leaf or unit is not there, or a leaf takes shorter requests than those of the home
@@ -317,8 +319,7 @@ impl Satellite {
         }
     }
 
-    /// Takes over what has changed during a pause, where the layers now lie at `ports`, the one that
-    /// is written to first.
+    /// Takes over what has changed during a pause, where the files now lie at `ports`.
     ///
     /// # Errors
     /// As [`Satellite::attach`].

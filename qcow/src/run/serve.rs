@@ -51,7 +51,7 @@ impl Shared {
 
     /// Whether metadata for a range of the guest's disk is not durable.
     fn range_is_dirty(&self, offset: u64, len: u64) -> bool {
-        let shift = self.geometry.cluster_bits() + self.map.page_bits();
+        let shift = self.geometry.unit_bits() + self.map.page_bits();
         let tables = self.tables.borrow();
         (offset >> shift..=(offset + len - 1) >> shift).any(|p| tables.page_is_dirty(p))
     }

@@ -52,8 +52,10 @@ pub(super) enum What {
 /// What a task may wait for besides I/O.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Key {
-    /// The claim on a cluster.
-    Cluster(u64),
+    /// The claim on a unit.
+    Unit(u64),
+    /// The placing of a guest cluster (see [`super::meta::Tables::placing`]).
+    Placing(u64),
     /// The loading of a page of the map (or of its L2 slice).
     Page(u64),
     /// The making of an L2 table, by L1 index.
@@ -111,6 +113,8 @@ pub(super) struct Shared {
     pub(super) stack: Stack,
     /// What lies below the layer that is written to.
     pub(super) device: DeviceInfo,
+    /// The device of its external data file, if it has one.
+    pub(super) data_device: Option<DeviceInfo>,
     /// Of that layer.
     pub(super) geometry: Geometry,
     pub(super) info: DeviceInfo,
@@ -152,6 +156,7 @@ impl Shared {
     pub(super) fn new(
         stack: Stack,
         device: DeviceInfo,
+        data_device: Option<DeviceInfo>,
         geometry: Geometry,
         info: DeviceInfo,
         map: Arc<Map>,
@@ -180,6 +185,7 @@ impl Shared {
         Ok(Rc::new(Shared {
             stack,
             device,
+            data_device,
             geometry,
             info,
             map,

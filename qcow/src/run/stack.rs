@@ -45,6 +45,10 @@ pub(super) struct StackLayer {
     pub(super) end: u64,
     /// Bytes that its unit can be read up to; known when the image is attached.
     pub(super) capacity: u64,
+    /// Where its external data file is, if it has one.
+    pub(super) data: Option<Port>,
+    /// Whether that is the guest's disk by itself.
+    pub(super) raw_data: bool,
     pub(super) format: LayerFormat,
 }
 
@@ -63,18 +67,32 @@ impl StackLayer {
             LayerFormat::Raw { size } => *size,
         }
     }
+
+    /// Where its guest clusters are.
+    pub(super) fn data_port(&self) -> Port {
+        self.data.unwrap_or(self.port)
+    }
 }
 
 impl Stack {
-    /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose layers
-    /// lie at `ports`, the one that is written to first, and prepares the image for writing if it
-    /// was opened for that.
+    /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose files
+    /// (each layer's, followed by its external data file if it has one) lie at `ports`, those of the
+    /// layer that is written to first, and prepares the image for writing if it was opened for that.
     ///
     /// # Errors
     /// If the first layer is not QCOW2, its metadata overlaps, or it cannot be read.
     pub fn new<S: Storage>(chain: &mut Chain<S>, ports: &[Port]) -> Result<Stack> {
         let mut layers = Vec::with_capacity(ports.len());
-        for (layer, &port) in chain.layers.iter_mut().zip(ports) {
+        let count = chain.layers.len();
+        let mut rest = ports.iter().copied();
+        for layer in &mut chain.layers {
+            let Some(port) = rest.next() else { break };
+            let data = layer.data.as_ref().and_then(|_| rest.next());
+            let image = layer.image();
+            if image.is_some_and(|i| i.geometry.data_file()) && data.is_none() {
+                return Err(Error::refused(&layer.name, "its external data file is not open"));
+            }
+            let raw_data = image.is_some_and(|i| i.header.raw_data());
             let format = match &mut layer.kind {
                 // Tables may be large: they are taken, not copied.
                 LayerKind::Qcow2(image) => LayerFormat::Qcow {
@@ -85,14 +103,15 @@ impl Stack {
                 LayerKind::Raw(size) => LayerFormat::Raw { size: *size },
             };
             let (name, end) = (layer.name.clone(), layer.storage.len());
-            layers.push(StackLayer { port, name, end, capacity: u64::MAX, format });
+            let capacity = u64::MAX;
+            layers.push(StackLayer { port, name, end, capacity, data, raw_data, format });
         }
         let first = &mut chain.layers[0];
         let name = first.name.clone();
         let LayerKind::Qcow2(image) = &mut first.kind else {
             return Err(Error::refused(&name, "is not a QCOW2 image"));
         };
-        if layers.len() != ports.len() || layers.len() > 255 {
+        if rest.next().is_some() || layers.len() != count || layers.len() > 255 {
             return Err(Error::refused(&name, "has more layers than can be served"));
         }
         let writable = image.mode == crate::Mode::Write;

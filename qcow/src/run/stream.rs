@@ -5,12 +5,13 @@
 
 use std::cell::Cell;
 
-use block::{Flags, Status};
+use block::Status;
 
 use super::image::Image;
 use super::pause::Stage;
 use super::resolve::Source;
 use super::shared::{Key, Shared, What};
+use super::write::Rest;
 use crate::map::{Kind, Word};
 
 /// Clusters on their way up at a time.
@@ -65,7 +66,7 @@ impl Image {
         s.active.set(true);
         s.keep.set(keep as u64);
         s.next.set(0);
-        s.end.set(self.shared.map.clusters());
+        s.end.set(self.shared.geometry.guest_clusters());
         s.copied.set(0);
         s.granted.set(0);
         s.status.set(None);
@@ -186,67 +187,95 @@ impl Shared {
         }
     }
 
-    /// Copies a cluster into the layer that is written to, if a layer holds it that is to go.
+    /// Copies what a cluster has into the layer that is written to, as far as a layer holds it that is
+    /// to go.
     async fn take_up(&self, slot: u16, cluster: u64) -> Result<(), Status> {
-        let start = cluster << self.geometry.cluster_bits();
-        loop {
-            let word = self.word(slot, cluster).await?;
+        let (sub, bits) = (self.geometry.sub_bits(), self.geometry.unit_bits());
+        let all = cluster << sub..((cluster + 1) << sub).min(self.map.clusters());
+        let mut unit = all.start;
+        while unit < all.end {
+            let word = self.word(slot, unit).await?;
             if word.claimed() {
-                self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
+                self.at_rest(slot, self.park(slot, Key::Unit(unit))).await;
                 continue;
             }
-            let zero = match self.is_to_come_up(slot, cluster, word).await? {
-                Come::Not => return Ok(()),
-                Come::Zero => true,
-                Come::Data => false,
-            };
+            let come = self.is_to_come_up(slot, unit, word).await?;
+            if self.map.lookup(unit) != word {
+                continue;
+            }
+            if come == Come::Not {
+                unit += 1;
+                continue;
+            }
             if word.kind() == Kind::Corrupt {
                 return Err(Status::Corrupt);
             }
-            if zero && self.geometry.version() >= 3 {
-                if self.zero_alone(slot, cluster, word).await? {
-                    return Ok(());
+            // With all behind it in the cluster that is alike.
+            let alike = |u: &u64| {
+                let w = self.map.lookup(*u);
+                !w.claimed() && w.kind() != Kind::Corrupt && self.come_of(*u, w) == Some(come)
+            };
+            let count = 1 + (unit + 1..all.end).take_while(alike).count() as u64;
+            let Ok(claim) = self.claim_range(unit..unit + count) else { continue };
+            if come == Come::Zero && self.geometry.version() >= 3 {
+                let whole = unit == all.start && unit + count == all.end;
+                if self.zero_claimed(slot, claim, whole).await? {
+                    unit += count;
                 }
                 continue;
             }
-            let Some(claim) = self.claim_alone(cluster, word) else { continue };
-            self.write_claimed(slot, claim, start, start, start, &[], Flags::NONE).await?;
+            self.write_claimed(slot, claim, &Rest::nothing(unit << bits)).await?;
+            // How far that came is seen by the words.
+            let top = self.stack.top_number();
+            let moved = |u: &u64| {
+                let w = self.map.lookup(*u);
+                w.kind() == Kind::Mapped && w.layer() == top
+            };
             let s = &self.stream;
-            s.copied.set(s.copied.get() + self.geometry.cluster_size());
-            return Ok(());
+            let moved = (unit..unit + count).filter(moved).count() as u64;
+            s.copied.set(s.copied.get() + (moved << bits));
         }
+        Ok(())
     }
 
-    async fn is_to_come_up(&self, slot: u16, cluster: u64, word: Word) -> Result<Come, Status> {
+    async fn is_to_come_up(&self, slot: u16, unit: u64, word: Word) -> Result<Come, Status> {
+        if let Some(come) = self.come_of(unit, word) {
+            return Ok(come);
+        }
+        let size = self.geometry.unit_size();
+        Ok(match self.resolve(slot, unit << self.geometry.unit_bits(), size).await? {
+            (Source::Zero, run) if run == size => self.come_zero(),
+            _ => Come::Data,
+        })
+    }
+
+    /// Zeroes show below the last layer, too, but not where another one stays.
+    fn come_zero(&self) -> Come {
+        if self.stream.keep.get() > 0 { Come::Zero } else { Come::Not }
+    }
+
+    /// The same by the word alone; `None` if the layers must be asked.
+    fn come_of(&self, unit: u64, word: Word) -> Option<Come> {
         let keep = self.stream.keep.get() as usize;
         let (at, top) = (usize::from(word.layer()), self.top_at());
-        // Zeroes show below the last layer, too, but not where another one stays.
-        let zero = if keep > 0 { Come::Zero } else { Come::Not };
-        let size = self.geometry.cluster_size();
-        let start = cluster << self.geometry.cluster_bits();
-        Ok(match word.kind() {
+        let end = (unit + 1) << self.geometry.unit_bits();
+        Some(match word.kind() {
             Kind::Zero | Kind::Mapped | Kind::Compressed if at == top || at < keep => Come::Not,
-            Kind::Zero => zero,
+            Kind::Zero => self.come_zero(),
             Kind::Mapped | Kind::Compressed => Come::Data,
             // Behind the end of a layer that goes; what stays may be longer.
-            Kind::Hole
-                if self.stack.layers[keep.min(top)..top]
-                    .iter()
-                    .any(|l| l.size() < start + size) =>
-            {
-                zero
+            Kind::Hole if self.stack.layers[keep.min(top)..top].iter().any(|l| l.size() < end) => {
+                self.come_zero()
             }
             Kind::Hole | Kind::Absent => Come::Not,
-            Kind::Split => match self.resolve(slot, start, size).await? {
-                (Source::Zero, run) if run == size => zero,
-                _ => Come::Data,
-            },
+            Kind::Split => return None,
             Kind::Corrupt => Come::Data,
         })
     }
 }
 
-/// What a stream has to do with a cluster.
+/// What a stream has to do with a unit.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Come {
     Not,
     Zero,

@@ -13,7 +13,7 @@ impl Shared {
     /// as in [`Shared::at_rest`].
     pub(super) async fn slice_ready(&self, slot: u16, page: u64) -> Result<(), Status> {
         let g = self.geometry;
-        let guest = (page << self.map.page_bits()) << g.cluster_bits();
+        let guest = self.page_start(page);
         let index = g.l1_index(guest) as usize;
         loop {
             if self.tables.borrow().has_slice(page) {
@@ -32,6 +32,17 @@ impl Shared {
         }
     }
 
+    /// Guest offset where a page begins.
+    pub(super) fn page_start(&self, page: u64) -> u64 {
+        (page << self.map.page_bits()) << self.geometry.unit_bits()
+    }
+
+    /// The page that a guest cluster is in, and its entry's index in the slice.
+    pub(super) fn place_of_entry(&self, cluster: u64) -> (u64, usize) {
+        let bits = self.map.page_bits() - self.geometry.sub_bits();
+        (cluster >> bits, cluster as usize & ((1 << bits) - 1))
+    }
+
     async fn load_slice(
         &self,
         slot: u16,
@@ -40,7 +51,7 @@ impl Shared {
         index: usize,
     ) -> Result<(), Status> {
         let g = self.geometry;
-        let entries = g.l2_entries().min(1 << self.map.page_bits());
+        let entries = 1 << (self.map.page_bits() - g.sub_bits());
         let mut table = self.l1_entry(self.top_at(), &g, guest)?;
         if table.offset == 0 || !table.copied {
             let old = table.offset;
@@ -59,14 +70,14 @@ impl Shared {
             table = L1Entry { offset: host, copied: true };
             self.tables.borrow_mut().set_l1(index, table.encode());
             if old == 0 {
-                self.tables.borrow_mut().insert(page, vec![0; entries]);
+                self.tables.borrow_mut().insert(page, vec![0; entries * g.l2_words()]);
                 return Ok(());
             }
             self.free_later(g.cluster(old), 1);
         }
         let first = g.l2_index(guest);
         let last = first + entries - 1;
-        let list = self.read_entries(slot, self.top(), table.offset, first, last).await?;
+        let list = self.read_entries(slot, self.top(), table.offset, &g, first, last).await?;
         self.tables.borrow_mut().insert(page, list);
         Ok(())
     }

@@ -1,14 +1,16 @@
 //! Writes that do not go straight down: allocation, copy-on-write, kept zero clusters.
 //!
-//! A cluster is claimed in the map, its new place is filled whole (old contents or zeroes around
-//! the guest's bytes, in one device write), and only when that has completed is the L2 entry staged
-//! and the new mapping published. A guest's bytes in a cluster that is being filled wait for the
-//! claim, so a fill never lies over newer data.
+//! What is written to is claimed in the map, unit by unit (a unit is a cluster, or a subcluster where
+//! L2 entries are extended); its new place is filled whole (old contents or zeroes around the
+//! guest's bytes, in one device write), and only when that has completed is the L2 entry staged and
+//! the new mapping published. A guest's bytes in a unit that is being filled wait for the claim, so
+//! a fill never lies over newer data. Where that place is: [`super::place`].
 
 use block::{Flags, Op, SegList, Status};
 use dma::{Buf, Seg};
 
 use super::io::Child;
+use super::place::Place;
 use super::read::check;
 use super::shared::{Key, Shared};
 use crate::format::L2Entry;
@@ -18,10 +20,43 @@ use crate::map::{Kind, Word};
 const RUN: u64 = 64;
 const RUN_BYTES: u64 = 1 << 20;
 
-/// Clusters claimed together, side by side in one page of the map, to be written in one piece.
+/// Units claimed together, side by side in one page of the map, to be written in one piece.
 pub(super) struct Claim {
-    first: u64,
-    words: Vec<Word>,
+    pub(super) first: u64,
+    pub(super) words: Vec<Word>,
+}
+
+impl Claim {
+    pub(super) fn count(&self) -> u64 {
+        self.words.len() as u64
+    }
+}
+
+/// A guest's write, as far as it is not done.
+pub(super) struct Rest<'s> {
+    /// From here to there.
+    at: u64,
+    end: u64,
+    /// Where the whole begins, and its bytes.
+    offset: u64,
+    segs: &'s [Seg],
+    flags: Flags,
+}
+
+impl Rest<'_> {
+    /// Nothing is to be written, only what is claimed from `at` on to be moved.
+    pub(super) fn nothing(at: u64) -> Rest<'static> {
+        Rest { at, end: at, offset: at, segs: &[], flags: Flags::NONE }
+    }
+
+    /// The bytes up to `to`.
+    fn part(&self, to: u64) -> Result<SegList, Status> {
+        let mut list = SegList::EMPTY;
+        match list.push_part(self.segs, self.at - self.offset, to - self.at) {
+            true => Ok(list),
+            false => Err(Status::Invalid),
+        }
+    }
 }
 
 impl Shared {
@@ -51,17 +86,17 @@ impl Shared {
         segs: &[Seg],
         flags: Flags,
     ) -> Result<(), Status> {
-        let bits = self.geometry.cluster_bits();
-        let size = self.geometry.cluster_size();
-        let end = offset + len;
-        let mut at = offset;
-        while at < end {
+        let bits = self.geometry.unit_bits();
+        let size = self.geometry.unit_size();
+        let mut rest = Rest { at: offset, end: offset + len, offset, segs, flags };
+        let end = rest.end;
+        while rest.at < end {
             self.wait_if_crowded(slot).await?;
-            let cluster = at >> bits;
-            let word = self.map.lookup(cluster);
+            let unit = rest.at >> bits;
+            let word = self.map.lookup(unit);
             if word.writable_in_place(self.stack.top_number()) {
                 let mut last = word;
-                let mut to = end.min((cluster + 1) << bits);
+                let mut to = end.min((unit + 1) << bits);
                 while to < end {
                     let next = self.map.lookup(to >> bits);
                     if !last.continued_by(next, size) {
@@ -70,51 +105,53 @@ impl Shared {
                     last = next;
                     to = end.min(to + size);
                 }
-                let host = word.host() + (at & (size - 1));
-                self.start_write(slot, host, part(segs, at - offset, to - at)?, flags);
-                at = to;
+                let host = word.host() + (rest.at & (size - 1));
+                self.start_write(slot, host, rest.part(to)?, flags);
+                rest.at = to;
                 continue;
             }
             // From here on there is waiting; what is in flight may as well end first.
             check(self.wait(slot).await)?;
-            let word = self.word(slot, cluster).await?;
+            let word = self.word(slot, unit).await?;
             if word.claimed() {
-                self.at_rest(slot, self.park(slot, Key::Cluster(cluster))).await;
+                self.at_rest(slot, self.park(slot, Key::Unit(unit))).await;
                 continue;
             }
             if word.kind() == Kind::Corrupt {
                 return Err(Status::Corrupt);
             }
-            let Some(claim) = self.claim(cluster, end) else { continue };
-            at = self.write_claimed(slot, claim, at, end, offset, segs, flags).await?;
+            let Some(claim) = self.claim(unit, end) else { continue };
+            rest.at = self.write_claimed(slot, claim, &rest).await?;
         }
         Ok(())
     }
 
     fn start_write(&self, slot: u16, host: u64, segs: SegList, flags: Flags) {
         let len = segs.bytes();
-        let child = Child { port: self.top(), op: Op::Write, flags, offset: host, len, segs };
+        let port = self.stack.top_layer().data_port();
+        let child = Child { port, op: Op::Write, flags, offset: host, len, segs };
         self.start(slot, child);
     }
 
-    /// Claims `cluster` and those behind it that a write up to `end` would allocate too. `None` if
-    /// the cluster has changed meanwhile.
-    fn claim(&self, cluster: u64, end: u64) -> Option<Claim> {
-        let bits = self.geometry.cluster_bits();
-        let word = self.map.lookup(cluster);
+    /// Claims `unit` and those behind it that a write up to `end` would allocate too. `None` if the
+    /// unit has changed meanwhile.
+    fn claim(&self, unit: u64, end: u64) -> Option<Claim> {
+        let bits = self.geometry.unit_bits();
+        let word = self.map.lookup(unit);
         if word.writable_in_place(self.stack.top_number()) || word.kind() == Kind::Absent {
             return None;
         }
-        let mut claim = self.claim_alone(cluster, word)?;
+        let mut claim = Claim { first: unit, words: Vec::new() };
+        if !self.claim_one(&mut claim, word) {
+            return None;
+        }
         let last = (end - 1) >> bits;
-        let most = RUN.min((RUN_BYTES >> bits).max(1));
-        for next in cluster + 1..=last.min(cluster + most - 1) {
+        let most = (RUN << self.geometry.sub_bits()).min((RUN_BYTES >> bits).max(1));
+        for next in unit + 1..=last.min(unit + most - 1) {
             let other = self.map.lookup(next);
-            let alike = next >> self.map.page_bits() == cluster >> self.map.page_bits()
-                && !self.kept_zero(word)
-                && !self.kept_zero(other)
+            let alike = next >> self.map.page_bits() == unit >> self.map.page_bits()
                 && !other.writable_in_place(self.stack.top_number())
-                && matches!(other.kind(), Kind::Hole | Kind::Zero | Kind::Mapped);
+                && !matches!(other.kind(), Kind::Absent | Kind::Corrupt);
             // The last one may be written in part; then its old contents must be read, and one
             // buffer for that is what a task may hold.
             let covered = (next + 1) << bits <= end || Shared::reads_zero(other);
@@ -125,54 +162,58 @@ impl Shared {
         Some(claim)
     }
 
-    /// Claims one cluster whose word is `word`, if it still is.
-    pub(super) fn claim_alone(&self, cluster: u64, word: Word) -> Option<Claim> {
-        let mut claim = Claim { first: cluster, words: Vec::new() };
-        self.claim_one(&mut claim, word).then_some(claim)
-    }
-
     fn claim_one(&self, claim: &mut Claim, word: Word) -> bool {
-        let cluster = claim.first + claim.words.len() as u64;
-        if !self.map.claim(cluster, word) {
+        let unit = claim.first + claim.count();
+        if !self.map.claim(unit, word) {
             return false;
         }
-        self.pages.borrow_mut().hold(&self.map, cluster);
+        self.pages.borrow_mut().hold(&self.map, unit);
         claim.words.push(word);
         true
     }
 
-    /// Ends the claims from the `keep`th cluster on without a change.
-    fn unclaim(&self, claim: &mut Claim, keep: usize) {
+    /// Claims the loaded units of a range, all or none of them. Else one that somebody else has
+    /// claimed, or none if one is not loaded.
+    pub(super) fn claim_range(&self, range: std::ops::Range<u64>) -> Result<Claim, Option<u64>> {
+        let mut claim = Claim { first: range.start, words: Vec::new() };
+        for unit in range {
+            let word = self.map.lookup(unit);
+            if word.kind() == Kind::Absent || !self.claim_one(&mut claim, word) {
+                self.unclaim(&mut claim, 0);
+                return Err(word.claimed().then_some(unit));
+            }
+        }
+        Ok(claim)
+    }
+
+    /// Ends the claims from the `keep`th unit on without a change.
+    pub(super) fn unclaim(&self, claim: &mut Claim, keep: usize) {
         for i in (keep..claim.words.len()).rev() {
-            let cluster = claim.first + i as u64;
-            self.publish(cluster, claim.words[i]);
+            let unit = claim.first + i as u64;
+            self.publish(unit, claim.words[i]);
         }
         claim.words.truncate(keep);
     }
 
-    /// Ends the claim on a cluster with its new (or old) word.
-    pub(super) fn publish(&self, cluster: u64, word: Word) {
-        self.map.publish(cluster, word);
-        self.pages.borrow_mut().release(&self.map, cluster);
-        self.unpark(Key::Cluster(cluster));
+    /// Ends the claim on a unit with its new (or old) word.
+    pub(super) fn publish(&self, unit: u64, word: Word) {
+        self.map.publish(unit, word);
+        self.pages.borrow_mut().release(&self.map, unit);
+        self.unpark(Key::Unit(unit));
     }
 
-    /// Writes into claimed clusters and ends the claims. Returns how far it came.
-    #[expect(clippy::too_many_arguments, reason = "one step of the loop above, with its state")]
+    /// Writes into claimed units and ends the claims. Returns how far it came: no further if another
+    /// task must be waited for, which was done.
     pub(super) async fn write_claimed(
         &self,
         slot: u16,
         mut claim: Claim,
-        at: u64,
-        end: u64,
-        offset: u64,
-        segs: &[Seg],
-        flags: Flags,
+        rest: &Rest<'_>,
     ) -> Result<u64, Status> {
         let page = claim.first >> self.map.page_bits();
         let result = match self.slice_ready(slot, page).await {
             Ok(()) => {
-                let r = self.write_held(slot, &mut claim, at, end, offset, segs, flags).await;
+                let r = self.write_held(slot, &mut claim, rest).await;
                 self.tables.borrow_mut().unuse(page);
                 r
             }
@@ -185,95 +226,150 @@ impl Shared {
         result
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one step of the loop above, with its state")]
     async fn write_held(
         &self,
         slot: u16,
         claim: &mut Claim,
-        at: u64,
-        end: u64,
-        offset: u64,
-        segs: &[Seg],
-        flags: Flags,
+        rest: &Rest<'_>,
     ) -> Result<u64, Status> {
-        let bits = self.geometry.cluster_bits();
-        let kept = self.kept_zero(claim.words[0]);
-        // As much as one write takes; a claim that got fewer clusters takes less.
-        let host = if kept {
-            claim.words[0].host()
-        } else {
-            let (cluster, count) = self.allocate(slot, claim.words.len() as u64).await?;
-            self.unclaim(claim, count as usize);
-            cluster << bits
+        let bits = self.geometry.unit_bits();
+        let (place, count) = self.place(claim)?;
+        self.unclaim(claim, count);
+        let mut whole = false;
+        let host = match place {
+            Place::There(host) => host,
+            Place::New => self.allocate_for(slot, claim).await?,
+            Place::Whole => {
+                whole = true;
+                let sub = self.geometry.sub_bits();
+                let first = claim.first >> sub << sub;
+                let end = (first + (1 << sub)).min(self.map.clusters());
+                self.unclaim(claim, 0);
+                match self.claim_range(first..end) {
+                    Ok(all) => *claim = all,
+                    Err(Some(unit)) => {
+                        self.at_rest(slot, self.park(slot, Key::Unit(unit))).await;
+                        return Ok(rest.at);
+                    }
+                    Err(None) => return Ok(rest.at),
+                }
+                self.allocate(slot, 1).await?.0 << self.geometry.cluster_bits()
+            }
+            Place::Busy(cluster) => {
+                self.unclaim(claim, 0);
+                self.at_rest(slot, self.park(slot, Key::Placing(cluster))).await;
+                return Ok(rest.at);
+            }
         };
-        let to = end.min((claim.first + claim.words.len() as u64) << bits);
-        let guest = part(segs, at - offset, to - at)?;
-        let filled = self.fill_and_write(slot, claim, at, to, host, guest, flags).await;
+        let to = rest.end.min((claim.first + claim.count()) << bits);
+        let filled = self.fill_and_write(slot, claim, rest, to, host, whole).await;
+        if filled.is_ok() {
+            self.map_claimed(claim, host);
+        }
+        if place == Place::New {
+            self.placed(claim);
+        }
         if let Err(status) = filled {
-            if !kept {
-                self.unallocate(host >> bits, claim.words.len() as u64);
+            if !matches!(place, Place::There(_)) {
+                let g = &self.geometry;
+                let end = ((claim.first + claim.count()) << bits) - (claim.first << bits) + host;
+                self.unallocate(g.cluster(host), g.cluster(end - 1) - g.cluster(host) + 1);
             }
             return Err(status);
-        }
-        let page = claim.first >> self.map.page_bits();
-        for i in (0..claim.words.len()).rev() {
-            let cluster = claim.first + i as u64;
-            let place = host + ((i as u64) << bits);
-            let index = (cluster - (page << self.map.page_bits())) as usize;
-            let old = self.tables.borrow().entry(page, index).unwrap_or(0);
-            let new = L2Entry::Normal { host: place, copied: true };
-            self.tables.borrow_mut().stage(page, index, new.encode(&self.geometry));
-            if !kept {
-                self.free_old(cluster, old);
-            }
-            self.publish(cluster, Word::mapped(self.stack.top_number(), place, true));
         }
         claim.words.clear();
         Ok(to)
     }
 
-    /// Fills the clusters at `host` whole: the guest's bytes and what belongs around them.
-    #[expect(clippy::too_many_arguments, reason = "one step of the loop above, with its state")]
+    /// Stages the entries of what was written to `host`, and publishes the new mapping.
+    fn map_claimed(&self, claim: &Claim, host: u64) {
+        let g = &self.geometry;
+        let (sub, bits) = (g.sub_bits(), g.unit_bits());
+        let end = claim.first + claim.count();
+        let at = |unit: u64| host + ((unit - claim.first) << bits);
+        let mut tables = self.tables.borrow_mut();
+        for cluster in claim.first >> sub..=(end - 1) >> sub {
+            let (first, last) =
+                ((cluster << sub).max(claim.first), ((cluster + 1) << sub).min(end));
+            let (page, index) = self.place_of_entry(cluster);
+            let raw = tables.entry(page, index).unwrap_or_default();
+            let old = self.decode(self.top_at(), g, cluster << g.cluster_bits(), raw);
+            let old = old.unwrap_or(L2Entry::Unallocated);
+            let base = g.cluster_start(at(first));
+            let (mut alloc, mut zero) = match old.host_cluster() {
+                Some((host, _)) if host == base => old.bits(),
+                Some(_) => {
+                    self.free_old(old);
+                    (0, 0)
+                }
+                None => {
+                    self.free_old(old);
+                    (0, old.bits().1)
+                }
+            };
+            let mask = match sub {
+                0 => u32::MAX,
+                _ => (((1u64 << (last - first)) - 1) << (first - (cluster << sub))) as u32,
+            };
+            alloc |= mask;
+            zero &= !mask;
+            let new = L2Entry::parts(Some((base, true)), alloc, zero);
+            tables.stage(page, index, new.encode(g));
+        }
+        drop(tables);
+        for unit in (claim.first..end).rev() {
+            self.publish(unit, Word::mapped(self.stack.top_number(), at(unit), true));
+        }
+    }
+
+    /// Fills the claimed units' place at `host` whole: the guest's bytes up to `to`, and what belongs
+    /// around them. `whole`: they are a cluster, whose old contents may be anything.
     async fn fill_and_write(
         &self,
         slot: u16,
         claim: &Claim,
-        at: u64,
+        rest: &Rest<'_>,
         to: u64,
         host: u64,
-        guest: SegList,
-        flags: Flags,
+        whole: bool,
     ) -> Result<(), Status> {
-        let bits = self.geometry.cluster_bits();
-        let size = self.geometry.cluster_size();
+        let bits = self.geometry.unit_bits();
         let start = claim.first << bits;
-        let (head, tail) = (at - start, ((claim.words.len() as u64) << bits) - (to - start));
-        let first = claim.words[0];
-        // Only the first cluster can have old contents beside the guest's bytes; see `claim`.
-        let copies =
-            !Shared::reads_zero(first) && (head > 0 || (tail > 0 && claim.words.len() == 1));
+        let len = claim.count() << bits;
+        let at = rest.at;
+        // Behind the disk there may be no data file.
+        let stop = match self.geometry.data_file() {
+            true => (start + len).min(self.geometry.size().next_multiple_of(512)),
+            false => start + len,
+        };
+        let (head, tail) = (at - start, stop - to);
+        // What is read for the fill: all of it, or the first unit, since only that can have old
+        // contents beside the guest's bytes; see `claim`.
+        let all = whole || claim.words.len() == 1 || rest.at == rest.end;
+        let span = if all { len } else { self.geometry.unit_size() };
+        let zeroes = |words: &[Word]| words.iter().all(|&w| Shared::reads_zero(w));
+        let old_zero = if all { zeroes(&claim.words) } else { zeroes(&claim.words[..1]) };
+        let copies = !old_zero && (head > 0 || (tail > 0 && all));
         let old: Option<Buf> = match copies {
             true => Some(self.data_buf(slot).await),
             false => None,
         };
         let mut status = Status::Ok;
         if let Some(buf) = &old {
-            status = self.read(slot, start, size, &[buf.seg()]).await;
+            let part = buf.head(span as u32).unwrap_or(Seg::NONE);
+            status = self.read(slot, start, span, &[part]).await;
         }
         let around = |from: u64, len: u64| match &old {
             Some(buf) => buf.seg().slice(from as u32, len as u32).unwrap_or(Seg::NONE),
             None => self.zero_seg(len),
         };
         if status.is_ok() {
-            let mut all = SegList::EMPTY;
-            let mut fits = all.push(around(0, head));
-            fits &= all.push_part(guest.as_slice(), 0, to - at);
-            fits &= all.push(match claim.words.len() {
-                1 => around(size - tail, tail),
-                _ => self.zero_seg(tail),
-            });
+            let mut list = SegList::EMPTY;
+            let mut fits = list.push(around(0, head));
+            fits &= list.push_part(rest.segs, at - rest.offset, to - at);
+            fits &= list.push(if all { around(to - start, tail) } else { self.zero_seg(tail) });
             status = if fits {
-                self.start_write(slot, host, all, flags);
+                self.start_write(slot, host, list, rest.flags);
                 self.wait(slot).await
             } else {
                 Status::Invalid
@@ -284,15 +380,4 @@ impl Shared {
         }
         check(status)
     }
-
-    /// A zero cluster with a host cluster of its own that may be filled in place.
-    fn kept_zero(&self, word: Word) -> bool {
-        let ours = word.layer() == self.stack.top_number() && word.owned();
-        word.kind() == Kind::Zero && word.host() != 0 && ours
-    }
-}
-
-fn part(segs: &[Seg], from: u64, len: u64) -> Result<SegList, Status> {
-    let mut list = SegList::EMPTY;
-    if list.push_part(segs, from, len) { Ok(list) } else { Err(Status::Invalid) }
 }

@@ -444,7 +444,8 @@ fn a_repair_that_is_cut_off_can_be_done_again() {
 fn what_cannot_be_checked_at_all() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
-    qemu_create(&path, "extended_l2=on", "1M");
+    qemu_create(&path, "", "1M");
+    patch(&path, 35, &[2]);
     let e = run(&mut FileStorage::open(&path, false), "a", Repair::None, &mut |_| {}).unwrap_err();
     assert!(matches!(e, qcow::Error::Unsupported { .. }), "{e}");
     qemu_create(&path, "cluster_size=512", "1M");

@@ -2,6 +2,7 @@
 
 mod check;
 mod create;
+mod features;
 mod open;
 mod read;
 mod support;

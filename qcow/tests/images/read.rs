@@ -8,7 +8,14 @@ use qcow::open::{ChainOptions, Format};
 use crate::support::*;
 
 /// Random writes, zeroes, discards and (aligned) compressed writes.
-fn scribble(path: &Path, rng: &mut Rng, cluster: u64, size: u64, compressed: bool, count: u64) {
+pub(crate) fn scribble(
+    path: &Path,
+    rng: &mut Rng,
+    cluster: u64,
+    size: u64,
+    compressed: bool,
+    count: u64,
+) {
     let mut commands = Vec::new();
     for _ in 0..count {
         let unit = if rng.below(3) == 0 { 512 } else { cluster };
@@ -37,12 +44,12 @@ fn scribble(path: &Path, rng: &mut Rng, cluster: u64, size: u64, compressed: boo
 }
 
 /// Extents as qemu-img prints them.
-fn qemu_map(path: &Path) -> Vec<serde_json::Value> {
+pub(crate) fn qemu_map(path: &Path) -> Vec<serde_json::Value> {
     let text = qemu_img(&["map", "-f", "qcow2", "--output=json", path.to_str().unwrap()]);
     serde_json::from_str(&text).unwrap()
 }
 
-fn our_map(path: &Path) -> Vec<Extent> {
+pub(crate) fn our_map(path: &Path) -> Vec<Extent> {
     let mut r = reader(path);
     let mut all = Vec::new();
     walk(&mut r, 0, u64::MAX, &mut |e| all.push(e)).unwrap();
@@ -59,7 +66,7 @@ fn same_map(path: &Path) {
     assert_eq!(got.len(), want.len());
 }
 
-fn same_contents(path: &Path) {
+pub(crate) fn same_contents(path: &Path) {
     let (ours, theirs) = (our_contents(path), qemu_contents(path));
     assert_eq!(ours.len(), theirs.len());
     let differs = ours.iter().zip(&theirs).position(|(a, b)| a != b);

@@ -19,6 +19,7 @@ pub(crate) struct Event {
     /// How many events there had been when its request was submitted: a flush vouches for those
     /// alone, and a write may land in part from then on.
     pub(crate) sent: usize,
+    pub(crate) unit: u16,
     pub(crate) what: What,
 }
 
@@ -74,7 +75,11 @@ pub(crate) struct LogQueue {
     pub(crate) reads: u64,
     pub(crate) flushes: u64,
     pub(crate) discards: u64,
+    /// Bytes written.
+    pub(crate) written: u64,
     len: u64,
+    /// Where unit 1 begins, and what it is like: a second device in the same memory.
+    pub(crate) second: Option<(u64, DeviceInfo)>,
 }
 
 impl LogQueue {
@@ -106,8 +111,32 @@ impl LogQueue {
             reads: 0,
             flushes: 0,
             discards: 0,
+            written: 0,
             len: size,
+            second: None,
         }
+    }
+
+    /// This device as unit 0, and behind it one of `size` bytes, full of rubbish, as unit 1.
+    pub(crate) fn and(self, size: u64) -> LogQueue {
+        let first = self.data();
+        let start = first.len() as u64;
+        let mut both = LogQueue::new(start + size, self.rng.0);
+        both.load(&first);
+        both.info.volatile_cache = self.info.volatile_cache;
+        let info = DeviceInfo { size, ..both.info.clone() };
+        both.info.size = start;
+        both.len = start;
+        both.second = Some((start, info));
+        both
+    }
+
+    /// What unit 0 holds, and what unit 1 does.
+    pub(crate) fn both(&self) -> (Vec<u8>, Vec<u8>) {
+        let mut all = self.data();
+        let at = self.second.as_ref().map_or(all.len(), |s| s.0 as usize);
+        let second = all.split_off(at);
+        (all, second)
     }
 
     /// The same, where a completed write is durable.
@@ -159,9 +188,9 @@ impl LogQueue {
         self.held.iter_mut().for_each(|h| h.stalled = stalled);
     }
 
-    fn note(&mut self, sent: usize, what: What) {
+    fn note(&mut self, sent: usize, unit: u16, what: What) {
         if self.logging {
-            self.log.push(Event { sent, what });
+            self.log.push(Event { sent, unit, what });
         }
     }
 
@@ -208,7 +237,10 @@ impl LogQueue {
             Op::Discard => self.discards += 1,
             _ => self.writes += 1,
         }
-        self.inner.submit(&r).unwrap();
+        if r.op == Op::Write {
+            self.written += r.len;
+        }
+        self.inner.submit(&Request { unit: 0, ..r }).unwrap();
         let mut done = Completions::new();
         assert_eq!(self.inner.poll(&mut done), 1);
         if !done.get(0).status.is_ok() {
@@ -216,7 +248,7 @@ impl LogQueue {
         }
         match r.op {
             Op::Read => {}
-            Op::Flush => self.note(h.sent, What::Flush),
+            Op::Flush => self.note(h.sent, r.unit, What::Flush),
             _ => {
                 if r.op == Op::Discard {
                     // What a discarded range reads as is the device's affair.
@@ -226,7 +258,7 @@ impl LogQueue {
                     let mut data = vec![0; r.len as usize];
                     self.inner.data().read(r.offset as usize, &mut data);
                     let fua = r.flags.has(Flags::FUA);
-                    self.note(h.sent, What::Write { offset: r.offset, data, fua });
+                    self.note(h.sent, r.unit, What::Write { offset: r.offset, data, fua });
                 }
             }
         }
@@ -245,8 +277,9 @@ pub(crate) fn cut(base: &[u8], log: &[Event], at: usize, cache: bool, rng: &mut 
             What::Write { fua, .. } => late.push((i, *fua || !cache)),
             What::Flush => {
                 // All that is older than what it vouches for, too: so the order stays.
-                let vouched = late.partition_point(|l| l.0 < event.sent);
-                for (i, _) in late.drain(..vouched) {
+                let vouched =
+                    |l: &mut (usize, bool)| l.0 < event.sent && log[l.0].unit == event.unit;
+                for (i, _) in late.extract_if(.., vouched) {
                     land(&mut disk, &log[i], || true);
                 }
             }
@@ -279,8 +312,8 @@ pub(crate) fn each_alone(
     let mut late: Vec<usize> = Vec::new();
     for (i, event) in log.iter().enumerate() {
         if matches!(event.what, What::Flush) {
-            let vouched = late.partition_point(|&l| l < event.sent);
-            late.drain(..vouched).for_each(|l| land(&mut durable, &log[l], || true));
+            let vouched = |l: &mut usize| *l < event.sent && log[*l].unit == event.unit;
+            late.extract_if(.., vouched).for_each(|l| land(&mut durable, &log[l], || true));
             continue;
         }
         late.push(i);
@@ -304,7 +337,11 @@ fn land(disk: &mut [u8], event: &Event, mut lands: impl FnMut() -> bool) {
 
 impl Submit for LogQueue {
     fn info(&self, unit: u16) -> Option<&DeviceInfo> {
-        (unit == 0).then_some(&self.info)
+        match unit {
+            0 => Some(&self.info),
+            1 => self.second.as_ref().map(|s| &s.1),
+            _ => None,
+        }
     }
 
     fn room(&self) -> usize {
@@ -316,8 +353,14 @@ impl Submit for LogQueue {
             return Err(Full);
         }
         let segs = SegList::from_slice(r.segs).unwrap();
+        let mut offset = r.offset;
+        if let Some((start, info)) = &self.second {
+            let size = if r.unit == 1 { info.size } else { *start };
+            assert!(r.offset + r.len <= size, "behind the end of unit {}", r.unit);
+            offset += if r.unit == 1 { *start } else { 0 };
+        }
         let request =
-            Request { tag: r.tag, op: r.op, flags: r.flags, unit: r.unit, segs: &[], ..*r };
+            Request { tag: r.tag, op: r.op, flags: r.flags, unit: r.unit, segs: &[], offset, ..*r };
         self.held.push(Held { request, segs, sent: self.log.len(), stalled: false });
         Ok(())
     }

@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "each test file uses its part")]
 
 mod device;
+mod hammer;
 pub(crate) mod several;
 
 use std::collections::HashMap;
@@ -11,12 +12,13 @@ use std::collections::HashMap;
 use block::{Blocking, Flags, Op, Port, Status};
 use dma::{Buf, Pool};
 use qcow::build::Builder;
-use qcow::create::{CreateOptions, create};
-use qcow::open::{Chain, ChainOptions, Format, Opened};
+use qcow::create::{CreateOptions, create, create_with_data};
+use qcow::open::{Chain, ChainOptions, Format, Opened, Role};
 use qcow::run::{Image, Options, Stack};
 use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
 
 pub(crate) use device::{Event, Fault, LogQueue, SECTOR, What, cut, each_alone};
+pub(crate) use hammer::{hammer, read_all, same};
 
 /// A small random generator (xorshift).
 #[derive(Clone)]
@@ -62,6 +64,20 @@ pub(crate) fn make(leaf: LogQueue, options: &CreateOptions) -> LogQueue {
     storage.into_leaf()
 }
 
+/// A fresh image with an external data file, which is unit 1 of the device.
+pub(crate) fn fresh_with_data(device: u64, seed: u64, options: &CreateOptions) -> LogQueue {
+    let mut storage = Blocking::new(LogQueue::new(device, seed), 0).unwrap();
+    let mut options = options.clone();
+    options.data_file = Some("/data".to_owned());
+    let mut data = Blocking::new(LogQueue::new(options.size, seed), 0).unwrap();
+    create_with_data(&mut storage, &mut data, "test", &options).unwrap();
+    let mut leaf = storage.into_leaf().and(options.size);
+    if options.data_file_raw {
+        leaf.poke(device, &data.into_leaf().data());
+    }
+    leaf
+}
+
 /// An image that `fill` writes front to back, on a device.
 pub(crate) fn built(
     device: u64,
@@ -89,14 +105,23 @@ pub(crate) fn open_stack(
         id: None,
     };
     let count = leaves.len();
+    let second = leaves[0].second.as_ref().map(|s| s.1.size);
     let mut rest = leaves.into_iter().enumerate();
     let (i, first) = rest.next().unwrap();
     let options = ChainOptions { writable, format: Some(formats[0]), ..Default::default() };
-    let mut chain = Chain::open(opened(i, first), options, &mut |_| {
+    let mut chain = Chain::open(opened(i, first), options, &mut |named| {
+        if named.role == Role::Data {
+            // Opening only looks at its size: the real one is unit 1 of the first device.
+            let size = second.expect("a second unit");
+            return Ok(Opened { name: "data".to_owned(), ..opened(0, LogQueue::new(size, 1)) });
+        }
         let (i, leaf) = rest.next().expect("a layer for each backing name");
         Ok(opened(i, leaf))
     })?;
-    let ports: Vec<Port> = (0..count as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
+    let mut ports: Vec<Port> = (0..count as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
+    if second.is_some() {
+        ports.insert(1, Port { leaf: 0, unit: 1 });
+    }
     let stack = Stack::new(&mut chain, &ports)?;
     Ok((stack, chain.layers.into_iter().map(|l| l.storage.into_leaf()).collect()))
 }
@@ -272,19 +297,34 @@ pub(crate) fn repair(leaf: LogQueue) -> (LogQueue, u64, u64) {
     (storage.into_leaf(), report.corruptions + report.check_errors, report.leaks)
 }
 
+/// An image's files for qemu-img, with its name for them: the image, its external data file.
+fn qemu_files(image: &[u8], data: &[u8]) -> ([tempfile::NamedTempFile; 2], String) {
+    let files = [image, data].map(|bytes| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file
+    });
+    let part = |name: &str, file: &tempfile::NamedTempFile| {
+        let path = file.path().display();
+        format!(r#""{name}":{{"driver":"file","filename":"{path}"}}"#)
+    };
+    let mut parts = part("file", &files[0]);
+    if !data.is_empty() {
+        parts += &format!(",{}", part("data-file", &files[1]));
+    }
+    // Backing files are devices in memory, which qemu-img cannot open.
+    (files, format!(r#"json:{{"driver":"qcow2","backing":null,{parts}}}"#))
+}
+
 /// qemu-img's verdict on a device's contents: its exit code, or `None` if there is no qemu-img.
-pub(crate) fn qemu_check(data: &[u8]) -> Option<i32> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), data).unwrap();
-    let out = std::process::Command::new("qemu-img")
-        .args(["check", "-q"])
-        .arg(format!(
-            // Backing files are devices in memory, which qemu-img cannot open.
-            r#"json:{{"driver":"qcow2","backing":null,"file":{{"driver":"file","filename":"{}"}}}}"#,
-            file.path().display()
-        ))
-        .output()
-        .ok()?;
+pub(crate) fn qemu_check(image: &[u8]) -> Option<i32> {
+    qemu_check_with(image, &[])
+}
+
+/// The same with an external data file.
+pub(crate) fn qemu_check_with(image: &[u8], data: &[u8]) -> Option<i32> {
+    let (_files, name) = qemu_files(image, data);
+    let out = std::process::Command::new("qemu-img").args(["check", "-q", &name]).output().ok()?;
     if !matches!(out.status.code(), Some(0)) {
         eprintln!("{}", String::from_utf8_lossy(&out.stderr));
         eprintln!("{}", String::from_utf8_lossy(&out.stdout));
@@ -293,13 +333,16 @@ pub(crate) fn qemu_check(data: &[u8]) -> Option<i32> {
 }
 
 /// What qemu-img reads out of a device's contents, or `None` if there is no qemu-img.
-pub(crate) fn qemu_read(data: &[u8]) -> Option<Vec<u8>> {
-    let (file, raw) =
-        (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
-    std::fs::write(file.path(), data).unwrap();
+pub(crate) fn qemu_read(image: &[u8]) -> Option<Vec<u8>> {
+    qemu_read_with(image, &[])
+}
+
+/// The same with an external data file.
+pub(crate) fn qemu_read_with(image: &[u8], data: &[u8]) -> Option<Vec<u8>> {
+    let (_files, name) = qemu_files(image, data);
+    let raw = tempfile::NamedTempFile::new().unwrap();
     let out = std::process::Command::new("qemu-img")
-        .args(["convert", "-f", "qcow2", "-O", "raw"])
-        .arg(file.path())
+        .args(["convert", "-O", "raw", &name])
         .arg(raw.path())
         .output()
         .ok()?;

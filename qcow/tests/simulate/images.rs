@@ -45,6 +45,7 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
         let format = if below.qcow {
             let mut o = CreateOptions::new(below.sectors * SECTOR as u64);
             o.cluster_size = 1 << below.cluster_bits;
+            o.extended_l2 = below.extended_l2;
             o.backing = layers.first().map(|l| (l.path(), l.format));
             held = build(&mut disk, &o, held, 6, id, rng)?;
             Format::Qcow2
@@ -64,6 +65,7 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
     o.cluster_size = 1 << plan.cluster_bits;
     (o.version, o.refcount_bits, o.lazy_refcounts) = (plan.version, plan.refcount_bits, plan.lazy);
     o.compression = plan.compression;
+    o.extended_l2 = plan.extended_l2;
     o.backing = layers.first().map(|l| (l.path(), l.format));
     let id = BELOW + 2 * plan.below.len() as u32;
     // Half of it is sure to fit.

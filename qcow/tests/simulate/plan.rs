@@ -8,6 +8,7 @@ use sim::{DiskConfig, Faults, Rng};
 pub(crate) struct Below {
     pub(crate) qcow: bool,
     pub(crate) cluster_bits: u32,
+    pub(crate) extended_l2: bool,
     pub(crate) sectors: u64,
     pub(crate) disk: DiskConfig,
 }
@@ -80,6 +81,7 @@ pub(crate) struct Plan {
     pub(crate) cluster_bits: u32,
     pub(crate) refcount_bits: u32,
     pub(crate) lazy: bool,
+    pub(crate) extended_l2: bool,
     pub(crate) compression: Compression,
     /// So many of 8 clusters hold something at the beginning.
     pub(crate) filled: u64,
@@ -137,6 +139,8 @@ impl Plan {
         // Each part draws from its own: one more draw in one changes no other.
         let (mut of_disks, mut of_lives) = (rng.fork(), rng.fork());
         let rng = &mut rng;
+        // What came later has one of its own, so that old seeds stay what they are.
+        let aside = &mut Rng::new(seed ^ 0x5ab5_ab5a);
         // The refcount table is full at 2 MiB of these, and moves.
         let growing = rng.one_in(40);
         let cluster_bits = if growing { 9 } else { cluster_bits(rng) };
@@ -165,10 +169,11 @@ impl Plan {
             cluster_bits,
             refcount_bits,
             lazy: version > 2 && rng.one_in(4),
+            extended_l2: version > 2 && cluster_bits >= 14 && aside.one_in(2),
             compression: if zstd { Compression::Zstd } else { Compression::Deflate },
             filled: if growing { 7 } else { rng.pick(&[0, 0, 3, 8]) },
             disk: disk(&mut of_disks, room),
-            below,
+            below: Plan::extend_below(aside, below),
             lives: (0..lives)
                 .map(|n| {
                     let mut life = Plan::draw_life(&mut of_lives.fork(), n + 1 == lives, long);
@@ -195,7 +200,14 @@ impl Plan {
         // A raw layer is as long as its disk.
         let sectors = if qcow { sectors } else { disk.size / 512 };
         disk.volatile_cache = false;
-        Below { qcow, cluster_bits, sectors, disk }
+        Below { qcow, cluster_bits, extended_l2: false, sectors, disk }
+    }
+
+    fn extend_below(aside: &mut Rng, mut below: Vec<Below>) -> Vec<Below> {
+        for layer in &mut below {
+            layer.extended_l2 = layer.cluster_bits >= 14 && aside.one_in(3);
+        }
+        below
     }
 
     fn draw_life(rng: &mut Rng, last: bool, long: bool) -> Life {

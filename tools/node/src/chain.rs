@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use block::{Claims, MemQueue, RmwQueue, StripeQueue};
 use file::{ImageLock, LockError};
-use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened, allowed_host_file};
+use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened, Role, allowed_host_file};
 use reactor::Clock;
 
 use crate::device::Device;
@@ -249,10 +249,13 @@ pub(crate) fn open_backing(
 ) -> qcow::Result<Opened<Source>> {
     let found = allowed_host_file(backing, &options.allow_backing)?;
     let name = found.path.display().to_string();
-    let refuse = |why: String| {
-        qcow::Error::refused(&backing.named_by, format!("backing file {name}: {why}"))
-    };
-    let writable = options.edit == Some(backing.depth);
+    let what = backing.role.name();
+    let refuse =
+        |why: String| qcow::Error::refused(&backing.named_by, format!("{what} {name}: {why}"));
+    // A data file is written along with its image.
+    let with_top = backing.role == Role::Data && backing.depth == 0;
+    let writable = options.edit == Some(backing.depth)
+        || with_top && (options.writable || options.edit.is_some());
     let host = HostStorage::open(&found.path, writable).map_err(|e| refuse(e.to_string()))?;
     let id = file_id(&host).map_err(|e| refuse(e.to_string()))?;
     if id != found.id {

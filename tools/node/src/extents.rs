@@ -32,7 +32,7 @@ fn extents(image: &Image, offset: u64, len: u64, limit: usize) -> Vec<Extent> {
     let Image::Qcow(qcow) = image else {
         return vec![Extent { len, hole: false, zero: false }];
     };
-    let cluster = u64::from(info.discard_granularity);
+    let cluster = qcow.unit_size();
     let end = offset.saturating_add(len).min(info.size);
     let mut list: Vec<Extent> = Vec::new();
     let mut at = offset;
@@ -45,7 +45,7 @@ fn extents(image: &Image, offset: u64, len: u64, limit: usize) -> Vec<Extent> {
             Kind::Absent => break,
             Kind::Hole => (true, true),
             // A kept cluster is allocated; explicit zeroes without one are not.
-            Kind::Zero => (word.host() == 0, true),
+            Kind::Zero => (!word.keeps(), true),
             _ => (false, false),
         };
         let to = end.min((at / cluster + 1) * cluster);

@@ -65,7 +65,7 @@ impl Parts {
     /// If its metadata contradicts itself, or a leaf cannot be made.
     pub fn new(mut chain: Chain) -> Result<Parts, Error> {
         let name = chain.layers[0].name.clone();
-        let ports = ports(chain.layers.iter().map(|l| &l.storage));
+        let ports = ports(chain.layers.iter().flat_map(qcow::open::Layer::storages));
         let (plan, writable) = match &chain.layers[0].kind {
             LayerKind::Raw(size) => (
                 Plan::Each(Each::Raw { size: *size }),
@@ -76,7 +76,7 @@ impl Parts {
                 (Plan::Qcow(Box::new(Stack::new(&mut chain, &ports)?)), writable)
             }
         };
-        let storages = chain.layers.into_iter().map(|l| l.storage);
+        let storages = chain.layers.into_iter().flat_map(qcow::open::Layer::into_storages);
         Parts::of(storages, plan, ports, writable, name)
     }
 

@@ -211,6 +211,12 @@ fn human(out: &mut impl Write, printed: &Printed) -> std::io::Result<()> {
             writeln!(out, "            granularity: {}", bitmap.granularity)?;
         }
         writeln!(out, "    refcount bits: {}", data.refcount_bits)?;
+        if let Some(name) = &data.data_file {
+            writeln!(out, "    data file: {name}")?;
+        }
+        if let Some(raw) = data.data_file_raw {
+            writeln!(out, "    data file raw: {raw}")?;
+        }
         if let Some(corrupt) = data.corrupt {
             writeln!(out, "    corrupt: {corrupt}")?;
         }
