@@ -95,7 +95,7 @@ fn chains_of_all_kinds() {
                 let mut o = options(1 << bits, extended);
                 o.backing = Some(("/below".to_owned(), formats[0]));
                 let leaf = match data_file && i == 0 {
-                    true => fresh_with_data(4 << 20, bits, &o),
+                    true => fresh_with_data(DEVICE, bits, &o),
                     false => fresh(DEVICE, bits, &o),
                 };
                 chain.insert(0, leaf);
