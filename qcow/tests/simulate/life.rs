@@ -231,7 +231,8 @@ impl Run<'_> {
                 }
             }
             if idle > PATIENCE {
-                return Err(format!("{} requests are never answered", a.reactors.open()));
+                let (open, why) = (a.reactors.open(), a.reactors.explain());
+                return Err(format!("{open} requests are never answered{why}"));
             }
             if a.is_cut() {
                 if matches!(life.end, End::Cut(_)) {

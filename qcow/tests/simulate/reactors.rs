@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::{Claims, HasWork, Layer, Port, RmwQueue, Status};
+use block::{BlockQueue, Claims, HasWork, Layer, Port, RmwQueue, Status};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use qcow::run::{Image, Options, Satellite, Stack, Wakes};
 use reactor::{Clock, Core};
@@ -82,6 +82,10 @@ impl<I: Layer<Leaf>> Turn for Turned<I> {
     fn wake(&mut self) {
         self.core.wake().wake();
     }
+}
+
+fn in_flight<I: Layer<Leaf>>(core: &mut Core<Leaf, I, Guest>) -> usize {
+    core.leaves().iter().map(BlockQueue::in_flight).sum()
 }
 
 /// What all reactors share.
@@ -201,6 +205,24 @@ impl Reactors {
     /// Requests whose answers nobody has looked at.
     pub(crate) fn open(&mut self) -> usize {
         (0..self.count()).map(|n| self.at(n).guest().open()).sum()
+    }
+
+    /// What each reactor waits for, for a message.
+    pub(crate) fn explain(&mut self) -> String {
+        let mut text = String::new();
+        for n in 0..self.count() {
+            let (asleep, in_flight) = match n {
+                0 => (self.home.asleep, in_flight(&mut self.home.core)),
+                n => (self.away[n - 1].asleep, in_flight(&mut self.away[n - 1].core)),
+            };
+            let guest = self.at(n).guest();
+            text += &format!(
+                "; reactor {n}: {} open, {} taken, asleep: {asleep}, {in_flight} with disks",
+                guest.open(),
+                block::Frontend::in_flight(guest)
+            );
+        }
+        text
     }
 
     /// Begins the close, on all of them in any order.

@@ -104,3 +104,63 @@ impl Odds {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{DiskConfig, Sabotage, Trace};
+    use block::Storage;
+
+    fn disk(volatile_cache: bool) -> Disk {
+        let (size, block_size) = (8192, 512);
+        let config = DiskConfig { size, block_size, volatile_cache, discarded: None, fresh: 0xd5 };
+        Disk::new(config, vec![1; 4096], Rng::new(1), Trace::default())
+    }
+
+    /// What the first two sectors hold after 200 cuts.
+    fn cuts(disk: &Disk) -> BTreeSet<(u8, u8)> {
+        let mut rng = Rng::new(5);
+        let one = |_| {
+            let bytes = disk.survivor(&mut rng);
+            assert!(bytes[..SECTOR].iter().all(|&b| b == bytes[0]), "a torn sector");
+            assert!(bytes[4096..].iter().all(|&b| b == 0xd5));
+            (bytes[0], bytes[SECTOR])
+        };
+        (0..200).map(one).collect()
+    }
+
+    #[test]
+    fn what_is_flushed_stays_and_of_the_rest_any_part() {
+        let mut d = disk(true);
+        d.write_at(0, &[2; 2 * SECTOR]).unwrap();
+        assert_eq!(cuts(&d), BTreeSet::from([(1, 1), (1, 2), (2, 1), (2, 2)]));
+        d.flush().unwrap();
+        assert_eq!(cuts(&d), BTreeSet::from([(2, 2)]));
+        d.write_at(0, &[3; SECTOR]).unwrap();
+        d.write_at(0, &[4; SECTOR]).unwrap();
+        assert_eq!(cuts(&d), BTreeSet::from([(2, 2), (3, 2), (4, 2)]));
+    }
+
+    #[test]
+    fn without_a_cache_nothing_is_lost_and_a_lie_is_one() {
+        let mut d = disk(false);
+        d.write_at(0, &[2; SECTOR]).unwrap();
+        assert_eq!(cuts(&d), BTreeSet::from([(2, 1)]));
+        let mut d = disk(true);
+        d.set_sabotage(Sabotage::DropFlushes);
+        d.write_at(0, &[2; SECTOR]).unwrap();
+        d.flush().unwrap();
+        assert_eq!(cuts(&d), BTreeSet::from([(1, 1), (2, 1)]));
+    }
+
+    #[test]
+    fn the_control_path_loses_its_power() {
+        let mut d = disk(true);
+        d.set_power_for(1);
+        d.write_at(0, &[2; SECTOR]).unwrap();
+        assert!(d.flush().is_err() && d.write_at(0, &[3; SECTOR]).is_err());
+        assert_eq!(cuts(&d), BTreeSet::from([(1, 1), (2, 1)]));
+    }
+}

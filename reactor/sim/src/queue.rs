@@ -172,11 +172,13 @@ impl BlockQueue for SimQueue {
         let before = out.len();
         s.lanes[self.lane].polls += 1;
         let now = s.lanes[self.lane].polls;
+        if now < s.lanes[self.lane].still {
+            return 0;
+        }
+        // Not while it stands still, or it would for ever.
         let stall = s.faults.stall;
         if s.rng.one_in(stall) {
             s.lanes[self.lane].still = now + s.rng.within(50, 500);
-        }
-        if now < s.lanes[self.lane].still {
             return 0;
         }
         let tries = s.lanes[self.lane].held.len() as u64;
