@@ -53,9 +53,9 @@ impl Image {
         }
     }
 
-    /// Ends a pause.
+    /// Ends a pause, also one that is not reached yet; but not while metadata goes to disk for it.
     pub fn resume(&mut self) {
-        if self.paused().is_none() {
+        if self.closing || !matches!(self.stage, Stage::Draining | Stage::Resting(_)) {
             return;
         }
         self.stage = Stage::Serving;

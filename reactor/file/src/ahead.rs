@@ -4,6 +4,10 @@
 //! io_uring on threads of the kernel's: several times the processor time of a write into space that
 //! is there already. So a file that is written to behind its end gets space in large steps.
 
+use crate::FileQueue;
+use crate::queue::Step;
+use crate::unit::Unit;
+
 /// Space asked for at a time, at least and at most: a quarter of the file between these.
 const LEAST: u64 = 32 << 20;
 const MOST: u64 = 256 << 20;
@@ -43,6 +47,78 @@ impl Ahead {
         self.busy = true;
         self.to = from + step;
         Some((from, step))
+    }
+}
+
+impl FileQueue {
+    /// Has the file get its space in large steps when it grows, ahead of the writes: it is then longer
+    /// than what was written. For whoever shortens it in the end ([`LeafAccess::set_unit_len`]).
+    pub fn allocate_ahead(&mut self, unit: u16) {
+        if let Some(u) = self.units.get_mut(usize::from(unit))
+            && !u.block_device
+            && !u.info.read_only
+        {
+            u.ahead = Some(Ahead::new());
+            self.reserved += 1;
+        }
+    }
+
+    /// Asks for more space if the file grows.
+    #[inline]
+    pub(crate) fn look_ahead(&mut self, unit: u16, end: u64) {
+        let u = &mut self.units[usize::from(unit)];
+        if let Some(ahead) = &mut u.ahead
+            && let Some((offset, len)) = ahead.look(end, u.len)
+        {
+            self.ask_ahead(unit, offset, len);
+        }
+    }
+
+    #[cold]
+    fn ask_ahead(&mut self, unit: u16, offset: u64, len: u64) {
+        let Some(slot) = self.free.pop() else {
+            if let Some(ahead) = &mut self.units[usize::from(unit)].ahead {
+                ahead.busy = false;
+            }
+            return;
+        };
+        let s = &mut self.slots[usize::from(slot)];
+        (s.step, s.unit, s.offset, s.len) = (Step::Ahead, unit, offset, len);
+        self.start(slot);
+    }
+
+    /// The kernel has made space, or has not.
+    #[cold]
+    pub(crate) fn is_ahead(&mut self, slot: u16, result: i64) {
+        let s = &self.slots[usize::from(slot)];
+        let unit = &mut self.units[usize::from(s.unit)];
+        if result >= 0 {
+            unit.len = unit.len.max(s.offset + s.len);
+        }
+        if let Some(ahead) = &mut unit.ahead {
+            ahead.busy = false;
+            ahead.off |= result < 0;
+        }
+        self.free.push(slot);
+    }
+
+    /// Waits until no space is asked for any more: what comes then stays.
+    pub(crate) fn end_ahead(&mut self, unit: u16) {
+        while self.units.get(usize::from(unit)).is_some_and(Unit::grows_now) {
+            self.kernel.send();
+            while let Some((slot, result)) = self.kernel.next() {
+                if self.slots[usize::from(slot)].step == Step::Ahead {
+                    self.is_ahead(slot, result);
+                } else if let Some(end) = self.result(slot, result) {
+                    let s = &mut self.slots[usize::from(slot)];
+                    (s.status, s.detail) = end;
+                    self.done.push_back(slot);
+                }
+            }
+        }
+        if let Some(u) = self.units.get_mut(usize::from(unit)) {
+            u.ahead = None;
+        }
     }
 }
 

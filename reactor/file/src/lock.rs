@@ -67,30 +67,50 @@ impl ImageLock {
         ImageLock::take(file, READ)
     }
 
+    /// Makes a shared lock an exclusive one.
+    ///
+    /// # Errors
+    /// If somebody else uses the image; the lock is shared as before then.
+    pub fn upgrade(&self) -> Result<(), LockError> {
+        self.acquire(READ | WRITE | RESIZE).inspect_err(|_| self.share())
+    }
+
+    /// Makes an exclusive lock a shared one.
+    pub fn share(&self) {
+        for n in (0..BITS).filter(|n| (WRITE | RESIZE) >> n & 1 != 0) {
+            let _ = self.set(libc::F_UNLCK, DOES + n, 1);
+        }
+    }
+
     fn take(file: &File, does: u8) -> Result<ImageLock, LockError> {
-        const FORBIDDEN: u8 = WRITE | RESIZE;
         // From here on, dropping it gives back whatever was taken.
         let lock = ImageLock { file: file.try_clone().map_err(LockError::Os)? };
+        lock.acquire(does)?;
+        Ok(lock)
+    }
+
+    fn acquire(&self, does: u8) -> Result<(), LockError> {
+        const FORBIDDEN: u8 = WRITE | RESIZE;
         for n in 0..BITS {
             if does >> n & 1 != 0 {
-                lock.set(libc::F_RDLCK, DOES + n, 1)?;
+                self.set(libc::F_RDLCK, DOES + n, 1)?;
             }
             if FORBIDDEN >> n & 1 != 0 {
-                lock.set(libc::F_RDLCK, FORBIDS + n, 1)?;
+                self.set(libc::F_RDLCK, FORBIDS + n, 1)?;
             }
         }
         // Ours are visible; now look for those that contradict. Two that come at the same time may
         // both back off, but never both stay.
         for n in 0..BITS {
-            if does >> n & 1 != 0 && lock.taken(FORBIDS + n)? {
+            if does >> n & 1 != 0 && self.taken(FORBIDS + n)? {
                 let what = if n == 0 { "lets nobody read it" } else { "lets nobody write to it" };
                 return Err(LockError::InUse(what));
             }
-            if FORBIDDEN >> n & 1 != 0 && lock.taken(DOES + n)? {
+            if FORBIDDEN >> n & 1 != 0 && self.taken(DOES + n)? {
                 return Err(LockError::InUse("writes to it"));
             }
         }
-        Ok(lock)
+        Ok(())
     }
 
     fn set(&self, kind: libc::c_int, start: i64, len: i64) -> Result<(), nix::Error> {
@@ -154,6 +174,22 @@ mod tests {
         drop(ImageLock::exclusive(&b).unwrap());
         // Only reading needs no more than a file opened for reading.
         drop(ImageLock::shared(&File::open(temp.path()).unwrap()).unwrap());
+    }
+
+    #[test]
+    fn a_lock_changes_its_kind() {
+        let temp = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (open(temp.path()), open(temp.path()));
+        let lock = ImageLock::exclusive(&a).unwrap();
+        lock.share();
+        let other = ImageLock::shared(&b).unwrap();
+        assert!(lock.upgrade().is_err(), "somebody else reads");
+        drop(ImageLock::shared(&open(temp.path())).unwrap());
+        drop(other);
+        lock.upgrade().unwrap();
+        assert!(ImageLock::shared(&b).is_err());
+        drop(lock);
+        drop(ImageLock::exclusive(&b).unwrap());
     }
 
     fn qemu_io(path: &Path, args: &[&str]) -> (bool, String) {

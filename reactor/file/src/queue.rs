@@ -16,7 +16,6 @@ use block::{
 };
 use dma::{Buf, Pool, Region};
 
-use crate::ahead::Ahead;
 use crate::kernel::{Io, Kernel};
 use crate::memory::Vecs;
 use crate::unit::{MAX_TRANSFER, Unit};
@@ -34,11 +33,11 @@ const TRIES: u8 = 16;
 
 /// A request that was taken.
 #[derive(Debug)]
-struct Slot {
+pub(crate) struct Slot {
     tag: Tag,
     op: Op,
-    unit: u16,
-    step: Step,
+    pub(crate) unit: u16,
+    pub(crate) step: Step,
     /// The space must stay allocated.
     keep: bool,
     /// Durability was asked for and the kernel's one-step way is not there: flush afterwards.
@@ -46,17 +45,17 @@ struct Slot {
     /// Times that the kernel said "again".
     tries: u8,
     /// How it ended, once it is in `done`.
-    status: Status,
-    detail: u16,
+    pub(crate) status: Status,
+    pub(crate) detail: u16,
     /// What is left of the range.
-    offset: u64,
-    len: u64,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
     bounce: Option<Bounce>,
 }
 
 /// What the kernel is doing for a slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Step {
+pub(crate) enum Step {
     Transfer,
     Punch,
     Zero,
@@ -79,17 +78,17 @@ struct Bounce {
 /// Dropping it waits until the kernel is done with every request that it was given.
 pub struct FileQueue {
     // Dropped first: waits for the kernel.
-    kernel: Kernel,
-    units: Vec<Unit>,
-    slots: Box<[Slot]>,
-    free: Vec<u16>,
+    pub(crate) kernel: Kernel,
+    pub(crate) units: Vec<Unit>,
+    pub(crate) slots: Box<[Slot]>,
+    pub(crate) free: Vec<u16>,
     /// Ended and not handed out.
-    done: VecDeque<u16>,
+    pub(crate) done: VecDeque<u16>,
     /// Waiting for a bounce buffer.
     waiting: VecDeque<u16>,
     bounces: Option<Pool>,
     /// Slots kept for what is nobody's request: one for each file that gets its space ahead.
-    reserved: usize,
+    pub(crate) reserved: usize,
 }
 
 impl FileQueue {
@@ -158,16 +157,17 @@ impl FileQueue {
         Ok(at)
     }
 
-    /// Has the file get its space in large steps when it grows, ahead of the writes: it is then longer
-    /// than what was written. For whoever shortens it in the end ([`LeafAccess::set_unit_len`]).
-    pub fn allocate_ahead(&mut self, unit: u16) {
-        if let Some(u) = self.units.get_mut(usize::from(unit))
-            && !u.block_device
-            && !u.info.read_only
-        {
-            u.ahead = Some(Ahead::new());
-            self.reserved += 1;
-        }
+    /// Lets go of a file that nothing is asked of any more; its unit answers with errors from now on.
+    ///
+    /// # Errors
+    /// If there is no such unit, or the process is out of descriptors.
+    pub fn close_unit(&mut self, unit: u16) -> Result<(), Error> {
+        self.end_ahead(unit);
+        let u = self.units.get_mut(usize::from(unit)).ok_or(Error::Kind)?;
+        let nothing = File::open("/dev/null").map_err(Error::os("open /dev/null"))?;
+        u.file = Arc::new(nothing);
+        (u.info.size, u.info.read_only, u.len) = (0, true, 0);
+        Ok(())
     }
 
     /// The engine in use; never [`Engine::Auto`].
@@ -238,67 +238,9 @@ impl FileQueue {
         None
     }
 
-    /// Asks for more space if the file grows.
-    #[inline]
-    fn look_ahead(&mut self, unit: u16, end: u64) {
-        let u = &mut self.units[usize::from(unit)];
-        if let Some(ahead) = &mut u.ahead
-            && let Some((offset, len)) = ahead.look(end, u.len)
-        {
-            self.ask_ahead(unit, offset, len);
-        }
-    }
-
-    #[cold]
-    fn ask_ahead(&mut self, unit: u16, offset: u64, len: u64) {
-        let Some(slot) = self.free.pop() else {
-            if let Some(ahead) = &mut self.units[usize::from(unit)].ahead {
-                ahead.busy = false;
-            }
-            return;
-        };
-        let s = &mut self.slots[usize::from(slot)];
-        (s.step, s.unit, s.offset, s.len) = (Step::Ahead, unit, offset, len);
-        self.start(slot);
-    }
-
-    /// The kernel has made space, or has not.
-    #[cold]
-    fn is_ahead(&mut self, slot: u16, result: i64) {
-        let s = &self.slots[usize::from(slot)];
-        let unit = &mut self.units[usize::from(s.unit)];
-        if result >= 0 {
-            unit.len = unit.len.max(s.offset + s.len);
-        }
-        if let Some(ahead) = &mut unit.ahead {
-            ahead.busy = false;
-            ahead.off |= result < 0;
-        }
-        self.free.push(slot);
-    }
-
-    /// Waits until no space is asked for any more: what comes then stays.
-    fn end_ahead(&mut self, unit: u16) {
-        while self.units.get(usize::from(unit)).is_some_and(Unit::grows_now) {
-            self.kernel.send();
-            while let Some((slot, result)) = self.kernel.next() {
-                if self.slots[usize::from(slot)].step == Step::Ahead {
-                    self.is_ahead(slot, result);
-                } else if let Some(end) = self.result(slot, result) {
-                    let s = &mut self.slots[usize::from(slot)];
-                    (s.status, s.detail) = end;
-                    self.done.push_back(slot);
-                }
-            }
-        }
-        if let Some(u) = self.units.get_mut(usize::from(unit)) {
-            u.ahead = None;
-        }
-    }
-
     /// Asks the kernel for the slot's step.
     #[inline]
-    fn start(&mut self, slot: u16) {
+    pub(crate) fn start(&mut self, slot: u16) {
         let s = &mut self.slots[usize::from(slot)];
         let unit = &self.units[usize::from(s.unit)];
         let io = match (s.step, s.op) {
@@ -347,7 +289,7 @@ impl FileQueue {
     }
 
     /// Takes a result from the kernel: how the request ended, or `None` if it goes on.
-    fn result(&mut self, slot: u16, result: i64) -> Option<(Status, u16)> {
+    pub(crate) fn result(&mut self, slot: u16, result: i64) -> Option<(Status, u16)> {
         let s = &mut self.slots[usize::from(slot)];
         let unit = &mut self.units[usize::from(s.unit)];
         if result < 0 {

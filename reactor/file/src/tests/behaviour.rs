@@ -79,6 +79,24 @@ fn a_growing_file_gets_its_space_ahead() {
 }
 
 #[test]
+fn a_unit_is_closed_and_the_others_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rig = Rig::new(Kind::Uring);
+    for name in ["a", "b"] {
+        std::fs::write(dir.path().join(name), vec![1; 64 << 10]).unwrap();
+        rig.q.add(open(&dir.path().join(name))).unwrap();
+    }
+    rig.q.close_unit(1).unwrap();
+    assert!(rig.q.close_unit(2).is_err());
+    assert_eq!(rig.one(Op::Read, Flags::NONE, 0, 4096).status, Status::Ok);
+    assert!(rig.q.info(1).is_some_and(|i| i.size == 0 && i.read_only));
+    let name = dir.path().join("b").canonicalize().unwrap();
+    let open_files = std::fs::read_dir("/proc/self/fd").unwrap();
+    let held = open_files.filter_map(|f| std::fs::read_link(f.unwrap().path()).ok());
+    assert!(held.into_iter().all(|f| f != name), "the file is still open");
+}
+
+#[test]
 fn a_file_gets_longer_in_large_steps() {
     let dir = tempfile::tempdir().unwrap();
     for kind in [Kind::Uring, Kind::Aio] {
