@@ -167,7 +167,7 @@ pub(crate) fn open_model_file(
 }
 
 /// Which file it is: of the opened one, since the path may lead elsewhere by now.
-fn file_id(host: &HostStorage) -> std::io::Result<FileId> {
+pub(crate) fn file_id(host: &HostStorage) -> std::io::Result<FileId> {
     host.file().metadata().map(|m| FileId::of(&m))
 }
 
@@ -187,7 +187,7 @@ fn model_capacity(host: &mut HostStorage, node: &str, format: Format) -> qcow::R
     Ok(len.saturating_add(data).saturating_add(tables).saturating_add(64 << 20).min(1 << 62))
 }
 
-fn lock(
+pub(crate) fn lock(
     node: &str,
     file: &std::fs::File,
     options: &OpenOptions,

@@ -29,19 +29,19 @@ pub struct DiskOptions {
 }
 
 /// The image on one of its reactors.
-struct Running {
-    reactor: NodeReactor,
-    image: usize,
+pub(crate) struct Running {
+    pub(crate) reactor: NodeReactor,
+    pub(crate) image: usize,
 }
 
 /// An image that runs on reactor threads of its own. To be ended by [`Disk::close`].
 pub struct Disk {
-    home: Running,
-    further: Vec<Running>,
+    pub(crate) home: Running,
+    pub(crate) further: Vec<Running>,
     /// Without a close the reactors run on until the process ends, and so must what is below them:
     /// controllers, and the locks that keep others from the image.
-    rest: ManuallyDrop<Rest>,
-    info: block::DeviceInfo,
+    pub(crate) rest: ManuallyDrop<Rest>,
+    pub(crate) info: block::DeviceInfo,
 }
 
 impl Disk {

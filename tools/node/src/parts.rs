@@ -6,13 +6,17 @@ use std::fs::File;
 use block::{LeafAccess, Port, RawImage, Status};
 use file::ImageLock;
 use qcow::open::LayerKind;
-use qcow::run::{Seat, Stack, Wakes};
+use qcow::run::{Seat, Stack, Wakes, Workers};
 use reactor::Wake;
 
 use crate::chain::file_leaf;
 use crate::device::Device;
+use crate::running::RunningChain;
 use crate::source::{Kind, Source};
 use crate::{Chain, Error, Image, Leaf, Model, ReactorCore, VhdChain};
+
+/// Threads that decompress for an image.
+const WORKERS: usize = 2;
 
 /// Reactors that serve an image together, at most.
 pub const MOST_REACTORS: usize = 16;
@@ -25,9 +29,12 @@ pub struct Parts {
     plan: Plan,
     /// Where the layers lie, the one that is written to first.
     ports: Vec<Port>,
+    /// The files of a QCOW2 chain, in this order.
+    chain: RunningChain,
     writable: bool,
     devices: Vec<Device>,
-    locks: Vec<ImageLock>,
+    /// By layer.
+    locks: Vec<Vec<ImageLock>>,
     name: String,
 }
 
@@ -66,6 +73,7 @@ impl Parts {
     pub fn new(mut chain: Chain) -> Result<Parts, Error> {
         let name = chain.layers[0].name.clone();
         let ports = ports(chain.layers.iter().flat_map(qcow::open::Layer::storages));
+        let running = RunningChain::new(&chain, &ports)?;
         let (plan, writable) = match &chain.layers[0].kind {
             LayerKind::Raw(size) => (
                 Plan::Each(Each::Raw { size: *size }),
@@ -77,7 +85,10 @@ impl Parts {
             }
         };
         let storages = chain.layers.into_iter().flat_map(qcow::open::Layer::into_storages);
-        Parts::of(storages, plan, ports, writable, name)
+        let mut parts = Parts::of(storages, plan, ports, writable, name)?;
+        parts.chain = running;
+        parts.chain.take_locks(&mut parts.locks);
+        Ok(parts)
     }
 
     /// Takes an opened VHD chain apart.
@@ -104,7 +115,7 @@ impl Parts {
         let (mut locks, mut devices, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
         let mut files: Vec<File> = Vec::new();
         for storage in storages {
-            locks.extend(storage.locks);
+            locks.push(storage.locks);
             match storage.kind {
                 Kind::Host(h) => files.push(h.into_file()),
                 Kind::Leaf(b, below) => {
@@ -122,8 +133,8 @@ impl Parts {
             }
             leaves.insert(0, leaf);
         }
-        let further = Vec::new();
-        Ok(Parts { further, leaves, plan, ports, writable, devices, locks, name })
+        let (further, chain) = (Vec::new(), RunningChain::default());
+        Ok(Parts { further, leaves, plan, ports, chain, writable, devices, locks, name })
     }
 
     /// The name of the image, for messages.
@@ -164,8 +175,8 @@ impl Parts {
     pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
         let top = self.ports[0];
         let leaf = self.leaves.swap_remove(usize::from(top.leaf));
-        let Parts { further, writable, devices, locks, name, .. } = self;
-        (leaf, top.unit, Rest { further, top, writable, devices, locks, name })
+        let Parts { further, chain, writable, devices, locks, name, .. } = self;
+        (leaf, top.unit, Rest { further, top, chain, writable, devices, locks, name })
     }
 
     /// Puts leaves and image into a core; returns the image's index and what is needed to close.
@@ -179,10 +190,10 @@ impl Parts {
         options: qcow::run::Options,
     ) -> Result<(usize, Rest), String> {
         // On an error dropped in reverse.
-        let Parts { name, locks, devices, writable, ports, plan, leaves, further } = self;
+        let Parts { name, locks, devices, writable, chain, ports, plan, leaves, further } = self;
         let top = ports[0];
         match attach_image(core, leaves, plan, top, options) {
-            Ok(index) => Ok((index, Rest { further, top, writable, devices, locks, name })),
+            Ok(index) => Ok((index, Rest { further, top, chain, writable, devices, locks, name })),
             Err(e) => {
                 drop(further);
                 // Before the devices, whose controllers wait for their queue pairs, and the locks.
@@ -221,9 +232,13 @@ fn attach_image(
     for leaf in leaves {
         core.add_leaf(leaf)?;
     }
+    let wake = core.wake();
     core.add_image(|owner, leaves| match plan {
-        Plan::Qcow(stack) => qcow::run::Image::attach(*stack, owner, leaves, options)
-            .map(|i| Image::Qcow(Box::new(i))),
+        Plan::Qcow(stack) => {
+            let mut image = qcow::run::Image::attach(*stack, owner, leaves, options)?;
+            image.use_workers(Workers::new(WORKERS), wake);
+            Ok(Image::Qcow(Box::new(image)))
+        }
         Plan::Each(each) => each.attach(leaves, top, owner),
     })
 }
@@ -277,10 +292,11 @@ pub fn take_seat(home: &mut ReactorCore, image: usize, away: Wake) -> Option<Sea
 pub struct Rest {
     // First, as its queue pairs go before their devices.
     further: Vec<Further>,
-    top: Port,
+    pub(crate) top: Port,
+    pub(crate) chain: RunningChain,
     writable: bool,
-    devices: Vec<Device>,
-    locks: Vec<ImageLock>,
+    pub(crate) devices: Vec<Device>,
+    locks: Vec<Vec<ImageLock>>,
     name: String,
 }
 
@@ -353,7 +369,7 @@ impl Rest {
             };
             shorten().map_err(|e| Error::node(&self.name, e))?;
         }
-        drop(self.locks);
+        drop((self.chain, self.locks));
         Ok(())
     }
 }

@@ -1,0 +1,337 @@
+//! Changing the chain of an image that is being served: a new overlay in front, layers taken up or
+//! committed down, another size. By control code; the reactors only pause for the switch.
+//!
+//! What changes on disk is changed by the code that does it offline ([`qcow::edit`]), on files
+//! opened anew, while the image is at rest or in layers that no guest writes to. Then the chain is
+//! read again and all reactors go on with it ([`qcow::run::Image::restack`]).
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use block::{Port, Status, Storage};
+use file::ImageLock;
+use qcow::ChainReader;
+use qcow::create::CreateOptions;
+use qcow::edit::Watch;
+use qcow::open::{BackingRef, ChainOptions, Format, Opened};
+
+use crate::chain::{Chain, file_id, file_leaf, lock};
+use crate::running::{Lies, RunningLayer};
+use crate::{Disk, Error, HostStorage, OpenOptions};
+
+/// Between two looks at a job.
+const TICK: Duration = Duration::from_millis(2);
+
+/// Whoever has a job done: told how far it is, asked how fast it may go.
+pub trait JobWatch {
+    /// `done` of `of` bytes of the guest's disk are done. Returns whether to go on.
+    fn at(&mut self, done: u64, of: u64) -> bool;
+
+    /// How many bytes may be moved now, on top of what was allowed before. Asked again and again.
+    fn allow(&mut self) -> u64;
+}
+
+impl Disk {
+    /// The files of the chain, the one that is written to first.
+    pub fn chain(&self) -> impl Iterator<Item = &str> {
+        self.layers().iter().map(|l| l.name.as_str())
+    }
+
+    /// Puts the overlay at `path` in front of the image: guests write to it from then on. It is made
+    /// if it is not there; else it must be empty, of the image's size, and name the image as its
+    /// backing file. Guests are kept waiting for the switch only.
+    ///
+    /// # Errors
+    /// If the image or the overlay cannot be used so. The image goes on as it was then.
+    pub fn snapshot(&mut self, path: &Path) -> Result<(), Error> {
+        self.on_image(|_, _| ())?;
+        let made = !path.exists();
+        if made {
+            self.make_overlay(path)?;
+        }
+        let done = self.put_in_front(path);
+        if done.is_err() && made {
+            let _ = std::fs::remove_file(path);
+        }
+        done
+    }
+
+    fn make_overlay(&self, path: &Path) -> Result<(), Error> {
+        let fail = |e: &dyn std::fmt::Display| Error::node(path.display().to_string(), e);
+        let top = &self.layers()[0];
+        let below = top.path.as_deref().and_then(|p| std::path::absolute(p).ok());
+        let below = below.and_then(|p| p.into_os_string().into_string().ok());
+        let below =
+            below.ok_or_else(|| fail(&"the image has no name that an overlay could have"))?;
+        let chain = self.read(&self.numbers(), Some(usize::MAX))?;
+        let image = chain.layers[0].image().ok_or_else(|| fail(&"only qcow2 has overlays"))?;
+        let mut options = CreateOptions::new(image.geometry.size());
+        options.cluster_size = image.geometry.cluster_size();
+        options.extended_l2 = image.geometry.sub_bits() > 0;
+        options.backing = Some((below, Format::Qcow2));
+        let file = File::options().read(true).write(true).create_new(true).open(path);
+        let file = file.map_err(|e| fail(&e))?;
+        let mut storage = HostStorage::of(file, false).map_err(|e| fail(&e))?;
+        let made = qcow::create::create(&mut storage, &path.display().to_string(), &options);
+        let made = made.map_err(Error::from).and_then(|()| storage.flush().map_err(|e| fail(&e)));
+        if made.is_err() {
+            let _ = std::fs::remove_file(path);
+        }
+        made
+    }
+
+    fn put_in_front(&mut self, path: &Path) -> Result<(), Error> {
+        let name = path.display().to_string();
+        let fail = |e: &dyn std::fmt::Display| Error::node(&name, e);
+        let host = HostStorage::open(path, true).map_err(|e| fail(&e))?;
+        let id = Some(file_id(&host).map_err(|e| fail(&e))?);
+        if self.layers().iter().any(|l| l.id == id) {
+            return Err(fail(&"is in the chain already"));
+        }
+        let locked = lock(&name, host.file(), &OpenOptions::write(Format::Qcow2))?;
+        let file = host.into_file();
+        let mut new = RunningLayer {
+            port: Port { leaf: 0, unit: 0 },
+            lies: Lies::File(file.try_clone().map_err(|e| fail(&e))?),
+            name: name.clone(),
+            path: Some(path.to_owned()),
+            format: Format::Qcow2,
+            id,
+            backing: None,
+            locks: locked.into_iter().collect(),
+        };
+        self.check_overlay(&mut new)?;
+        let leaf = file_leaf(vec![file]).map_err(|e| fail(&e))?;
+        new.port.leaf = self.add_leaf(leaf)?;
+        self.rest.chain.layers.insert(0, new);
+        let done = self.paused(|disk| disk.restack(&disk.numbers(), true));
+        if done.is_err() {
+            let new = self.rest.chain.layers.remove(0);
+            self.forget(&[new]);
+        } else {
+            // Others may read it from now on.
+            self.layers()[1].locks.iter().for_each(ImageLock::share);
+        }
+        done
+    }
+
+    /// All layers.
+    fn numbers(&self) -> Vec<usize> {
+        (0..self.layers().len()).collect()
+    }
+
+    /// Looks whether an overlay shows what the image shows.
+    fn check_overlay(&self, new: &mut RunningLayer) -> Result<(), Error> {
+        let fail = |e: &str| Error::node(&new.name, e);
+        let storage = new.reopen(&[], false)?;
+        let opened = Opened { storage, path: new.path.clone(), name: new.name.clone(), id: new.id };
+        let format = Some(Format::Qcow2);
+        let options = ChainOptions { format, top_only: true, ..ChainOptions::default() };
+        let none = &mut |b: &BackingRef| Err(qcow::Error::refused(&b.named_by, "stays closed"));
+        let chain = Chain::open(opened, options, none)?;
+        let layer = &chain.layers[0];
+        let top = &self.layers()[0];
+        let leads_to = |b: &BackingRef| {
+            let host = HostStorage::open(&b.path, false).ok()?;
+            file_id(&host).ok()
+        };
+        let backing = layer.backing.as_ref();
+        if !backing.is_some_and(|b| b.format == top.format && leads_to(b) == top.id) {
+            return Err(fail("does not name the image, and its format, as its backing file"));
+        }
+        let Some(image) = layer.image() else { return Err(fail("is not qcow2")) };
+        if image.l1.iter().any(|&e| e != 0) {
+            return Err(fail("is not empty"));
+        }
+        if image.geometry.size() & !511 != self.info().size {
+            return Err(fail("has another size than the image"));
+        }
+        new.backing.clone_from(&layer.backing);
+        Ok(())
+    }
+
+    /// Takes up into the top layer what the layers between it and layer `base` hold (all below it if
+    /// that is `None`), and cuts those off. The top layer is layer 0.
+    ///
+    /// # Errors
+    /// If something cannot be read or written, or the watcher says no: then what was taken up stays,
+    /// the chain is as it was, and this can be done again.
+    pub fn stream(&mut self, base: Option<usize>, watch: &mut dyn JobWatch) -> Result<(), Error> {
+        let name = self.rest.name().to_owned();
+        let fail = |why: String| Error::node(&name, why);
+        let count = self.layers().len();
+        let base = base.unwrap_or(count);
+        if base == 0 || base > count {
+            return Err(fail(format!("there is no layer {base} below")));
+        }
+        if base == 1 {
+            return Ok(());
+        }
+        let keep = count - base;
+        if !self.on_image(move |i, _| i.start_stream(keep))? {
+            return Err(fail("another stream is under way".into()));
+        }
+        let mut stopped = false;
+        let ended = loop {
+            let allowed = watch.allow();
+            let progress = self.on_image(move |i, _| {
+                i.grant_stream(allowed);
+                i.stream_progress()
+            })?;
+            if let Some(status) = progress.ended {
+                break status;
+            }
+            if !stopped && !watch.at(progress.at, progress.of) {
+                stopped = true;
+                self.on_image(|i, _| i.cancel_stream())?;
+            }
+            std::thread::sleep(TICK);
+        };
+        match ended {
+            Status::Ok => {}
+            _ if stopped => return Err(fail("stopped; what was taken up stays".into())),
+            e => return Err(fail(format!("cannot take up what lies below: {e}"))),
+        }
+        let below: Vec<usize> = (base..count).collect();
+        self.cut(0, base - 1, &below)
+    }
+
+    /// Writes what layer `depth` (at least 1: not the top layer) holds into the one below it, and
+    /// takes it out of the chain. Guests go on.
+    ///
+    /// # Errors
+    /// If something cannot be read or written, somebody else uses one of the layers, or the watcher
+    /// says no. The disk shows what it did before, and this can be done again.
+    pub fn commit(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
+        let count = self.layers().len();
+        if depth == 0 || depth + 1 >= count {
+            let why = format!("there is no layer {depth} below the top with another one below it");
+            return Err(Error::node(self.rest.name(), why));
+        }
+        // Nobody else may read what is about to change.
+        self.upgrade(depth + 1)?;
+        let done = self.commit_down(depth, watch).and_then(|()| {
+            let below: Vec<usize> = (depth + 1..count).collect();
+            self.cut(depth - 1, depth, &below)
+        });
+        let kept = if done.is_ok() { depth } else { depth + 1 };
+        self.layers()[kept].locks.iter().for_each(ImageLock::share);
+        done
+    }
+
+    fn upgrade(&self, depth: usize) -> Result<(), Error> {
+        let layer = &self.layers()[depth];
+        for lock in &layer.locks {
+            lock.upgrade().map_err(|e| Error::node(&layer.name, e))?;
+        }
+        Ok(())
+    }
+
+    fn commit_down(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
+        let which: Vec<usize> = (depth..self.layers().len()).collect();
+        let chain = self.read(&which, Some(1))?;
+        // Clusters that the lower layer writes anew hold more than the upper one hides, if they are
+        // larger than what the upper one maps.
+        let unit = |n: usize| match chain.layers[n].image() {
+            Some(i) => (i.geometry.unit_size(), i.geometry.cluster_size()),
+            None => (0, 0),
+        };
+        let keep = unit(1).1 <= unit(0).0;
+        let mut reader = ChainReader::new(chain);
+        let of = reader.size();
+        let mut on = Committing { disk: self, watch, of, allowed: 0, last: 0, keep };
+        qcow::edit::commit(&mut reader, 1, false, &mut on)?;
+        Ok(())
+    }
+
+    /// Has layer `above` name as its backing file what layer `last` names, and the layers between
+    /// them forgotten. `below`: those that stay behind that.
+    fn cut(&mut self, above: usize, last: usize, below: &[usize]) -> Result<(), Error> {
+        let backing = self.layers()[last].backing.clone();
+        let mut which: Vec<usize> = (0..=above).collect();
+        which.extend(below);
+        let to = match &backing {
+            Some(b) => Some((self.name_from(above, last, b)?, b.format)),
+            None => None,
+        };
+        if above > 0 {
+            self.upgrade(above)?;
+        }
+        let done = self.paused(|disk| {
+            let layer = &disk.layers()[above];
+            let to = to.as_ref().map(|(name, format)| (name.as_str(), *format));
+            qcow::edit::set_backing(&mut layer.reopen(&disk.rest.devices, true)?, &layer.name, to)?;
+            disk.restack(&which, false)
+        });
+        if above > 0 {
+            self.layers()[above].locks.iter().for_each(ImageLock::share);
+        }
+        done?;
+        let layers = &mut self.rest.chain.layers;
+        layers[above].backing = backing
+            .map(|b| BackingRef { name: to.map_or_else(|| b.name.clone(), |(name, _)| name), ..b });
+        let gone: Vec<RunningLayer> = layers.drain(above + 1..=last).collect();
+        self.forget(&gone);
+        Ok(())
+    }
+
+    /// What layer `above` shall call the file that layer `by` names.
+    fn name_from(&self, above: usize, by: usize, backing: &BackingRef) -> Result<String, Error> {
+        let dir = |n: usize| self.layers()[n].path.as_deref().and_then(Path::parent);
+        if Path::new(&backing.name).is_absolute() || dir(above) == dir(by) {
+            return Ok(backing.name.clone());
+        }
+        let path = std::path::absolute(&backing.path).ok();
+        let name = path.and_then(|p| p.into_os_string().into_string().ok());
+        name.ok_or_else(|| Error::node(&backing.name, "has no name that another image could have"))
+    }
+
+    /// Gives the disk another size. Making it smaller takes what lies behind.
+    ///
+    /// # Errors
+    /// If the image cannot have that size; it goes on as it was then.
+    pub fn resize(&mut self, size: u64) -> Result<(), Error> {
+        self.paused(|disk| {
+            let all = disk.numbers();
+            let chain = disk.read(&all, Some(0))?;
+            qcow::edit::resize(&mut ChainReader::new(chain), size)?;
+            disk.restack(&all, false)
+        })
+    }
+}
+
+/// Looks on at a commit, and has the reactors follow.
+struct Committing<'d> {
+    disk: &'d mut Disk,
+    watch: &'d mut dyn JobWatch,
+    of: u64,
+    /// Bytes that may be done.
+    allowed: u64,
+    last: u64,
+    /// What guests read lies where it did.
+    keep: bool,
+}
+
+impl Watch for Committing<'_> {
+    fn at(&mut self, bytes: u64) -> Result<(), qcow::Error> {
+        let moved = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
+        loop {
+            if !self.watch.at(bytes, self.of) {
+                return Err(qcow::Error::refused(self.disk.rest.name(), "stopped"));
+            }
+            self.allowed = self.allowed.saturating_add(self.watch.allow());
+            if self.allowed >= moved {
+                self.allowed -= moved;
+                return Ok(());
+            }
+            std::thread::sleep(TICK);
+        }
+    }
+
+    fn switched(&mut self) -> Result<(), qcow::Error> {
+        let keep = self.keep;
+        let done = self.disk.paused(|disk| disk.restack(&disk.numbers(), keep));
+        done.map_err(|e| qcow::Error::refused(self.disk.rest.name(), e.to_string()))
+    }
+}

@@ -1,0 +1,308 @@
+//! The chain of a running image as control code knows it ([`RunningChain`]), and how a [`Disk`] is
+//! paused and goes on with another.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use block::{LeafAccess, Port, Status};
+use file::ImageLock;
+use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened};
+use qcow::run::Stack;
+
+use crate::chain::Chain;
+use crate::device::Device;
+use crate::source::{Kind, Source, blocking};
+use crate::{Disk, Error, HostStorage, Image, Leaf, ReactorCore};
+
+/// Between two looks at whether a pause is reached.
+const LOOK: Duration = Duration::from_micros(20);
+
+/// Looks until a pause is given up: about half a minute.
+const LOOKS: u32 = 400_000;
+
+/// The files of the chain of a running image, the one that is written to first.
+#[derive(Default)]
+pub(crate) struct RunningChain {
+    pub(crate) layers: Vec<RunningLayer>,
+    /// Format of backing files whose image states none.
+    backing_format: Option<Format>,
+    /// Files of each layer, as long as their locks are not with it.
+    files: Vec<usize>,
+}
+
+/// One of them.
+pub(crate) struct RunningLayer {
+    /// Where it lies, on every reactor.
+    pub(crate) port: Port,
+    /// What it lies in.
+    pub(crate) lies: Lies,
+    pub(crate) name: String,
+    pub(crate) path: Option<PathBuf>,
+    pub(crate) format: Format,
+    pub(crate) id: Option<FileId>,
+    /// The layer below it, as it names that.
+    pub(crate) backing: Option<BackingRef>,
+    pub(crate) locks: Vec<ImageLock>,
+}
+
+/// What a layer lies in.
+pub(crate) enum Lies {
+    /// A file, as it is served.
+    File(File),
+    /// A namespace of one of the image's devices.
+    Device(usize),
+    /// Something that only the reactors reach.
+    Elsewhere,
+}
+
+impl RunningChain {
+    /// Of an opened chain whose layers will lie at `ports`.
+    pub(crate) fn new(chain: &Chain, ports: &[Port]) -> Result<RunningChain, Error> {
+        let mut all = RunningChain::default();
+        let mut devices = 0;
+        let mut ports = ports.iter().copied();
+        for layer in &chain.layers {
+            let Some(port) = ports.next() else { break };
+            let data = layer.data.as_ref().and_then(|_| ports.next()).is_some();
+            let lies = match &layer.storage.kind {
+                _ if data => Lies::Elsewhere,
+                Kind::Host(host) => {
+                    let file = host.file().try_clone();
+                    Lies::File(file.map_err(|e| Error::node(&layer.name, e))?)
+                }
+                Kind::Leaf(_, below) => {
+                    devices += below.len();
+                    if below.len() == 1 { Lies::Device(devices - 1) } else { Lies::Elsewhere }
+                }
+            };
+            all.layers.push(RunningLayer {
+                port,
+                lies,
+                name: layer.name.clone(),
+                path: layer.path.clone(),
+                format: layer.format(),
+                id: layer.storage.id,
+                backing: layer.backing.clone(),
+                locks: Vec::new(),
+            });
+            all.files.push(1 + usize::from(data));
+            let states_none = layer.image().is_some_and(|i| i.header.backing_format().is_none());
+            if let Some(below) = layer.backing.as_ref().filter(|_| states_none) {
+                all.backing_format = Some(below.format);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Takes over the locks of each layer.
+    pub(crate) fn take_locks(&mut self, locks: &mut Vec<Vec<ImageLock>>) {
+        let mut locks = locks.drain(..);
+        for (layer, files) in self.layers.iter_mut().zip(self.files.drain(..)) {
+            layer.locks = locks.by_ref().take(files).flatten().collect();
+        }
+    }
+
+    /// Reads the chain of the layers from `first` on once more. The bytes of layer `edit`, counted
+    /// from there, can be written; without that the first image is opened for writing.
+    pub(crate) fn read(
+        &self,
+        devices: &[Device],
+        which: &[usize],
+        edit: Option<usize>,
+    ) -> Result<Chain, Error> {
+        let opened = |n: usize| -> Result<Opened<Source>, Error> {
+            let layer = &self.layers[which[n]];
+            Ok(Opened {
+                storage: layer.reopen(devices, n == edit.unwrap_or(0))?,
+                path: layer.path.clone(),
+                name: layer.name.clone(),
+                id: layer.id,
+            })
+        };
+        let options = ChainOptions {
+            format: Some(self.layers[which[0]].format),
+            writable: edit.is_none(),
+            backing_format: self.backing_format,
+            top_only: false,
+        };
+        let mut next = 0;
+        let chain = Chain::open(opened(0)?, options, &mut |backing| {
+            next += 1;
+            let refused = |why: String| qcow::Error::refused(&backing.named_by, why);
+            match which.get(next) {
+                Some(_) => opened(next).map_err(|e| refused(e.to_string())),
+                None => Err(refused("names a layer that is not served".to_owned())),
+            }
+        })?;
+        if chain.layers.len() != which.len() {
+            return Err(Error::node(
+                &self.layers[which[0]].name,
+                "somebody else has cut its chain",
+            ));
+        }
+        Ok(chain)
+    }
+}
+
+impl RunningLayer {
+    /// The layer's bytes once more, without a lock: a file through the page cache, a namespace by a
+    /// queue of its own.
+    pub(crate) fn reopen(&self, devices: &[Device], writable: bool) -> Result<Source, Error> {
+        let fail = |why: String| Error::node(&self.name, why);
+        let file = match &self.lies {
+            Lies::File(file) => file,
+            Lies::Device(n) if !writable || !devices[*n].is_for_reading() => {
+                let storage = blocking(devices[*n].another_queue()?, self.port.unit, &self.name)?;
+                let kind = Kind::Leaf(storage, Vec::new());
+                return Ok(Source { kind, locks: Vec::new(), id: self.id });
+            }
+            _ => return Err(fail("cannot be changed while it runs".into())),
+        };
+        // The file itself, wherever its name may lead by now.
+        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let host = HostStorage::open(Path::new(&again), writable);
+        let host = host.map_err(|e| fail(format!("cannot be opened again: {e}")))?;
+        Ok(Source { kind: Kind::Host(host), locks: Vec::new(), id: self.id })
+    }
+}
+
+impl Disk {
+    pub(crate) fn layers(&self) -> &[RunningLayer] {
+        &self.rest.chain.layers
+    }
+
+    /// See [`RunningChain::read`].
+    pub(crate) fn read(&self, which: &[usize], edit: Option<usize>) -> Result<Chain, Error> {
+        self.rest.chain.read(&self.rest.devices, which, edit)
+    }
+
+    /// Does something to the image on its home reactor.
+    pub(crate) fn on_image<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut qcow::run::Image, &mut [Leaf]) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let image = self.home.image;
+        let done = self.home.reactor.mailbox().ask(move |core: &mut ReactorCore| {
+            core.with_image(image, |i, leaves| match i {
+                Image::Qcow(i) => Some(f(i, leaves)),
+                _ => None,
+            })
+            .flatten()
+        });
+        let done = done.ok_or_else(|| Error::node(self.rest.name(), "its reactor has ended"))?;
+        done.ok_or_else(|| Error::node(self.rest.name(), "only qcow2 images can be changed"))
+    }
+
+    /// Runs `f` while the image rests and its file is complete, and has it go on afterwards.
+    pub(crate) fn paused<T>(
+        &mut self,
+        f: impl FnOnce(&mut Disk) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let done = self.pause().and_then(|()| f(self));
+        self.on_image(|i, _| i.resume())?;
+        done
+    }
+
+    fn pause(&self) -> Result<(), Error> {
+        // What can be written before everybody waits for it.
+        self.on_image(|i, _| i.pause())?;
+        for _ in 0..LOOKS {
+            match self.on_image(|i, _| i.paused())? {
+                Some(Status::Ok) => return self.cut_top(),
+                Some(status) => {
+                    let why = format!("its metadata cannot be written: {status}");
+                    return Err(Error::node(self.rest.name(), why));
+                }
+                None => std::thread::sleep(LOOK),
+            }
+        }
+        Err(Error::node(self.rest.name(), "requests in flight do not end"))
+    }
+
+    /// Cuts the file that is written to where the image ends: it may have been allocated ahead.
+    fn cut_top(&self) -> Result<(), Error> {
+        let port = self.rest.top;
+        let cut = self.on_image(move |i, leaves| {
+            let leaf = leaves.get_mut(usize::from(port.leaf))?;
+            let end = i.end();
+            (end < leaf.unit_len(port.unit)).then(|| leaf.set_unit_len(port.unit, end))
+        })?;
+        match cut {
+            Some(Err(status)) => Err(Error::node(
+                self.rest.name(),
+                format!("the file cannot be cut at the image's end: {status}"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has all reactors serve the chain of these layers, read from disk once more. While paused.
+    pub(crate) fn restack(&mut self, which: &[usize], keep: bool) -> Result<(), Error> {
+        let name = self.rest.name().to_owned();
+        let ports: Vec<Port> = which.iter().map(|&n| self.layers()[n].port).collect();
+        let mut chain = self.read(which, None)?;
+        let stack = Stack::new(&mut chain, &ports)?;
+        let top = ports[0];
+        let news = self.on_image(move |i, leaves| {
+            i.restack(stack, leaves, keep)?;
+            if let Some(Leaf::File(queue)) = leaves.get_mut(usize::from(top.leaf)) {
+                queue.with_leaf(|q| q.allocate_ahead(top.unit))?;
+            }
+            Ok::<_, String>(i.reseat())
+        })?;
+        let news = news.map_err(|e| Error::node(&name, e))?;
+        for running in &self.further {
+            let (news, ports, image) = (news.clone(), ports.clone(), running.image);
+            let told = running.reactor.mailbox().ask(move |core: &mut ReactorCore| {
+                core.with_image(image, |i, leaves| match i {
+                    Image::Satellite(s) => s.reseat(&news, &ports, leaves),
+                    _ => Ok(()),
+                })
+            });
+            // It sends everything home then, which is right, but slow.
+            if let Some(Some(Err(e))) = told {
+                log::warn!("{name}: a reactor is slow from now on: {e}");
+            }
+        }
+        self.rest.top = top;
+        self.info = self.on_image(|i, _| block::Layer::<Leaf>::info(i).clone())?;
+        Ok(())
+    }
+
+    /// Adds a queue to a device to all reactors; returns its index.
+    pub(crate) fn add_leaf(&self, leaf: Leaf) -> Result<u16, Error> {
+        let fail = |e: String| Error::node(self.rest.name(), e);
+        let mut all = Vec::new();
+        for _ in &self.further {
+            all.push(leaf.another(&mut std::iter::empty()).map_err(fail)?);
+        }
+        all.push(leaf);
+        let mut index = None;
+        for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
+            let added = running.reactor.mailbox().ask(move |core| core.add_leaf(leaf));
+            let added = added.ok_or_else(|| fail("a reactor has ended".into()))?.map_err(fail)?;
+            if index.is_some_and(|i| i != added) {
+                return Err(fail("its reactors have different queues".into()));
+            }
+            index = Some(added);
+        }
+        index.ok_or_else(|| fail("has no reactor".into()))
+    }
+
+    /// Lets go of files that the chain does not contain any more.
+    pub(crate) fn forget(&self, gone: &[RunningLayer]) {
+        for port in gone.iter().map(|l| l.port) {
+            for running in self.further.iter().chain([&self.home]) {
+                running.reactor.mailbox().post(move |core: &mut ReactorCore| {
+                    if let Some(Leaf::File(queue)) = core.leaves().get_mut(usize::from(port.leaf))
+                        && let Err(e) = queue.with_leaf(|q| q.close_unit(port.unit))
+                    {
+                        log::warn!("a file stays open: {e}");
+                    }
+                });
+            }
+        }
+    }
+}
