@@ -176,25 +176,25 @@ fn snapshots_a_commit_and_a_stream() {
         let mut disk = serve(&format!("{node}{}", base.display()), 2);
         let held = Load::during(&mut disk, |disk, load| {
             for overlay in [&a, &b, &c] {
-                load.go_on(120);
+                load.go_on(60);
                 if node.is_empty() || overlay == &a {
                     disk.snapshot(overlay).unwrap();
                 }
             }
-            load.go_on(40);
+            load.go_on(20);
             if node.is_empty() {
                 assert_eq!(disk.chain().count(), 4);
                 // b goes down into a, which lies over the base.
                 disk.commit(1, &mut Freely).unwrap();
                 assert_eq!(disk.chain().count(), 3);
-                load.go_on(40);
+                load.go_on(20);
                 disk.stream(Some(2), &mut Freely).unwrap();
                 assert_eq!(disk.chain().count(), 2);
-                load.go_on(40);
+                load.go_on(20);
             }
             disk.stream(None, &mut Freely).unwrap();
             assert_eq!(disk.chain().count(), 1);
-            load.go_on(40);
+            load.go_on(20);
         });
         disk.close().unwrap();
         let top = if node.is_empty() { &c } else { &a };
@@ -213,14 +213,14 @@ fn commits_below_other_layers() {
     let mut disk = serve(base.to_str().unwrap(), 2);
     let held = Load::during(&mut disk, |disk, load| {
         for overlay in [&a, &b, &c] {
-            load.go_on(120);
+            load.go_on(60);
             disk.snapshot(overlay).unwrap();
         }
         // a goes down into the base, under b.
         disk.commit(2, &mut Freely).unwrap();
-        load.go_on(40);
+        load.go_on(20);
         disk.commit(1, &mut Freely).unwrap();
-        load.go_on(40);
+        load.go_on(20);
     });
     assert_eq!(disk.chain().count(), 2);
     disk.close().unwrap();
@@ -238,12 +238,12 @@ fn another_size() {
     make(&base, SIZE);
     let mut disk = serve(base.to_str().unwrap(), 2);
     let held = Load::during(&mut disk, |disk, load| {
-        load.go_on(80);
+        load.go_on(40);
         disk.resize(2 * SIZE).unwrap();
         assert_eq!(disk.info().size, 2 * SIZE);
-        load.go_on(80);
-        disk.resize(SIZE).unwrap();
         load.go_on(40);
+        disk.resize(SIZE).unwrap();
+        load.go_on(20);
         assert!(disk.resize(SIZE + 1).is_err());
         load.go_on(10);
     });
@@ -273,9 +273,9 @@ fn jobs_that_are_stopped_change_nothing_and_go_again() {
     make(&base, SIZE);
     let mut disk = serve(base.to_str().unwrap(), 1);
     let held = Load::during(&mut disk, |disk, load| {
-        load.go_on(400);
+        load.go_on(250);
         disk.snapshot(&a).unwrap();
-        load.go_on(400);
+        load.go_on(250);
         disk.snapshot(&b).unwrap();
         let e = disk.stream(None, &mut Stops(5)).unwrap_err().to_string();
         assert!(e.contains("stopped"), "{e}");
