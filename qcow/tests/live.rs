@@ -417,6 +417,21 @@ fn the_home_reactor_goes_in_a_pause() {
     }
 }
 
+/// Whoever asked for a pause and went away leaves an image that goes on.
+#[test]
+fn a_pause_that_is_given_up() {
+    let mut live = Live::new(2, 4096, 3 << 20, 5, 1, 0);
+    for looks in 0..12 {
+        assert_eq!(live.all.call(1, Op::Write, looks * 4096, 4096, &[7; 4096]).0, Status::Ok);
+        live.all.home.image(0).unwrap().pause();
+        (0..looks).for_each(|_| live.step());
+        live.all.home.image(0).unwrap().resume();
+        assert_eq!(live.all.call(0, Op::Write, 1 << 20, 4096, &[8; 4096]).0, Status::Ok);
+        assert_eq!(live.all.call(1, Op::Read, looks * 4096, 4096, &[]).1, [7; 4096]);
+    }
+    live.all.close();
+}
+
 /// A satellite that was not told of new layers sends everything home.
 #[test]
 fn a_satellite_that_was_not_told() {

@@ -9,6 +9,7 @@ mod output;
 
 mod args;
 mod bench;
+mod ctl;
 mod demo;
 mod device;
 mod image;
@@ -42,6 +43,8 @@ enum Command {
     Demo(demo::Demo),
     /// Serve one image over NBD on a unix socket.
     Nbd(nbd::Nbd),
+    /// Change the image of a running server: snapshots, commits, streams, its size.
+    Ctl(ctl::Ctl),
     /// Serve an NVMe controller model to another process, over vfio-user.
     Model(model::Model),
     /// Measurements.
@@ -65,6 +68,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
+        Command::Ctl(ctl) => ctl::run(&ctl),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),
         Command::Device(command) => device::run(command),

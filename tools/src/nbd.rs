@@ -2,17 +2,21 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use anyhow::Context;
+use block::DeviceInfo;
 use clap::Args;
 use nix::sys::signal::Signal;
-use node::{Disk, DiskOptions, ExtentSource, NodeSpec, OpenOptions, Parts};
+use node::{Disk, DiskOptions, Door, ExtentSource, NodeSpec, OpenOptions, Parts};
 use qcow::open::Format;
 use reactor::{Clock, Policy, Start};
 
 use crate::args::AnyFormat;
+use crate::ctl::{self, Changes};
 use crate::output::usage;
 
 /// How long clients may take to finish what they asked for.
@@ -42,6 +46,9 @@ pub(crate) struct Nbd {
     /// Name of the export; clients that ask for another are refused.
     #[arg(long, default_value = "")]
     export: String,
+    /// Listen here for `polldisk ctl`, which changes the image while it is served.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["read_only", "snapshot"])]
+    control: Option<PathBuf>,
     #[command(flatten)]
     reactor: crate::args::Reactor,
     /// The image.
@@ -82,8 +89,21 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     let cores = nbd.reactor.each_core()?;
     let reactors = cores.into_iter().map(|cpu| Start { cpu, policy }).collect();
     let image = qcow::run::Options { l2_cache: nbd.reactor.l2_cache, ..Default::default() };
-    let disk = Disk::start(parts, DiskOptions { reactors, image }, clock)?;
-    let served = serve(nbd, &spec, &disk, &stop);
+    let disk = Disk::start(parts, DiskOptions { reactors, image }, clock.clone())?;
+    let (served, disk) = match &nbd.control {
+        None => (serve(nbd, &spec, &disk.door(), disk.info(), None, &stop), disk),
+        Some(path) => {
+            let (door, info) = (disk.door(), disk.info().clone());
+            let changes = Changes::new(disk, clock);
+            let control = ctl::Server::bind(path, Box::new(ctl::Shared(changes.clone())));
+            let served = control.and_then(|control| {
+                let served = serve(nbd, &spec, &door, &info, Some(changes.size()), &stop);
+                control.shutdown();
+                served
+            });
+            (served, changes.end())
+        }
+    };
     let closed = disk.close();
     served?;
     closed?;
@@ -104,14 +124,22 @@ fn vhd_parts(nbd: &Nbd, spec: &NodeSpec, options: &OpenOptions) -> anyhow::Resul
     Ok(Parts::of_vhd(node::open_vhd(spec, options)?)?)
 }
 
-fn serve(nbd: &Nbd, spec: &NodeSpec, disk: &Disk, stop: &Receiver<Signal>) -> anyhow::Result<()> {
-    let door = disk.door();
+fn serve(
+    nbd: &Nbd,
+    spec: &NodeSpec,
+    door: &Door,
+    info: &DeviceInfo,
+    size: Option<Arc<AtomicU64>>,
+    stop: &Receiver<Signal>,
+) -> anyhow::Result<()> {
     let extents = ExtentSource::new(door.clone())?;
+    let door = door.clone();
     let export = ::nbd::Export {
         name: nbd.export.clone(),
         description: spec.to_string(),
         read_only: nbd.read_only || nbd.snapshot.is_some(),
-        info: disk.info().clone(),
+        info: info.clone(),
+        size,
         attach: Box::new(move |depth, regions| {
             door.open(depth, regions).map_err(|e| e.to_string())
         }),

@@ -119,6 +119,7 @@ fn clients_of_two_and_three_reactors() {
         let extents = Extents(ExtentSource::new(door.clone()).unwrap());
         let attach = move |depth, regions| door.open(depth, regions).map_err(|e| e.to_string());
         let export = ::nbd::Export {
+            size: None,
             name: String::new(),
             description: String::new(),
             read_only: false,

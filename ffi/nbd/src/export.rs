@@ -1,6 +1,7 @@
 //! [`Export`]: what a server serves, and how it reaches the image: given by whoever binds it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::{DeviceInfo, Status};
 use dma::Region;
@@ -29,6 +30,9 @@ pub struct Export {
     pub attach: Box<Attach>,
     /// What is allocated in the image.
     pub extents: Box<dyn Extents>,
+    /// Its size in bytes by now, for an image that is given others while it is served: clients that
+    /// come see that one, those that are there keep theirs.
+    pub size: Option<Arc<AtomicU64>>,
 }
 
 /// A range of the image of one kind (`base:allocation`).
@@ -84,6 +88,11 @@ impl Export {
             return Err(Error::Export("longest transfer is below 128 KiB"));
         }
         Ok(())
+    }
+
+    /// The size that a client that comes now is told.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.as_ref().map_or(self.info.size, |s| s.load(Ordering::Relaxed))
     }
 
     /// Whether writes are refused.
@@ -186,6 +195,7 @@ pub(crate) mod tests {
                 max_transfer: 1 << 20,
             },
             attach: Box::new(|_, _| Err("not here".to_owned())),
+            size: None,
             extents,
         }
     }

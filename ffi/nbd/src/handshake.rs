@@ -271,7 +271,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
             return Err(End::Refused("the client asked for another export".to_owned()));
         }
         let attached = (self.attach)().map_err(End::Refused)?;
-        let mut answer = self.export.info.size.to_be_bytes().to_vec();
+        let mut answer = self.export.size().to_be_bytes().to_vec();
         answer.extend(self.export.flags(self.structured).to_be_bytes());
         if !self.no_zeroes {
             answer.extend([0; 124]);
@@ -290,7 +290,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
             replies.error(option_reply::ERR_UNKNOWN, "no such export");
             return None;
         }
-        let (size, flags) = (self.export.info.size, self.export.flags(self.structured));
+        let (size, flags) = (self.export.size(), self.export.flags(self.structured));
         let item = |kind: u16| kind.to_be_bytes();
         replies.add(
             option_reply::INFO,

@@ -244,7 +244,7 @@ fn serve(shared: &Shared, seat: usize, guest: Guest, stream: UnixStream) {
 
 fn rules<T>(export: &Export, session: &Session<T>) -> Rules {
     Rules {
-        size: export.info.size,
+        size: export.size(),
         block: export.info.block_size,
         read_only: export.is_read_only(),
         structured: session.structured,

@@ -105,6 +105,8 @@ pub struct Image {
     /// Whose turn it is to send one.
     next_link: usize,
     pub(super) stage: Stage,
+    /// Nobody waits for the pause any more.
+    pub(super) given_up: bool,
     // What it does not need.
     writable: bool,
     pub(super) closing: bool,
@@ -177,6 +179,7 @@ impl Image {
             next_link: 0,
             writable,
             stage: Stage::Serving,
+            given_up: false,
             closing: false,
             lost: false,
             requests: slots,

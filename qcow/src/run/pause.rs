@@ -35,6 +35,7 @@ pub(super) enum Stage {
 impl Image {
     /// Begins a pause: requests in flight end, no others begin, and metadata goes to disk.
     pub fn pause(&mut self) {
+        self.given_up = false;
         if self.stage == Stage::Serving && !self.closing {
             self.shared.common.turn_pause();
             self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());
@@ -53,8 +54,9 @@ impl Image {
         }
     }
 
-    /// Ends a pause, also one that is not reached yet; but not while metadata goes to disk for it.
+    /// Ends a pause, also one that is not reached yet; soon, if metadata goes to disk for it.
     pub fn resume(&mut self) {
+        self.given_up = self.stage == Stage::WritingBack { last: false };
         if self.closing || !matches!(self.stage, Stage::Draining | Stage::Resting(_)) {
             return;
         }
@@ -194,6 +196,8 @@ impl Image {
             self.closed = Some(status);
         } else if self.closing {
             self.begin_close();
+        } else if self.given_up {
+            self.resume();
         }
     }
 

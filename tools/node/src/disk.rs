@@ -42,6 +42,7 @@ pub struct Disk {
     /// controllers, and the locks that keep others from the image.
     pub(crate) rest: ManuallyDrop<Rest>,
     pub(crate) info: block::DeviceInfo,
+    pub(crate) clock: Clock,
 }
 
 impl Disk {
@@ -71,7 +72,8 @@ impl Disk {
             return Err(Error::node(&name, "the reactor ended at once"));
         };
         let (home, further) = (Running { reactor, image }, Vec::new());
-        let mut disk = Disk { home, further, rest: ManuallyDrop::new(rest), info };
+        let mut disk =
+            Disk { home, further, rest: ManuallyDrop::new(rest), info, clock: clock.clone() };
         for (&start, number) in starts.iter().zip(2..) {
             if let Err(e) = disk.start_further(start, number, clock.clone()) {
                 if let Err(e) = disk.close() {

@@ -6,10 +6,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use block::{LeafAccess, Port, Status};
+use block::{Flags, LeafAccess, Op, Port, Status};
 use file::ImageLock;
 use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened};
 use qcow::run::Stack;
+use reactor::PortalRequest;
 
 use crate::chain::Chain;
 use crate::device::Device;
@@ -19,8 +20,9 @@ use crate::{Disk, Error, HostStorage, Image, Leaf, ReactorCore};
 /// Between two looks at whether a pause is reached.
 const LOOK: Duration = Duration::from_micros(20);
 
-/// Looks until a pause is given up: about half a minute.
-const LOOKS: u32 = 400_000;
+/// How long a pause is waited for, in nanoseconds: longer than a device may take for a command, and
+/// a file for a flush behind much that others write.
+const PAUSE_NS: u64 = 180_000_000_000;
 
 /// The files of the chain of a running image, the one that is written to first.
 #[derive(Default)]
@@ -206,9 +208,20 @@ impl Disk {
     }
 
     fn pause(&self) -> Result<(), Error> {
-        // What can be written before everybody waits for it.
+        // What can be written before everybody waits for it is written before. How it ends shows
+        // again below.
+        let flush = PortalRequest {
+            id: 0,
+            op: Op::Flush,
+            flags: Flags::NONE,
+            offset: 0,
+            len: 0,
+            seg: None,
+        };
+        let _ = self.portal(1, Vec::new())?.call(flush);
         self.on_image(|i, _| i.pause())?;
-        for _ in 0..LOOKS {
+        let began = self.clock.now();
+        while self.clock.now().saturating_sub(began) < PAUSE_NS {
             match self.on_image(|i, _| i.paused())? {
                 Some(Status::Ok) => return self.cut_top(),
                 Some(status) => {

@@ -190,6 +190,7 @@ impl Harness {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let export = Export {
+            size: None,
             name: setup.name.to_owned(),
             description: "a test disk".to_owned(),
             read_only: setup.read_only,

@@ -1,0 +1,170 @@
+//! `polldisk ctl`: asks a running server to change its image, or how far that is.
+
+mod changes;
+mod rpc;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use crate::image::print::{Output, Progress, json as print_json, line};
+use rpc::Client;
+
+pub(crate) use changes::{Changes, Shared};
+pub(crate) use rpc::Server;
+
+/// Between two questions how far a job is.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Change the image of a running server: see `polldisk nbd --control`.
+#[derive(Args)]
+pub(crate) struct Ctl {
+    /// The server's control socket.
+    #[arg(short, long, value_name = "PATH")]
+    socket: PathBuf,
+    #[command(flatten)]
+    output: Output,
+    #[command(subcommand)]
+    what: What,
+}
+
+/// How a job is to go.
+#[derive(Args)]
+struct Pace {
+    /// Bytes a second at most; suffixes as in 100M.
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    rate: Option<u64>,
+    /// Do not wait for the end: see `jobs`.
+    #[arg(long)]
+    detach: bool,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// List the files of the image's chain, the one that is written to first: layers 0, 1, …
+    Chain,
+    /// Put a new overlay in front of the image, which then stays as it is now.
+    Snapshot {
+        /// The overlay; it is made if it is not there, else it must be empty and name the image.
+        overlay: PathBuf,
+    },
+    /// Give the disk another size, in bytes; suffixes as in 10G.
+    Resize {
+        /// The new size.
+        #[arg(value_parser = size)]
+        size: u64,
+    },
+    /// Take up into the top layer what lies below it, and cut that off.
+    Stream {
+        /// The first layer that stays, by its number; without it none does.
+        #[arg(long, value_name = "LAYER")]
+        base: Option<usize>,
+        #[command(flatten)]
+        pace: Pace,
+    },
+    /// Write what a layer below the top holds into the one below that, and take it out of the chain.
+    Commit {
+        /// The layer's number, at least 1.
+        layer: usize,
+        #[command(flatten)]
+        pace: Pace,
+    },
+    /// List jobs, those that have ended too.
+    Jobs,
+    /// Stop a job; it can be begun again later.
+    Cancel {
+        /// Its number.
+        job: u64,
+    },
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    node::parse_size(text).ok_or_else(|| "a size like 4096, 100M or 10G is needed".to_owned())
+}
+
+/// Asks.
+pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
+    let mut client = Client::connect(&ctl.socket)?;
+    let here = |path: &PathBuf| std::path::absolute(path).context("no current directory");
+    let (method, params, pace) = match &ctl.what {
+        What::Chain => ("chain", json!({}), None),
+        // The server may run in another directory.
+        What::Snapshot { overlay } => ("snapshot", json!({"overlay": here(overlay)?}), None),
+        What::Resize { size } => ("resize", json!({"size": size}), None),
+        What::Stream { base, pace } => {
+            ("stream", json!({"base": base, "rate": pace.rate}), Some(pace))
+        }
+        What::Commit { layer, pace } => {
+            ("commit", json!({"layer": layer, "rate": pace.rate}), Some(pace))
+        }
+        What::Jobs => ("jobs", json!({}), None),
+        What::Cancel { job } => ("cancel", json!({"job": job}), None),
+    };
+    let mut result = client.call(method, params)?;
+    if pace.is_some_and(|p| !p.detach) {
+        result = wait(&mut client, &result)?;
+    }
+    if ctl.output.is_json() {
+        print_json(&result)?;
+    } else {
+        print(&result)?;
+    }
+    Ok(0)
+}
+
+/// Waits for a job, with progress; returns how it ended.
+fn wait(client: &mut Client, begun: &Value) -> anyhow::Result<Value> {
+    let id = begun["job"].as_u64().context("the server names no job")?;
+    let mut progress = None;
+    loop {
+        let jobs = client.call("jobs", json!({}))?;
+        let all = jobs.as_array().context("the server lists no jobs")?;
+        let job =
+            all.iter().find(|j| j["job"] == id).context("the server has forgotten the job")?;
+        let number = |key: &str| job[key].as_u64().unwrap_or(0);
+        if number("of") > 0 {
+            let shown = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            let p = progress.get_or_insert_with(|| Progress::new(shown, number("of")));
+            p.at(number("done"));
+        }
+        match job["state"].as_str() {
+            Some("running") => std::thread::sleep(LOOK),
+            Some("done") => {
+                if let Some(p) = progress {
+                    p.finish();
+                }
+                return Ok(job.clone());
+            }
+            _ => bail!("job {id}: {}", job["error"].as_str().unwrap_or("failed")),
+        }
+    }
+}
+
+fn print(result: &Value) -> anyhow::Result<()> {
+    if let Some(layers) = result["layers"].as_array() {
+        for (n, layer) in layers.iter().enumerate() {
+            line(&format!("{n} {}", layer.as_str().unwrap_or_default()))?;
+        }
+    }
+    let jobs = result
+        .as_array()
+        .cloned()
+        .unwrap_or_else(|| if result["job"].is_null() { Vec::new() } else { vec![result.clone()] });
+    for job in jobs {
+        let text = |key: &str| job[key].as_str().unwrap_or_default().to_owned();
+        let (id, done, of) = (&job["job"], &job["done"], &job["of"]);
+        let error = text("error");
+        let more = if error.is_empty() { String::new() } else { format!(": {error}") };
+        match job["state"].is_null() {
+            true => line(&format!("job {id}"))?,
+            false => {
+                let (what, state) = (text("what"), text("state"));
+                line(&format!("job {id} {what} {state} {done}/{of}{more}"))?;
+            }
+        }
+    }
+    Ok(())
+}
