@@ -33,13 +33,14 @@ pub enum Kind {
 }
 
 /// One cluster's word: layer (bits 63..56), host offset (55..9, a multiple of 512 bytes in its
-/// place), claim (8), owned (3), kind (2..0).
+/// place), claim (8), unmarked (4), owned (3), kind (2..0).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Word(u64);
 
 const LAYER_SHIFT: u32 = 56;
 const HOST: u64 = ((1 << LAYER_SHIFT) - 1) & !511;
 const CLAIM: u64 = 1 << 8;
+const UNMARKED: u64 = 1 << 4;
 const OWNED: u64 = 1 << 3;
 const KIND: u64 = 7;
 
@@ -53,7 +54,8 @@ pub struct Way {
 impl Way {
     /// A read: mapped, in whatever layer, claimed or not.
     pub const READ: Way = Way { mask: KIND, want: Kind::Mapped as u64 };
-    /// A write in place: no claim, mapped, in the layer that is written to, owned.
+    /// A write in place: no claim, mapped, in the layer that is written to, owned, and nothing to
+    /// record.
     pub const fn write(top: u8) -> Way {
         let layer = (top as u64) << LAYER_SHIFT;
         Way { mask: !HOST, want: layer | Kind::Mapped as u64 | OWNED }
@@ -174,6 +176,24 @@ impl Word {
     #[inline]
     pub fn unclaimed(self) -> Word {
         Word(self.0 & !CLAIM)
+    }
+
+    /// The same, where nothing has to be recorded before a write.
+    #[inline]
+    pub fn marked(self) -> Word {
+        Word(self.0 & !UNMARKED)
+    }
+
+    /// The same, where a write has to be recorded first.
+    #[inline]
+    pub fn unmarked(self) -> Word {
+        Word(self.0 | UNMARKED)
+    }
+
+    /// The same without what only writes look at.
+    #[inline]
+    pub fn for_reads(self) -> Word {
+        Word(self.0 & !(CLAIM | UNMARKED))
     }
 
     /// Whether `next` continues this mapped word one cluster of `cluster_size` bytes further on.

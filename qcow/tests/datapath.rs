@@ -140,7 +140,7 @@ fn few_slots_and_a_tiny_cache_are_only_slower() {
     for (slots, requests) in [(1, 150), (2, 400), (1024, 200)] {
         let mut rng = Rng(5);
         let mut model = vec![0; DISK as usize];
-        let tiny = Options { slots, l2_cache: 0 };
+        let tiny = Options { slots, l2_cache: 0, ..Options::default() };
         let leaf = fresh(DEVICE, 5, &options(512, 3, 16));
         let mut rig = Rig::open(vec![leaf], &[Format::Qcow2], tiny);
         hammer(&mut rig, &mut model, &mut rng, requests);

@@ -54,7 +54,7 @@ struct Live {
 
 impl Live {
     fn new(count: usize, cluster: u64, disk: u64, stripe: u64, seed: u64, work: u32) -> Live {
-        let options = Options { slots: 24, l2_cache: 1 << 20 };
+        let options = Options { slots: 24, l2_cache: 1 << 20, ..Options::default() };
         let all = Several::new(count, cluster, disk, seed, options);
         let devices = vec![all.device.another()];
         let n = count as u64;

@@ -22,7 +22,7 @@ fn random_requests_from_several_reactors() {
     for (i, (cluster, stripe, count, cache)) in cases.into_iter().enumerate() {
         let seed = 77 + i as u64;
         let disk = 3 << 20;
-        let options = Options { slots: 24, l2_cache: cache };
+        let options = Options { slots: 24, l2_cache: cache, ..Options::default() };
         let mut all = Several::new(count, cluster, disk, seed, options);
         let n = count as u64;
         let mut hammers: Vec<Hammer> = (0..n)
@@ -50,7 +50,7 @@ fn random_requests_from_threads() {
     let stack = image(&device, cluster, disk);
     let start = Start { cpu: None, policy: Policy::Adaptive };
     let leaf = Late::new(device.another(), 1);
-    let options = Options { slots: 24, l2_cache: 0 };
+    let options = Options { slots: 24, l2_cache: 0, ..Options::default() };
     let first = Reactor::start("home", start, move || Ok(home(leaf, stack, options))).unwrap();
     let mut clients = vec![first.mailbox().ask(Client::new).unwrap()];
     let mut others = Vec::new();
@@ -103,7 +103,7 @@ fn random_requests_from_threads() {
 #[test]
 fn a_freed_cluster_waits_for_requests_of_other_reactors() {
     const CLUSTER: u64 = 4096;
-    let options = Options { slots: 16, l2_cache: 1 << 20 };
+    let options = Options { slots: 16, l2_cache: 1 << 20, ..Options::default() };
     let mut all = Several::new(2, CLUSTER, 8 << 20, 5, options);
     let old = vec![0x11; CLUSTER as usize];
     assert_eq!(all.call(1, Op::Write, 0, CLUSTER, &old).0, Status::Ok);
@@ -144,7 +144,7 @@ fn a_freed_cluster_waits_for_requests_of_other_reactors() {
 #[test]
 fn a_sleeping_reactor_is_not_waited_for() {
     const CLUSTER: u64 = 4096;
-    let options = Options { slots: 16, l2_cache: 1 << 20 };
+    let options = Options { slots: 16, l2_cache: 1 << 20, ..Options::default() };
     let mut all = Several::new(2, CLUSTER, 8 << 20, 9, options);
     let data = |byte: u8| vec![byte; CLUSTER as usize];
     assert_eq!(all.call(1, Op::Write, 0, CLUSTER, &data(1)).0, Status::Ok);
@@ -173,7 +173,7 @@ fn a_sleeping_reactor_is_not_waited_for() {
 /// The home reactor ends without a close: what it had of others is answered, by them.
 #[test]
 fn the_home_reactor_goes() {
-    let options = Options { slots: 16, l2_cache: 1 << 20 };
+    let options = Options { slots: 16, l2_cache: 1 << 20, ..Options::default() };
     let mut all = Several::new(2, 4096, 8 << 20, 3, options);
     assert_eq!(all.call(1, Op::Write, 0, 4096, &[7; 4096]).0, Status::Ok);
     all.home.leaves()[0].stalled = true;

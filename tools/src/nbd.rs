@@ -43,6 +43,10 @@ pub(crate) struct Nbd {
     /// Serve an internal snapshot, by its ID or its name, for reading only.
     #[arg(long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
+    /// Write bits of persistent bitmaps to disk before the data that they stand for, so that a crash
+    /// does not cost them.
+    #[arg(long)]
+    durable_bitmaps: bool,
     /// Name of the export; clients that ask for another are refused.
     #[arg(long, default_value = "")]
     export: String,
@@ -88,7 +92,11 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
     let policy = nbd.reactor.policy.unwrap_or(Policy::Adaptive);
     let cores = nbd.reactor.each_core()?;
     let reactors = cores.into_iter().map(|cpu| Start { cpu, policy }).collect();
-    let image = qcow::run::Options { l2_cache: nbd.reactor.l2_cache, ..Default::default() };
+    let image = qcow::run::Options {
+        l2_cache: nbd.reactor.l2_cache,
+        durable_bitmaps: nbd.durable_bitmaps,
+        ..Default::default()
+    };
     let disk = Disk::start(parts, DiskOptions { reactors, image }, clock.clone())?;
     let (served, disk) = match &nbd.control {
         None => (serve(nbd, &spec, &disk.door(), disk.info(), None, &stop), disk),

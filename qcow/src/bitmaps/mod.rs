@@ -3,9 +3,11 @@
 //! the datapath's.
 
 mod bits;
+mod tracked;
 
 pub(crate) use bits::inconsistent;
 pub use bits::{Bitmap, BitmapRun};
+pub(crate) use tracked::{Tracked, prepare};
 
 use std::collections::HashSet;
 

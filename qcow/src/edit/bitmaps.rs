@@ -377,6 +377,35 @@ fn fill(bytes: &mut [u8], from: u64, to: u64, value: bool) -> bool {
     changed
 }
 
+/// Gives each cluster of bits of those bitmaps that record writes a place, so that bits can be set
+/// without any change to tables.
+///
+/// # Errors
+/// If there is no room, or a write fails. The image is as it was then.
+pub(crate) fn give_bits_places(st: &mut dyn Storage, name: &str) -> Result<()> {
+    super::tx::run(st, name, |tx, st| {
+        for index in 0..tx.bitmaps.all.len() {
+            let one = &tx.bitmaps.all[index];
+            let clusters = one.table.len();
+            if !one.entry.is_auto() || one.entry.is_in_use() {
+                continue;
+            }
+            for at in 0..clusters {
+                if matches!(tx.bitmaps.all[index].table[at], BitmapCluster::Data(_)) {
+                    continue;
+                }
+                let bytes = std::mem::take(&mut tx.load_bits(st, index, at)?.bytes);
+                tx.bitmaps.cached = None;
+                let offset = tx.take(st, bytes.len() as u64)?;
+                st.write_at(offset, &bytes).map_err(tx.io("bitmap"))?;
+                tx.set_cluster(st, index, at, BitmapCluster::Data(offset))?;
+            }
+        }
+        Ok(())
+    })
+    .map(|_| ())
+}
+
 /// A transaction's error for a bitmap that is not there.
 pub(super) fn not_there(image: &str, bitmap: &str) -> Error {
     Error::refused(image, format!("has no bitmap {bitmap:?}"))

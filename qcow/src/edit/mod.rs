@@ -22,6 +22,7 @@ mod tx;
 
 pub use amend::{Amend, amend};
 pub use bitmap::{BitmapAction, change_bitmap};
+pub(crate) use bitmaps::give_bits_places;
 pub use commit::{Committed, Watch, commit};
 pub use header::set_backing;
 pub use rebase::{NewBacking, Rebased, rebase};

@@ -73,6 +73,18 @@ impl MetadataSet {
         self.initial.binary_search(&cluster).is_ok() || self.added.contains(&cluster)
     }
 
+    /// Adds places (offset and length) that nothing else may use. Whether nothing did.
+    pub(crate) fn add(&mut self, g: &crate::format::Geometry, places: &[(u64, u64)]) -> bool {
+        let before = self.initial.len();
+        for &(offset, len) in places {
+            self.initial.extend(g.cluster(offset)..g.cluster(offset) + g.clusters_for(len));
+        }
+        let all = self.initial.len();
+        self.initial.sort_unstable();
+        self.initial.dedup();
+        all == self.initial.len() || before == all
+    }
+
     /// Whether any of these clusters holds metadata.
     pub(crate) fn meets(&self, clusters: &std::ops::Range<u64>) -> bool {
         let at = self.initial.partition_point(|&c| c < clusters.start);

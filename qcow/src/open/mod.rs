@@ -83,18 +83,16 @@ impl ImageMeta {
     }
 
     /// To be called before the first write to the image: clears the autoclear bits, since
-    /// nothing that they vouch for (bitmaps and what is unknown here) is kept up to date, except for
-    /// an external data file that is raw. Durable when it returns.
+    /// nothing that they vouch for (what is unknown here, and bitmaps but with `bitmaps`) is kept up
+    /// to date, except for an external data file that is raw. Durable when it returns.
     ///
     /// # Errors
     /// If the header cannot be written.
-    pub fn prepare_write(&mut self, storage: &mut dyn Storage) -> Result<()> {
-        let kept = self.header.autoclear_features & autoclear::RAW_DATA;
+    pub fn prepare_write(&mut self, storage: &mut dyn Storage, bitmaps: bool) -> Result<()> {
+        let bitmaps = if bitmaps { autoclear::BITMAPS } else { 0 };
+        let kept = self.header.autoclear_features & (autoclear::RAW_DATA | bitmaps);
         if self.header.autoclear_features == kept {
             return Ok(());
-        }
-        if self.header.autoclear_features & autoclear::BITMAPS != 0 {
-            log::warn!("{}: its persistent bitmaps become invalid by writing to it", self.name);
         }
         self.write_field(storage, field::AUTOCLEAR, kept)?;
         self.header.autoclear_features = kept;

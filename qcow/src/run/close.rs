@@ -17,8 +17,11 @@ impl Shared {
         // One batch lets clusters go, later ones count that.
         for _ in 0..ROUNDS {
             let status = self.flush_tables(slot).await;
-            if !status.is_ok() || !self.is_dirty() {
+            if !status.is_ok() {
                 return status;
+            }
+            if !self.is_dirty() {
+                return self.save_marks(slot).await.err().unwrap_or(Status::Ok);
             }
             // Others have their turn: what is waited for may be theirs.
             self.pause(slot).await;

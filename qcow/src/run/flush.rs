@@ -112,7 +112,7 @@ impl Shared {
         // In one go with the sealing: what is sealed is counted in these.
         let refs = self.alloc.borrow_mut().begin_write()?;
         let pieces = refs.iter().map(|(_, offset, bytes)| (*offset, bytes.clone()));
-        self.write_meta(slot, pieces).await?;
+        self.write_meta(slot, pieces, Flags::NONE).await?;
         let changes = !(refs.is_empty() && pages.is_empty() && parts.is_empty());
         check(self.flush_both(slot, changes).await)?;
         self.alloc.borrow_mut().end_write(&refs);
@@ -123,12 +123,12 @@ impl Shared {
             let bytes = self.tables.borrow().slice_bytes(page);
             (self.slice_offset(page), bytes)
         });
-        self.write_meta(slot, slices).await?;
+        self.write_meta(slot, slices, Flags::NONE).await?;
         let l1 = parts.iter().map(|&part| {
             let offset = self.stack.top.l1_offset + (part * META) as u64;
             (offset, self.tables.borrow().l1_bytes(part))
         });
-        self.write_meta(slot, l1).await?;
+        self.write_meta(slot, l1, Flags::NONE).await?;
         check(self.device_flush(slot).await)
     }
 
@@ -142,10 +142,11 @@ impl Shared {
 
     /// Writes metadata parts (offset, bytes): neighbours that follow each other go in one request.
     /// Waits for all of it.
-    async fn write_meta(
+    pub(super) async fn write_meta(
         &self,
         slot: u16,
         parts: impl Iterator<Item = (u64, Vec<u8>)>,
+        flags: Flags,
     ) -> Result<(), Status> {
         let mut bufs: Vec<Buf> = Vec::new();
         let mut run = SegList::EMPTY;
@@ -154,7 +155,7 @@ impl Shared {
         for (offset, bytes) in parts {
             let mut buf = self.try_meta_buf();
             if buf.is_none() {
-                self.send_run(slot, start, &mut run);
+                self.send_run(slot, start, &mut run, flags);
                 failed = worse(failed, self.wait(slot).await);
                 bufs.drain(..).for_each(|b| self.give_meta(b));
                 buf = Some(self.meta_buf(slot).await);
@@ -164,24 +165,23 @@ impl Shared {
             self.meta_region().write_seg(&seg, &bytes);
             bufs.push(buf);
             if start + run.bytes() != offset || !run.push(seg) {
-                self.send_run(slot, start, &mut run);
+                self.send_run(slot, start, &mut run, flags);
                 start = offset;
                 let _first = run.push(seg);
             }
         }
-        self.send_run(slot, start, &mut run);
+        self.send_run(slot, start, &mut run, flags);
         failed = worse(failed, self.wait(slot).await);
         bufs.drain(..).for_each(|b| self.give_meta(b));
         check(failed)
     }
 
-    fn send_run(&self, slot: u16, offset: u64, run: &mut SegList) {
+    fn send_run(&self, slot: u16, offset: u64, run: &mut SegList, flags: Flags) {
         let segs = std::mem::replace(run, SegList::EMPTY);
         let len = segs.bytes();
         if len > 0 {
             self.counters.meta_writes.set(self.counters.meta_writes.get() + 1);
-            let child =
-                Child { port: self.top(), op: Op::Write, flags: Flags::NONE, offset, len, segs };
+            let child = Child { port: self.top(), op: Op::Write, flags, offset, len, segs };
             self.start(slot, child);
         }
     }

@@ -109,11 +109,11 @@ impl Hits {
     #[inline(never)]
     fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
         let last = (offset + len - 1) >> self.unit_bits;
-        let mut before = first.unclaimed();
+        let mut before = first.for_reads();
         ((offset >> self.unit_bits) + 1..=last).all(|cluster| {
             let next = self.map.lookup(cluster);
-            // What is claimed may be read, but not written.
-            let next = if op == Op::Read { next.unclaimed() } else { next };
+            // What is claimed or unmarked may be read, but not written.
+            let next = if op == Op::Read { next.for_reads() } else { next };
             let on = before.continued_by(next, 1 << self.unit_bits);
             before = next;
             on

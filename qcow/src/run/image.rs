@@ -15,6 +15,7 @@ use reactor::task::Tasks;
 use super::alloc::Allocator;
 use super::hits::{Hits, info_at, look_at_leaves};
 use super::link::{Errand, Link, Phase, Reply};
+use super::marks::Marks;
 use super::meta::{Tables, page_bits};
 use super::pause::Stage;
 use super::satellite::{Away, Reseat, Seat, Wakes};
@@ -32,11 +33,14 @@ pub struct Options {
     pub slots: u16,
     /// Memory for the map, in bytes; used as far as the image needs it.
     pub l2_cache: u64,
+    /// Write bits of persistent bitmaps to disk before the data that they stand for, so that a crash
+    /// does not cost them; the first write to a place takes longer for that.
+    pub durable_bitmaps: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { slots: 256, l2_cache: 128 << 20 }
+        Options { slots: 256, l2_cache: 128 << 20, durable_bitmaps: false }
     }
 }
 
@@ -145,6 +149,8 @@ impl Image {
         let map = Arc::new(Map::new(geometry.guest_units(), bits, options.l2_cache, least)?);
         let tables = Tables::new(geometry, std::mem::take(&mut top.l1));
         let alloc = Allocator::new(top, device.size);
+        let bitmaps = std::mem::take(&mut top.bitmaps);
+        let marks = Marks::new(bitmaps, geometry.cluster_bits(), options.durable_bitmaps);
         let info = info(&stack, max_transfer);
         let hits = Hits::new(map.clone(), &stack.layers, &info, &geometry);
         let writable = stack.writable;
@@ -158,6 +164,7 @@ impl Image {
             map,
             tables,
             alloc,
+            marks,
             owner,
             count,
         )

@@ -3,7 +3,7 @@
 //! A request whose clusters are mapped in one run goes straight down ([`Image::submit`] →
 //! leaf → [`Layer::complete`]). Everything else becomes the job of the slot's task ([`serve`]): an
 //! `async fn` that loads pages of the map ([`resolve`]), allocates ([`alloc`]), fills ([`write`]),
-//! zeroes and discards ([`zero`]), and writes metadata back in ordered batches ([`flush`]); host
+//! zeroes and discards ([`zero`]), records that in bitmaps ([`marks`]), and writes metadata back in ordered batches ([`flush`]); host
 //! clusters that nothing refers to any more come back by [`reclaim`].
 //!
 //! One reactor, the home reactor, owns an image; its tasks share [`shared::Shared`] by `Rc` and never
@@ -19,6 +19,7 @@ mod hits;
 mod image;
 mod io;
 mod link;
+mod marks;
 mod meta;
 mod pause;
 mod place;

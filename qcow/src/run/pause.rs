@@ -12,6 +12,7 @@ use reactor::task::Tasks;
 use super::alloc::Allocator;
 use super::hits::{Hits, look_at_leaves};
 use super::image::{Image, devices, info};
+use super::marks::Marks;
 use super::meta::{Tables, page_bits};
 use super::serve::serve;
 use super::shared::{Job, What};
@@ -107,7 +108,9 @@ impl Image {
         // The last cluster may end elsewhere, which changes what is in it.
         let same_size = geometry.size() == old.geometry.size();
         let same_unit = geometry.unit_size() == old.geometry.unit_size();
-        let same_map = keep && same_size && same_unit && old.map.page_bits() == bits;
+        // Bits may have been cleared, of which words of the map know nothing.
+        let known = stack.top.bitmaps.is_empty();
+        let same_map = keep && known && same_size && same_unit && old.map.page_bits() == bits;
         if !same_size || stack.layers.len() != old.stack.layers.len() {
             old.end_stream();
         }
@@ -136,6 +139,9 @@ impl Image {
             shared.pages = RefCell::new(Pages::new(&map));
             shared.map = map;
         }
+        let durable = shared.marks.borrow().is_durable();
+        let bitmaps = std::mem::take(&mut stack.top.bitmaps);
+        shared.marks = RefCell::new(Marks::new(bitmaps, geometry.cluster_bits(), durable));
         shared.batches = RefCell::default();
         shared.let_go = RefCell::default();
         shared.decompressed = RefCell::default();

@@ -72,14 +72,14 @@ impl Shared {
                 }
                 w => w,
             }
-            .unclaimed();
+            .for_reads();
             let mut to = end.min((unit + 1) << bits);
             match word.kind() {
                 Kind::Mapped => {
                     // As far as they lie side by side.
                     let mut last = word;
                     while to < end {
-                        let next = self.map.lookup(to >> bits).unclaimed();
+                        let next = self.map.lookup(to >> bits).for_reads();
                         if !last.continued_by(next, size) {
                             break;
                         }

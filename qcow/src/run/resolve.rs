@@ -36,7 +36,13 @@ impl Shared {
             let words = self.page_words(slot, page).await;
             self.tables.borrow_mut().loading.remove(&page);
             self.unpark(Key::Page(page));
-            let loaded = self.pages.borrow_mut().load(&self.map, page, &words?);
+            let mut words = words?;
+            let first = page << self.map.page_bits();
+            if self.marks.borrow().is_active() {
+                let all = words.iter_mut().enumerate();
+                all.for_each(|(i, word)| *word = self.flagged(first + i as u64, *word));
+            }
+            let loaded = self.pages.borrow_mut().load(&self.map, page, &words);
             if !loaded {
                 // Claims hold every page: wait until one ends.
                 self.pause(slot).await;

@@ -18,6 +18,13 @@ pub(super) async fn serve(shared: Rc<Shared>, slot: u16) {
 impl Shared {
     async fn run(&self, slot: u16, job: &Job) -> Status {
         let fua = job.flags.has(Flags::FUA);
+        let changes = matches!(job.what, What::Guest(Op::Write | Op::WriteZeroes | Op::Discard));
+        if changes && self.marks.borrow().is_active() {
+            let marked = self.at_rest(slot, self.mark(slot, job.offset, job.len)).await;
+            if let Err(status) = marked {
+                return status;
+            }
+        }
         let status = match job.what {
             What::Refuse(status) => status,
             What::WriteBack => self.write_all_back(slot).await,

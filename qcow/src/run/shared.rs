@@ -17,6 +17,7 @@ use super::alloc::Allocator;
 use super::flush::Batches;
 use super::io::Children;
 use super::link::{Common, Link};
+use super::marks::Marks;
 use super::meta::Tables;
 use super::read::Decompressed;
 use super::reclaim::LetGo;
@@ -70,6 +71,10 @@ pub(super) enum Key {
     Stream,
     /// The contents of a compressed cluster: layer and host offset.
     Packed(usize, u64),
+    /// The loading of a page of a bitmap's bits.
+    Bits(super::marks::PageKey),
+    /// The writing of bits, or of bitmaps' flags.
+    Marks,
 }
 
 /// A slot as its task sees it.
@@ -132,6 +137,7 @@ pub(super) struct Shared {
     unpacking: RefCell<Vec<u16>>,
     pub(super) counters: super::image::Counters,
     pub(super) stream: Stream,
+    pub(super) marks: RefCell<Marks>,
     /// What other reactors know of the image too.
     pub(super) common: Arc<Common>,
     /// To the satellites.
@@ -162,6 +168,7 @@ impl Shared {
         map: Arc<Map>,
         tables: Tables,
         alloc: Allocator,
+        marks: Marks,
         owner: u16,
         slots: usize,
     ) -> Result<Rc<Shared>, dma::Error> {
@@ -200,6 +207,7 @@ impl Shared {
             unpacking: RefCell::default(),
             counters: super::image::Counters::default(),
             stream: Stream::default(),
+            marks: RefCell::new(marks),
             common: Arc::new(Common::new()),
             links: RefCell::default(),
             complaints: Cell::new(0),

@@ -2,6 +2,7 @@
 
 use block::{Port, Storage};
 
+use crate::bitmaps::{Tracked, prepare};
 use crate::format::{Compression, Geometry, RefcountBlock, decode_refcount_table_entry};
 use crate::open::{Chain, ImageMeta, LayerKind, MetadataSet};
 use crate::{Error, Result};
@@ -29,6 +30,8 @@ pub(super) struct Top {
     pub(super) refcount_table: Vec<u64>,
     pub(super) refcount_table_offset: u64,
     pub(super) metadata: MetadataSet,
+    /// Bitmaps that record what is written.
+    pub(super) bitmaps: Vec<Tracked>,
     /// First host byte behind everything that has a refcount.
     pub(super) end: u64,
     /// A file's length: what lies before it stays, counted or not. 0 for a device.
@@ -82,6 +85,16 @@ impl Stack {
     /// # Errors
     /// If the first layer is not QCOW2, its metadata overlaps, or it cannot be read.
     pub fn new<S: Storage>(chain: &mut Chain<S>, ports: &[Port]) -> Result<Stack> {
+        let mut metadata = MetadataSet::default();
+        let mut bitmaps = None;
+        let first = &mut chain.layers[0];
+        if let LayerKind::Qcow2(image) = &mut first.kind
+            && image.mode == crate::Mode::Write
+        {
+            metadata = MetadataSet::new(image)?;
+            // First, since tables may move for it.
+            bitmaps = prepare(&mut first.storage, image, &mut metadata)?;
+        }
         let mut layers = Vec::with_capacity(ports.len());
         let count = chain.layers.len();
         let mut rest = ports.iter().copied();
@@ -115,12 +128,11 @@ impl Stack {
             return Err(Error::refused(&name, "has more layers than can be served"));
         }
         let writable = image.mode == crate::Mode::Write;
-        let (mut metadata, mut end) = (MetadataSet::default(), 0);
+        let mut end = 0;
         if writable {
-            metadata = MetadataSet::new(image)?;
             end = image_end(image, &mut first.storage)?;
             // Last: an image that is refused stays as it is.
-            image.prepare_write(&mut first.storage)?;
+            image.prepare_write(&mut first.storage, bitmaps.is_some())?;
         }
         let len = match first.storage.len() {
             len if len < first.storage.capacity() => len,
@@ -134,6 +146,7 @@ impl Stack {
             refcount_table: std::mem::take(&mut image.refcount_table),
             refcount_table_offset: image.header.refcount_table_offset,
             metadata,
+            bitmaps: bitmaps.unwrap_or_default(),
             end,
             len,
         };

@@ -93,12 +93,13 @@ impl Shared {
         while rest.at < end {
             self.wait_if_crowded(slot).await?;
             let unit = rest.at >> bits;
-            let word = self.map.lookup(unit);
+            // Whatever a bitmap lacks, for this request it is recorded.
+            let word = self.map.lookup(unit).marked();
             if word.writable_in_place(self.stack.top_number()) {
                 let mut last = word;
                 let mut to = end.min((unit + 1) << bits);
                 while to < end {
-                    let next = self.map.lookup(to >> bits);
+                    let next = self.map.lookup(to >> bits).marked();
                     if !last.continued_by(next, size) {
                         break;
                     }
@@ -138,7 +139,7 @@ impl Shared {
     fn claim(&self, unit: u64, end: u64) -> Option<Claim> {
         let bits = self.geometry.unit_bits();
         let word = self.map.lookup(unit);
-        if word.writable_in_place(self.stack.top_number()) || word.kind() == Kind::Absent {
+        if word.marked().writable_in_place(self.stack.top_number()) || word.kind() == Kind::Absent {
             return None;
         }
         let mut claim = Claim { first: unit, words: Vec::new() };
@@ -150,7 +151,7 @@ impl Shared {
         for next in unit + 1..=last.min(unit + most - 1) {
             let other = self.map.lookup(next);
             let alike = next >> self.map.page_bits() == unit >> self.map.page_bits()
-                && !other.writable_in_place(self.stack.top_number())
+                && !other.marked().writable_in_place(self.stack.top_number())
                 && !matches!(other.kind(), Kind::Absent | Kind::Corrupt);
             // The last one may be written in part; then its old contents must be read, and one
             // buffer for that is what a task may hold.
@@ -197,7 +198,7 @@ impl Shared {
 
     /// Ends the claim on a unit with its new (or old) word.
     pub(super) fn publish(&self, unit: u64, word: Word) {
-        self.map.publish(unit, word);
+        self.map.publish(unit, self.flagged(unit, word));
         self.pages.borrow_mut().release(&self.map, unit);
         self.unpark(Key::Unit(unit));
     }

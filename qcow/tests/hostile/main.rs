@@ -136,7 +136,7 @@ fn exercise(image: &Sparse) {
     let mut s = image.clone();
     if let Ok(mut meta) = ImageMeta::open(&mut s, "a", Mode::Write) {
         let _ = MetadataSet::new(&meta);
-        let _ = meta.prepare_write(&mut s);
+        let _ = meta.prepare_write(&mut s, false);
     }
     let top = Opened { storage: image.clone(), path: None, name: "a".to_owned(), id: None };
     let options = ChainOptions { top_only: true, ..ChainOptions::default() };

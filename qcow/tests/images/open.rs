@@ -212,10 +212,10 @@ fn bitmaps_stop_being_valid_at_the_first_write() {
     let mut meta = ImageMeta::open(&mut storage, "a", Mode::Write).unwrap();
     assert_eq!(meta.header.autoclear_features, (1 << 63) | 1);
     assert_eq!(peek_u64(&path, 88), (1 << 63) | 1);
-    meta.prepare_write(&mut storage).unwrap();
+    meta.prepare_write(&mut storage, false).unwrap();
     assert_eq!(peek_u64(&path, 88), 0);
     let writes = storage.writes;
-    meta.prepare_write(&mut storage).unwrap();
+    meta.prepare_write(&mut storage, false).unwrap();
     assert_eq!(storage.writes, writes);
     let text = qemu_img(&["info", path.to_str().unwrap()]);
     assert!(!text.contains("bitmaps"), "{text}");

@@ -181,7 +181,7 @@ impl Run<'_> {
             let mut chain = open(&layers, true)?;
             Stack::new(&mut chain, ports).map_err(|e| e.to_string())
         };
-        let options = Options { slots: life.slots, l2_cache: life.l2_cache };
+        let options = Options { slots: life.slots, l2_cache: life.l2_cache, ..Options::default() };
         let guest = (life.depth, life.sleepy);
         let reactors = Reactors::new(&disks, stack, options, guest, self.trace.clone())?;
         let top = disks[0].clone();
