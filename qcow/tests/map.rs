@@ -87,3 +87,12 @@ fn readers_survive_eviction() {
     stop.store(true, Ordering::Relaxed);
     assert!(reader.join().unwrap() > 0);
 }
+
+#[test]
+fn what_must_be_recorded_holds_up_writes_alone() {
+    let w = Word::mapped(0, 1 << 16, true).unmarked();
+    assert!(w.readable() && !w.writable_in_place(0) && w.owned() && w.host() == 1 << 16);
+    assert!(w.marked().writable_in_place(0));
+    let next = Word::mapped(0, 2 << 16, true);
+    assert!(!w.continued_by(next, 1 << 16) && w.for_reads().continued_by(next, 1 << 16));
+}

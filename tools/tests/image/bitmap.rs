@@ -1,5 +1,8 @@
 //! `bitmap`: what qemu-img does, ours does.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
 use serde_json::Value;
 
 use crate::Env;
@@ -120,4 +123,72 @@ fn damaged_bitmaps_are_found_as_qemu_img_finds_them() {
     env.patch("bad", table, &directory.to_be_bytes());
     assert_ne!(env.image("check bad").code, 0);
     env.image("bitmap --clear bad b").fails(1, "repaired");
+}
+
+/// Serves `image`, writes, and ends it with this signal.
+fn served(env: &Env, option: &str, commands: &[&str], signal: &str) {
+    let mut args = vec!["nbd", "--socket", "n", "image"];
+    args.extend(Some(option).filter(|o| !o.is_empty()));
+    let mut server = Command::new(env!("CARGO_BIN_EXE_polldisk"))
+        .args(args)
+        .current_dir(env.dir.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let mut args = vec!["-f", "raw", "nbd+unix:///?socket=n"];
+    commands.iter().for_each(|c| args.extend(["-c", c]));
+    let run = env.run("qemu-io", &args);
+    let pid = server.id().to_string();
+    assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    server.wait().unwrap();
+    assert!(run.code == 0 && !run.out.contains("failed"), "{run:?}");
+}
+
+#[test]
+fn what_is_written_over_nbd_is_recorded_and_a_kill_costs_durable_bitmaps_nothing() {
+    let Some(env) = Env::new() else { return };
+    let commands = ["write 1M 4k", "write -z 5M 128k", "discard 7M 64k", "flush"];
+    for (option, signal, saved) in [
+        ("", "-TERM", true),
+        ("", "-KILL", false),
+        ("--durable-bitmaps", "-TERM", true),
+        ("--durable-bitmaps", "-KILL", true),
+    ] {
+        env.qemu_img("create -q -f qcow2 image 8M").ok();
+        env.image("bitmap --add -g 64k image b").ok();
+        served(&env, option, &commands, signal);
+        let run = env.qemu_img("bitmap --disable -f qcow2 image b");
+        assert_eq!(run.code == 0, saved, "{option} {signal}: {run:?}");
+        if !saved {
+            assert_eq!(env.bitmaps("image")[0]["flags"], serde_json::json!(["in-use", "auto"]));
+            env.image("bitmap --clear image b").fails(1, "not saved");
+            env.image("bitmap --remove --add image b").ok();
+            continue;
+        }
+        let mut judge = Command::new("qemu-nbd")
+            .args(["-r", "-f", "qcow2", "-B", "b", "image", "-k"])
+            .arg(env.path("s"))
+            .spawn()
+            .unwrap();
+        while !env.path("s").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let map = env.qemu_img(
+            "map --output=json --image-opts driver=nbd,server.type=unix,server.path=s,\
+             x-dirty-bitmap=qemu:dirty-bitmap:b",
+        );
+        judge.wait().unwrap();
+        std::fs::remove_file(env.path("s")).ok();
+        let set: Vec<(u64, u64)> = map
+            .json()
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|e| e["data"] == false)
+            .map(|e| (e["start"].as_u64().unwrap(), e["length"].as_u64().unwrap()))
+            .collect();
+        assert_eq!(set, [(1 << 20, 65536), (5 << 20, 131072), (7 << 20, 65536)], "{option}");
+    }
 }
