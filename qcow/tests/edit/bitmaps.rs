@@ -69,19 +69,19 @@ fn judged_bits(dir: &Path, bytes: &[u8], bitmap: &str) -> Vec<(u64, u64)> {
         .arg(dir.join("bits"))
         .spawn()
         .unwrap();
-    let mut tries = 0;
-    while !dir.join("socket").exists() {
-        tries += 1;
-        assert!(tries < 500, "qemu-nbd does not come up");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    let (code, text) = qemu_img(
-        dir,
-        &format!(
-            "map --output=json --image-opts driver=nbd,server.type=unix,server.path=socket,\
-             x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
-        ),
+    let map = format!(
+        "map --output=json --image-opts driver=nbd,server.type=unix,server.path=socket,\
+         x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
     );
+    // It may take a while until it listens.
+    let mut tries = 0..500;
+    let (code, text) = loop {
+        let run = qemu_img(dir, &map);
+        if run.0 == 0 || tries.next().is_none() {
+            break run;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
     server.wait().unwrap();
     let _gone = std::fs::remove_file(dir.join("socket"));
     assert_eq!(code, 0, "{text}");

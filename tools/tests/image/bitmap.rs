@@ -172,13 +172,17 @@ fn what_is_written_over_nbd_is_recorded_and_a_kill_costs_durable_bitmaps_nothing
             .arg(env.path("s"))
             .spawn()
             .unwrap();
-        while !env.path("s").exists() {
+        let map = "map --output=json --image-opts driver=nbd,server.type=unix,server.path=s,\
+                   x-dirty-bitmap=qemu:dirty-bitmap:b";
+        // It may take a while until it listens.
+        let mut tries = 0..500;
+        let map = loop {
+            let run = env.qemu_img(map);
+            if run.code == 0 || tries.next().is_none() {
+                break run;
+            }
             std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        let map = env.qemu_img(
-            "map --output=json --image-opts driver=nbd,server.type=unix,server.path=s,\
-             x-dirty-bitmap=qemu:dirty-bitmap:b",
-        );
+        };
         judge.wait().unwrap();
         std::fs::remove_file(env.path("s")).ok();
         let set: Vec<(u64, u64)> = map
