@@ -35,12 +35,14 @@ impl Ground {
     }
 }
 
-const GROUNDS: [Ground; 5] = [
+const GROUNDS: [Ground; 6] = [
     Ground { cluster: 65536, granularities: &[65536], durable: false, cache: true },
     Ground { cluster: 65536, granularities: &[512, 1 << 20], durable: true, cache: true },
     Ground { cluster: 4096, granularities: &[4096, 1024], durable: true, cache: false },
     Ground { cluster: 512, granularities: &[4096, 512], durable: false, cache: false },
     Ground { cluster: 512, granularities: &[512], durable: true, cache: true },
+    // With subclusters.
+    Ground { cluster: 32768, granularities: &[4096, 512], durable: true, cache: true },
 ];
 
 fn name(granularity: u64) -> String {
@@ -57,6 +59,7 @@ fn on_disk<T>(leaf: LogQueue, what: impl FnOnce(&mut Blocking<LogQueue>) -> T) -
 fn made(ground: &Ground, seed: u64) -> LogQueue {
     let mut options = CreateOptions::new(DISK);
     options.cluster_size = ground.cluster;
+    options.extended_l2 = ground.cluster == 32768;
     let mut leaf = fresh(3 << 20, seed, &options);
     if !ground.cache {
         leaf = leaf.without_cache();
