@@ -4,6 +4,7 @@
 //! - [`path`] steps frontend, reactor and device by hand on one thread; run under callgrind it
 //!   counts instructions layer by layer.
 //! - [`device`] loads one device through its leaf queue, without an image.
+//! - [`chain`]: what changing a running chain costs.
 //! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
@@ -11,6 +12,7 @@
 
 mod alloc;
 pub mod callgrind;
+pub mod chain;
 pub mod counters;
 pub mod demo;
 pub mod device;

@@ -23,6 +23,8 @@ pub(crate) enum Bench {
     Path(Path),
     /// What a device gives, and what driving it costs: 4 KiB at random, without an image.
     Device(Device),
+    /// How long a snapshot keeps a guest waiting, and how fast streams and commits are.
+    Chain(Chain),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(Worker),
@@ -35,6 +37,20 @@ pub(crate) struct Path {
     #[arg(long, default_value_t = 2000)]
     count: u64,
     /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Change chains.
+#[derive(Args)]
+pub(crate) struct Chain {
+    /// MiB of data in the image.
+    #[arg(long, default_value_t = 256)]
+    mib: u64,
+    /// A folder for images of some times that size; the system's, for what is temporary, if not said.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
@@ -113,12 +129,44 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
     match command {
         Bench::Path(p) => path(p),
         Bench::Device(d) => device(d),
+        Bench::Chain(c) => chain(c),
         Bench::PathWorker(w) => {
             let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
             writeln!(out, "{}", serde_json::to_string(&run)?).context(STDOUT)?;
             Ok(0)
         }
     }
+}
+
+fn chain(c: &Chain) -> anyhow::Result<u8> {
+    if !(1..=1 << 20).contains(&c.mib) {
+        bail!("--mib {}: 1 to 1048576 are possible", c.mib);
+    }
+    let dir = match &c.scratch {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    };
+    let dir = dir.context("cannot make a scratch folder")?;
+    let r = ::bench::chain::run(dir.path(), c.mib)?;
+    let mut out = std::io::stdout();
+    if c.json {
+        writeln!(out, "{}", serde_json::to_string(&r)?).context(STDOUT)?;
+        return Ok(0);
+    }
+    let lines = format!(
+        "{} MiB\n\
+         snapshot: the guest waits {:.2} ms (median; {:.2?}), undisturbed {:.2} ms at most\n\
+         stream: {:.0} MiB/s, commit: {:.0} MiB/s, a plain copy: {:.0} MiB/s",
+        r.mib,
+        r.snapshot_stall_ms,
+        r.snapshot_stalls_ms,
+        r.undisturbed_ms,
+        r.stream_mib_s,
+        r.commit_mib_s,
+        r.copy_mib_s
+    );
+    writeln!(out, "{lines}").context(STDOUT)?;
+    Ok(0)
 }
 
 fn device(d: &Device) -> anyhow::Result<u8> {

@@ -184,3 +184,15 @@ fn wrong_calls_are_refused() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("is the server running"));
     served.stop();
 }
+
+#[test]
+fn what_changing_chains_costs_is_measured() {
+    let out = Command::new(POLLDISK).args(["bench", "chain", "--mib", "8", "--json"]).output();
+    let out = out.unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["snapshot_stalls_ms"].as_array().unwrap().len(), 5);
+    for key in ["stream_mib_s", "commit_mib_s", "copy_mib_s", "snapshot_stall_ms"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+}

@@ -64,7 +64,7 @@ impl Disk {
         let below = below.and_then(|p| p.into_os_string().into_string().ok());
         let below =
             below.ok_or_else(|| fail(&"the image has no name that an overlay could have"))?;
-        let chain = self.read(&self.numbers(), Some(usize::MAX))?;
+        let chain = self.read(&self.numbers(), usize::MAX)?;
         let image = chain.layers[0].image().ok_or_else(|| fail(&"only qcow2 has overlays"))?;
         let mut options = CreateOptions::new(image.geometry.size());
         options.cluster_size = image.geometry.cluster_size();
@@ -105,7 +105,10 @@ impl Disk {
         let leaf = file_leaf(vec![file]).map_err(|e| fail(&e))?;
         new.port.leaf = self.add_leaf(leaf)?;
         self.rest.chain.layers.insert(0, new);
-        let done = self.paused(|disk| disk.restack(&disk.numbers(), true));
+        // What takes time is done before everybody waits.
+        let all = self.numbers();
+        let files = self.open(&all);
+        let done = files.and_then(|files| self.paused(|disk| disk.restack(files, &all, true)));
         if done.is_err() {
             let new = self.rest.chain.layers.remove(0);
             self.forget(&[new]);
@@ -230,7 +233,7 @@ impl Disk {
 
     fn commit_down(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
         let which: Vec<usize> = (depth..self.layers().len()).collect();
-        let chain = self.read(&which, Some(1))?;
+        let chain = self.read(&which, 1)?;
         // Clusters that the lower layer writes anew hold more than the upper one hides, if they are
         // larger than what the upper one maps.
         let unit = |n: usize| match chain.layers[n].image() {
@@ -262,7 +265,7 @@ impl Disk {
             let layer = &disk.layers()[above];
             let to = to.as_ref().map(|(name, format)| (name.as_str(), *format));
             qcow::edit::set_backing(&mut layer.reopen(&disk.rest.devices, true)?, &layer.name, to)?;
-            disk.restack(&which, false)
+            disk.restack(disk.open(&which)?, &which, false)
         });
         if above > 0 {
             self.layers()[above].locks.iter().for_each(ImageLock::share);
@@ -294,9 +297,9 @@ impl Disk {
     pub fn resize(&mut self, size: u64) -> Result<(), Error> {
         self.paused(|disk| {
             let all = disk.numbers();
-            let chain = disk.read(&all, Some(0))?;
+            let chain = disk.read(&all, 0)?;
             qcow::edit::resize(&mut ChainReader::new(chain), size)?;
-            disk.restack(&all, false)
+            disk.restack(disk.open(&all)?, &all, false)
         })
     }
 }
@@ -331,7 +334,9 @@ impl Watch for Committing<'_> {
 
     fn switched(&mut self) -> Result<(), qcow::Error> {
         let keep = self.keep;
-        let done = self.disk.paused(|disk| disk.restack(&disk.numbers(), keep));
+        let all = self.disk.numbers();
+        // Opened in the pause, which cuts the file that is written to.
+        let done = self.disk.paused(|disk| disk.restack(disk.open(&all)?, &all, keep));
         done.map_err(|e| qcow::Error::refused(self.disk.rest.name(), e.to_string()))
     }
 }

@@ -106,37 +106,43 @@ impl RunningChain {
         }
     }
 
-    /// Reads the chain of the layers from `first` on once more. The bytes of layer `edit`, counted
-    /// from there, can be written; without that the first image is opened for writing.
-    pub(crate) fn read(
+    /// Opens the files of these layers once more. The bytes of the `edit`th of them can be written,
+    /// those of the first if that is not said.
+    pub(crate) fn open(
         &self,
         devices: &[Device],
         which: &[usize],
         edit: Option<usize>,
+    ) -> Result<Vec<Source>, Error> {
+        let open =
+            |(n, &at): (usize, &usize)| self.layers[at].reopen(devices, n == edit.unwrap_or(0));
+        which.iter().enumerate().map(open).collect()
+    }
+
+    /// Reads the chain of these layers out of their files. Without `edit` the first image is opened
+    /// for writing.
+    pub(crate) fn read(
+        &self,
+        files: Vec<Source>,
+        which: &[usize],
+        edit: Option<usize>,
     ) -> Result<Chain, Error> {
-        let opened = |n: usize| -> Result<Opened<Source>, Error> {
-            let layer = &self.layers[which[n]];
-            Ok(Opened {
-                storage: layer.reopen(devices, n == edit.unwrap_or(0))?,
-                path: layer.path.clone(),
-                name: layer.name.clone(),
-                id: layer.id,
-            })
-        };
+        let mut opened = files.into_iter().zip(which).map(|(storage, &at)| {
+            let layer = &self.layers[at];
+            let (path, name, id) = (layer.path.clone(), layer.name.clone(), layer.id);
+            Opened { storage, path, name, id }
+        });
+        let name = &self.layers[which[0]].name;
+        let first = opened.next().ok_or_else(|| Error::node(name, "has no layers"))?;
         let options = ChainOptions {
             format: Some(self.layers[which[0]].format),
             writable: edit.is_none(),
             backing_format: self.backing_format,
             top_only: false,
         };
-        let mut next = 0;
-        let chain = Chain::open(opened(0)?, options, &mut |backing| {
-            next += 1;
-            let refused = |why: String| qcow::Error::refused(&backing.named_by, why);
-            match which.get(next) {
-                Some(_) => opened(next).map_err(|e| refused(e.to_string())),
-                None => Err(refused("names a layer that is not served".to_owned())),
-            }
+        let chain = Chain::open(first, options, &mut |backing| {
+            let why = "names a layer that is not served";
+            opened.next().ok_or_else(|| qcow::Error::refused(&backing.named_by, why))
         })?;
         if chain.layers.len() != which.len() {
             return Err(Error::node(
@@ -175,9 +181,15 @@ impl Disk {
         &self.rest.chain.layers
     }
 
-    /// See [`RunningChain::read`].
-    pub(crate) fn read(&self, which: &[usize], edit: Option<usize>) -> Result<Chain, Error> {
-        self.rest.chain.read(&self.rest.devices, which, edit)
+    /// See [`RunningChain::open`].
+    pub(crate) fn open(&self, which: &[usize]) -> Result<Vec<Source>, Error> {
+        self.rest.chain.open(&self.rest.devices, which, None)
+    }
+
+    /// Reads the chain of these layers once more: see [`RunningChain`].
+    pub(crate) fn read(&self, which: &[usize], edit: usize) -> Result<Chain, Error> {
+        let chain = &self.rest.chain;
+        chain.read(chain.open(&self.rest.devices, which, Some(edit))?, which, Some(edit))
     }
 
     /// Does something to the image on its home reactor.
@@ -251,11 +263,16 @@ impl Disk {
         }
     }
 
-    /// Has all reactors serve the chain of these layers, read from disk once more. While paused.
-    pub(crate) fn restack(&mut self, which: &[usize], keep: bool) -> Result<(), Error> {
+    /// Has all reactors serve the chain of these layers, read from these files. While paused.
+    pub(crate) fn restack(
+        &mut self,
+        files: Vec<Source>,
+        which: &[usize],
+        keep: bool,
+    ) -> Result<(), Error> {
         let name = self.rest.name().to_owned();
         let ports: Vec<Port> = which.iter().map(|&n| self.layers()[n].port).collect();
-        let mut chain = self.read(which, None)?;
+        let mut chain = self.rest.chain.read(files, which, None)?;
         let stack = Stack::new(&mut chain, &ports)?;
         let top = ports[0];
         let news = self.on_image(move |i, leaves| {
