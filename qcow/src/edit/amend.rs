@@ -1,27 +1,34 @@
-//! Changing options of an image that exists: the version and lazy refcounts.
+//! Changing options of an image that exists: the version, lazy refcounts, the external data file's
+//! name and what it is.
 
 use block::Storage;
 
 use super::table::{join, raw_entries};
 use super::tx::run;
-use crate::format::{Header, compatible};
+use crate::format::{Extension, Header, autoclear, compatible, ext};
 use crate::open::{ImageMeta, Mode};
 use crate::{Error, Result};
 
 /// What is to change; `None` stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Amend {
     /// The version: 3, or 2 if it is that already.
     pub version: Option<u32>,
     /// Whether refcounts may be written late; version 3.
     pub lazy_refcounts: Option<bool>,
+    /// The external data file's name as it shall stand in the image. The file itself is the user's
+    /// affair.
+    pub data_file: Option<String>,
+    /// Whether the external data file is the guest's disk by itself: can only be given up.
+    pub data_file_raw: Option<bool>,
 }
 
 /// Changes options. From version 2 to 3 entries of the snapshot table get the disk's size, which
 /// version 3 demands; then the header is replaced.
 ///
 /// # Errors
-/// If the version would fall, version 2 would get lazy refcounts, or a write fails.
+/// If the version would fall, version 2 would get lazy refcounts, there is no external data file to
+/// be named or it would become raw, or a write fails.
 pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
     let meta = ImageMeta::open(st, name, Mode::Edit)?;
     let old = meta.header;
@@ -32,10 +39,31 @@ pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
     if version < 3 && options.lazy_refcounts == Some(true) {
         return Err(Error::refused(name, "lazy_refcounts=on needs compat=1.1"));
     }
+    if (options.data_file.is_some() || options.data_file_raw == Some(true)) && !old.has_data_file()
+    {
+        return Err(Error::refused(name, "has no external data file"));
+    }
+    if options.data_file_raw == Some(true) && !old.raw_data() {
+        return Err(Error::refused(name, "data_file_raw=on is only possible for a new image"));
+    }
     if old.version < 3 && version >= 3 {
         complete_snapshots(st, name)?;
         let header = ImageMeta::open(st, name, Mode::Edit)?.header;
         super::header::replace(st, name, &upgraded(&header))?;
+    }
+    if options.data_file_raw == Some(false) && old.raw_data() {
+        run(st, name, |tx, _| {
+            tx.meta.header.autoclear_features &= !autoclear::RAW_DATA;
+            Ok(())
+        })?;
+    }
+    if let Some(data_file) = &options.data_file {
+        let mut new = ImageMeta::open(st, name, Mode::Edit)?.header;
+        new.extensions.retain(|e| e.kind != ext::DATA_FILE);
+        let data = data_file.clone().into_bytes();
+        // In front: what is known is not pushed out by what is for people.
+        new.extensions.insert(0, Extension { kind: ext::DATA_FILE, data });
+        super::header::replace(st, name, &new)?;
     }
     let lazy = options.lazy_refcounts.unwrap_or(old.lazy_refcounts());
     if lazy != old.lazy_refcounts() {

@@ -218,7 +218,7 @@ fn version_2_becomes_3_at_once() {
                     .unwrap();
             }
             let before = contents(&mut open(std::slice::from_ref(&made)));
-            let change = Amend { version: Some(3), lazy_refcounts: Some(true) };
+            let change = Amend { version: Some(3), lazy_refcounts: Some(true), ..Amend::default() };
             let disk = Disk::new(made.bytes());
             disk.cuts(
                 1,
@@ -237,7 +237,7 @@ fn version_2_becomes_3_at_once() {
                 "{info}"
             );
             assert!(judged_contents(dir.path(), &disk.bytes(), None) == before);
-            let back = Amend { version: Some(2), lazy_refcounts: None };
+            let back = Amend { version: Some(2), ..Amend::default() };
             assert!(edit::amend(&mut disk.clone(), "d", &back).is_err());
         }
     }

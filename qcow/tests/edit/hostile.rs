@@ -42,7 +42,7 @@ const OPERATIONS: [(&str, Operation); 11] = [
         edit::rebase(&mut chain, None, &mut |_| {}).map(|_| ())
     }),
     ("amend", |d| {
-        let options = Amend { version: Some(3), lazy_refcounts: Some(true) };
+        let options = Amend { version: Some(3), lazy_refcounts: Some(true), ..Amend::default() };
         edit::amend(&mut d.clone(), "d", &options)
     }),
     ("add", |d| bitmap(d, "new", BitmapAction::Add { granularity: Some(512) })),

@@ -8,7 +8,8 @@ use qcow::open::Format;
 use super::fresh::{self, Pairs};
 use super::{only_qcow2, open_for_change, usage};
 
-/// Change options of an image: compat=1.1 and lazy_refcounts=on|off.
+/// Change options of an image: compat=1.1, lazy_refcounts=on|off, data_file=NAME and
+/// data_file_raw=off.
 #[derive(Args)]
 pub(crate) struct Amend {
     /// The image's format: qcow2.
@@ -35,9 +36,13 @@ pub(crate) fn run(args: &Amend) -> anyhow::Result<()> {
             ("compat", "1.1" | "v3") => change.version = Some(3),
             ("lazy_refcounts", "on") => change.lazy_refcounts = Some(true),
             ("lazy_refcounts", "off") => change.lazy_refcounts = Some(false),
+            ("data_file", _) if !value.is_empty() => change.data_file = Some(value.clone()),
+            ("data_file_raw", "on") => change.data_file_raw = Some(true),
+            ("data_file_raw", "off") => change.data_file_raw = Some(false),
             _ => {
                 return usage(format!(
-                    "option {name}={value}: compat=1.1 and lazy_refcounts=on|off can be changed"
+                    "option {name}={value}: compat=1.1, lazy_refcounts=on|off, data_file=NAME and \
+                     data_file_raw=off can be changed"
                 ));
             }
         }

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use node::NodeSpec;
+use qcow::create::{create, create_with_data};
 use qcow::open::Format;
 use serde::Serialize;
 
@@ -81,17 +82,30 @@ pub(crate) fn run(args: &Create) -> anyhow::Result<()> {
     .next_multiple_of(512);
     let end = wanted.check(&args.image)?;
     let mut place = Place::open(&args.image, &wanted)?;
+    let mut data = match wanted.open_data(&args.image) {
+        Ok(data) => data,
+        Err(e) => return Err(place.failed(e)),
+    };
     let result = match wanted.format {
         AnyFormat::Raw => make_raw(&mut place, wanted.qcow.size, wanted.raw),
         AnyFormat::Vhd => make_vhd(&mut place, &wanted),
         AnyFormat::Qcow2 => {
             let name = place.name.clone();
-            qcow::create::create(&mut place, &name, &wanted.qcow).map_err(anyhow::Error::new)
+            let made = match &mut data {
+                Some(data) => create_with_data(&mut place, data, &name, &wanted.qcow),
+                None => create(&mut place, &name, &wanted.qcow),
+            };
+            made.map_err(anyhow::Error::new)
         }
     };
     match result {
-        Ok(()) => place.close(end)?,
-        Err(e) => return Err(place.failed(e)),
+        Ok(()) => {
+            if let Some(data) = data {
+                data.close(wanted.qcow.size)?;
+            }
+            place.close(end)?;
+        }
+        Err(e) => return Err(place.both_failed(data, e)),
     }
     report(args, &wanted)
 }

@@ -176,15 +176,7 @@ impl Wanted {
         backing: &Backing,
     ) -> anyhow::Result<Option<Reader>> {
         let Some((name, format)) = &self.qcow.backing else { return Ok(None) };
-        let plain = name.strip_prefix("file:").unwrap_or(name);
-        if plain.split_once(':').is_some_and(|(prefix, _)| !prefix.contains('/')) {
-            bail!(
-                "backing file {name:?}: only paths can stand in an image; write ./NAME for a file \
-                 whose name holds a colon"
-            );
-        }
-        let folder = target.path().and_then(|p| p.parent()).map(PathBuf::from).unwrap_or_default();
-        let path = folder.join(plain);
+        let path = folder(target).join(plain_path("backing file", name)?);
         let reader = Reader::open(&NodeSpec::File(path), &reading(*format, backing, false))
             .with_context(|| format!("backing file {name:?}"))?;
         if target.path().and_then(file_id).is_some_and(|id| reader.find_file(id).is_some()) {
@@ -192,6 +184,36 @@ impl Wanted {
         }
         Ok(Some(reader))
     }
+
+    /// Opens the external data file that the new image will name; a file that does not exist is
+    /// made. Nothing in an existing one is changed yet.
+    ///
+    /// # Errors
+    /// If it is in use (also as the new image itself), the name would be refused later, or it cannot
+    /// be opened for writing.
+    pub(super) fn open_data(&self, target: &NodeSpec) -> anyhow::Result<Option<Place>> {
+        let Some(name) = &self.qcow.data_file else { return Ok(None) };
+        let path = folder(target).join(plain_path("data file", name)?);
+        let place = Place::open(&NodeSpec::File(path), self);
+        place.map(Some).with_context(|| format!("data file {name:?}"))
+    }
+}
+
+/// What names in the image are relative to.
+fn folder(target: &NodeSpec) -> PathBuf {
+    target.path().and_then(|p| p.parent()).map(PathBuf::from).unwrap_or_default()
+}
+
+/// Refuses names that could not be opened when they stand in an image.
+fn plain_path<'n>(what: &str, name: &'n str) -> anyhow::Result<&'n str> {
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    if plain.split_once(':').is_some_and(|(prefix, _)| !prefix.contains('/')) {
+        bail!(
+            "{what} {name:?}: only paths can stand in an image; write ./NAME for a file \
+             whose name holds a colon"
+        );
+    }
+    Ok(plain)
 }
 
 /// A place for a new image, opened for writing and locked. Notes whether anything was written.
@@ -270,6 +292,15 @@ impl Place {
                 "{name}: is left without a valid image, and what was in it before is lost"
             )),
             _ => error,
+        }
+    }
+
+    /// The same for a place with one for an external data file.
+    pub(super) fn both_failed(self, data: Option<Place>, error: anyhow::Error) -> anyhow::Error {
+        let error = self.failed(error);
+        match data {
+            Some(data) => data.failed(error),
+            None => error,
         }
     }
 

@@ -6,6 +6,7 @@ mod compare;
 mod convert;
 mod create;
 mod edit;
+mod features;
 mod info;
 mod map;
 mod vhd;

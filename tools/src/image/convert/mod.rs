@@ -108,6 +108,9 @@ pub(crate) fn run(args: &Convert) -> anyhow::Result<()> {
     if args.compress && wanted.qcow.preallocation != Preallocation::Off {
         return usage("-c: a compressed image cannot be preallocated");
     }
+    if args.compress && wanted.qcow.data_file.is_some() {
+        return usage("-c: an external data file cannot hold compressed clusters");
+    }
     if wanted.qcow.size != 0 {
         return usage("-o size: the destination has the source's size");
     }
@@ -135,12 +138,19 @@ pub(crate) fn run(args: &Convert) -> anyhow::Result<()> {
         wanted.check(&args.destination)?;
         let under = under(&wanted, &source, args, &allowed)?;
         let mut place = Place::open(&args.destination, &wanted)?;
-        match into_new(args, source, &wanted, under, &mut place) {
+        let mut data = match wanted.open_data(&args.destination) {
+            Ok(data) => data,
+            Err(e) => return Err(place.failed(e)),
+        };
+        match into_new(args, source, &wanted, under, &mut place, data.as_mut()) {
             Ok((done, end)) => {
+                if let Some(data) = data {
+                    data.close(wanted.qcow.size)?;
+                }
                 place.close(end)?;
                 done
             }
-            Err(e) => return Err(place.failed(e)),
+            Err(e) => return Err(place.both_failed(data, e)),
         }
     };
     if args.output.is_json() { print::json(&done) } else { Ok(()) }
@@ -176,6 +186,7 @@ fn into_new(
     wanted: &Wanted,
     under: Under,
     place: &mut Place,
+    data: Option<&mut Place>,
 ) -> anyhow::Result<(Done, u64)> {
     match wanted.format {
         AnyFormat::Vhd => {
@@ -191,7 +202,7 @@ fn into_new(
             Ok((done, target.finish()?))
         }
         AnyFormat::Qcow2 => {
-            let mut target = NewQcow::new(place, &wanted.qcow, args.compress)?;
+            let mut target = NewQcow::new(place, data, &wanted.qcow, args.compress)?;
             let cluster = Some(wanted.qcow.cluster_size);
             let plan = Plan::new(source, under, cluster, args.sparse_size);
             let done = copy(plan, &mut target, args)?;

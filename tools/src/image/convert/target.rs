@@ -39,11 +39,15 @@ impl<'p> NewQcow<'p> {
     /// Begins the image; what was in its place is lost.
     pub(super) fn new(
         place: &'p mut Place,
+        data: Option<&'p mut Place>,
         options: &CreateOptions,
         compress: bool,
     ) -> anyhow::Result<NewQcow<'p>> {
         let name = place.name.clone();
-        let builder = Builder::new(place, &name, options)?;
+        let builder = match data {
+            Some(data) => Builder::with_data(place, data, &name, options)?,
+            None => Builder::new(place, &name, options)?,
+        };
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(COMPRESSORS);
         let compressors = match compress {
             true => (0..threads).map(|_| Compressor::new(options.compression)).collect(),
