@@ -249,7 +249,9 @@ impl Tx {
     ) -> Result<()> {
         let old = self.entry(st, guest)?;
         self.change_entry(st, guest, entry)?;
-        if entry.host_cluster().is_some() && entry.host_cluster() == old.host_cluster() {
+        // Where it lies: the COPIED flag may have been wrong.
+        let place = |e: L2Entry| e.host_cluster().map(|(host, _)| host);
+        if place(entry).is_some() && place(entry) == place(old) {
             return Ok(());
         }
         self.lower_entry(st, old)

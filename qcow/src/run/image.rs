@@ -440,6 +440,16 @@ impl Image {
         }
     }
 
+    /// Refuses everything from now on, since what is in memory does not fit what is on disk.
+    pub fn put_out_of_service(&mut self) {
+        if !self.lost {
+            log::error!("the image is out of service: it must be opened again");
+            self.lost = true;
+            self.tell_satellites(Phase::Lost);
+            self.hits.end();
+        }
+    }
+
     pub(super) fn tell_satellites(&self, phase: Phase) {
         self.shared.common.enter(phase);
         self.shared.links.borrow().iter().for_each(|l| l.wake_satellite());

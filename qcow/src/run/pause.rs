@@ -55,6 +55,17 @@ impl Image {
         }
     }
 
+    /// Whether a map for a disk of `size` bytes can be had.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn could_be(&self, size: u64) -> Result<(), String> {
+        let g = self.shared.geometry;
+        let units = size.div_ceil(g.unit_size());
+        let least = 2 * usize::from(self.requests) + 16;
+        Map::new(units, page_bits(&g), self.l2_cache, least).map(|_| ())
+    }
+
     /// Ends a pause, also one that is not reached yet; soon, if metadata goes to disk for it.
     pub fn resume(&mut self) {
         self.given_up = self.stage == Stage::WritingBack { last: false };

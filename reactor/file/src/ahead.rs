@@ -57,6 +57,7 @@ impl FileQueue {
         if let Some(u) = self.units.get_mut(usize::from(unit))
             && !u.block_device
             && !u.info.read_only
+            && u.ahead.is_none()
         {
             u.ahead = Some(Ahead::new());
             self.reserved += 1;
@@ -116,8 +117,10 @@ impl FileQueue {
                 }
             }
         }
-        if let Some(u) = self.units.get_mut(usize::from(unit)) {
-            u.ahead = None;
+        if let Some(u) = self.units.get_mut(usize::from(unit))
+            && u.ahead.take().is_some()
+        {
+            self.reserved -= 1;
         }
     }
 }

@@ -76,9 +76,9 @@ impl Unit {
         let mask = !(u64::from(block) - 1);
         let size = match (block_device, read_only) {
             (true, _) => len & mask,
-            (false, true) => len.checked_next_multiple_of(block.into()).unwrap_or(len & mask),
-            // As far as an offset can say; the file system's own limit answers with "no space".
-            (false, false) => i64::MAX as u64 & !4095,
+            // As far as an offset can say: somebody else may lengthen it, and what is behind the end
+            // reads as zeroes. The file system's own limit answers a write with "no space".
+            (false, _) => i64::MAX as u64 & !4095,
         };
         let dev = meta.rdev();
         let punch = !read_only

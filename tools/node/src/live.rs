@@ -75,6 +75,10 @@ impl Disk {
         let mut storage = HostStorage::of(file, false).map_err(|e| fail(&e))?;
         let made = qcow::create::create(&mut storage, &path.display().to_string(), &options);
         let made = made.map_err(Error::from).and_then(|()| storage.flush().map_err(|e| fail(&e)));
+        // Its name must be as durable as it is.
+        let dir = path.parent().filter(|d| *d != Path::new("")).unwrap_or(Path::new("."));
+        let made =
+            made.and_then(|()| File::open(dir).and_then(|d| d.sync_all()).map_err(|e| fail(&e)));
         if made.is_err() {
             let _ = std::fs::remove_file(path);
         }
@@ -232,15 +236,20 @@ impl Disk {
     }
 
     fn commit_down(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
+        // An earlier try may have left tables on disk that the reactors have not followed.
+        self.paused(|disk| {
+            let all = disk.numbers();
+            disk.restack(disk.open(&all)?, &all, false)
+        })?;
         let which: Vec<usize> = (depth..self.layers().len()).collect();
         let chain = self.read(&which, 1)?;
         // Clusters that the lower layer writes anew hold more than the upper one hides, if they are
-        // larger than what the upper one maps.
+        // larger than what the upper one maps, or if it grows.
         let unit = |n: usize| match chain.layers[n].image() {
             Some(i) => (i.geometry.unit_size(), i.geometry.cluster_size()),
             None => (0, 0),
         };
-        let keep = unit(1).1 <= unit(0).0;
+        let keep = unit(1).1 <= unit(0).0 && chain.layers[1].size() >= chain.layers[0].size();
         let mut reader = ChainReader::new(chain);
         let of = reader.size();
         let mut on = Committing { disk: self, watch, of, allowed: 0, last: 0, keep };
@@ -261,11 +270,13 @@ impl Disk {
         if above > 0 {
             self.upgrade(above)?;
         }
+        let all = self.numbers();
         let done = self.paused(|disk| {
             let layer = &disk.layers()[above];
             let to = to.as_ref().map(|(name, format)| (name.as_str(), *format));
-            qcow::edit::set_backing(&mut layer.reopen(&disk.rest.devices, true)?, &layer.name, to)?;
-            disk.restack(disk.open(&which)?, &which, false)
+            let mut storage = layer.reopen(&disk.rest.devices, true)?;
+            let changed = qcow::edit::set_backing(&mut storage, &layer.name, to);
+            disk.follow(changed.map_err(Error::from), &all, &which)
         });
         if above > 0 {
             self.layers()[above].locks.iter().for_each(ImageLock::share);
@@ -295,12 +306,32 @@ impl Disk {
     /// # Errors
     /// If the image cannot have that size; it goes on as it was then.
     pub fn resize(&mut self, size: u64) -> Result<(), Error> {
+        let could_be = self.on_image(move |i, _| i.could_be(size))?;
+        could_be.map_err(|e| Error::node(self.rest.name(), e))?;
         self.paused(|disk| {
             let all = disk.numbers();
             let chain = disk.read(&all, 0)?;
-            qcow::edit::resize(&mut ChainReader::new(chain), size)?;
-            disk.restack(disk.open(&all)?, &all, false)
+            let changed = qcow::edit::resize(&mut ChainReader::new(chain), size);
+            disk.follow(changed.map_err(Error::from), &all, &all)
         })
+    }
+
+    /// Goes on with what a change has left on disk: the chain `new` if it was made, else `old`, of
+    /// which a part may be new all the same. What is in memory fits neither any more: if neither can
+    /// be read the image is out of service.
+    fn follow(
+        &mut self,
+        changed: Result<(), Error>,
+        old: &[usize],
+        new: &[usize],
+    ) -> Result<(), Error> {
+        let which = if changed.is_ok() { new } else { old };
+        let followed = self.open(which).and_then(|files| self.restack(files, which, false));
+        if let Err(e) = followed {
+            self.on_image(|i, _| i.put_out_of_service())?;
+            return Err(e);
+        }
+        changed
     }
 }
 

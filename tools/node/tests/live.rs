@@ -252,6 +252,65 @@ fn another_size() {
     qemu_agrees(&[&base], &held);
 }
 
+/// Lower layers that were opened as backing files grow by a commit.
+#[test]
+fn a_commit_into_a_backing_file_that_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, a, b, _] = files(dir.path(), ["base", "a", "b", "c"]);
+    make(&base, SIZE);
+    for (overlay, byte) in [(&a, 1), (&b, 2)] {
+        let node = if byte == 1 { &base } else { &a };
+        let mut disk = serve(node.to_str().unwrap(), 1);
+        let pieces = Pool::new(1, PIECE as u32).unwrap();
+        let seg = pieces.region().seg(0, PIECE as u32);
+        pieces.region().write(0, &[byte; PIECE as usize]);
+        let mut portal = disk.door().open(1, vec![pieces.region().clone()]).unwrap();
+        for n in (0..200).map(|n| n * 8 + u64::from(byte)) {
+            let (op, flags, offset, len) = (Op::Write, Flags::NONE, n * PIECE, PIECE);
+            let r = PortalRequest { id: 0, op, flags, offset, len, seg };
+            assert_eq!(portal.call(r), Status::Ok);
+        }
+        drop(portal);
+        disk.snapshot(overlay).unwrap();
+        disk.close().unwrap();
+    }
+    for reactors in [1, 2] {
+        let mut disk = serve(b.to_str().unwrap(), reactors);
+        let load = |disk: &mut Disk, load: &Load| {
+            load.go_on(20);
+            if reactors == 1 {
+                disk.commit(1, &mut Freely).unwrap();
+                load.go_on(20);
+            }
+        };
+        Load::during(&mut disk, load);
+        disk.close().unwrap();
+        for file in [&b, &base] {
+            let out = Command::new("qemu-img").arg("check").arg(file).output();
+            assert!(out.is_err() || out.unwrap().status.success(), "{}", file.display());
+        }
+    }
+}
+
+/// Sizes change again and again: nothing is used up.
+#[test]
+fn many_sizes() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    make(&base, SIZE);
+    let mut disk = serve(base.to_str().unwrap(), 1);
+    for n in 1..40 {
+        disk.resize(SIZE + n * 65536).unwrap();
+    }
+    let e = disk.resize(1 << 61).unwrap_err().to_string();
+    assert!(!e.is_empty());
+    let held = Load::during(&mut disk, |_, load| load.go_on(20));
+    disk.resize(SIZE).unwrap();
+    disk.close().unwrap();
+    compare(&base, &held);
+    qemu_agrees(&[&base], &held);
+}
+
 /// Stops after a while, and allows little at a time.
 struct Stops(u32);
 

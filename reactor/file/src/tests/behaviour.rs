@@ -61,6 +61,8 @@ fn a_growing_file_gets_its_space_ahead() {
         assert_eq!(rig.one(Op::Write, Flags::NONE, 0, 4096).status, Status::Ok);
         assert_eq!(rig.q.unit_len(0), 64 << 10, "a write inside");
         let room = rig.q.room();
+        (0..600).for_each(|_| rig.q.allocate_ahead(0));
+        assert_eq!(rig.q.room(), room);
         for n in 0..64 {
             let offset = (64 << 10) + n * 4096;
             assert_eq!(rig.one(Op::Write, Flags::NONE, offset, 4096).status, Status::Ok);
@@ -166,7 +168,7 @@ fn wrong_requests_are_answered_not_followed() {
         let mut rig = Rig::new(kind);
         rig.q.add(File::open(&path).unwrap()).unwrap();
         let info = rig.q.info(0).unwrap();
-        assert_eq!((info.read_only, info.size), (true, 8192));
+        assert!(info.read_only);
         let seg = |len| [rig.region.seg(0, len).unwrap()];
         let (sector, block) = (seg(512), seg(4096));
         let ask = |rig: &mut Rig, op, unit, offset, len, segs: &[_]| {
@@ -178,7 +180,8 @@ fn wrong_requests_are_answered_not_followed() {
         let rig = &mut rig;
         assert_eq!(ask(rig, Op::Read, 0, 0, 4096, &block), Status::Ok);
         assert_eq!(ask(rig, Op::Read, 1, 0, 4096, &block), Status::Invalid);
-        assert_eq!(ask(rig, Op::Read, 0, 8192, 4096, &block), Status::Invalid);
+        // Behind the end, where another queue may write.
+        assert_eq!(ask(rig, Op::Read, 0, 8192, 4096, &block), Status::Ok);
         assert_eq!(ask(rig, Op::Read, 0, u64::MAX - 4095, 4096, &block), Status::Invalid);
         assert_eq!(ask(rig, Op::Read, 0, 100, 4096, &block), Status::Invalid);
         assert_eq!(ask(rig, Op::Read, 0, 0, 4096, &sector), Status::Invalid);
