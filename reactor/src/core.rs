@@ -134,6 +134,25 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         Ok(index)
     }
 
+    /// Puts a leaf queue in the place of one that nothing is asked of any more.
+    ///
+    /// # Errors
+    /// As [`Core::add_leaf`]; or if there is no such place, or requests of the old one are in flight.
+    pub fn replace_leaf(&mut self, index: u16, mut leaf: L) -> Result<(), String> {
+        for f in self.frontends.iter().flatten() {
+            for region in f.frontend.regions() {
+                leaf.register(&region)?;
+            }
+        }
+        let place = self.leaves.get_mut(usize::from(index));
+        let place = place.ok_or("there is no such leaf queue")?;
+        if place.in_flight() > 0 {
+            return Err("the leaf queue is in use".to_owned());
+        }
+        *place = leaf;
+        Ok(())
+    }
+
     /// The leaf queues.
     pub fn leaves(&mut self) -> &mut [L] {
         &mut self.leaves

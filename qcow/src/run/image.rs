@@ -122,6 +122,8 @@ pub struct Image {
     pub(super) resting: Vec<u16>,
     /// Leaf queues that know all memory.
     pub(super) known_leaves: usize,
+    /// Places at which others have come since.
+    pub(super) new_leaves: Vec<u16>,
     pub(super) l2_cache: u64,
     pub(super) tasks: Tasks,
     pub(super) closed: Option<Status>,
@@ -192,6 +194,7 @@ impl Image {
             requests: slots,
             resting: Vec::with_capacity(usize::from(slots)),
             known_leaves: leaves.len(),
+            new_leaves: Vec::new(),
             l2_cache: options.l2_cache,
             shared,
             tasks,

@@ -55,6 +55,12 @@ impl Image {
         }
     }
 
+    /// Another leaf queue came in the place of an old one: it learns of all memory with the next
+    /// [`Image::restack`].
+    pub fn leaf_was_replaced(&mut self, index: u16) {
+        self.new_leaves.push(index);
+    }
+
     /// Whether a map for a disk of `size` bytes can be had.
     ///
     /// # Errors
@@ -109,9 +115,9 @@ impl Image {
             return Err("the image cannot change between reading and writing".to_owned());
         }
         let regions = old.regions();
-        for leaf in leaves.iter_mut().skip(self.known_leaves) {
-            for region in &regions {
-                leaf.register(region)?;
+        for (leaf, n) in leaves.iter_mut().zip(0..) {
+            if usize::from(n) >= self.known_leaves || self.new_leaves.contains(&n) {
+                regions.iter().try_for_each(|region| leaf.register(region))?;
             }
         }
         let (device, data_device) = devices(&stack, leaves)?;
@@ -134,6 +140,7 @@ impl Image {
         };
         // From here on nothing fails. The tasks wait for jobs, and hold nothing else.
         self.known_leaves = leaves.len();
+        self.new_leaves.clear();
         self.tasks = Tasks::new(0, |_| std::future::ready(()));
         let Some(shared) = Rc::get_mut(&mut self.shared) else {
             unreachable!("the tasks alone share it, and they are gone");

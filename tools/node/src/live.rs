@@ -97,6 +97,7 @@ impl Disk {
         let file = host.into_file();
         let mut new = RunningLayer {
             port: Port { leaf: 0, unit: 0 },
+            alone: true,
             lies: Lies::File(file.try_clone().map_err(|e| fail(&e))?),
             name: name.clone(),
             path: Some(path.to_owned()),

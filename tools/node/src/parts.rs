@@ -176,7 +176,11 @@ impl Parts {
         let top = self.ports[0];
         let leaf = self.leaves.swap_remove(usize::from(top.leaf));
         let Parts { further, chain, writable, devices, locks, name, .. } = self;
-        (leaf, top.unit, Rest { further, top, chain, writable, devices, locks, name })
+        (
+            leaf,
+            top.unit,
+            Rest { further, top, chain, spare: Vec::new(), writable, devices, locks, name },
+        )
     }
 
     /// Puts leaves and image into a core; returns the image's index and what is needed to close.
@@ -193,7 +197,10 @@ impl Parts {
         let Parts { name, locks, devices, writable, chain, ports, plan, leaves, further } = self;
         let top = ports[0];
         match attach_image(core, leaves, plan, top, options) {
-            Ok(index) => Ok((index, Rest { further, top, chain, writable, devices, locks, name })),
+            Ok(index) => {
+                let spare = Vec::new();
+                Ok((index, Rest { further, top, chain, spare, writable, devices, locks, name }))
+            }
             Err(e) => {
                 drop(further);
                 // Before the devices, whose controllers wait for their queue pairs, and the locks.
@@ -294,6 +301,8 @@ pub struct Rest {
     further: Vec<Further>,
     pub(crate) top: Port,
     pub(crate) chain: RunningChain,
+    /// Leaf queues, on every reactor, whose files were let go of.
+    pub(crate) spare: Vec<u16>,
     writable: bool,
     pub(crate) devices: Vec<Device>,
     locks: Vec<Vec<ImageLock>>,

@@ -38,6 +38,8 @@ pub(crate) struct RunningChain {
 pub(crate) struct RunningLayer {
     /// Where it lies, on every reactor.
     pub(crate) port: Port,
+    /// No other layer has that leaf queue.
+    pub(crate) alone: bool,
     /// What it lies in.
     pub(crate) lies: Lies,
     pub(crate) name: String,
@@ -81,6 +83,7 @@ impl RunningChain {
             };
             all.layers.push(RunningLayer {
                 port,
+                alone: false,
                 lies,
                 name: layer.name.clone(),
                 path: layer.path.clone(),
@@ -302,28 +305,47 @@ impl Disk {
     }
 
     /// Adds a queue to a device to all reactors; returns its index.
-    pub(crate) fn add_leaf(&self, leaf: Leaf) -> Result<u16, Error> {
-        let fail = |e: String| Error::node(self.rest.name(), e);
+    pub(crate) fn add_leaf(&mut self, leaf: Leaf) -> Result<u16, Error> {
+        let name = self.rest.name().to_owned();
+        let fail = |e: String| Error::node(&name, e);
         let mut all = Vec::new();
         for _ in &self.further {
             all.push(leaf.another(&mut std::iter::empty()).map_err(fail)?);
         }
         all.push(leaf);
-        let mut index = None;
+        let spare = self.rest.spare.pop();
+        let mut index = spare;
         for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
-            let added = running.reactor.mailbox().ask(move |core| core.add_leaf(leaf));
-            let added = added.ok_or_else(|| fail("a reactor has ended".into()))?.map_err(fail)?;
-            if index.is_some_and(|i| i != added) {
-                return Err(fail("its reactors have different queues".into()));
+            let added = running.reactor.mailbox().ask(move |core: &mut ReactorCore| match spare {
+                Some(at) => core.replace_leaf(at, leaf).map(|()| at),
+                None => core.add_leaf(leaf),
+            });
+            let added = added.ok_or_else(|| fail("a reactor has ended".into())).and_then(|a| {
+                let added = a.map_err(fail)?;
+                match index {
+                    Some(i) if i != added => Err(fail("its reactors have different queues".into())),
+                    _ => Ok(added),
+                }
+            });
+            match added {
+                Ok(added) => index = Some(added),
+                Err(e) => {
+                    // What is there already does no harm, and is taken next time.
+                    self.rest.spare.extend(spare);
+                    return Err(e);
+                }
             }
-            index = Some(added);
         }
-        index.ok_or_else(|| fail("has no reactor".into()))
+        let index = index.ok_or_else(|| fail("has no reactor".into()))?;
+        self.on_image(move |i, _| i.leaf_was_replaced(index))?;
+        Ok(index)
     }
 
-    /// Lets go of files that the chain does not contain any more.
-    pub(crate) fn forget(&self, gone: &[RunningLayer]) {
-        for port in gone.iter().map(|l| l.port) {
+    /// Lets go of files that the chain does not contain any more, and of their queues, if those were
+    /// theirs alone.
+    pub(crate) fn forget(&mut self, gone: &[RunningLayer]) {
+        for layer in gone {
+            let port = layer.port;
             for running in self.further.iter().chain([&self.home]) {
                 running.reactor.mailbox().post(move |core: &mut ReactorCore| {
                     if let Some(Leaf::File(queue)) = core.leaves().get_mut(usize::from(port.leaf))
@@ -332,6 +354,9 @@ impl Disk {
                         log::warn!("a file stays open: {e}");
                     }
                 });
+            }
+            if layer.alone {
+                self.rest.spare.push(port.leaf);
             }
         }
     }

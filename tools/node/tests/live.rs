@@ -292,6 +292,35 @@ fn a_commit_into_a_backing_file_that_grows() {
     }
 }
 
+/// Snapshots come and go: nothing is used up.
+#[test]
+fn many_snapshots() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    make(&base, SIZE);
+    let mut disk = serve(base.to_str().unwrap(), 2);
+    let mut held_open = Vec::new();
+    let held = Load::during(&mut disk, |disk, load| {
+        for n in 0..12 {
+            disk.snapshot(&dir.path().join(format!("s{n}"))).unwrap();
+            load.go_on(3);
+            if n > 0 {
+                disk.commit(1, &mut Freely).unwrap();
+            }
+            // Others' tests run beside this one: files of this folder alone.
+            let open = std::fs::read_dir("/proc/self/fd").unwrap();
+            let open = open.filter_map(|f| std::fs::read_link(f.unwrap().path()).ok());
+            held_open.push(open.filter(|f| f.starts_with(dir.path())).count());
+        }
+    });
+    assert!(held_open[11] <= held_open[3], "files stay open: {held_open:?}");
+    assert_eq!(disk.chain().count(), 2);
+    disk.close().unwrap();
+    let top = dir.path().join("s11");
+    compare(&top, &held);
+    qemu_agrees(&[&top, &base], &held);
+}
+
 /// Sizes change again and again: nothing is used up.
 #[test]
 fn many_sizes() {
