@@ -16,6 +16,18 @@ const SIZE: u64 = 32 << 20;
 const PIECE: u64 = 4096;
 const CLIENTS: u64 = 3;
 
+/// Each test has several busy threads: one at a time.
+static ALONE: reactor::sync::Mutex<()> = reactor::sync::Mutex::new(());
+
+/// Ends the clients, also when the work they run beside fails.
+struct Stop<'l>(&'l Load);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 fn make(path: &Path, size: u64) {
     let file = std::fs::File::options().create_new(true).read(true).write(true).open(path).unwrap();
     let mut storage = node::HostStorage::of(file, false).unwrap();
@@ -63,8 +75,9 @@ impl Load {
                     scope.spawn(move || load.client(door, k))
                 })
                 .collect();
+            let stop = Stop(&load);
             work(disk, &load);
-            load.stop.store(true, Ordering::Relaxed);
+            drop(stop);
             for (k, client) in (0..).zip(clients) {
                 for (n, byte) in client.join().unwrap() {
                     assert_eq!(n % CLIENTS, k);
@@ -167,6 +180,7 @@ fn files(dir: &Path, names: [&str; 4]) -> [PathBuf; 4] {
 
 #[test]
 fn snapshots_a_commit_and_a_stream() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     for node in ["", "model:"] {
         let sub = dir.path().join(format!("x{}", node.len()));
@@ -207,6 +221,7 @@ fn snapshots_a_commit_and_a_stream() {
 
 #[test]
 fn commits_below_other_layers() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let [base, a, b, c] = files(dir.path(), ["base", "a", "b", "c"]);
     make(&base, SIZE);
@@ -233,6 +248,7 @@ fn commits_below_other_layers() {
 
 #[test]
 fn another_size() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base");
     make(&base, SIZE);
@@ -255,6 +271,7 @@ fn another_size() {
 /// Lower layers that were opened as backing files grow by a commit.
 #[test]
 fn a_commit_into_a_backing_file_that_grows() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let [base, a, b, _] = files(dir.path(), ["base", "a", "b", "c"]);
     make(&base, SIZE);
@@ -295,6 +312,7 @@ fn a_commit_into_a_backing_file_that_grows() {
 /// Snapshots come and go: nothing is used up.
 #[test]
 fn many_snapshots() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base");
     make(&base, SIZE);
@@ -325,6 +343,7 @@ fn many_snapshots() {
 /// Sizes change again and again: nothing is used up.
 #[test]
 fn many_sizes() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base");
     make(&base, SIZE);
@@ -357,6 +376,7 @@ impl JobWatch for Stops {
 
 #[test]
 fn jobs_that_are_stopped_change_nothing_and_go_again() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let [base, a, b, _] = files(dir.path(), ["base", "a", "b", "c"]);
     make(&base, SIZE);
@@ -382,6 +402,7 @@ fn jobs_that_are_stopped_change_nothing_and_go_again() {
 
 #[test]
 fn what_cannot_be_done_is_refused() {
+    let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let [base, a, other, full] = files(dir.path(), ["base", "a", "other", "full"]);
     make(&base, SIZE);
