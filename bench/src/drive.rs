@@ -9,7 +9,8 @@ use reactor::Clock;
 
 use crate::Error;
 use crate::device::Load;
-use crate::path::{STRIPE, Totals};
+use crate::path::Totals;
+use crate::rig::STRIPE;
 
 /// Empty devices of 16 MiB.
 pub(crate) fn devices(count: u8, scratch: &Path) -> Result<Vec<NodeSpec>, Error> {

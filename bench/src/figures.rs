@@ -12,7 +12,7 @@ use reactor::Clock;
 use serde::Serialize;
 
 use crate::Error;
-use crate::path::{Rig, close};
+use crate::rig::{Rig, close};
 
 /// Device commands while a guest fills an empty image with 4 KiB writes, 32 deep, in order.
 #[derive(Clone, Copy, Debug, Serialize)]

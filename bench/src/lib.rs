@@ -5,6 +5,7 @@
 //!   counts instructions layer by layer.
 //! - [`device`] loads one device through its leaf queue, without an image.
 //! - [`chain`]: what changing a running chain costs.
+//! - [`several`]: throughput of an image on one and on two reactors, where processors are idle.
 //! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
@@ -22,6 +23,8 @@ mod guest;
 mod latency;
 pub mod path;
 mod reference;
+mod rig;
+pub mod several;
 mod stamp;
 mod trap;
 

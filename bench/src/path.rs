@@ -5,31 +5,20 @@
 //! instructions of the reactor's part alone: guest and device run outside.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use blkif::{Abi, Backend, Config, Signal};
+use blkif::Signal;
 use block::{Flags, Op, Request, Tag};
-use node::{Frontend, Image, Leaf, NodeSpec, OpenOptions, Parts, ReactorCore};
-use qcow::create::{CreateOptions, create};
+use node::{Image, Leaf, NodeSpec, OpenOptions, Parts, ReactorCore};
 use qcow::open::Format;
 use reactor::Clock;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::counters::Counters;
-use crate::drive::{How, devices, drive};
+use crate::drive::{How, drive};
 use crate::guest::{Guest, Kick, Mix};
+use crate::rig::{BLOCKS, Load, ORDER, add_ring, close, image_file, rig, rig_for};
 use crate::stamp::BLOCK;
-
-/// A ring of one page: 32 requests.
-const ORDER: u8 = 0;
-
-/// Blocks of 4 KiB of the disk: within one page of the map.
-const BLOCKS: u64 = 2048;
-
-/// Stripes of that many bytes.
-pub(crate) const STRIPE: u64 = 64 << 10;
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -55,11 +44,25 @@ pub enum Scenario {
     Stripe(u8),
     /// The driver alone: that many queues of one device, in turn, as that many reactors have them.
     Reactors(u8),
+    /// As `Read`, by a satellite of the image.
+    ReadSatellite,
+    /// As `Write`, by a satellite of the image.
+    WriteSatellite,
+    /// As `Read`, on the home reactor of an image with that many satellites, which are idle.
+    ReadHome(u8),
+    /// A turn of an idle home reactor with one ring and that many satellites.
+    IdleHome(u8),
+    /// A turn of an idle satellite with one ring.
+    IdleSatellite,
+    /// Random 4 KiB reads of what is in no layer, which no hit can answer.
+    Hole,
+    /// The same by a satellite, which sends each of them home: the cost of both reactors.
+    HoleSatellite,
 }
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 17] = [
+    pub const ALL: [(Scenario, usize); 28] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
@@ -77,6 +80,17 @@ impl Scenario {
         (Scenario::Stripe(4), 32),
         (Scenario::Reactors(1), 32),
         (Scenario::Reactors(2), 32),
+        (Scenario::ReadSatellite, 1),
+        (Scenario::ReadSatellite, 32),
+        (Scenario::WriteSatellite, 32),
+        (Scenario::ReadHome(1), 32),
+        (Scenario::ReadHome(8), 32),
+        (Scenario::IdleHome(0), 1),
+        (Scenario::IdleHome(1), 1),
+        (Scenario::IdleHome(8), 1),
+        (Scenario::IdleSatellite, 1),
+        (Scenario::Hole, 32),
+        (Scenario::HoleSatellite, 32),
     ];
 
     /// Name on the command line and in reports.
@@ -92,6 +106,13 @@ impl Scenario {
             Scenario::Devices(n) => return format!("devices-{n}"),
             Scenario::Stripe(n) => return format!("stripe-{n}"),
             Scenario::Reactors(n) => return format!("reactors-{n}"),
+            Scenario::ReadSatellite => "read-satellite",
+            Scenario::WriteSatellite => "write-satellite",
+            Scenario::ReadHome(n) => return format!("read-home-{n}"),
+            Scenario::IdleHome(n) => return format!("idle-home-{n}"),
+            Scenario::IdleSatellite => "idle-satellite",
+            Scenario::Hole => "hole",
+            Scenario::HoleSatellite => "hole-satellite",
         };
         name.to_owned()
     }
@@ -104,13 +125,26 @@ impl Scenario {
     /// The function inside which instructions are collected.
     pub fn symbol(self) -> &'static str {
         match self {
-            Scenario::Read | Scenario::Write | Scenario::Idle32 | Scenario::ReadStripe(_) => {
-                "measured_turn"
-            }
             Scenario::Translate1 | Scenario::Translate20 => "measured_translate",
             Scenario::EmptyPoll => "measured_poll",
             Scenario::Devices(_) | Scenario::Stripe(_) | Scenario::Reactors(_) => "measured_load",
+            _ => "measured_turn",
         }
+    }
+
+    /// Whether data moves, so that its copy must be found in a profile.
+    pub fn moves(self) -> bool {
+        matches!(
+            self,
+            Scenario::Read
+                | Scenario::Write
+                | Scenario::ReadStripe(_)
+                | Scenario::ReadSatellite
+                | Scenario::WriteSatellite
+                | Scenario::ReadHome(_)
+                | Scenario::Hole
+                | Scenario::HoleSatellite
+        )
     }
 }
 
@@ -161,213 +195,76 @@ pub fn measure(
     let mut totals = Totals { trap, ..Totals::default() };
     let t = &mut totals;
     let requests = match scenario {
-        Scenario::Read => requests(Mix::Read, 1, depth, count, scratch, t)?,
-        Scenario::Write => requests(Mix::Write, 1, depth, count, scratch, t)?,
-        Scenario::ReadStripe(n) => requests(Mix::Read, n, depth, count, scratch, t)?,
+        Scenario::Read => requests(Load::hits(Mix::Read), depth, count, scratch, t)?,
+        Scenario::Write => requests(Load::hits(Mix::Write), depth, count, scratch, t)?,
+        Scenario::ReadStripe(devices) => {
+            requests(Load { devices, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
+        }
+        Scenario::ReadSatellite => {
+            requests(Load::by_satellite(Mix::Read), depth, count, scratch, t)?
+        }
+        Scenario::WriteSatellite => {
+            requests(Load::by_satellite(Mix::Write), depth, count, scratch, t)?
+        }
+        Scenario::ReadHome(satellites) => {
+            requests(Load { satellites, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
+        }
+        Scenario::Hole => {
+            requests(Load { filled: false, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
+        }
+        Scenario::HoleSatellite => {
+            let load = Load { filled: false, ..Load::by_satellite(Mix::Read) };
+            requests(load, depth, count, scratch, t)?
+        }
         Scenario::Devices(n) => drive(n, How::Apart, depth, count, scratch, t)?,
         Scenario::Stripe(n) => drive(n, How::Striped, depth, count, scratch, t)?,
         Scenario::Reactors(n) => drive(n, How::OneDevice, depth, count, scratch, t)?,
         Scenario::Translate1 => translate(1, count, scratch, t)?,
         Scenario::Translate20 => translate(20, count, scratch, t)?,
-        Scenario::Idle32 => idle(count, scratch, t)?,
+        Scenario::Idle32 => idle(32, Load::hits(Mix::Read), count, scratch, t)?,
+        Scenario::IdleHome(satellites) => {
+            idle(1, Load { satellites, ..Load::hits(Mix::Read) }, count, scratch, t)?
+        }
+        Scenario::IdleSatellite => idle(1, Load::by_satellite(Mix::Read), count, scratch, t)?,
         Scenario::EmptyPoll => empty_poll(count, scratch, t)?,
     };
     Ok(totals.into_run(requests))
 }
 
-/// A rig on an empty image of the usual size. Under callgrind, which makes everything some fifty
-/// times slower, the reactor's time is made up: else it would do by the clock, and have counted,
-/// far more between two requests than it does.
-fn rig(path: &Path, run: &Totals) -> Result<Rig, Error> {
-    let spec = node::ModelSpec::new(path);
-    image_file(&spec.path, BLOCKS, None)?;
-    Rig::open(NodeSpec::Model(spec), BLOCKS, !run.trap)
-}
-
-/// The same over a stripe of `count` devices.
-fn striped_rig(count: u8, scratch: &Path, run: &Totals) -> Result<Rig, Error> {
-    let spec = NodeSpec::Stripe(STRIPE, devices(count, scratch)?);
-    let mut storage = node::open_source(&spec, &OpenOptions::write(Format::Raw))?;
-    let options = CreateOptions::new(BLOCKS * BLOCK as u64);
-    create(&mut storage, "bench", &options).map_err(node::Error::from)?;
-    storage.close()?;
-    Rig::open(spec, BLOCKS, !run.trap)
-}
-
-fn image_file(path: &Path, blocks: u64, backing: Option<&str>) -> Result<(), Error> {
-    let mut options = std::fs::File::options();
-    let file = options.create(true).truncate(true).read(true).write(true).open(path);
-    let file = file.map_err(Error::other)?;
-    let mut storage = node::HostStorage::of(file, false).map_err(Error::other)?;
-    let mut o = CreateOptions::new(blocks * BLOCK as u64);
-    o.backing = backing.map(|name| (name.to_owned(), Format::Qcow2));
-    create(&mut storage, "bench", &o).map_err(node::Error::from)?;
-    Ok(())
-}
-
-/// A reactor's core on this thread with a ring, a device and the guest's end.
-pub(crate) struct Rig {
-    core: ReactorCore,
-    image: usize,
-    guest: Guest,
-    frontend: usize,
-    devices: Vec<node::ModelController>,
-    rest: node::Rest,
-    clock: Clock,
-    /// The reactor's time, if it is made up.
-    time: Arc<AtomicU64>,
-}
-
-impl Rig {
-    /// A rig on an empty image of `blocks` blocks.
-    pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
-        image_file(&spec.path, blocks, None)?;
-        Rig::open(NodeSpec::Model(spec), blocks, false)
-    }
-
-    fn open(spec: NodeSpec, blocks: u64, made_up_time: bool) -> Result<Rig, Error> {
-        let clock = Clock::real();
-        let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(Format::Qcow2) };
-        let parts = Parts::new(node::open_chain(&spec, &open)?)?;
-        let (time_of_core, time) = match made_up_time {
-            true => Clock::virtual_clock(),
-            false => (clock.clone(), Arc::default()),
-        };
-        let mut core = ReactorCore::new(time_of_core).map_err(Error::other)?;
-        let (image, mut rest) =
-            parts.attach(&mut core, qcow::run::Options::default()).map_err(Error::other)?;
-        let devices = rest.models().filter_map(node::Model::take_device).collect();
-        let kick = Kick { signal: Signal::default(), wake: core.wake() };
-        let guest = Guest::new(ORDER, blocks, kick)?;
-        let frontend = add_ring(&mut core, image, &guest)?;
-        Ok(Rig { core, image, guest, frontend, devices, rest, clock, time })
-    }
-
-    /// Guest, reactor, device, and the reactor again: it starts what it took in the same turn, and
-    /// reaps in the next.
-    fn round(&mut self, mix: Mix, depth: usize) {
-        let now = self.clock.now();
-        self.guest.send(mix, depth, now);
-        self.tick();
-        self.core.turn();
-        self.step_devices();
-        self.tick();
-        self.core.turn();
-        self.guest.reap(now);
-    }
-
-    /// Has the devices do all that they can.
-    fn step_devices(&mut self) {
-        for device in &mut self.devices {
-            while device.step(self.clock.now()) {}
-        }
-    }
-
-    /// Lets 5 µs pass, if time is made up.
-    fn tick(&self) {
-        self.time.fetch_add(5_000, Ordering::Relaxed);
-    }
-
-    fn check(&self) -> Result<(), Error> {
-        match &self.guest.failure {
-            Some(e) => Err(Error::other(e)),
-            None => Ok(()),
-        }
-    }
-
-    /// Writes the disk once, in order, and flushes.
-    pub(crate) fn fill(&mut self) -> Result<(), Error> {
-        while !self.guest.at_end() || self.guest.in_flight() > 0 {
-            self.round(Mix::Fill, 32);
-            self.check()?;
-        }
-        self.guest.send_flush(self.clock.now());
-        self.settle()
-    }
-
-    /// Maps every cluster and grants every page.
-    fn warm_up(&mut self) -> Result<(), Error> {
-        self.fill()?;
-        for _ in 0..300 {
-            self.round(Mix::Mixed, 32);
-        }
-        self.settle()
-    }
-
-    /// Counters of the device.
-    pub(crate) fn model_stats(&mut self) -> Option<node::ModelCounts> {
-        self.rest.models().next().map(|m| m.stats().snapshot())
-    }
-
-    fn settle(&mut self) -> Result<(), Error> {
-        while self.guest.in_flight() > 0 {
-            self.round(Mix::Mixed, 0);
-            self.check()?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn close(mut self) -> Result<(), Error> {
-        self.settle()?;
-        let removed = self.core.remove_frontend(self.frontend);
-        drop(removed.ok_or_else(|| Error::other("the ring is still in use"))?);
-        let Rig { mut core, image, devices, mut rest, .. } = self;
-        for (model, device) in rest.models().zip(devices) {
-            model.give_device(device)?;
-        }
-        close(&mut core, image, rest)
-    }
-}
-
-fn add_ring(core: &mut ReactorCore, image: usize, guest: &Guest) -> Result<usize, Error> {
-    let (ring, grants) = (guest.ring().ring(), guest.ring().grants());
-    let added = core.add_frontend(image, |owner, _| {
-        let mut config = Config::new(owner, Abi::X86_64, ORDER);
-        config.persistent_pages = config.usual_persistent_pages();
-        let backend = Backend::new(config, ring, grants, Signal::default());
-        Ok(Frontend::Ring(Box::new(backend.map_err(|e| e.to_string())?)))
-    });
-    added.map_err(Error::other)
-}
-
-/// Closes an image that is turned by hand.
-pub(crate) fn close(core: &mut ReactorCore, image: usize, rest: node::Rest) -> Result<(), Error> {
-    if let Some(i) = core.image(image) {
-        block::Layer::<Leaf>::close(i);
-    }
-    loop {
-        core.turn();
-        if let Some((image, status)) = core.remove_closed_image(image) {
-            let leaves = core.take_leaves();
-            return Ok(rest.finish(&image, status, leaves)?);
-        }
-        std::thread::yield_now();
-    }
-}
-
 fn requests(
-    mix: Mix,
-    devices: u8,
+    load: Load,
     depth: usize,
     count: u64,
     scratch: &Path,
     run: &mut Totals,
 ) -> Result<u64, Error> {
-    let mut rig = match devices {
-        1 => rig(&scratch.join("path.qcow2"), run)?,
-        n => striped_rig(n, scratch, run)?,
-    };
-    rig.warm_up()?;
+    let mut rig = rig_for(load, scratch, run)?;
+    let mix = load.mix;
+    if load.filled {
+        rig.warm_up()?;
+    } else {
+        for _ in 0..300 {
+            rig.round(mix, 32);
+        }
+        rig.settle()?;
+    }
     rig.guest.reset_figures();
     let clock = rig.clock.clone();
     while rig.guest.requests < count {
         let now = clock.now();
         rig.guest.send(mix, depth, now);
         rig.tick();
-        run.measure(&clock, || measured_turn(&mut rig.core));
+        run.measure(&clock, || measured_turn(rig.core().0));
+        if load.filled || load.satellites == 0 {
+            rig.turn_others();
+        } else {
+            // What it costs at home belongs to it.
+            run.measure(&clock, || measured_turn(&mut rig.cores[0].0));
+            run.turns += 1;
+        }
         rig.step_devices();
         rig.tick();
-        run.measure(&clock, || measured_turn(&mut rig.core));
+        run.measure(&clock, || measured_turn(rig.core().0));
         run.turns += 2;
         rig.guest.reap(now);
         rig.check()?;
@@ -380,7 +277,7 @@ fn requests(
 /// Sums up what happens in the measured parts of a loop.
 #[derive(Default)]
 pub(crate) struct Totals {
-    trap: bool,
+    pub(crate) trap: bool,
     pub(crate) turns: u64,
     ns: u64,
     syscalls: u64,
@@ -488,29 +385,40 @@ fn load_page(core: &mut ReactorCore, at: usize, request: &Request<'_>) -> Result
     if out.is_empty() { Err(Error::other("the map cannot be loaded")) } else { Ok(()) }
 }
 
-/// Turns of a reactor with 32 idle rings.
-fn idle(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error> {
-    let mut rig = rig(&scratch.join("idle.qcow2"), run)?;
-    let guests: Result<Vec<Guest>, Error> = (1..32)
+/// Turns of a reactor with so many idle rings.
+fn idle(
+    rings: usize,
+    load: Load,
+    count: u64,
+    scratch: &Path,
+    run: &mut Totals,
+) -> Result<u64, Error> {
+    let mut rig = rig_for(load, scratch, run)?;
+    let guests: Result<Vec<Guest>, Error> = (1..rings)
         .map(|_| {
-            let kick = Kick { signal: Signal::default(), wake: rig.core.wake() };
+            let (core, image) = rig.core();
+            let kick = Kick { signal: Signal::default(), wake: core.wake() };
             let guest = Guest::new(ORDER, BLOCKS, kick)?;
-            add_ring(&mut rig.core, rig.image, &guest)?;
+            add_ring(core, image, &guest)?;
             Ok(guest)
         })
         .collect();
     let guests = guests?;
-    rig.core.turn();
+    for _ in 0..2 {
+        rig.turn_others();
+        rig.core().0.turn();
+    }
     let clock = rig.clock.clone();
     run.measure(&clock, || {
+        let core = rig.core().0;
         for _ in 0..count {
-            measured_turn(&mut rig.core);
+            measured_turn(core);
         }
     });
     run.turns = count;
     for at in 0..=guests.len() {
         if at != rig.frontend {
-            drop(rig.core.remove_frontend(at));
+            drop(rig.core().0.remove_frontend(at));
         }
     }
     rig.close()?;
@@ -522,7 +430,7 @@ fn empty_poll(count: u64, scratch: &Path, run: &mut Totals) -> Result<u64, Error
     let mut rig = rig(&scratch.join("poll.qcow2"), run)?;
     let clock = rig.clock.clone();
     let mut out = block::Completions::new();
-    let [Leaf::Nvme(queue)] = rig.core.leaves() else {
+    let [Leaf::Nvme(queue)] = rig.core().0.leaves() else {
         return Err(Error::other("a queue pair of 512-byte blocks was expected"));
     };
     run.measure(&clock, || {

@@ -203,8 +203,10 @@ impl Word {
     }
 }
 
-/// The shared part of the map. See the module's text.
+/// The shared part of the map. See the module's text. On lines of its own: every look-up reads it,
+/// and nothing that one reactor writes lies beside it.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Map {
     page_bits: u32,
     /// The clusters of a page, as a mask.

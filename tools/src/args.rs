@@ -8,7 +8,8 @@ use reactor::Policy;
 /// Where and how reactors run.
 #[derive(Args)]
 pub(crate) struct Reactor {
-    /// Processors to run on, e.g. 2,3: the first is the reactor's.
+    /// Processors to run on, e.g. 2,3. nbd: a reactor on each. demo: the reactor, then guest and
+    /// device.
     #[arg(long, value_delimiter = ',')]
     cores: Vec<usize>,
     /// What a reactor does when idle: poll (never sleeps) or adaptive.

@@ -8,6 +8,7 @@ use ::bench::callgrind::{Atomics, Profile, profile};
 use ::bench::device::{MAX_DEPTH, Options, Report};
 use ::bench::figures::{Fill, Open, fill, open_16t};
 use ::bench::path::{Run, Scenario, measure};
+use ::bench::several::{Several, several};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use node::{NodeSpec, OpenOptions, Parts};
@@ -105,7 +106,12 @@ struct PathReport {
     fill: Vec<Fill>,
     /// Opening an image of 16 TiB.
     open_16t: Open,
+    /// One image on one reactor and on two, with threads.
+    two_reactors: Several,
 }
+
+/// How long one image is read by one reactor, and then by two, in seconds.
+const SEVERAL: f64 = 1.0;
 
 /// A scenario's figures, each per request (or per turn, translation, poll).
 #[derive(Serialize)]
@@ -256,7 +262,8 @@ fn path(p: &Path) -> anyhow::Result<u8> {
         rows.push(row(scenario, depth, &once, &twice, n, &timed)?);
     }
     let fill = vec![fill(false, dir)?, fill(true, dir)?];
-    let report = PathReport { scenarios: rows, fill, open_16t: open_16t(dir)? };
+    let (open_16t, two_reactors) = (open_16t(dir)?, several(SEVERAL)?);
+    let report = PathReport { scenarios: rows, fill, open_16t, two_reactors };
     if p.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?).context(STDOUT)?;
     } else {
@@ -282,7 +289,7 @@ fn row(
         .filter(|(_, v)| v.abs() >= 0.05)
         .collect();
     let copy = each(twice.copy, once.copy);
-    let moves = matches!(scenario, Scenario::Read | Scenario::Write | Scenario::ReadStripe(_));
+    let moves = scenario.moves();
     anyhow::ensure!(
         !moves || copy >= 512.0,
         "{}: the data copy was not found in the profile ({copy} instructions)",
@@ -339,5 +346,17 @@ fn print(out: &mut impl Write, report: &PathReport) -> std::io::Result<()> {
         report.open_16t.milliseconds,
         report.open_16t.memory_bytes as f64 / 1048576.0
     )?;
+    let t = &report.two_reactors;
+    match (t.one, t.two, t.ratio, &t.reason) {
+        (Some(one), Some(two), Some(ratio), _) => writeln!(
+            out,
+            "random reads that hit: {one:.0} a second by one reactor, {two:.0} by two: {ratio:.2}"
+        )?,
+        (.., reason) => writeln!(
+            out,
+            "throughput of two reactors: not measured: {}",
+            reason.as_deref().unwrap_or("no reason")
+        )?,
+    }
     Ok(())
 }

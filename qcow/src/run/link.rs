@@ -13,7 +13,9 @@ use reactor::Wake;
 
 use super::epochs::{Announced, Epoch};
 
-/// What all reactors that serve an image know of each other. Written rarely, by anybody.
+/// What all reactors that serve an image know of each other. Written rarely, by anybody; read in
+/// every turn, so it has lines of its own.
+#[repr(align(128))]
 pub(super) struct Common {
     /// Of the mappings; see [`super::epochs`].
     pub(super) epoch: Epoch,
@@ -178,6 +180,12 @@ impl Link {
 
     pub(super) fn take_region(&self) -> Option<Arc<Region>> {
         if self.regions.is_empty() { None } else { self.regions.pop() }
+    }
+
+    /// Whether there is anything to look at. Asked in every turn.
+    #[inline]
+    pub(super) fn has_news(&self) -> bool {
+        self.has_errand() || !self.regions.is_empty() || self.is_gone()
     }
 
     pub(super) fn has_errand(&self) -> bool {

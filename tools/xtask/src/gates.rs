@@ -29,6 +29,14 @@ const STRIPES: f64 = 1.25;
 /// The same of two queues of one device: nothing is shared, so nothing is added.
 const REACTORS: f64 = 1.01;
 
+/// A hit by a satellite as a share of the same on the home reactor, and a hit on a home reactor with
+/// a satellite as a share of one without.
+const SATELLITE: f64 = 1.02;
+const HOME: f64 = 1.02;
+
+/// Instructions that one more satellite may add to an idle turn of the home reactor.
+const IDLE_SATELLITE: f64 = 24.0;
+
 /// Device writes per guest write while an empty image is filled.
 const FILL: f64 = 1.2;
 
@@ -66,6 +74,7 @@ pub(crate) fn run() -> Result<Tally> {
         );
     }
     judge("instructions with several devices", several(&path));
+    judge("an idle turn with satellites", idle(&path));
     judge("atomic read-modify-writes", atomics(&path));
     judge("path: no system call, allocation or lock", path_is_quiet(&path));
     judge("device writes of filling an empty image", fill(&path));
@@ -120,6 +129,9 @@ fn several(path: &Value) -> Result<()> {
         ("reactors-2", "reactors-1", REACTORS),
         ("read-stripe-2", "read", STRIPES),
         ("read-stripe-4", "read", STRIPES),
+        ("read-satellite", "read", SATELLITE),
+        ("write-satellite", "write", SATELLITE),
+        ("read-home-1", "read", HOME),
     ] {
         let cost = |name| number(scenario(path, name, 32)?, "instructions_per_request");
         let share = cost(name)? / cost(one)?;
@@ -129,9 +141,32 @@ fn several(path: &Value) -> Result<()> {
     Ok(())
 }
 
+/// What satellites that have nothing to say add to a turn of their home reactor.
+fn idle(path: &Value) -> Result<()> {
+    let cost = |name| number(scenario(path, name, 1)?, "instructions_per_request");
+    let each = (cost("idle-home-8")? - cost("idle-home-0")?) / 8.0;
+    say(&format!("gates:   {each:.1} instructions a satellite, at most {IDLE_SATELLITE}"));
+    ensure!(each <= IDLE_SATELLITE, "{each:.1} instructions, at most {IDLE_SATELLITE} are allowed");
+    for name in ["idle-home-8", "idle-satellite"] {
+        let n = number(scenario(path, name, 1)?, "atomics")?;
+        ensure!(n == 0.0, "{name}: {n} atomic read-modify-writes in an idle turn");
+    }
+    Ok(())
+}
+
 /// One for each batch of requests (the fence before a ring's final check), none for each request.
 fn atomics(path: &Value) -> Result<()> {
-    for name in ["read", "write", "read-stripe-4", "devices-1", "devices-4", "reactors-2"] {
+    for name in [
+        "read",
+        "write",
+        "read-stripe-4",
+        "devices-1",
+        "devices-4",
+        "reactors-2",
+        "read-satellite",
+        "write-satellite",
+        "read-home-8",
+    ] {
         let n = number(scenario(path, name, 32)?, "atomics")?;
         ensure!(n <= 1.0 / 32.0 + 0.001, "{name}: {n} atomic read-modify-writes per request");
     }
@@ -141,7 +176,16 @@ fn atomics(path: &Value) -> Result<()> {
 }
 
 fn path_is_quiet(path: &Value) -> Result<()> {
-    for (name, depth) in [("read", 1), ("read", 32), ("write", 1), ("write", 32)] {
+    for (name, depth) in [
+        ("read", 1),
+        ("read", 32),
+        ("write", 1),
+        ("write", 32),
+        ("read-satellite", 1),
+        ("read-satellite", 32),
+        ("write-satellite", 32),
+        ("hole-satellite", 32),
+    ] {
         quiet(scenario(path, name, depth)?).with_context(|| format!("{name} at depth {depth}"))?;
     }
     Ok(())
