@@ -313,6 +313,13 @@ impl Image {
         self.shared.send(leaves);
     }
 
+    /// Whether there is anything to do for satellites: a few loads for each, in every turn.
+    #[inline]
+    fn has_news(&self) -> bool {
+        let waits = || self.stage == Stage::Draining || self.shared.common.phase() == Phase::Lost;
+        self.links.iter().any(|l| l.has_news()) || (!self.links.is_empty() && waits())
+    }
+
     /// Takes up what the satellites send. Returns whether they sent anything.
     #[inline(never)]
     fn serve_links<L: BlockQueue>(&mut self, leaves: &mut [L]) -> bool {
@@ -519,7 +526,7 @@ impl<L: BlockQueue> Layer<L> for Image {
 
     #[inline(always)]
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
-        let mut busy = !self.links.is_empty() && self.serve_links(leaves);
+        let mut busy = self.has_news() && self.serve_links(leaves);
         if self.shared.has_answers() {
             self.shared.take_answers();
         }
