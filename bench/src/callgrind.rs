@@ -109,7 +109,8 @@ pub fn profile(
 ) -> Result<Profile, Error> {
     let out = scratch.join(format!("{}-{depth}-{count}.callgrind", scenario.name()));
     let run = Command::new("valgrind")
-        .args(["-q", "--tool=callgrind", "--collect-atstart=no"])
+        // Fair, so that a device's thread gets its turns on a busy machine too.
+        .args(["-q", "--fair-sched=try", "--tool=callgrind", "--collect-atstart=no"])
         .args(["--dump-instr=yes", "--compress-pos=no"])
         .arg(format!("--toggle-collect=*{}*", scenario.symbol()))
         .arg(format!("--callgrind-out-file={}", out.display()))
