@@ -170,6 +170,7 @@ fn what_is_written_over_nbd_is_recorded_and_a_kill_costs_durable_bitmaps_nothing
         let mut judge = Command::new("qemu-nbd")
             .args(["-r", "-f", "qcow2", "-B", "b", "image", "-k"])
             .arg(env.path("s"))
+            .current_dir(env.dir.path())
             .spawn()
             .unwrap();
         let map = "map --output=json --image-opts driver=nbd,server.type=unix,server.path=s,\
