@@ -81,7 +81,7 @@ fn a_format_that_is_not_stated_is_looked_for_and_this_is_said() {
     let raw = env.image("info --json -f raw top.qcow2").json();
     assert_eq!(raw["virtual-size"], std::fs::metadata(env.path("top.qcow2")).unwrap().len());
     env.image("info -f qcow2 base.raw").fails(1, "base.raw: header field magic at offset 0");
-    env.image("info -f vmdk base.raw").fails(2, "there are qcow2 and raw");
+    env.image("info -f vmdk base.raw").fails(2, "there are qcow2, raw and vhd");
 }
 
 #[test]
