@@ -137,7 +137,7 @@ impl Live {
 
     /// Takes all up into the last layer and cuts the chain below it.
     fn stream(&mut self) -> u64 {
-        assert!(self.all.home.image(0).unwrap().start_stream(0));
+        assert!(self.all.home.image(0).unwrap().start_stream(0, None));
         let mut paused = 0;
         let copied = loop {
             for _ in 0..200 {
@@ -272,7 +272,7 @@ fn a_close_ends_a_pause_and_a_stream() {
             1 => live.all.home.image(0).unwrap().pause(),
             _ => {
                 let image = live.all.home.image(0).unwrap();
-                assert!(image.start_stream(0) && !image.start_stream(0));
+                assert!(image.start_stream(0, None) && !image.start_stream(0, None));
                 image.grant_stream(4096);
                 (0..20).for_each(|_| live.step());
             }
@@ -295,7 +295,7 @@ fn a_stream_keeps_the_zeroes_behind_a_short_layer() {
     }
     assert_eq!(live.all.call(0, Op::Read, 2 << 20, 4096, &[]), (Status::Ok, vec![0; 4096]));
     let image = live.all.home.image(0).unwrap();
-    assert!(image.start_stream(1));
+    assert!(image.start_stream(1, None));
     image.grant_stream(1 << 30);
     while live.all.home.image(0).unwrap().stream_progress().ended.is_none() {
         live.step();
@@ -315,7 +315,7 @@ fn a_stream_that_begins_in_a_pause_waits_for_its_end() {
         live.snapshot();
         live.pause();
         let image = live.all.home.image(0).unwrap();
-        assert!(image.start_stream(0));
+        assert!(image.start_stream(0, None));
         image.grant_stream(1 << 30);
         (0..200).for_each(|_| live.step());
         let image = live.all.home.image(0).unwrap();

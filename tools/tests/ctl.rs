@@ -111,10 +111,15 @@ fn a_chain_is_changed_while_it_is_served() {
     served.fine(&["--json", "stream"]);
     assert_eq!(served.fine(&["chain"]).lines().count(), 1);
     served.io(&["read -P 1 0 512k", "read -P 2 512k 512k", "read -P 3 1M 64k"]);
+    create(dir.path(), "other.qcow2");
+    served.fine(&["rebase", "-b", "other.qcow2"]);
+    assert!(served.fine(&["chain"]).contains("other.qcow2"));
+    served.io(&["read -P 1 0 512k", "read -P 2 512k 512k", "read -P 3 1M 64k"]);
+    served.fine(&["rebase", "-b", ""]);
     served.fine(&["resize", "128M"]);
     served.io(&["write -P 4 100M 64k", "read -P 4 100M 64k"]);
     let jobs = served.fine(&["jobs"]);
-    assert_eq!(jobs.lines().filter(|l| l.contains("done")).count(), 2, "{jobs}");
+    assert_eq!(jobs.lines().filter(|l| l.contains("done")).count(), 4, "{jobs}");
     served.stop();
     for gone in ["base.qcow2", "a.qcow2"] {
         std::fs::remove_file(dir.path().join(gone)).unwrap();
@@ -170,6 +175,8 @@ fn wrong_calls_are_refused() {
         (&["commit", "1"][..], 1, "no layer 1 below the top"),
         (&["snapshot", "base.qcow2"], 1, "in the chain already"),
         (&["snapshot", "no/such/file"], 1, "No such file"),
+        (&["rebase", "-b", "no/such/file"], 1, "No such file"),
+        (&["rebase", "-b", "base.qcow2", "-F", "vhd"], 2, "qcow2"),
         (&["resize", "100"], 1, "multiple of 512"),
         (&["resize", "much"], 2, "a size like"),
         (&["cancel", "7"], 1, "no job 7"),

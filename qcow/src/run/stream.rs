@@ -3,7 +3,7 @@
 //! allocation with copy-on-write but without a guest's bytes. Afterwards the chain may be cut below
 //! what was taken up, see [`super::pause`].
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use block::Status;
 
@@ -12,6 +12,7 @@ use super::pause::Stage;
 use super::resolve::Source;
 use super::shared::{Key, Shared, What};
 use super::write::Rest;
+use crate::edit::ClusterSet;
 use crate::map::{Kind, Word};
 
 /// Clusters on their way up at a time.
@@ -27,6 +28,8 @@ pub(super) struct Stream {
     active: Cell<bool>,
     /// Layers that stay, from the bottom.
     keep: Cell<u64>,
+    /// Only these clusters are taken up, and zeroes too.
+    only: RefCell<Option<ClusterSet>>,
     /// The next cluster, and how many there are.
     next: Cell<u64>,
     end: Cell<u64>,
@@ -56,15 +59,17 @@ pub struct Progress {
 impl Image {
     /// Begins to take up what layers hold above the lowest `keep` ones, but for as many bytes as are
     /// granted ([`Image::grant_stream`]). Returns whether it does: not while there is one already.
-    /// An error ends it for good; what was copied stays.
+    /// An error ends it for good; what was copied stays. `only`: other clusters stay where they are,
+    /// and in these zeroes are taken up too, whatever may show below them later.
     #[must_use]
-    pub fn start_stream(&mut self, keep: usize) -> bool {
+    pub fn start_stream(&mut self, keep: usize, only: Option<ClusterSet>) -> bool {
         let s = &self.shared.stream;
         if s.active.get() {
             return false;
         }
         s.active.set(true);
         s.keep.set(keep as u64);
+        *s.only.borrow_mut() = only;
         s.next.set(0);
         s.end.set(self.shared.geometry.guest_clusters());
         s.copied.set(0);
@@ -178,6 +183,9 @@ impl Shared {
             if looked % STRIDE == 0 {
                 self.pause(slot).await;
             }
+            if s.only.borrow().as_ref().is_some_and(|only| !only.contains(cluster)) {
+                continue;
+            }
             self.work(slot).epoch.set(self.common.epoch.get());
             let done = self.take_up(slot, cluster).await;
             self.work(slot).epoch.set(u64::MAX);
@@ -249,9 +257,10 @@ impl Shared {
         })
     }
 
-    /// Zeroes show below the last layer, too, but not where another one stays.
+    /// Zeroes show below the last layer, too, but not where another one stays or will come.
     fn come_zero(&self) -> Come {
-        if self.stream.keep.get() > 0 { Come::Zero } else { Come::Not }
+        let s = &self.stream;
+        if s.keep.get() > 0 || s.only.borrow().is_some() { Come::Zero } else { Come::Not }
     }
 
     /// The same by the word alone; `None` if the layers must be asked.
@@ -263,6 +272,8 @@ impl Shared {
             Kind::Zero | Kind::Mapped | Kind::Compressed if at == top || at < keep => Come::Not,
             Kind::Zero => self.come_zero(),
             Kind::Mapped | Kind::Compressed => Come::Data,
+            // In no layer at all, but to be taken up.
+            Kind::Hole if self.stream.only.borrow().is_some() => Come::Zero,
             // Behind the end of a layer that goes; what stays may be longer.
             Kind::Hole if self.stack.layers[keep.min(top)..top].iter().any(|l| l.size() < end) => {
                 self.come_zero()

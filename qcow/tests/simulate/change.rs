@@ -90,7 +90,7 @@ impl Run<'_> {
             }
             Change::Stream(keep) => {
                 let keep = (keep as usize).min(a.layers.len() - 1);
-                assert!(a.reactors.image().start_stream(keep));
+                assert!(a.reactors.image().start_stream(keep, None));
                 Stage::Streaming { keep }
             }
         };

@@ -27,6 +27,7 @@ mod leaf;
 mod live;
 mod model;
 mod parts;
+mod rebase;
 mod remote;
 mod running;
 mod served;

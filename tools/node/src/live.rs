@@ -13,7 +13,7 @@ use block::{Port, Status, Storage};
 use file::ImageLock;
 use qcow::ChainReader;
 use qcow::create::CreateOptions;
-use qcow::edit::Watch;
+use qcow::edit::{ClusterSet, Watch};
 use qcow::open::{BackingRef, ChainOptions, Format, Opened};
 
 use crate::chain::{Chain, file_id, file_leaf, lock};
@@ -125,7 +125,7 @@ impl Disk {
     }
 
     /// All layers.
-    fn numbers(&self) -> Vec<usize> {
+    pub(crate) fn numbers(&self) -> Vec<usize> {
         (0..self.layers().len()).collect()
     }
 
@@ -176,8 +176,21 @@ impl Disk {
         if base == 1 {
             return Ok(());
         }
-        let keep = count - base;
-        if !self.on_image(move |i, _| i.start_stream(keep))? {
+        self.take_up(count - base, None, watch)?;
+        let below: Vec<usize> = (base..count).collect();
+        self.cut(0, base - 1, &below)
+    }
+
+    /// Has a stream run to its end: see [`qcow::run::Image::start_stream`].
+    pub(crate) fn take_up(
+        &mut self,
+        keep: usize,
+        only: Option<ClusterSet>,
+        watch: &mut dyn JobWatch,
+    ) -> Result<(), Error> {
+        let name = self.rest.name().to_owned();
+        let fail = |why: String| Error::node(&name, why);
+        if !self.on_image(move |i, _| i.start_stream(keep, only))? {
             return Err(fail("another stream is under way".into()));
         }
         let mut stopped = false;
@@ -197,12 +210,10 @@ impl Disk {
             std::thread::sleep(TICK);
         };
         match ended {
-            Status::Ok => {}
-            _ if stopped => return Err(fail("stopped; what was taken up stays".into())),
-            e => return Err(fail(format!("cannot take up what lies below: {e}"))),
+            Status::Ok => Ok(()),
+            _ if stopped => Err(fail("stopped; what was taken up stays".into())),
+            e => Err(fail(format!("cannot take up what lies below: {e}"))),
         }
-        let below: Vec<usize> = (base..count).collect();
-        self.cut(0, base - 1, &below)
     }
 
     /// Writes what layer `depth` (at least 1: not the top layer) holds into the one below it, and
@@ -253,7 +264,7 @@ impl Disk {
         let keep = unit(1).1 <= unit(0).0 && chain.layers[1].size() >= chain.layers[0].size();
         let mut reader = ChainReader::new(chain);
         let of = reader.size();
-        let mut on = Committing { disk: self, watch, of, allowed: 0, last: 0, keep };
+        let mut on = Committing { disk: self, watch, of, pace: Pace::default(), keep };
         qcow::edit::commit(&mut reader, 1, false, &mut on)?;
         Ok(())
     }
@@ -320,7 +331,7 @@ impl Disk {
     /// Goes on with what a change has left on disk: the chain `new` if it was made, else `old`, of
     /// which a part may be new all the same. What is in memory fits neither any more: if neither can
     /// be read the image is out of service.
-    fn follow(
+    pub(crate) fn follow(
         &mut self,
         changed: Result<(), Error>,
         old: &[usize],
@@ -336,32 +347,48 @@ impl Disk {
     }
 }
 
+/// Keeps a job to what its watcher allows.
+#[derive(Default)]
+pub(crate) struct Pace {
+    /// Bytes that may be done.
+    allowed: u64,
+    last: u64,
+}
+
+impl Pace {
+    /// `bytes` of `of` are done in all. Waits until that is allowed; returns whether to go on.
+    pub(crate) fn at(&mut self, watch: &mut dyn JobWatch, bytes: u64, of: u64) -> bool {
+        let moved = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
+        loop {
+            if !watch.at(bytes, of) {
+                return false;
+            }
+            self.allowed = self.allowed.saturating_add(watch.allow());
+            if self.allowed >= moved {
+                self.allowed -= moved;
+                return true;
+            }
+            std::thread::sleep(TICK);
+        }
+    }
+}
+
 /// Looks on at a commit, and has the reactors follow.
 struct Committing<'d> {
     disk: &'d mut Disk,
     watch: &'d mut dyn JobWatch,
     of: u64,
-    /// Bytes that may be done.
-    allowed: u64,
-    last: u64,
+    pace: Pace,
     /// What guests read lies where it did.
     keep: bool,
 }
 
 impl Watch for Committing<'_> {
     fn at(&mut self, bytes: u64) -> Result<(), qcow::Error> {
-        let moved = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
-        loop {
-            if !self.watch.at(bytes, self.of) {
-                return Err(qcow::Error::refused(self.disk.rest.name(), "stopped"));
-            }
-            self.allowed = self.allowed.saturating_add(self.watch.allow());
-            if self.allowed >= moved {
-                self.allowed -= moved;
-                return Ok(());
-            }
-            std::thread::sleep(TICK);
+        if self.pace.at(self.watch, bytes, self.of) {
+            return Ok(());
         }
+        Err(qcow::Error::refused(self.disk.rest.name(), "stopped"))
     }
 
     fn switched(&mut self) -> Result<(), qcow::Error> {

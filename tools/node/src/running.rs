@@ -101,6 +101,11 @@ impl RunningChain {
         Ok(all)
     }
 
+    /// Format of backing files whose image states none, if it was said.
+    pub(crate) fn backing_format(&self) -> Option<Format> {
+        self.backing_format
+    }
+
     /// Takes over the locks of each layer.
     pub(crate) fn take_locks(&mut self, locks: &mut Vec<Vec<ImageLock>>) {
         let mut locks = locks.drain(..);

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use node::{Disk, JobWatch};
+use qcow::open::Format;
 use reactor::Clock;
 use reactor::sync::Mutex;
 use serde::Deserialize;
@@ -118,6 +119,14 @@ struct Stream {
 #[serde(deny_unknown_fields)]
 struct Commit {
     layer: usize,
+    rate: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rebase {
+    backing: Option<String>,
+    format: Option<String>,
     rate: Option<u64>,
 }
 
@@ -270,6 +279,23 @@ impl Service for Shared {
             "commit" => {
                 let p: Commit = parse(params)?;
                 all.begin("commit", p.rate, move |disk, watch| disk.commit(p.layer, watch))
+            }
+            "rebase" => {
+                let p: Rebase = parse(params)?;
+                let format = p.format.as_deref().map(|f| {
+                    Format::from_name(f).ok_or_else(|| Failure {
+                        code: INVALID_PARAMS,
+                        message: format!("format {f:?}: there are qcow2 and raw"),
+                    })
+                });
+                let format = format.transpose()?;
+                if p.backing.is_some() != format.is_some() {
+                    let message = "a backing file and its format go together".to_owned();
+                    return Err(Failure { code: INVALID_PARAMS, message });
+                }
+                all.begin("rebase", p.rate, move |disk, watch| {
+                    disk.rebase(p.backing.as_deref().zip(format), watch)
+                })
             }
             "jobs" => {
                 let jobs = all.state.lock().jobs.clone();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
+use qcow::open::Format;
 use serde_json::{Value, json};
 
 use crate::image::print::{Output, Progress, json as print_json, line};
@@ -72,6 +73,20 @@ enum What {
         #[command(flatten)]
         pace: Pace,
     },
+    /// Give the image another backing file. What the disk holds stays the same: what the new backing
+    /// file has otherwise is taken up into the image.
+    Rebase {
+        /// The new backing file, as its name shall stand in the image: absolute, or relative to the
+        /// image; "" for none.
+        #[arg(short, long = "backing", value_name = "FILE")]
+        backing_file: String,
+        /// Its format.
+        #[arg(short = 'F', long, value_name = "FORMAT", value_parser = crate::args::format,
+              default_value = "qcow2")]
+        backing_format: Format,
+        #[command(flatten)]
+        pace: Pace,
+    },
     /// List jobs, those that have ended too.
     Jobs,
     /// Stop a job; it can be begun again later.
@@ -99,6 +114,11 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
         }
         What::Commit { layer, pace } => {
             ("commit", json!({"layer": layer, "rate": pace.rate}), Some(pace))
+        }
+        What::Rebase { backing_file, backing_format, pace } => {
+            let to = (!backing_file.is_empty()).then_some((backing_file, backing_format.name()));
+            let (file, format) = to.unzip();
+            ("rebase", json!({"backing": file, "format": format, "rate": pace.rate}), Some(pace))
         }
         What::Jobs => ("jobs", json!({}), None),
         What::Cancel { job } => ("cancel", json!({"job": job}), None),
