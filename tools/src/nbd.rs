@@ -102,7 +102,7 @@ pub(crate) fn run(nbd: &Nbd) -> anyhow::Result<u8> {
         None => (serve(nbd, &spec, &disk.door(), disk.info(), None, &stop), disk),
         Some(path) => {
             let (door, info) = (disk.door(), disk.info().clone());
-            let changes = Changes::new(disk, clock);
+            let changes = Changes::new(disk, clock, options.allow_backing);
             let control = ctl::Server::bind(path, Box::new(ctl::Shared(changes.clone())));
             let served = control.and_then(|control| {
                 let served = serve(nbd, &spec, &door, &info, Some(changes.size()), &stop);

@@ -32,6 +32,15 @@ pub trait Watch {
     /// Ends it here.
     fn at(&mut self, bytes: u64) -> Result<()>;
 
+    /// So many bytes are read now, to be compared or written elsewhere.
+    ///
+    /// # Errors
+    /// Ends it here.
+    fn moves(&mut self, bytes: u64) -> Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// An image that is changed has new tables on disk; where the old ones were, others will soon be.
     ///
     /// # Errors
@@ -141,6 +150,7 @@ fn into_raw<S: Storage>(
         } else {
             let len = len.min(PIECE);
             let bytes = &mut buffer[..len as usize];
+            watch.moves(len)?;
             reader.read_at(start, bytes)?;
             reader.storage(depth).write_at(start, bytes).map_err(io("data"))?;
             done.data_bytes += len;
@@ -238,6 +248,7 @@ fn copy<S: Storage>(
         } else {
             end = end.min(first + PIECE.max(unit));
             buffer.resize((end - first) as usize, 0);
+            watch.moves(end - first)?;
             reader.read_at(first, &mut buffer)?;
             if end > size {
                 // The layer is larger than the top.

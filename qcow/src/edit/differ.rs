@@ -63,6 +63,7 @@ pub fn differing<S: Storage>(
             continue;
         }
         let len = (PIECE - at % PIECE).min(size - at) as usize;
+        watch.moves(len as u64)?;
         old.read_at(at, &mut a[..len])?;
         match new.as_deref_mut() {
             Some(new) => new.read_at(at, &mut b[..len])?,

@@ -97,6 +97,7 @@ fn copy<S: Storage>(
             buffer.clear();
             buffer.resize(whole, 0);
         }
+        watch.moves(len)?;
         reader.read_at(at, &mut old[..len as usize])?;
         if let Some(to) = to.as_deref_mut() {
             to.reader.read_at(at, &mut new[..len as usize])?;

@@ -128,6 +128,23 @@ pub struct Chain<S> {
     pub layers: Vec<Layer<S>>,
 }
 
+/// Whether a chain of so many layers, with so many bytes of L1 tables, can be opened.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn can_be_chain(layers: usize, l1_bytes: usize) -> std::result::Result<(), String> {
+    if layers > MAX_DEPTH {
+        return Err(format!("backing chain has more than {MAX_DEPTH} layers"));
+    }
+    if l1_bytes > MAX_CHAIN_L1_BYTES {
+        return Err(format!(
+            "the L1 tables of the backing chain up to here have {l1_bytes} bytes; at most \
+             {MAX_CHAIN_L1_BYTES} are possible"
+        ));
+    }
+    Ok(())
+}
+
 impl<S: Storage> Chain<S> {
     /// Opens an image, its backing files and the external data files of all of them.
     /// `open_backing` opens the file that a name leads to (see [`super::allowed_host_file`]): for
@@ -173,22 +190,10 @@ impl<S: Storage> Chain<S> {
                 layer.data = Some(fit_data(opened, image, mode)?);
             }
             l1_bytes += layer.image().map_or(0, |i| i.l1.len() * 8);
-            if l1_bytes > MAX_CHAIN_L1_BYTES {
-                return Err(Error::refused(
-                    &layer.name,
-                    format!(
-                        "the L1 tables of the backing chain up to here have {l1_bytes} bytes; at \
-                         most {MAX_CHAIN_L1_BYTES} are possible"
-                    ),
-                ));
-            }
+            let refuse = |why: String| Error::refused(&layer.name, why);
+            can_be_chain(layers.len() + 1, l1_bytes).map_err(refuse)?;
             if let Some(backing) = layer.backing.as_ref().filter(|_| !options.top_only) {
-                if layers.len() + 1 >= MAX_DEPTH {
-                    return Err(Error::refused(
-                        &layer.name,
-                        format!("backing chain has more than {MAX_DEPTH} layers"),
-                    ));
-                }
+                can_be_chain(layers.len() + 2, l1_bytes).map_err(refuse)?;
                 next = Some((open_backing(backing)?, backing.format));
             }
             layers.push(layer);

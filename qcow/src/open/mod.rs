@@ -8,6 +8,7 @@ mod metadata;
 mod names;
 mod tables;
 
+pub(crate) use chain::can_be_chain;
 pub use chain::{Chain, ChainOptions, DataFile, Layer, LayerKind, MAX_DEPTH, Opened};
 pub use metadata::MetadataSet;
 pub use names::{BackingRef, FileId, Format, HostFile, Role, allowed_host_file};

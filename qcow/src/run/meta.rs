@@ -60,6 +60,11 @@ impl Tables {
         self.l1.get(index as usize).copied().unwrap_or(0)
     }
 
+    /// All of the L1 table, with all changes.
+    pub(super) fn all_l1(&self) -> &[u64] {
+        &self.l1
+    }
+
     pub(super) fn set_l1(&mut self, index: usize, raw: u64) {
         self.l1[index] = raw;
         self.l1_pending.push((index, raw));

@@ -16,8 +16,9 @@ use super::marks::Marks;
 use super::meta::{Tables, page_bits};
 use super::serve::serve;
 use super::shared::{Job, What};
-use super::stack::Stack;
+use super::stack::{LayerFormat, Stack, StackLayer};
 use crate::map::{Map, Pages};
+use crate::open::can_be_chain;
 
 /// How far an image has come to rest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -138,6 +139,7 @@ impl Image {
                 Arc::new(Map::new(units, bits, self.l2_cache, least)?)
             }
         };
+        old.no_backing_comes();
         // From here on nothing fails. The tasks wait for jobs, and hold nothing else.
         self.known_leaves = leaves.len();
         self.new_leaves.clear();
@@ -172,6 +174,36 @@ impl Image {
         let shared = self.shared.clone();
         self.tasks = Tasks::new(shared.slots(), |slot| serve(shared.clone(), slot as u16));
         Ok(())
+    }
+
+    /// Puts an empty image in front of all layers: its stack alone, opened for writing. With
+    /// [`Image::restack`] and `keep`, but nothing is read for it, so the pause is short.
+    ///
+    /// # Errors
+    /// As [`Image::restack`].
+    pub fn put_in_front<L: BlockQueue>(
+        &mut self,
+        mut overlay: Stack,
+        leaves: &mut [L],
+    ) -> Result<(), String> {
+        let old = &self.shared;
+        let mut layers = old.stack.layers.clone();
+        if let Some(below) = layers.last_mut()
+            && let LayerFormat::Qcow { l1, .. } = &mut below.format
+        {
+            *l1 = old.tables.borrow().all_l1().to_vec();
+            below.end = old.end_of(old.top_at());
+        }
+        let l1_bytes = |l: &StackLayer| match &l.format {
+            LayerFormat::Qcow { l1, .. } => l1.len() * 8,
+            LayerFormat::Raw { .. } => 0,
+        };
+        let below: usize = layers.iter().map(l1_bytes).sum();
+        layers.append(&mut overlay.layers);
+        // What is served now must be opened later.
+        can_be_chain(layers.len(), below + overlay.top.l1.len() * 8)?;
+        overlay.layers = layers;
+        self.restack(overlay, leaves, true)
     }
 
     /// Begins the close: with [`Image::pause`], but for good.

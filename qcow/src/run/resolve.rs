@@ -191,7 +191,7 @@ impl Shared {
     }
 
     /// First byte behind everything that a layer can hold.
-    fn end_of(&self, at: usize) -> u64 {
+    pub(super) fn end_of(&self, at: usize) -> u64 {
         let end = self.stack.layers[at].end;
         if at == self.top_at() { end.max(self.alloc.borrow().grown()) } else { end }
     }

@@ -4,7 +4,7 @@ use block::{Port, Storage};
 
 use crate::bitmaps::{Tracked, prepare};
 use crate::format::{Compression, Geometry, RefcountBlock, decode_refcount_table_entry};
-use crate::open::{Chain, ImageMeta, LayerKind, MetadataSet};
+use crate::open::{Chain, ImageMeta, LayerKind, MAX_DEPTH, MetadataSet};
 use crate::{Error, Result};
 
 /// Refcount blocks looked at, from the last one back, for the end of what is in use.
@@ -15,7 +15,7 @@ const END_BLOCKS: usize = 64;
 pub struct Stack {
     /// Of the last layer, always QCOW2.
     pub(super) top: Top,
-    /// At least one, at most 255: from the bottom of the chain to the one that is written to.
+    /// At least one, at most [`MAX_DEPTH`]: from the bottom of the chain to the one that is written to.
     pub(super) layers: Vec<StackLayer>,
     /// The last layer may be written to.
     pub(super) writable: bool,
@@ -124,7 +124,7 @@ impl Stack {
         let LayerKind::Qcow2(image) = &mut first.kind else {
             return Err(Error::refused(&name, "is not a QCOW2 image"));
         };
-        if rest.next().is_some() || layers.len() != count || layers.len() > 255 {
+        if rest.next().is_some() || layers.len() != count || layers.len() > MAX_DEPTH {
             return Err(Error::refused(&name, "has more layers than can be served"));
         }
         let writable = image.mode == crate::Mode::Write;
@@ -160,7 +160,7 @@ impl Stack {
 
     /// The number of the layer that is written to.
     pub(super) fn top_number(&self) -> u8 {
-        // At most 255 layers, and at least one.
+        // At most `MAX_DEPTH`, so eight bits do, and at least one.
         (self.layers.len() - 1) as u8
     }
 

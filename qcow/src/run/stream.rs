@@ -28,7 +28,8 @@ pub(super) struct Stream {
     active: Cell<bool>,
     /// Layers that stay, from the bottom.
     keep: Cell<u64>,
-    /// Only these clusters are taken up, and zeroes too.
+    /// Only these clusters are taken up, and zeroes too: another backing file is to come. From the
+    /// stream's begin until the next stack is there.
     only: RefCell<Option<ClusterSet>>,
     /// The next cluster, and how many there are.
     next: Cell<u64>,
@@ -59,8 +60,11 @@ pub struct Progress {
 impl Image {
     /// Begins to take up what layers hold above the lowest `keep` ones, but for as many bytes as are
     /// granted ([`Image::grant_stream`]). Returns whether it does: not while there is one already.
-    /// An error ends it for good; what was copied stays. `only`: other clusters stay where they are,
-    /// and in these zeroes are taken up too, whatever may show below them later.
+    /// An error ends it for good; what was copied stays.
+    ///
+    /// `only`: another backing file is to come, which differs in these clusters. Others stay where
+    /// they are, zeroes are taken up too, and what guests empty is said to be so. The image must be
+    /// paused, and is to be given the other stack, or the stream cancelled, also after it has ended.
     #[must_use]
     pub fn start_stream(&mut self, keep: usize, only: Option<ClusterSet>) -> bool {
         let s = &self.shared.stream;
@@ -86,9 +90,10 @@ impl Image {
         self.shared.unpark(Key::Stream);
     }
 
-    /// Ends the stream soon. What was copied stays.
+    /// Ends the stream soon. What was copied stays. No other backing file is to come.
     pub fn cancel_stream(&mut self) {
         self.shared.end_stream();
+        self.shared.no_backing_comes();
     }
 
     /// How far the last stream has come.
@@ -135,6 +140,17 @@ impl Shared {
             s.active.set(false);
         }
         self.unpark(Key::Stream);
+    }
+
+    /// What guests empty may be without a say of the image again.
+    pub(super) fn no_backing_comes(&self) {
+        *self.stream.only.borrow_mut() = None;
+    }
+
+    /// Whether a cluster that no layer holds reads as zeroes, now and later: there is one layer, and
+    /// none will come below it.
+    pub(super) fn stands_alone(&self) -> bool {
+        self.stack.layers.len() == 1 && self.stream.only.borrow().is_none()
     }
 
     /// Whether slots of a stream are at work.

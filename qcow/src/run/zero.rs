@@ -62,7 +62,7 @@ impl Shared {
         let first = offset.next_multiple_of(size);
         let last = self.inner_end(end, size);
         // Without a zero flag a cluster over a backing file can only be zeroed by writing.
-        let slow = self.geometry.version() < 3 && self.stack.layers.len() > 1;
+        let slow = self.geometry.version() < 3 && !self.stands_alone();
         if flags.has(Flags::FAST_ONLY) {
             // Nothing may have changed when this says no.
             let fast = !slow
@@ -129,7 +129,7 @@ impl Shared {
             }
             // A whole L2 table that does not exist, with nothing below: nothing to do.
             let index = g.l1_index(unit << bits);
-            if self.stack.layers.len() == 1 && self.tables.borrow().l1(index) == 0 {
+            if self.stands_alone() && self.tables.borrow().l1(index) == 0 {
                 unit = (index + 1) << (g.l2_bits() + sub);
                 continue;
             }
@@ -272,7 +272,7 @@ impl Shared {
             Some((host, true)) if way == Way::ZeroKeep && v3 => {
                 L2Entry::ZeroAllocated { host, copied: true }
             }
-            _ if self.stack.layers.len() == 1 => L2Entry::Unallocated,
+            _ if self.stands_alone() => L2Entry::Unallocated,
             _ if v3 => L2Entry::Zero,
             // Version 2 over a backing file: a discard must not bring old contents back.
             _ => old,

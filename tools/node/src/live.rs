@@ -13,8 +13,9 @@ use block::{Port, Status, Storage};
 use file::ImageLock;
 use qcow::ChainReader;
 use qcow::create::CreateOptions;
-use qcow::edit::{ClusterSet, Watch};
+use qcow::edit::Watch;
 use qcow::open::{BackingRef, ChainOptions, Format, Opened};
+use qcow::run::Stack;
 
 use crate::chain::{Chain, file_id, file_leaf, lock};
 use crate::running::{Lies, RunningLayer};
@@ -106,14 +107,18 @@ impl Disk {
             backing: None,
             locks: locked.into_iter().collect(),
         };
-        self.check_overlay(&mut new)?;
+        let mut overlay = self.check_overlay(&mut new)?;
         let leaf = file_leaf(vec![file]).map_err(|e| fail(&e))?;
         new.port.leaf = self.add_leaf(leaf)?;
         self.rest.chain.layers.insert(0, new);
         // What takes time is done before everybody waits.
         let all = self.numbers();
-        let files = self.open(&all);
-        let done = files.and_then(|files| self.paused(|disk| disk.restack(files, &all, true)));
+        let stack = Stack::new(&mut overlay, &[self.layers()[0].port]);
+        let done = stack.map_err(Error::from).and_then(|stack| {
+            self.paused(|disk| {
+                disk.go_on_with(&all, move |i, leaves| i.put_in_front(stack, leaves))
+            })
+        });
         if done.is_err() {
             let new = self.rest.chain.layers.remove(0);
             self.forget(&[new]);
@@ -129,13 +134,14 @@ impl Disk {
         (0..self.layers().len()).collect()
     }
 
-    /// Looks whether an overlay shows what the image shows.
-    fn check_overlay(&self, new: &mut RunningLayer) -> Result<(), Error> {
+    /// Opens an overlay alone, for writing, and looks whether it shows what the image shows.
+    fn check_overlay(&self, new: &mut RunningLayer) -> Result<Chain, Error> {
         let fail = |e: &str| Error::node(&new.name, e);
-        let storage = new.reopen(&[], false)?;
+        let storage = new.reopen(&[], true)?;
         let opened = Opened { storage, path: new.path.clone(), name: new.name.clone(), id: new.id };
         let format = Some(Format::Qcow2);
-        let options = ChainOptions { format, top_only: true, ..ChainOptions::default() };
+        let writable = true;
+        let options = ChainOptions { format, writable, top_only: true, ..Default::default() };
         let none = &mut |b: &BackingRef| Err(qcow::Error::refused(&b.named_by, "stays closed"));
         let chain = Chain::open(opened, options, none)?;
         let layer = &chain.layers[0];
@@ -156,7 +162,7 @@ impl Disk {
             return Err(fail("has another size than the image"));
         }
         new.backing.clone_from(&layer.backing);
-        Ok(())
+        Ok(chain)
     }
 
     /// Takes up into the top layer what the layers between it and layer `base` hold (all below it if
@@ -176,30 +182,28 @@ impl Disk {
         if base == 1 {
             return Ok(());
         }
-        self.take_up(count - base, None, watch)?;
+        self.refuse_snapshots()?;
+        if !self.on_image(move |i, _| i.start_stream(count - base, None))? {
+            return Err(fail("another stream is under way".into()));
+        }
+        self.stream_to_its_end(watch)?;
         let below: Vec<usize> = (base..count).collect();
         self.cut(0, base - 1, &below)
     }
 
-    /// Has a stream run to its end: see [`qcow::run::Image::start_stream`].
-    pub(crate) fn take_up(
-        &mut self,
-        keep: usize,
-        only: Option<ClusterSet>,
-        watch: &mut dyn JobWatch,
-    ) -> Result<(), Error> {
-        let name = self.rest.name().to_owned();
-        let fail = |why: String| Error::node(&name, why);
-        if !self.on_image(move |i, _| i.start_stream(keep, only))? {
-            return Err(fail("another stream is under way".into()));
-        }
+    /// Lets the stream that was begun go on, and waits for its end.
+    pub(crate) fn stream_to_its_end(&mut self, watch: &mut dyn JobWatch) -> Result<(), Error> {
+        let fail = |why: String| Error::node(self.rest.name(), why);
+        let mut granted = 0u64;
         let mut stopped = false;
         let ended = loop {
-            let allowed = watch.allow();
-            let progress = self.on_image(move |i, _| {
-                i.grant_stream(allowed);
-                i.stream_progress()
-            })?;
+            let progress = self.on_image(|i, _| i.stream_progress())?;
+            // What was not used is not saved up.
+            if progress.copied >= granted {
+                let more = watch.allow();
+                granted = granted.saturating_add(more);
+                self.on_image(move |i, _| i.grant_stream(more))?;
+            }
             if let Some(status) = progress.ended {
                 break status;
             }
@@ -264,7 +268,8 @@ impl Disk {
         let keep = unit(1).1 <= unit(0).0 && chain.layers[1].size() >= chain.layers[0].size();
         let mut reader = ChainReader::new(chain);
         let of = reader.size();
-        let mut on = Committing { disk: self, watch, of, pace: Pace::default(), keep };
+        let pace = Pace::new(watch, of, self.rest.name());
+        let mut on = Committing { disk: self, pace, keep };
         qcow::edit::commit(&mut reader, 1, false, &mut on)?;
         Ok(())
     }
@@ -283,13 +288,8 @@ impl Disk {
             self.upgrade(above)?;
         }
         let all = self.numbers();
-        let done = self.paused(|disk| {
-            let layer = &disk.layers()[above];
-            let to = to.as_ref().map(|(name, format)| (name.as_str(), *format));
-            let mut storage = layer.reopen(&disk.rest.devices, true)?;
-            let changed = qcow::edit::set_backing(&mut storage, &layer.name, to);
-            disk.follow(changed.map_err(Error::from), &all, &which)
-        });
+        let to_name = to.as_ref().map(|(name, format)| (name.as_str(), *format));
+        let done = self.paused(|disk| disk.rename_backing(above, to_name, &all, &which));
         if above > 0 {
             self.layers()[above].locks.iter().for_each(ImageLock::share);
         }
@@ -324,71 +324,116 @@ impl Disk {
             let all = disk.numbers();
             let chain = disk.read(&all, 0)?;
             let changed = qcow::edit::resize(&mut ChainReader::new(chain), size);
-            disk.follow(changed.map_err(Error::from), &all, &all)
+            // What is in memory fits neither what there is now nor what there was.
+            let followed = disk.open(&all).and_then(|files| disk.restack(files, &all, false));
+            disk.or_out_of_service(followed)?;
+            Ok(changed?)
         })
     }
 
-    /// Goes on with what a change has left on disk: the chain `new` if it was made, else `old`, of
-    /// which a part may be new all the same. What is in memory fits neither any more: if neither can
-    /// be read the image is out of service.
-    pub(crate) fn follow(
+    /// Has layer `at` name another backing file (or none), and the reactors serve the chain `new`
+    /// instead of `old`. While paused. After a failure all is as it was, or out of service.
+    pub(crate) fn rename_backing(
         &mut self,
-        changed: Result<(), Error>,
+        at: usize,
+        to: Option<(&str, Format)>,
         old: &[usize],
         new: &[usize],
     ) -> Result<(), Error> {
-        let which = if changed.is_ok() { new } else { old };
-        let followed = self.open(which).and_then(|files| self.restack(files, which, false));
-        if let Err(e) = followed {
-            self.on_image(|i, _| i.put_out_of_service())?;
-            return Err(e);
+        let set = |disk: &Disk, to: Option<(&str, Format)>| {
+            let layer = &disk.layers()[at];
+            let mut storage = layer.reopen(&disk.rest.devices, true)?;
+            qcow::edit::set_backing(&mut storage, &layer.name, to).map_err(Error::from)
+        };
+        let done = set(self, to)
+            .and_then(|()| self.open(new))
+            .and_then(|files| self.restack(files, new, false));
+        if done.is_err() {
+            // The header may have changed all the same, and files go by what it says.
+            let was = self.layers()[at].backing.clone();
+            let back = set(self, was.as_ref().map(|b| (b.name.as_str(), b.format)))
+                .and_then(|()| self.open(old))
+                .and_then(|files| self.restack(files, old, false));
+            self.or_out_of_service(back)?;
         }
-        changed
+        done
+    }
+
+    fn or_out_of_service(&self, done: Result<(), Error>) -> Result<(), Error> {
+        if done.is_err() {
+            self.on_image(|i, _| i.put_out_of_service())?;
+        }
+        done
+    }
+
+    /// Refuses to have something else below an image with internal snapshots, which would show it.
+    pub(crate) fn refuse_snapshots(&self) -> Result<(), Error> {
+        let chain = self.read(&self.numbers(), usize::MAX)?;
+        match chain.layers[0].image().map_or(0, |i| i.header.nb_snapshots) {
+            0 => Ok(()),
+            n => {
+                let why = format!("has {n} internal snapshots, which would show something else");
+                Err(Error::node(self.rest.name(), why))
+            }
+        }
     }
 }
 
-/// Keeps a job to what its watcher allows.
-#[derive(Default)]
-pub(crate) struct Pace {
-    /// Bytes that may be done.
+/// A watcher of offline code that is asked by a job's: keeps the job to what that allows.
+pub(crate) struct Pace<'w> {
+    watch: &'w mut dyn JobWatch,
+    done: u64,
+    of: u64,
+    /// Bytes that may be moved.
     allowed: u64,
-    last: u64,
+    name: String,
 }
 
-impl Pace {
-    /// `bytes` of `of` are done in all. Waits until that is allowed; returns whether to go on.
-    pub(crate) fn at(&mut self, watch: &mut dyn JobWatch, bytes: u64, of: u64) -> bool {
-        let moved = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
-        loop {
-            if !watch.at(bytes, of) {
-                return false;
-            }
-            self.allowed = self.allowed.saturating_add(watch.allow());
-            if self.allowed >= moved {
-                self.allowed -= moved;
-                return true;
-            }
-            std::thread::sleep(TICK);
+impl<'w> Pace<'w> {
+    /// For a job of `of` bytes in all on a disk of this name.
+    pub(crate) fn new(watch: &'w mut dyn JobWatch, of: u64, name: &str) -> Pace<'w> {
+        Pace { watch, done: 0, of, allowed: 0, name: name.to_owned() }
+    }
+}
+
+impl Watch for Pace<'_> {
+    fn at(&mut self, bytes: u64) -> Result<(), qcow::Error> {
+        self.done = bytes;
+        match self.watch.at(bytes, self.of) {
+            true => Ok(()),
+            false => Err(qcow::Error::refused(&self.name, "stopped")),
         }
+    }
+
+    fn moves(&mut self, bytes: u64) -> Result<(), qcow::Error> {
+        // What was not used before is not saved up, but for what one question brought.
+        while self.allowed < bytes {
+            self.allowed = self.allowed.saturating_add(self.watch.allow());
+            if self.allowed < bytes {
+                std::thread::sleep(TICK);
+                self.at(self.done)?;
+            }
+        }
+        self.allowed -= bytes;
+        Ok(())
     }
 }
 
 /// Looks on at a commit, and has the reactors follow.
 struct Committing<'d> {
     disk: &'d mut Disk,
-    watch: &'d mut dyn JobWatch,
-    of: u64,
-    pace: Pace,
+    pace: Pace<'d>,
     /// What guests read lies where it did.
     keep: bool,
 }
 
 impl Watch for Committing<'_> {
     fn at(&mut self, bytes: u64) -> Result<(), qcow::Error> {
-        if self.pace.at(self.watch, bytes, self.of) {
-            return Ok(());
-        }
-        Err(qcow::Error::refused(self.disk.rest.name(), "stopped"))
+        self.pace.at(bytes)
+    }
+
+    fn moves(&mut self, bytes: u64) -> Result<(), qcow::Error> {
+        self.pace.moves(bytes)
     }
 
     fn switched(&mut self) -> Result<(), qcow::Error> {

@@ -4,10 +4,12 @@
 //! Both chains below the image hold still, so where they differ is found while guests go on. What
 //! the old one shows there is taken up as by a stream; then the image names the new one.
 
+use std::path::PathBuf;
+
 use block::Port;
 use qcow::ChainReader;
-use qcow::edit::{Watch, differing};
-use qcow::open::{BackingRef, Format};
+use qcow::edit::differing;
+use qcow::open::{BackingRef, Format, MAX_DEPTH, allowed_host_file};
 
 use crate::chain::{file_leaf, open_chain};
 use crate::live::{JobWatch, Pace};
@@ -17,7 +19,8 @@ use crate::{Disk, Error, NodeSpec, OpenOptions};
 
 impl Disk {
     /// Gives the image another backing file (or none): its name, as it shall stand in the image, and
-    /// its format. The disk shows what it did before.
+    /// its format. The disk shows what it did before. Files are opened in the folders `allow` only,
+    /// or anywhere if there are none.
     ///
     /// # Errors
     /// If that file or one below it cannot be opened or read, or the watcher says no. The chain is as
@@ -25,15 +28,23 @@ impl Disk {
     pub fn rebase(
         &mut self,
         backing: Option<(&str, Format)>,
+        allow: &[PathBuf],
         watch: &mut dyn JobWatch,
     ) -> Result<(), Error> {
         self.on_image(|_, _| ())?;
+        self.refuse_snapshots()?;
         let count = self.layers().len();
         let to = backing.map(|(name, format)| self.named(name, format)).transpose()?;
-        let done = self.bring_in(to.as_ref()).and_then(|()| {
+        let done = self.bring_in(to.as_ref(), allow).and_then(|()| {
             self.take_up_what_differs(count, watch)?;
-            self.switch(to.as_ref(), count)
+            let old: Vec<usize> = (0..count).collect();
+            let new: Vec<usize> = [0].into_iter().chain(count..self.layers().len()).collect();
+            let name = to.as_ref().map(|b| (b.name.as_str(), b.format));
+            self.paused(|disk| disk.rename_backing(0, name, &old, &new))
         });
+        if done.is_err() {
+            self.on_image(|i, _| i.cancel_stream())?;
+        }
         let layers = &mut self.rest.chain.layers;
         let gone: Vec<RunningLayer> = match &done {
             Ok(()) => layers.drain(1..count).collect(),
@@ -53,11 +64,17 @@ impl Disk {
     }
 
     /// Opens the new backing file and those below it, behind the layers that are there.
-    fn bring_in(&mut self, to: Option<&BackingRef>) -> Result<(), Error> {
+    fn bring_in(&mut self, to: Option<&BackingRef>, allow: &[PathBuf]) -> Result<(), Error> {
         let Some(to) = to else { return Ok(()) };
+        let found = allowed_host_file(to, allow)?;
         let backing_format = self.rest.chain.backing_format();
-        let options = OpenOptions { backing_format, ..OpenOptions::read(to.format) };
-        let chain = open_chain(&NodeSpec::File(to.path.clone()), &options)?;
+        let allow_backing = allow.to_vec();
+        let options = OpenOptions { backing_format, allow_backing, ..OpenOptions::read(to.format) };
+        let chain = open_chain(&NodeSpec::File(found.path), &options)?;
+        if chain.layers.len() >= MAX_DEPTH {
+            let why = format!("its chain has {} layers already", chain.layers.len());
+            return Err(Error::node(&to.name, why));
+        }
         for layer in chain.layers {
             let fail = |e: &dyn std::fmt::Display| Error::node(&layer.name, e);
             if layer.data.is_some() {
@@ -107,45 +124,25 @@ impl Disk {
             return Ok(());
         };
         let name = self.rest.name().to_owned();
-        let mut half = Half { watch, name: &name, of: 2 * size, begins: 0, pace: Pace::default() };
-        let only = differing(&mut one, other.as_mut(), size, bits, &mut half)?;
-        half.begins = size;
-        self.take_up(0, Some(only), &mut half)
-    }
-
-    /// Has the image name the new backing file, and the reactors follow.
-    fn switch(&mut self, to: Option<&BackingRef>, count: usize) -> Result<(), Error> {
-        let old: Vec<usize> = (0..count).collect();
-        let new: Vec<usize> = [0].into_iter().chain(count..self.layers().len()).collect();
-        self.paused(|disk| {
-            let top = &disk.layers()[0];
-            let mut storage = top.reopen(&disk.rest.devices, true)?;
-            let to = to.map(|b| (b.name.as_str(), b.format));
-            let changed = qcow::edit::set_backing(&mut storage, &top.name, to);
-            disk.follow(changed.map_err(Error::from), &old, &new)
-        })
+        let mut pace = Pace::new(watch, 2 * size, &name);
+        let only = differing(&mut one, other.as_mut(), size, bits, &mut pace)?;
+        // At rest: what guests empty from then on must hide what comes below.
+        if !self.paused(|disk| disk.on_image(|i, _| i.start_stream(0, Some(only))))? {
+            return Err(Error::node(&name, "another stream is under way"));
+        }
+        self.stream_to_its_end(&mut Half { watch, begins: size })
     }
 }
 
-/// Half of what is to do, as its watcher sees it.
+/// The second half of a job.
 struct Half<'w> {
     watch: &'w mut dyn JobWatch,
-    name: &'w str,
-    of: u64,
     begins: u64,
-    pace: Pace,
-}
-
-impl Watch for Half<'_> {
-    fn at(&mut self, bytes: u64) -> Result<(), qcow::Error> {
-        let go_on = self.pace.at(self.watch, bytes, self.of);
-        if go_on { Ok(()) } else { Err(qcow::Error::refused(self.name, "stopped")) }
-    }
 }
 
 impl JobWatch for Half<'_> {
-    fn at(&mut self, done: u64, _: u64) -> bool {
-        self.watch.at(self.begins + done, self.of)
+    fn at(&mut self, done: u64, of: u64) -> bool {
+        self.watch.at(self.begins + done, self.begins + of)
     }
 
     fn allow(&mut self) -> u64 {

@@ -278,19 +278,32 @@ impl Disk {
         which: &[usize],
         keep: bool,
     ) -> Result<(), Error> {
-        let name = self.rest.name().to_owned();
-        let ports: Vec<Port> = which.iter().map(|&n| self.layers()[n].port).collect();
         let mut chain = self.rest.chain.read(files, which, None)?;
-        let stack = Stack::new(&mut chain, &ports)?;
+        let stack = Stack::new(&mut chain, &self.ports(which))?;
+        self.go_on_with(which, move |i, leaves| i.restack(stack, leaves, keep))
+    }
+
+    pub(crate) fn ports(&self, which: &[usize]) -> Vec<Port> {
+        which.iter().map(|&n| self.layers()[n].port).collect()
+    }
+
+    /// Has `f` give the image another stack, of these layers, and all reactors follow. While paused.
+    pub(crate) fn go_on_with(
+        &mut self,
+        which: &[usize],
+        f: impl FnOnce(&mut qcow::run::Image, &mut [Leaf]) -> Result<(), String> + Send + 'static,
+    ) -> Result<(), Error> {
+        let name = self.rest.name().to_owned();
+        let ports = self.ports(which);
         let top = ports[0];
         let news = self.on_image(move |i, leaves| {
-            i.restack(stack, leaves, keep)?;
+            f(i, leaves)?;
             if let Some(Leaf::File(queue)) = leaves.get_mut(usize::from(top.leaf)) {
                 queue.with_leaf(|q| q.allocate_ahead(top.unit))?;
             }
-            Ok::<_, String>(i.reseat())
+            Ok::<_, String>((i.reseat(), block::Layer::<Leaf>::info(i).clone()))
         })?;
-        let news = news.map_err(|e| Error::node(&name, e))?;
+        let (news, info) = news.map_err(|e| Error::node(&name, e))?;
         for running in &self.further {
             let (news, ports, image) = (news.clone(), ports.clone(), running.image);
             let told = running.reactor.mailbox().ask(move |core: &mut ReactorCore| {
@@ -305,7 +318,7 @@ impl Disk {
             }
         }
         self.rest.top = top;
-        self.info = self.on_image(|i, _| block::Layer::<Leaf>::info(i).clone())?;
+        self.info = info;
         Ok(())
     }
 
@@ -319,29 +332,24 @@ impl Disk {
         }
         all.push(leaf);
         let spare = self.rest.spare.pop();
-        let mut index = spare;
+        // The home has the fewest: what failed half-way before is replaced where it is.
+        let count =
+            || self.home.reactor.mailbox().ask(|core: &mut ReactorCore| core.leaves().len());
+        let index = spare.or_else(|| count().and_then(|n| u16::try_from(n).ok()));
+        let index = index.ok_or_else(|| fail("has no reactor, or too many queues".into()))?;
         for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
-            let added = running.reactor.mailbox().ask(move |core: &mut ReactorCore| match spare {
-                Some(at) => core.replace_leaf(at, leaf).map(|()| at),
-                None => core.add_leaf(leaf),
-            });
-            let added = added.ok_or_else(|| fail("a reactor has ended".into())).and_then(|a| {
-                let added = a.map_err(fail)?;
-                match index {
-                    Some(i) if i != added => Err(fail("its reactors have different queues".into())),
-                    _ => Ok(added),
+            let added = running.reactor.mailbox().ask(move |core: &mut ReactorCore| {
+                if usize::from(index) < core.leaves().len() {
+                    core.replace_leaf(index, leaf)
+                } else {
+                    core.add_leaf(leaf).map(|_| ())
                 }
             });
-            match added {
-                Ok(added) => index = Some(added),
-                Err(e) => {
-                    // What is there already does no harm, and is taken next time.
-                    self.rest.spare.extend(spare);
-                    return Err(e);
-                }
+            if let Err(e) = added.ok_or_else(|| "a reactor has ended".into()).and_then(|a| a) {
+                self.rest.spare.extend(spare);
+                return Err(fail(e));
             }
         }
-        let index = index.ok_or_else(|| fail("has no reactor".into()))?;
         self.on_image(move |i, _| i.leaf_was_replaced(index))?;
         Ok(index)
     }

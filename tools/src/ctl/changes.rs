@@ -20,6 +20,8 @@ use super::rpc::{FAILED, Failure, INVALID_PARAMS, METHOD_NOT_FOUND, Service};
 /// Jobs that are remembered.
 const REMEMBERED: usize = 32;
 
+const SECOND: u64 = 1_000_000_000;
+
 /// Between two looks whether a job has ended.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -27,6 +29,8 @@ const LOOK: Duration = Duration::from_millis(5);
 pub(crate) struct Changes {
     state: Mutex<State>,
     clock: Clock,
+    /// Folders that backing files may be in; any if there are none.
+    allow: Vec<PathBuf>,
     /// The disk's size in bytes.
     size: Arc<AtomicU64>,
 }
@@ -34,6 +38,8 @@ pub(crate) struct Changes {
 struct State {
     /// `None` while a change is under way, or when the end has begun.
     disk: Option<Disk>,
+    /// The chain's files by now.
+    chain: Vec<String>,
     jobs: Vec<Arc<Job>>,
     next_job: u64,
     ending: bool,
@@ -76,6 +82,7 @@ struct Paced {
     /// Bytes a second.
     rate: Option<u64>,
     clock: Clock,
+    /// Until when bytes were allowed.
     last: u64,
 }
 
@@ -90,9 +97,12 @@ impl JobWatch for Paced {
         let Some(rate) = self.rate else { return u64::MAX / 2 };
         let now = self.clock.now();
         // At most what a second allows, however long nobody asked.
-        let passed = now.saturating_sub(self.last).min(1_000_000_000);
-        self.last = now;
-        (u128::from(rate) * u128::from(passed) / 1_000_000_000) as u64
+        self.last = self.last.max(now.saturating_sub(SECOND));
+        let bytes = u128::from(rate) * u128::from(now - self.last) / u128::from(SECOND);
+        if bytes > 0 {
+            self.last = now;
+        }
+        bytes as u64
     }
 }
 
@@ -138,10 +148,11 @@ struct Cancel {
 
 impl Changes {
     /// For a disk that runs.
-    pub(crate) fn new(disk: Disk, clock: Clock) -> Arc<Changes> {
+    pub(crate) fn new(disk: Disk, clock: Clock, allow: Vec<PathBuf>) -> Arc<Changes> {
         let size = Arc::new(AtomicU64::new(disk.info().size));
-        let state = State { disk: Some(disk), jobs: Vec::new(), next_job: 1, ending: false };
-        Arc::new(Changes { state: Mutex::new(state), clock, size })
+        let chain = disk.chain().map(str::to_owned).collect();
+        let state = State { disk: Some(disk), chain, jobs: Vec::new(), next_job: 1, ending: false };
+        Arc::new(Changes { state: Mutex::new(state), clock, allow, size })
     }
 
     /// The disk's size in bytes, by now.
@@ -178,7 +189,9 @@ impl Changes {
 
     fn give(&self, disk: Disk) {
         self.size.store(disk.info().size, Ordering::Relaxed);
-        self.state.lock().disk = Some(disk);
+        let mut state = self.state.lock();
+        state.chain = disk.chain().map(str::to_owned).collect();
+        state.disk = Some(disk);
     }
 
     /// Does something short.
@@ -238,7 +251,9 @@ impl Changes {
         let state = self.state.lock();
         match state.jobs.iter().find(|j| j.id == id) {
             Some(job) => {
-                job.stop.store(true, Ordering::Relaxed);
+                if job.ended.lock().is_none() {
+                    job.stop.store(true, Ordering::Relaxed);
+                }
                 Ok(job.as_json())
             }
             None => Err(Failure { code: FAILED, message: format!("there is no job {id}") }),
@@ -260,10 +275,10 @@ impl Service for Shared {
     fn call(&self, method: &str, params: &Value) -> Result<Value, Failure> {
         let all = &self.0;
         match method {
-            "chain" => all.change(|disk| {
-                let layers: Vec<&str> = disk.chain().collect();
-                Ok(json!({"layers": layers, "virtual-size": disk.info().size}))
-            }),
+            "chain" => {
+                let size = all.size.load(Ordering::Relaxed);
+                Ok(json!({"layers": all.state.lock().chain, "virtual-size": size}))
+            }
             "snapshot" => {
                 let p: Snapshot = parse(params)?;
                 all.change(|disk| disk.snapshot(&p.overlay)).map(|()| json!({}))
@@ -293,8 +308,9 @@ impl Service for Shared {
                     let message = "a backing file and its format go together".to_owned();
                     return Err(Failure { code: INVALID_PARAMS, message });
                 }
+                let allow = all.allow.clone();
                 all.begin("rebase", p.rate, move |disk, watch| {
-                    disk.rebase(p.backing.as_deref().zip(format), watch)
+                    disk.rebase(p.backing.as_deref().zip(format), &allow, watch)
                 })
             }
             "jobs" => {

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,6 +18,12 @@ use serde_json::{Value, json};
 
 /// Longest request or answer, in bytes.
 const LINE: u64 = 1 << 20;
+
+/// A connection on which nothing is asked, or no answer taken, for so long is closed.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Until connections are taken again after an error.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Connections at a time.
 const CONNECTIONS: usize = 32;
@@ -92,7 +99,16 @@ fn accept(shared: &Arc<Shared>, wake: &Wake, listener: &UnixListener) {
     while !shared.stop.load(Ordering::Acquire) {
         let mut fds = [listener.as_fd(), wake.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let _ = poll(&mut fds, PollTimeout::NONE);
-        let Ok((stream, _)) = listener.accept() else { continue };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => continue,
+            Err(e) => {
+                // Too many open files, perhaps; it will not be better at once.
+                log::warn!("control: cannot take a connection: {e}");
+                std::thread::sleep(RETRY);
+                continue;
+            }
+        };
         if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS {
             log::warn!("control: {CONNECTIONS} connections are there already; one more is refused");
             shared.connections.fetch_sub(1, Ordering::AcqRel);
@@ -119,6 +135,8 @@ fn serve(shared: &Shared, stream: &UnixStream) -> anyhow::Result<()> {
         bail!("user {} is neither root nor ours: refused", peer.uid());
     }
     stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_write_timeout(Some(IDLE))?;
     let mut reader = BufReader::new(stream);
     while !shared.stop.load(Ordering::Acquire) {
         let Some(line) = read_line(&mut reader)? else { return Ok(()) };
