@@ -6,7 +6,7 @@ mod rig;
 use block::{Blocking, Layer, MemQueue, Op, Port, Status};
 use qcow::create::{CreateOptions, create};
 use qcow::open::{Chain, ChainOptions, Format, Opened};
-use qcow::run::{Options, Stack};
+use qcow::run::{Image, Options, Stack};
 use rig::several::{DEVICE, Hammer, Late, Several, alike, verify};
 use rig::{Rng, qemu_read};
 
@@ -96,8 +96,14 @@ impl Live {
         let ports = self.ports();
         let devices: Vec<&MemQueue> = self.chain.iter().rev().map(|&d| &self.devices[d]).collect();
         let new = Stack::new(&mut open(&devices), &ports).unwrap();
+        self.serve(|i, leaves| i.restack(new, leaves, keep));
+    }
+
+    /// Gives all reactors what `f` makes the image.
+    fn serve(&mut self, f: impl FnOnce(&mut Image, &mut [Late]) -> Result<(), String>) {
+        let ports = self.ports();
         let home = &mut self.all.home;
-        home.with_image(0, |i, leaves| i.restack(new, leaves, keep)).unwrap().unwrap();
+        home.with_image(0, f).unwrap().unwrap();
         let news = home.image(0).unwrap().reseat();
         for core in &mut self.all.away {
             core.with_image(0, |s, leaves| s.reseat(&news, &ports, leaves)).unwrap().unwrap();
@@ -116,6 +122,8 @@ impl Live {
         for (k, core) in self.all.away.iter_mut().enumerate() {
             assert_eq!(usize::from(core.add_leaf(leaf(k + 1)).unwrap()), n);
         }
+        let home = &mut self.all.home;
+        home.with_image(0, |i, leaves| i.take_leaf(n as u16, leaves)).unwrap().unwrap();
         self.devices.push(device);
         n
     }
@@ -123,9 +131,21 @@ impl Live {
     /// Puts a new overlay in front. Returns the hammers' models at that moment.
     fn snapshot(&mut self) -> Vec<std::collections::HashMap<u64, u16>> {
         let n = self.add_device(overlay(self.disk, self.cluster));
+        let storage = Blocking::new(self.devices[n].another(), 0).unwrap();
+        let (path, name, id) = (None, "overlay".to_owned(), None);
+        let options = ChainOptions {
+            writable: true,
+            format: Some(Format::Qcow2),
+            top_only: true,
+            ..Default::default()
+        };
+        let alone = Opened { storage, path, name, id };
+        let mut chain = Chain::open(alone, options, &mut |_| unreachable!()).unwrap();
+        let port = Port { leaf: n as u16, unit: 0 };
+        let overlay = Stack::new(&mut chain, &[port]).unwrap();
         self.pause();
         self.chain.push(n);
-        self.restack(true);
+        self.serve(|i, leaves| i.put_in_front(overlay, leaves));
         for (hammer, client) in self.hammers.iter_mut().zip(&mut self.all.clients) {
             hammer.layered = true;
             hammer.take_answers(client);

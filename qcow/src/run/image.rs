@@ -120,10 +120,6 @@ pub struct Image {
     pub(super) requests: u16,
     /// Free slots while nothing new may begin.
     pub(super) resting: Vec<u16>,
-    /// Leaf queues that know all memory.
-    pub(super) known_leaves: usize,
-    /// Places at which others have come since.
-    pub(super) new_leaves: Vec<u16>,
     pub(super) l2_cache: u64,
     pub(super) tasks: Tasks,
     pub(super) closed: Option<Status>,
@@ -193,8 +189,6 @@ impl Image {
             lost: false,
             requests: slots,
             resting: Vec::with_capacity(usize::from(slots)),
-            known_leaves: leaves.len(),
-            new_leaves: Vec::new(),
             l2_cache: options.l2_cache,
             shared,
             tasks,

@@ -56,10 +56,14 @@ impl Image {
         }
     }
 
-    /// Another leaf queue came in the place of an old one: it learns of all memory with the next
-    /// [`Image::restack`].
-    pub fn leaf_was_replaced(&mut self, index: u16) {
-        self.new_leaves.push(index);
+    /// Has a leaf queue that came after the image learn of all memory that it may be asked about.
+    /// Before a stack with that leaf.
+    ///
+    /// # Errors
+    /// If it cannot reach that memory.
+    pub fn take_leaf<L: BlockQueue>(&self, index: u16, leaves: &mut [L]) -> Result<(), String> {
+        let leaf = leaves.get_mut(usize::from(index)).ok_or("there is no such leaf queue")?;
+        self.shared.regions().iter().try_for_each(|region| leaf.register(region))
     }
 
     /// Whether a map for a disk of `size` bytes can be had.
@@ -86,7 +90,8 @@ impl Image {
         self.begin_stream();
     }
 
-    /// Serves this stack from now on, in which each layer was read from disk during the pause.
+    /// Serves this stack from now on, in which each layer was read from disk during the pause, on
+    /// leaf queues that were there before the image or were shown to it ([`Image::take_leaf`]).
     /// `keep`: all layers that were there before are there still, from the bottom on, and the guest's
     /// clusters lie where they did; others may have come on top. A stream ends if the layers are
     /// more or fewer, or the size is another.
@@ -115,12 +120,6 @@ impl Image {
         if stack.writable == old.info.read_only {
             return Err("the image cannot change between reading and writing".to_owned());
         }
-        let regions = old.regions();
-        for (leaf, n) in leaves.iter_mut().zip(0..) {
-            if usize::from(n) >= self.known_leaves || self.new_leaves.contains(&n) {
-                regions.iter().try_for_each(|region| leaf.register(region))?;
-            }
-        }
         let (device, data_device) = devices(&stack, leaves)?;
         let (units, bits) = (geometry.guest_units(), page_bits(&geometry));
         // The last cluster may end elsewhere, which changes what is in it.
@@ -141,8 +140,6 @@ impl Image {
         };
         old.no_backing_comes();
         // From here on nothing fails. The tasks wait for jobs, and hold nothing else.
-        self.known_leaves = leaves.len();
-        self.new_leaves.clear();
         self.tasks = Tasks::new(0, |_| std::future::ready(()));
         let Some(shared) = Rc::get_mut(&mut self.shared) else {
             unreachable!("the tasks alone share it, and they are gone");

@@ -152,6 +152,10 @@ impl Reactors {
             away.core.add_leaf(RmwQueue::new(SimQueue::new(disk), &claims)?)?;
         }
         let number = self.home.core.add_leaf(RmwQueue::new(SimQueue::new(disk), &claims)?)?;
+        self.home
+            .core
+            .with_image(0, |i, leaves| i.take_leaf(number, leaves))
+            .ok_or("no image")??;
         self.ground.disks.push(disk.clone());
         self.ground.claims.push(claims);
         Ok(number)

@@ -8,10 +8,18 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use block::{Status, Storage, StorageError};
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{
+    FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice as Advice, fallocate, fcntl, posix_fadvise,
+};
 
 /// Where a file may end at most.
 const MAX: u64 = i64::MAX as u64 & !4095;
+
+/// From so many bytes on reads or writes one after another are a job over a whole image.
+const BULK: u64 = 1 << 20;
+
+/// How much further the kernel is told to read while a bulk read is worked on.
+const AHEAD: u64 = 4 << 20;
 
 /// An opened file or block device.
 #[derive(Debug)]
@@ -20,6 +28,10 @@ pub struct HostStorage {
     len: u64,
     device: bool,
     read_only: bool,
+    /// Where the last read ended.
+    last_read: u64,
+    /// Bytes written one after another of which the kernel was told nothing.
+    written: std::ops::Range<u64>,
 }
 
 impl HostStorage {
@@ -50,7 +62,7 @@ impl HostStorage {
         }
         let len =
             if device { io::Seek::seek(&mut &file, io::SeekFrom::End(0))? } else { meta.len() };
-        Ok(HostStorage { file, len, device, read_only })
+        Ok(HostStorage { file, len, device, read_only, last_read: 0, written: 0..0 })
     }
 
     /// The file.
@@ -61,6 +73,13 @@ impl HostStorage {
     /// Gives the file back.
     pub fn into_file(self) -> File {
         self.file
+    }
+
+    /// Tells the kernel what is to come, so that the device works meanwhile. A favour.
+    fn advise(&self, offset: u64, len: u64, advice: Advice) {
+        if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
+            let _ = posix_fadvise(&self.file, offset, len, advice);
+        }
     }
 
     fn grown(&mut self, end: u64) {
@@ -106,6 +125,10 @@ impl Storage for HostStorage {
                 Err(e) => return Err(failed("read", offset, len)(e)),
             }
         }
+        let before = std::mem::replace(&mut self.last_read, offset + len);
+        if len >= BULK && before == offset {
+            self.advise(offset + len, AHEAD, Advice::POSIX_FADV_WILLNEED);
+        }
         Ok(())
     }
 
@@ -113,6 +136,16 @@ impl Storage for HostStorage {
         let len = from.len() as u64;
         self.file.write_all_at(from, offset).map_err(failed("write", offset, len))?;
         self.grown(offset + len);
+        if self.written.end != offset {
+            self.written = offset..offset;
+        }
+        self.written.end = offset + len;
+        let run = self.written.end - self.written.start;
+        if run >= BULK {
+            // Begins to write it back, and does not keep what guests have more use for.
+            self.advise(self.written.start, run, Advice::POSIX_FADV_DONTNEED);
+            self.written.start = self.written.end;
+        }
         Ok(())
     }
 

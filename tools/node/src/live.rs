@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use block::{Port, Status, Storage};
 use file::ImageLock;
+use nix::fcntl::{FallocateFlags, fallocate};
 use qcow::ChainReader;
 use qcow::create::CreateOptions;
 use qcow::edit::Watch;
@@ -23,6 +24,9 @@ use crate::{Disk, Error, HostStorage, OpenOptions};
 
 /// Between two looks at a job.
 const TICK: Duration = Duration::from_millis(2);
+
+/// Bytes of space that a new overlay gets before it is used.
+const FIRST_SPACE: i64 = 16 << 20;
 
 /// Whoever has a job done: told how far it is, asked how fast it may go.
 pub trait JobWatch {
@@ -108,6 +112,11 @@ impl Disk {
             locks: locked.into_iter().collect(),
         };
         let mut overlay = self.check_overlay(&mut new)?;
+        // Space for the first writes, which come all at once: a favour. What is too much is cut when
+        // the image is closed.
+        let len = overlay.layers[0].storage.len();
+        let from = i64::try_from(len).map_err(|e| fail(&e))?;
+        let _ = fallocate(&file, FallocateFlags::empty(), from, FIRST_SPACE);
         let leaf = file_leaf(vec![file]).map_err(|e| fail(&e))?;
         new.port.leaf = self.add_leaf(leaf)?;
         self.rest.chain.layers.insert(0, new);
@@ -121,6 +130,9 @@ impl Disk {
         });
         if done.is_err() {
             let new = self.rest.chain.layers.remove(0);
+            if let Lies::File(file) = &new.lies {
+                let _ = file.set_len(len);
+            }
             self.forget(&[new]);
         } else {
             // Others may read it from now on.

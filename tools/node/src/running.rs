@@ -350,8 +350,11 @@ impl Disk {
                 return Err(fail(e));
             }
         }
-        self.on_image(move |i, _| i.leaf_was_replaced(index))?;
-        Ok(index)
+        let taken = self.on_image(move |i, leaves| i.take_leaf(index, leaves))?;
+        if taken.is_err() {
+            self.rest.spare.push(index);
+        }
+        taken.map_err(fail).map(|()| index)
     }
 
     /// Lets go of files that the chain does not contain any more, and of their queues, if those were
