@@ -1,7 +1,7 @@
 //! Throughput of one image on one reactor and on two, each on a thread of its own that is the guest
 //! too, over memory. Times: so only reported, and only where there are idle processors for them.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use blkif::Signal;
@@ -49,6 +49,8 @@ struct Shared {
     phase: AtomicUsize,
     /// By reactor: reads of the phase that is measured.
     reads: [AtomicU64; 2],
+    /// The satellite's guest asks for nothing any more.
+    away_rests: AtomicBool,
     device: MemQueue,
 }
 
@@ -80,7 +82,7 @@ pub fn several(seconds: f64) -> Result<Several, Error> {
     }
     let device = MemQueue::new(4 * BLOCKS * BLOCK as u64, 512).map_err(Error::other)?;
     let (phase, reads) = (AtomicUsize::new(0), [const { AtomicU64::new(0) }; 2]);
-    let shared = Shared { phase, reads, device };
+    let shared = Shared { phase, reads, away_rests: AtomicBool::new(false), device };
     let (send, receive) = std::sync::mpsc::channel();
     let clock = Clock::real();
     std::thread::scope(|scope| {
@@ -205,6 +207,10 @@ fn home(shared: &Shared, ready: std::sync::mpsc::Sender<Ready>) -> Result<(), Er
     let ours = (pair.core.mailbox(), pair.guest.generations().to_vec());
     ready.send(ours).map_err(Error::other)?;
     pair.run(shared, 0, Phase::One)?;
+    // What a guest asks for while the image closes is refused.
+    while !shared.away_rests.load(Ordering::Acquire) {
+        pair.core.turn();
+    }
     // The close waits for the satellite, which closes too.
     pair.core.with_image(pair.image, |i, _| Layer::<Leaf>::close(i));
     while pair.core.remove_closed_image(pair.image).is_none() {
@@ -214,6 +220,13 @@ fn home(shared: &Shared, ready: std::sync::mpsc::Sender<Ready>) -> Result<(), Er
 }
 
 fn away(shared: &Shared, home: Mailbox<ReactorCore>, known: Vec<u32>) -> Result<(), Error> {
+    let done = read_away(shared, home, known);
+    shared.away_rests.store(true, Ordering::Release);
+    let pair = done?;
+    close_further(pair.core, pair.image)
+}
+
+fn read_away(shared: &Shared, home: Mailbox<ReactorCore>, known: Vec<u32>) -> Result<Pair, Error> {
     let mut pair = Pair::new(shared, |owner, leaves, wake| {
         let seat = home.ask(|home: &mut ReactorCore| node::take_seat(home, 0, wake));
         let seat: Seat = seat.flatten().ok_or("the home reactor has ended")?;
@@ -223,7 +236,7 @@ fn away(shared: &Shared, home: Mailbox<ReactorCore>, known: Vec<u32>) -> Result<
     })?;
     pair.guest.set_generations(known);
     pair.run(shared, 1, Phase::Two)?;
-    close_further(pair.core, pair.image)
+    Ok(pair)
 }
 
 /// How many processors were idle for most of a third of a second.
@@ -235,10 +248,11 @@ fn idle_processors() -> Result<usize, Error> {
     Ok(after.iter().zip(before).filter(|(a, b)| *a - b >= 30).count())
 }
 
-/// Idle ticks of each processor.
+/// Idle ticks of each processor, those in which it waited for a disk too.
 fn idle_ticks() -> Result<Vec<u64>, Error> {
     let text = std::fs::read_to_string("/proc/stat").map_err(Error::other)?;
     let cpus = text.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu "));
-    let idle = |l: &str| l.split_whitespace().nth(4).and_then(|n| n.parse().ok()).unwrap_or(0);
+    let idle =
+        |l: &str| l.split_whitespace().skip(4).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
     Ok(cpus.map(idle).collect())
 }
