@@ -13,6 +13,7 @@
 
 mod alloc;
 mod close;
+mod corrupt;
 mod epochs;
 mod flush;
 mod hits;

@@ -10,6 +10,7 @@ use block::{BlockQueue, Flags, SegList, Status};
 use reactor::task::Tasks;
 
 use super::alloc::Allocator;
+use super::corrupt::Mark;
 use super::hits::{Hits, look_at_leaves};
 use super::image::{Image, devices, info};
 use super::marks::Marks;
@@ -161,6 +162,7 @@ impl Image {
         shared.marks = RefCell::new(Marks::new(bitmaps, geometry.cluster_bits(), durable));
         shared.batches = RefCell::default();
         shared.let_go = RefCell::default();
+        shared.mark.set(Mark::No);
         shared.decompressed = RefCell::default();
         shared.stack = stack;
         shared.device = device;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use block::{Flags, Op, SegList, Status};
 
+use super::corrupt::Mark;
 use super::epochs;
 use super::io::Child;
 use super::link::Link;
@@ -225,6 +226,7 @@ impl Shared {
         if self.alloc.borrow_mut().distrust() {
             return;
         }
+        self.mark.set(Mark::Wanted);
         let name = &self.stack.top_layer().name;
         let at = cluster << self.geometry.cluster_bits();
         log::error!(

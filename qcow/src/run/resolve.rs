@@ -206,7 +206,10 @@ impl Shared {
         raw: RawL2,
     ) -> Result<L2Entry, Status> {
         let entry = L2Entry::decode(raw, g).map_err(|e| {
-            self.complain(at, format_args!("L2 entry {raw:#x} of guest offset {guest:#x}: {e}"));
+            self.contradiction(
+                at,
+                format_args!("L2 entry {raw:#x} of guest offset {guest:#x}: {e}"),
+            );
             Status::Corrupt
         })?;
         let (host, len, needed) = match (entry, entry.host_cluster()) {
@@ -217,7 +220,7 @@ impl Shared {
         if g.data_file() {
             if host != g.cluster_start(guest) {
                 let what = "is not at its place in the external data file, but at";
-                self.complain(at, format_args!("offset {guest:#x} {what} {host:#x}"));
+                self.contradiction(at, format_args!("offset {guest:#x} {what} {host:#x}"));
                 return Err(Status::Corrupt);
             }
             // Nobody else can have it, whatever the flag says.
@@ -225,7 +228,8 @@ impl Shared {
         }
         let mut clusters = g.cluster(host)..=g.cluster(host + len - 1);
         if at == self.top_at() && clusters.any(|c| self.alloc.borrow().is_metadata(c)) {
-            self.complain(at, format_args!("offset {guest:#x} is mapped to metadata at {host:#x}"));
+            let what = format_args!("offset {guest:#x} is mapped to metadata at {host:#x}");
+            self.contradiction(at, what);
             return Err(Status::Corrupt);
         }
         // The file was cut, or the entry is wrong. A kept cluster need not be there yet.
@@ -304,7 +308,10 @@ impl Shared {
             },
         };
         let entry = L1Entry::decode(raw, g).map_err(|e| {
-            self.complain(at, format_args!("L1 entry {raw:#x} of guest offset {guest:#x}: {e}"));
+            self.contradiction(
+                at,
+                format_args!("L1 entry {raw:#x} of guest offset {guest:#x}: {e}"),
+            );
             Status::Corrupt
         })?;
         if entry.offset != 0 && entry.offset >= self.end_of(at) {

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use block::{Flags, Op, Status};
 
+use super::corrupt::Mark;
 use super::shared::{Job, Shared, What};
 
 /// The task of one slot.
@@ -42,6 +43,9 @@ impl Shared {
             }
             What::Guest(Op::Discard) => self.discard(slot, job.offset, job.len).await,
         };
+        if changes && self.mark.get() == Mark::Wanted {
+            self.at_rest(slot, self.mark_corrupt(slot)).await;
+        }
         if !fua || !status.is_ok() || matches!(job.what, What::Guest(Op::Read | Op::Flush)) {
             return status;
         }

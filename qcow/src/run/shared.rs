@@ -14,6 +14,7 @@ use block::{DeviceInfo, Flags, Op, SegList, Status, Tag};
 use dma::{Buf, Pool, Region, RegionId, Seg};
 
 use super::alloc::Allocator;
+use super::corrupt::Mark;
 use super::flush::Batches;
 use super::io::Children;
 use super::link::{Common, Link};
@@ -143,6 +144,7 @@ pub(super) struct Shared {
     /// To the satellites.
     pub(super) links: RefCell<Vec<Arc<Link>>>,
     complaints: Cell<u32>,
+    pub(super) mark: Cell<Mark>,
     pub(super) owner: u16,
     pub(super) children: RefCell<Children>,
     works: Box<[Work]>,
@@ -211,6 +213,7 @@ impl Shared {
             common: Arc::new(Common::new()),
             links: RefCell::default(),
             complaints: Cell::new(0),
+            mark: Cell::default(),
             owner,
             children: RefCell::new(Children::new(slots)),
             works: (0..slots).map(work).collect(),

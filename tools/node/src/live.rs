@@ -194,7 +194,7 @@ impl Disk {
         if base == 1 {
             return Ok(());
         }
-        self.refuse_snapshots()?;
+        self.refuse_unfit(true)?;
         if !self.on_image(move |i, _| i.start_stream(count - base, None))? {
             return Err(fail("another stream is under way".into()));
         }
@@ -244,6 +244,7 @@ impl Disk {
             let why = format!("there is no layer {depth} below the top with another one below it");
             return Err(Error::node(self.rest.name(), why));
         }
+        self.refuse_unfit(false)?;
         // Nobody else may read what is about to change.
         self.upgrade(depth + 1)?;
         let done = self.commit_down(depth, watch).and_then(|()| {
@@ -330,6 +331,7 @@ impl Disk {
     /// # Errors
     /// If the image cannot have that size; it goes on as it was then.
     pub fn resize(&mut self, size: u64) -> Result<(), Error> {
+        self.refuse_unfit(false)?;
         let could_be = self.on_image(move |i, _| i.could_be(size))?;
         could_be.map_err(|e| Error::node(self.rest.name(), e))?;
         self.paused(|disk| {
@@ -378,16 +380,22 @@ impl Disk {
         done
     }
 
-    /// Refuses to have something else below an image with internal snapshots, which would show it.
-    pub(crate) fn refuse_snapshots(&self) -> Result<(), Error> {
+    /// Refuses to change an image that is marked as corrupt, or, with `below`, to have something else
+    /// below one with internal snapshots, which would show it.
+    pub(crate) fn refuse_unfit(&self, below: bool) -> Result<(), Error> {
         let chain = self.read(&self.numbers(), usize::MAX)?;
-        match chain.layers[0].image().map_or(0, |i| i.header.nb_snapshots) {
-            0 => Ok(()),
-            n => {
-                let why = format!("has {n} internal snapshots, which would show something else");
-                Err(Error::node(self.rest.name(), why))
-            }
+        let Some(header) = chain.layers[0].image().map(|i| &i.header) else { return Ok(()) };
+        let snapshots = header.nb_snapshots;
+        if header.is_corrupt() {
+            let why = "is marked as corrupt; it must be repaired first, while nobody uses it";
+            return Err(Error::node(self.rest.name(), why));
         }
+        if below && snapshots > 0 {
+            let why =
+                format!("has {snapshots} internal snapshots, which would show something else");
+            return Err(Error::node(self.rest.name(), why));
+        }
+        Ok(())
     }
 }
 

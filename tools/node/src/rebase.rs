@@ -32,7 +32,7 @@ impl Disk {
         watch: &mut dyn JobWatch,
     ) -> Result<(), Error> {
         self.on_image(|_, _| ())?;
-        self.refuse_snapshots()?;
+        self.refuse_unfit(true)?;
         let count = self.layers().len();
         let to = backing.map(|(name, format)| self.named(name, format)).transpose()?;
         let done = self.bring_in(to.as_ref(), allow).and_then(|()| {
