@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{
-    BlockQueue, Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Layer, Request,
-    Status, Submit,
-};
+use block::{BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Status};
 
 use crate::{Clock, Mailbox, Stats, Wake};
 
@@ -50,29 +47,6 @@ pub struct Core<L, I, F> {
     mailbox: Mailbox<Core<L, I, F>>,
     wake: Wake,
     stop: bool,
-}
-
-/// An image with the leaf queues lent to it: what a frontend sees.
-struct Bound<'a, L, I> {
-    image: &'a mut I,
-    leaves: &'a mut [L],
-}
-
-impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
-    #[inline]
-    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
-        (unit == 0).then(|| self.image.info())
-    }
-
-    #[inline]
-    fn room(&self) -> usize {
-        self.image.room(self.leaves)
-    }
-
-    #[inline(always)]
-    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
-        self.image.submit(self.leaves, request)
-    }
 }
 
 impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
@@ -292,8 +266,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
                 continue;
             }
             let Some(Some(image)) = self.images.get_mut(a.image) else { continue };
-            let mut bound = Bound { image, leaves: &mut self.leaves[..] };
-            busy |= a.frontend.poll(&mut bound, self.now);
+            busy |= image.serve(&mut self.leaves, &mut a.frontend, self.now);
         }
         self.stats.turns.add(1);
         if busy {

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use dma::Region;
 
-use crate::{BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, Request, Status};
+use crate::{
+    BlockQueue, Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Request, Status,
+    Submit,
+};
 
 /// Where a node's bytes lie: which of the reactor's leaf queues, and which unit of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -44,6 +47,16 @@ pub trait Layer<L: BlockQueue> {
     /// Called once in each turn of the reactor. Returns whether anything was done.
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool;
 
+    /// Has a frontend bring its requests: [`Frontend::poll`] on this image. An enum of images chooses
+    /// here, once in a turn, instead of at each request.
+    #[inline(never)]
+    fn serve<F: Frontend>(&mut self, leaves: &mut [L], frontend: &mut F, now: u64) -> bool
+    where
+        Self: Sized,
+    {
+        frontend.poll(&mut Bound { image: self, leaves }, now)
+    }
+
     /// Whether the layer has work that no completion will wake: asked before the reactor sleeps.
     fn arm(&mut self) -> HasWork;
 
@@ -53,4 +66,27 @@ pub trait Layer<L: BlockQueue> {
 
     /// How the close ended; `None` while it has not.
     fn closed(&self) -> Option<Status>;
+}
+
+/// An image with the leaf queues lent to it: what a frontend sees.
+struct Bound<'a, L, I> {
+    image: &'a mut I,
+    leaves: &'a mut [L],
+}
+
+impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
+    #[inline]
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        (unit == 0).then(|| self.image.info())
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        self.image.room(self.leaves)
+    }
+
+    #[inline(always)]
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        self.image.submit(self.leaves, request)
+    }
 }

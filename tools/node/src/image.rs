@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use block::{Completion, Completions, DeviceInfo, Full, HasWork, Layer, RawImage, Request, Status};
+use block::{
+    Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Layer, RawImage, Request, Status,
+};
 use dma::Region;
 
 use crate::Leaf;
@@ -40,37 +42,31 @@ impl Layer<Leaf> for Image {
         each!(self, i => Layer::<Leaf>::register(&mut **i, region));
     }
 
-    #[inline]
     fn room(&self, leaves: &[Leaf]) -> usize {
-        match self {
-            Image::Qcow(i) => i.room(leaves),
-            _ => self.room_elsewhere(leaves),
-        }
+        each!(self, i => i.room(leaves))
+    }
+
+    fn submit(&mut self, leaves: &mut [Leaf], request: &Request<'_>) -> Result<(), Full> {
+        each!(self, i => i.submit(leaves, request))
     }
 
     #[inline(always)]
-    fn submit(&mut self, leaves: &mut [Leaf], request: &Request<'_>) -> Result<(), Full> {
-        // Copies: see the leaves.
-        match self {
-            Image::Qcow(i) => i.submit(leaves, &{ *request }),
-            _ => self.submit_elsewhere(leaves, &{ *request }),
-        }
+    fn serve<F: Frontend>(&mut self, leaves: &mut [Leaf], frontend: &mut F, now: u64) -> bool {
+        each!(self, i => i.serve(leaves, frontend, now))
     }
 
     #[inline(always)]
     fn complete(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
         match self {
             Image::Qcow(i) => i.complete(leaves, done),
+            Image::Satellite(i) => i.complete(leaves, done),
             _ => self.complete_elsewhere(leaves, done),
         }
     }
 
     #[inline(always)]
     fn poll(&mut self, leaves: &mut [Leaf], out: &mut Completions) -> bool {
-        match self {
-            Image::Qcow(i) => i.poll(leaves, out),
-            _ => self.poll_elsewhere(leaves, out),
-        }
+        each!(self, i => i.poll(leaves, out))
     }
 
     fn arm(&mut self) -> HasWork {
@@ -86,26 +82,10 @@ impl Layer<Leaf> for Image {
     }
 }
 
-/// The other kinds by themselves: a choice between all of them costs the one that is there most a
-/// jump through a table.
 impl Image {
-    #[inline(never)]
-    fn room_elsewhere(&self, leaves: &[Leaf]) -> usize {
-        each!(self, i => i.room(leaves))
-    }
-
-    #[inline(never)]
-    fn submit_elsewhere(&mut self, leaves: &mut [Leaf], request: &Request<'_>) -> Result<(), Full> {
-        each!(self, i => i.submit(leaves, request))
-    }
-
+    /// Of kinds that are there less: by themselves, so that the others' code is the better for it.
     #[inline(never)]
     fn complete_elsewhere(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
         each!(self, i => i.complete(leaves, done))
-    }
-
-    #[inline(never)]
-    fn poll_elsewhere(&mut self, leaves: &mut [Leaf], out: &mut Completions) -> bool {
-        each!(self, i => i.poll(leaves, out))
     }
 }
