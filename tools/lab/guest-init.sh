@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of the lab's guest. The kernel command line says lab=write or lab=find.
+# First process of the lab's guest. The kernel command line says lab=write, lab=find or lab=make.
 #   /modules   kernel modules to load, in order
 #   /manifest  sha256sum lines of files that must be on the disk
 #   /links     NAME TAB TARGET of links that must be there
@@ -22,12 +22,28 @@ end() {
 
 for module in $(cat /modules); do insmod "$module" || fail "insmod $module"; done
 for _ in $(seq 100); do [ -b /dev/vda ] && break; sleep 0.1; done
+case "$(cat /proc/cmdline)" in *lab=make*)
+    # By its path: the shell knows a mke2fs of its own.
+    LD_LIBRARY_PATH=/lib /bin/mke2fs -q -t ext4 /dev/vda || fail "mke2fs" ;;
+esac
 if ! mount -t ext4 /dev/vda /mnt; then
     fail "mount"
     end
 fi
 cd /mnt
 say "mounted at $(since) s"
+
+case "$(cat /proc/cmdline)" in *lab=make*)
+    # What the changes below need.
+    mkdir -p usr/sbin usr/include special
+    cp /lib/* /lib64/* /bin/busybox usr/sbin || fail "cp"
+    for i in $(seq 300); do echo "header $i" > usr/include/$i.h; done
+    truncate -s 64M "special/sparse islands" "special/sparse odd islands" || fail "truncate"
+    sync
+    cd / && umount /mnt && mount -t ext4 /dev/vda /mnt || fail "mount again"
+    cd /mnt
+    find usr special -type f -exec sha256sum {} + > /manifest ;;
+esac
 
 # Every file against its hash, every link against its target.
 sha256sum -c /manifest > /tmp/sums 2>&1 || fail "hashes: $(grep -v ': OK$' /tmp/sums | head -5)"

@@ -133,12 +133,17 @@ impl Machine {
         Ok(())
     }
 
-    /// Boots with the disk at `uri` as the first virtio disk and returns the console's text. The
-    /// guest must power itself off within [`BOOT`].
-    pub(crate) fn boot(&self, initramfs: &Path, uri: &str, words: &str) -> Result<String> {
+    /// Boots with `file` (an export's URI or a path) in this format as the first virtio disk and
+    /// returns the console's text. The guest must power itself off within [`BOOT`].
+    pub(crate) fn boot(
+        &self,
+        initramfs: &Path,
+        (file, format): (&str, &str),
+        words: &str,
+    ) -> Result<String> {
         let mut qemu = self.emulator(initramfs, words);
         qemu.args(["-machine", "pc", "-smp", "1", "-m", "512"])
-            .args(["-drive", &format!("file={uri},format=raw,if=none,id=disk,discard=unmap")])
+            .args(["-drive", &format!("file={file},format={format},if=none,id=disk,discard=unmap")])
             .args(["-device", "virtio-blk-pci,drive=disk"]);
         let done = cmd::run(&mut qemu, BOOT)?;
         if !done.status.success() {

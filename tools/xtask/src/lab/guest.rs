@@ -17,7 +17,7 @@ use crate::qemu::BOOT;
 use crate::suite::Tally;
 
 /// Programs and the shared libraries that they need, by their place in the guest.
-pub(super) fn programs(paths: &[PathBuf]) -> Result<BTreeMap<String, Vec<u8>>> {
+pub(crate) fn programs(paths: &[PathBuf]) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
     for path in paths {
         let name = path.file_name().context("a program without a name")?.to_string_lossy();

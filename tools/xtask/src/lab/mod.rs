@@ -1,7 +1,7 @@
 //! `cargo xtask lab …`: a virtual machine with emulated hardware, in which a built `polldisk` is put
 //! to work. One line per case; what each lab shows stands in tools/lab/README.md.
 
-mod guest;
+pub(crate) mod guest;
 mod module;
 mod vfio;
 

@@ -1,6 +1,8 @@
 //! Boot cases: a Linux kernel uses the exported disk. The first boot checks every file and writes;
-//! the second one, from a new server, must find what the first one wrote. After each boot
-//! `qemu-img check` must be clean, and at the end `e2fsck` judges the file system on the host.
+//! the second one, from a new server, must find what the first one wrote. Or the first one makes the
+//! file system, on an image that polldisk made, and for the second one QEMU reads that image on its
+//! own. After each boot `qemu-img check` must be clean, and at the end `e2fsck` judges the file system
+//! on the host.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::disk::{self, Verdict, step};
 use super::{Room, tree};
 use crate::cmd;
+use crate::lab::guest::programs;
 use crate::qemu::Machine;
 use crate::tools;
 
@@ -27,16 +30,55 @@ pub(crate) fn case(room: &Room<'_>, name: &str) -> Result<String> {
     let machine = Machine::prepare()?;
     let assets = &room.lab.assets;
     let image = room.writable(name)?;
-    let first = boot(room, &machine, &image, "write", &assets.manifest)?;
+    let served = |mode, manifest| Boot { mode, manifest, links: &assets.links, served: true };
+    let first = boot(room, &machine, &image, served("write", &assets.manifest))?;
     step(&format!("first boot: {}", first.summary));
     let second = expected(&assets.manifest, &first.hashes)?;
-    let second = boot(room, &machine, &image, "find", &second)?;
+    let second = boot(room, &machine, &image, served("find", &second))?;
     step(&format!("second boot: {}", second.summary));
-
-    let raw = room.folder.join("after.raw");
-    disk::as_raw(&image, &raw)?;
-    cmd::ok(tools::command("e2fsck").args(["-f", "-n"]).arg(&raw))?;
+    file_system(room, &image)?;
     Ok(format!("{} files written and found again", first.hashes.len()))
+}
+
+/// How that image is made: what no other boot has.
+const MADE: &str = "extended_l2=on,refcount_bits=8";
+
+/// A file system that a guest makes on an image that polldisk made; then QEMU reads the image on its
+/// own.
+pub(crate) fn made(room: &Room<'_>) -> Result<String> {
+    let machine = Machine::prepare()?;
+    let image = room.folder.join("image.qcow2");
+    let mut create = room.lab.template.maker();
+    create.args(["create", "-q", "-f", "qcow2", "-o", MADE]).arg(&image);
+    cmd::ok(create.arg(disk::SIZE.to_string()))?;
+    let make = Boot { mode: "make", manifest: "", links: "", served: true };
+    let first = boot(room, &machine, &image, make)?;
+    step(&format!("first boot: {}", first.summary));
+    let second = expected("", &first.hashes)?;
+    let find = Boot { mode: "find", manifest: &second, links: "", served: false };
+    let second = boot(room, &machine, &image, find)?;
+    step(&format!("second boot, by QEMU alone: {}", second.summary));
+    file_system(room, &image)?;
+    Ok(format!("{} files written and found again", first.hashes.len()))
+}
+
+/// `e2fsck` must find nothing.
+fn file_system(room: &Room<'_>, image: &Path) -> Result<()> {
+    let raw = room.folder.join("after.raw");
+    disk::as_raw(image, &raw)?;
+    cmd::ok(tools::command("e2fsck").args(["-f", "-n"]).arg(&raw))?;
+    Ok(())
+}
+
+/// One boot.
+struct Boot<'a> {
+    /// What the guest is told to do.
+    mode: &'static str,
+    /// `sha256sum` lines of what must be there.
+    manifest: &'a str,
+    links: &'a str,
+    /// The disk is an export of a server; else QEMU reads and writes the image.
+    served: bool,
 }
 
 /// What the guest said.
@@ -47,22 +89,25 @@ struct Said {
     hashes: BTreeMap<String, String>,
 }
 
-/// Boots once from a server of its own, and checks the image afterwards.
-fn boot(
-    room: &Room<'_>,
-    machine: &Machine,
-    image: &Path,
-    mode: &str,
-    manifest: &str,
-) -> Result<Said> {
-    let links = &room.lab.assets.links;
-    let files = [("manifest", manifest.as_bytes()), ("links", links.as_bytes())];
+/// Boots once, from a server of its own if one serves it, and checks the image afterwards.
+fn boot(room: &Room<'_>, machine: &Machine, image: &Path, what: Boot<'_>) -> Result<Said> {
+    let Boot { mode, manifest, links, served } = what;
+    let mut files = vec![("manifest", manifest.as_bytes()), ("links", links.as_bytes())];
+    let tools = match mode {
+        "make" => programs(&[tools::find("mke2fs").context("no mke2fs")?])?,
+        _ => BTreeMap::new(),
+    };
+    files.extend(tools.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())));
     let initramfs = room.folder.join(format!("{mode}.cpio"));
     fs::write(&initramfs, machine.initramfs(INIT, &DRIVERS, &files)?)?;
-    let server = room.serve(image)?;
-    let console = machine.boot(&initramfs, &server.uri(), &format!("lab={mode}"))?;
+    let server = if served { Some(room.serve(image)?) } else { None };
+    let (file, format) = match &server {
+        Some(server) => (server.uri(), "raw"),
+        None => (image.display().to_string(), "qcow2"),
+    };
+    let console = machine.boot(&initramfs, (&file, format), &format!("lab={mode}"))?;
     fs::write(room.folder.join(format!("{mode}.console")), &console)?;
-    server.stop()?;
+    server.map_or(Ok(()), |server| server.stop())?;
     let said = read(&console).with_context(|| format!("boot `{mode}`"))?;
     disk::check(image, Verdict::Clean).with_context(|| format!("after boot `{mode}`"))?;
     Ok(said)

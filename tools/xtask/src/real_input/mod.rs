@@ -175,6 +175,9 @@ fn list(kind: &'static str) -> Vec<Case> {
     for image in boots {
         add(format!("boot-{image}"), Box::new(move |room| boot::case(room, image)));
     }
+    if kind == "file" {
+        add("boot-made".to_owned(), Box::new(boot::made));
+    }
     for image in ["chain", "deflate"] {
         add(format!("kill-{image}"), Box::new(move |room| crash::case(room, image)));
     }

@@ -41,6 +41,16 @@ impl Template {
         Ok(Self { words: [vec![binary.display().to_string()], words.to_vec()].concat() })
     }
 
+    /// What makes images: `polldisk image`, or `qemu-img` where another server is tried.
+    pub(crate) fn maker(&self) -> Command {
+        let binary = self.words.first().map(Path::new).filter(|p| p.ends_with("polldisk"));
+        let mut command = Command::new(binary.unwrap_or(Path::new("qemu-img")));
+        if binary.is_some() {
+            command.arg("image");
+        }
+        command
+    }
+
     fn command(&self, socket: &Path, node: &str, read_only: bool) -> Command {
         let socket = socket.to_string_lossy();
         let fill = |word: &String| word.replace("{socket}", &socket).replace("{node}", node);
