@@ -11,6 +11,7 @@ mod gates;
 mod lab;
 mod layers;
 mod lexer;
+mod matrix;
 mod qemu;
 mod real_input;
 mod simulate;
@@ -39,6 +40,8 @@ enum Task {
     RealInput(real_input::Args),
     /// Images on simulated disks, with faults and power cuts, from seeds.
     Simulate(simulate::Args),
+    /// Images of all kinds, written by QEMU and by polldisk in turns.
+    Matrix(matrix::Args),
     /// Feeds mutated input to everything that reads an image.
     Fuzz(fuzz::Args),
     /// Boots a machine with emulated hardware and drives that with `polldisk`.
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Task::Test(args) => suite::run(&args),
         Task::RealInput(args) => real_input::command(&args),
         Task::Simulate(args) => simulate::command(&args),
+        Task::Matrix(args) => matrix::command(&args),
         Task::Fuzz(args) => fuzz::command(&args),
         Task::Lab(lab) => lab::command(&lab),
         Task::Gates => gates::command(),

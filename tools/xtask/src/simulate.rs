@@ -47,7 +47,7 @@ fn run(args: &Args) -> Result<Tally> {
 }
 
 /// Each commit tries other seeds, and the same ones when it is tried again. 1 without Git.
-fn seed_of_commit() -> u64 {
+pub(crate) fn seed_of_commit() -> u64 {
     let head = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(crate::root()).output();
     let text = head.ok().map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
     text.and_then(|t| u64::from_str_radix(t.get(..8)?, 16).ok()).unwrap_or(1)

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{fuzz, gates, layers, real_input, simulate, tidy};
+use crate::{fuzz, gates, layers, matrix, real_input, simulate, tidy};
 
 /// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -90,11 +90,12 @@ impl Step {
 }
 
 /// All parts, cheap ones first.
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     Step::new("layers", || layers::command().map(Tally::one)).quick(),
     Step::new("tidy", || tidy::command().map(Tally::one)).quick(),
     Step::new("tests", cargo_test).quick(),
     Step::new("simulate", simulate::step),
+    Step::new("matrix", matrix::step),
     Step::new("fuzz", fuzz::step).optional(),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
@@ -161,7 +162,12 @@ fn cargo_test() -> Result<Tally> {
 }
 
 /// Runs tests; their output is shown and counted.
-pub(crate) fn counted(mut command: Command) -> Result<Tally> {
+pub(crate) fn counted(command: Command) -> Result<Tally> {
+    counted_within(command, TESTS_LIMIT)
+}
+
+/// The same of tests that may take longer.
+pub(crate) fn counted_within(mut command: Command, limit: Duration) -> Result<Tally> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let output = child.stdout.take().context("no output")?;
     let (sender, receiver) = channel();
@@ -178,7 +184,7 @@ pub(crate) fn counted(mut command: Command) -> Result<Tally> {
         }
         let _ = sender.send(tally);
     });
-    let status = cmd::wait(&mut child, TESTS_LIMIT)?;
+    let status = cmd::wait(&mut child, limit)?;
     let mut tally =
         receiver.recv_timeout(Duration::from_secs(10)).context("output of the tests")?;
     match status {
