@@ -185,6 +185,10 @@ impl Shared {
     /// Whether there is nothing to do for a unit.
     fn is_empty_enough(&self, word: Word, way: Way) -> bool {
         let top = self.stack.top_number();
+        if self.stack.top_layer().raw_data {
+            // A write that failed may have reached the file all the same.
+            return false;
+        }
         match (word.kind(), way) {
             _ if word.claimed() => false,
             (Kind::Hole, _) => true,
@@ -241,6 +245,11 @@ impl Shared {
         if g.data_file() {
             self.zero_data(slot, claim, look()?.bits().0 & mask != 0, way).await?;
         }
+        if self.stack.top_layer().raw_data {
+            // It stays mapped. An entry that says zero could be on disk without what is written to
+            // the file next, or that without the entry: then the two show different things for good.
+            return Ok(true);
+        }
         // Others may have changed the rest of the entry, but not what is claimed.
         let old = look()?;
         let Some(new) = self.emptied(old, mask, way) else { return Ok(false) };
@@ -280,8 +289,8 @@ impl Shared {
     }
 
     /// Makes the place of claimed units in the external data file zero before they are let go of, if
-    /// they have `data` there. Where the file is the guest's disk by itself it must be so; else that
-    /// gives space back.
+    /// they have `data` there; that gives space back. Where the file is the guest's disk by itself it
+    /// must be zero in any case.
     async fn zero_data(
         &self,
         slot: u16,
@@ -292,7 +301,7 @@ impl Shared {
         let bits = self.geometry.unit_bits();
         let must = self.stack.top_layer().raw_data;
         let able = self.data_device.as_ref().is_some_and(|d| d.write_zeroes);
-        if !data || !(must || able && way != Way::ZeroKeep) {
+        if !(must || data && able && way != Way::ZeroKeep) {
             return Ok(());
         }
         let (offset, len) = (claim.first << bits, claim.count() << bits);
