@@ -38,6 +38,17 @@ impl Page {
     }
 }
 
+/// What the disk says of the bitmaps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Said {
+    /// That they are saved.
+    Saved,
+    /// The one or the other: a write of the flags failed, or is under way.
+    Either,
+    /// That they are in use.
+    InUse,
+}
+
 /// See the module's text.
 pub(super) struct Marks {
     bitmaps: Vec<Tracked>,
@@ -49,8 +60,7 @@ pub(super) struct Marks {
     loading: BTreeSet<PageKey>,
     /// Bits or flags are being written.
     writing: bool,
-    /// The bitmaps are marked in use on disk.
-    in_use: bool,
+    said: Said,
 }
 
 impl Marks {
@@ -63,7 +73,7 @@ impl Marks {
             pages: BTreeMap::new(),
             loading: BTreeSet::new(),
             writing: false,
-            in_use: false,
+            said: Said::Saved,
         }
     }
 
@@ -93,7 +103,7 @@ impl Marks {
     /// them look clear.
     fn is_covered(&self, key: PageKey, from: u64, to: u64) -> bool {
         let Some(page) = self.pages.get(&key) else { return false };
-        let sure = if self.in_use { &page.now } else { &page.disk };
+        let sure = if self.said == Said::InUse { &page.now } else { &page.disk };
         (from..to).all(|bit| sure[(bit / 8) as usize] & (1 << (bit % 8)) != 0)
     }
 
@@ -167,7 +177,7 @@ impl Shared {
                 if !marks.set(key, from, to) {
                     continue;
                 }
-                if marks.in_use {
+                if marks.said == Said::InUse {
                     return Ok(());
                 }
             }
@@ -261,6 +271,7 @@ impl Shared {
     async fn write_in_use(&self, slot: u16, in_use: bool) -> Result<(), Status> {
         let all: Vec<(u64, u32)> =
             self.marks.borrow().bitmaps.iter().map(|b| (b.flags_at, b.flags)).collect();
+        self.marks.borrow_mut().said = Said::Either;
         // They stand in the directory's order; a sector is written once.
         for part in all.chunk_by(|a, b| a.0 / 512 == b.0 / 512) {
             let sector = part[0].0 & !511;
@@ -273,7 +284,7 @@ impl Shared {
             self.write_bytes(slot, sector, &bytes).await?;
         }
         super::read::check(self.device_flush(slot).await)?;
-        self.marks.borrow_mut().in_use = in_use;
+        self.marks.borrow_mut().said = if in_use { Said::InUse } else { Said::Saved };
         Ok(())
     }
 
@@ -285,8 +296,11 @@ impl Shared {
         }
         self.write_bits(slot, false).await?;
         super::read::check(self.device_flush(slot).await)?;
-        let in_use = self.marks.borrow().in_use;
-        if in_use { self.write_in_use(slot, false).await } else { Ok(()) }
+        match self.marks.borrow().said {
+            Said::Saved => return Ok(()),
+            Said::Either | Said::InUse => {}
+        }
+        self.write_in_use(slot, false).await
     }
 
     /// The word of a unit as it is to stand in the map: with the flag if a bitmap lacks a bit.
