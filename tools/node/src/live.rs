@@ -264,11 +264,30 @@ impl Disk {
         Ok(())
     }
 
+    /// Where layer `depth`, which is about to go, is shorter than the one above and the one below, it
+    /// hides what the latter has behind its end: it gets zeroes there, which go down as well.
+    fn lengthen(&self, depth: usize) -> Result<(), Error> {
+        let which: Vec<usize> = (depth - 1..self.layers().len()).collect();
+        let chain = self.read(&which, usize::MAX)?;
+        let size = |n: usize| chain.layers[n].size();
+        if size(1) >= size(0).min(size(2)) {
+            return Ok(());
+        }
+        self.upgrade(depth)?;
+        let done = self
+            .read(&which[1..], 0)
+            .and_then(|c| Ok(qcow::edit::resize(&mut ChainReader::new(c), size(0))?));
+        self.layers()[depth].locks.iter().for_each(ImageLock::share);
+        done
+    }
+
     fn commit_down(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
         // An earlier try may have left tables on disk that the reactors have not followed.
         self.paused(|disk| {
             let all = disk.numbers();
-            disk.restack(disk.open(&all)?, &all, false)
+            let lengthened = disk.lengthen(depth);
+            let followed = disk.open(&all).and_then(|files| disk.restack(files, &all, false));
+            lengthened.and(followed)
         })?;
         let which: Vec<usize> = (depth..self.layers().len()).collect();
         let chain = self.read(&which, 1)?;

@@ -311,6 +311,37 @@ fn a_commit_into_a_backing_file_that_grows() {
     }
 }
 
+/// A layer that is committed down may be shorter than its neighbours: what it hid stays hidden.
+#[test]
+fn a_commit_keeps_the_zeroes_behind_a_short_layer() {
+    let _alone = ALONE.lock();
+    let dir = tempfile::tempdir().unwrap();
+    let [base, a, b, _] = files(dir.path(), ["base", "a", "b", "c"]);
+    make(&base, SIZE);
+    let mut disk = serve(base.to_str().unwrap(), 2);
+    let pieces = Pool::new(1, PIECE as u32).unwrap();
+    let last = |disk: &Disk, op, byte: u8| {
+        let seg = pieces.region().seg(0, PIECE as u32);
+        pieces.region().write(0, &[byte; PIECE as usize]);
+        let mut portal = disk.door().open(1, vec![pieces.region().clone()]).unwrap();
+        let (flags, offset, len) = (Flags::NONE, SIZE - PIECE, PIECE);
+        let r = PortalRequest { id: 0, op, flags, offset, len, seg };
+        assert_eq!(portal.call(r), Status::Ok);
+        let mut bytes = [0; PIECE as usize];
+        pieces.region().read(0, &mut bytes);
+        bytes
+    };
+    last(&disk, Op::Write, 9);
+    disk.snapshot(&a).unwrap();
+    disk.resize(SIZE / 2).unwrap();
+    disk.snapshot(&b).unwrap();
+    disk.resize(SIZE).unwrap();
+    assert_eq!(last(&disk, Op::Read, 1), [0; PIECE as usize]);
+    disk.commit(1, &mut Freely).unwrap();
+    assert_eq!(last(&disk, Op::Read, 1), [0; PIECE as usize]);
+    disk.close().unwrap();
+}
+
 /// Snapshots come and go: nothing is used up.
 #[test]
 fn many_snapshots() {
