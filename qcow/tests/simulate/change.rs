@@ -1,14 +1,15 @@
-//! Changes of an image that is served: pauses, a new overlay in front, taking lower layers up.
+//! Changes of an image that is served: pauses, a new overlay in front, taking lower layers up, another
+//! size; committing is in [`crate::commit`].
 
 use block::Status;
-use qcow::edit::set_backing;
-use qcow::run::Stack;
-use sim::{Disk, Rng};
+use qcow::ChainReader;
+use qcow::edit::{resize, set_backing};
+use sim::{Disk, Rng, SECTOR};
 
 use crate::images::{Layer, open, overlay};
-use crate::life::{Attached, Run};
+use crate::life::{Attached, Drive, Run, no_room};
 use crate::plan::{Change, Life};
-use crate::verify::{Ended, verify};
+use crate::verify::Ended;
 
 /// How far a change has come.
 pub(crate) enum Stage {
@@ -19,6 +20,8 @@ pub(crate) enum Stage {
         keep: usize,
     },
     Pausing(Then),
+    /// See [`crate::commit`].
+    Committing,
     Done,
 }
 
@@ -27,8 +30,13 @@ pub(crate) enum Then {
     Nothing,
     /// This comes in front; the number of its leaf queues.
     Overlay(Layer, u16),
-    /// The chain ends behind the first layer, but for so many of the lowest ones.
-    Cut(usize),
+    /// So many layers behind the one that is so many layers below the first go out of the chain.
+    Cut {
+        above: usize,
+        gone: usize,
+    },
+    /// The disk gets so many sectors.
+    Resize(u64),
 }
 
 impl Run<'_> {
@@ -37,11 +45,19 @@ impl Run<'_> {
         &mut self,
         life: &Life,
         a: &mut Attached,
-        sent: u64,
+        d: &mut Drive,
         rng: &mut Rng,
     ) -> Result<bool, String> {
         match &a.stage {
-            Stage::Later if sent > life.change.1 => self.begin(life.change.0, a, rng)?,
+            Stage::Later => {
+                let next = life.changes.get(a.begun).filter(|c| d.sent > c.1);
+                let Some(&(change, _)) = next else { return Ok(false) };
+                a.begun += 1;
+                if let Change::Commit(depth) = change {
+                    return self.commit(depth, life, a, d, rng);
+                }
+                self.begin(change, a, rng)?;
+            }
             Stage::Streaming { keep } => {
                 let keep = *keep;
                 if !rng.one_in(10) {
@@ -56,7 +72,7 @@ impl Run<'_> {
                     None => return Ok(false),
                     Some(Status::Ok) => {
                         a.reactors.image().pause();
-                        Stage::Pausing(Then::Cut(keep))
+                        Stage::Pausing(Then::Cut { above: 0, gone: a.layers.len() - keep - 1 })
                     }
                     // What was taken up stays there.
                     Some(_) => Stage::Done,
@@ -66,13 +82,14 @@ impl Run<'_> {
                 let Some(status) = a.reactors.image().paused() else { return Ok(false) };
                 let stage = std::mem::replace(&mut a.stage, Stage::Done);
                 if let (Stage::Pausing(then), Status::Ok) = (stage, status)
-                    && self.rest(then, a, rng)?
+                    && self.rest(then, a, d, rng)?
                 {
                     return Ok(true);
                 }
                 a.reactors.image().resume();
             }
-            Stage::Later | Stage::Done => {}
+            Stage::Done => a.stage = Stage::Later,
+            Stage::Committing => {}
         }
         Ok(false)
     }
@@ -84,10 +101,16 @@ impl Run<'_> {
             Change::Snapshot => {
                 let disk = Disk::new(self.plan.disk, Vec::new(), rng.fork(), self.trace.clone());
                 self.last_name += 1;
-                let layer = overlay(self.plan, self.last_name, &a.layers[0], disk)?;
+                let sectors = self.model.len();
+                let layer = overlay(self.plan, self.last_name, &a.layers[0], disk, sectors)?;
                 let leaf = a.reactors.add_disk(&layer.disk)?;
                 Stage::Pausing(Then::Overlay(layer, leaf))
             }
+            Change::Resize(sectors) => match a.reactors.image().could_be(sectors * SECTOR as u64) {
+                Ok(()) => Stage::Pausing(Then::Resize(sectors)),
+                Err(_) => Stage::Done,
+            },
+            Change::Commit(_) => Stage::Done,
             Change::Stream(keep) => {
                 let keep = (keep as usize).min(a.layers.len() - 1);
                 assert!(a.reactors.image().start_stream(keep, None));
@@ -101,54 +124,74 @@ impl Run<'_> {
     }
 
     /// The image rests, and all of it is on disk. Returns whether the power failed.
-    fn rest(&mut self, then: Then, a: &mut Attached, rng: &mut Rng) -> Result<bool, String> {
+    fn rest(
+        &mut self,
+        then: Then,
+        a: &mut Attached,
+        d: &mut Drive,
+        rng: &mut Rng,
+    ) -> Result<bool, String> {
         // All that was answered is durable: the lower image may be copied now.
         let now = self.model.tick();
         self.model.flushed(now);
         let frozen: Vec<Layer> = a.layers.iter().map(|l| l.frozen(rng)).collect();
-        verify(frozen.clone(), &self.model, Ended::Cut)?;
+        self.verify(frozen.clone(), Ended::Rest)?;
         self.outcome.cuts += 1;
         match then {
             Then::Nothing => return Ok(false),
             Then::Overlay(layer, leaf) => {
                 // Whichever of the two is served after a crash.
                 let both = [vec![layer.frozen(rng)], frozen].concat();
-                verify(both, &self.model, Ended::Cut)?;
+                self.verify(both, Ended::Rest)?;
+                self.bitmaps.forget();
                 layer.disk.set_sabotage(self.sabotage);
-                a.follow(&layer.disk);
-                a.layers.insert(0, layer);
-                a.leaves.insert(0, leaf);
+                a.follow(layer, vec![leaf]);
                 a.leaks = 0;
                 self.restack(a, true)?;
                 self.outcome.snapshots += 1;
             }
-            Then::Cut(keep) => {
-                let gone = a.layers.len() - keep;
-                let below = a.layers.get(gone).map(|l| (l.path(), l.format));
+            Then::Cut { above, gone } => {
+                let behind = above + 1 + gone;
+                let below = a.layers.get(behind).map(|l| (l.path(), l.format));
                 let below = below.as_ref().map(|(path, format)| (&path[..], *format));
-                let top = &mut a.layers[0].disk;
-                top.set_power_for(rng.pick(&[u64::MAX, u64::MAX, 0, 1, 2]));
-                if set_backing(top, "top", below).is_err() {
+                let disk = &mut a.layers[above].disk;
+                disk.set_power_for(rng.pick(&[u64::MAX, u64::MAX, 0, 1, 2]));
+                if set_backing(disk, "above", below).is_err() {
                     return Ok(true);
                 }
-                top.set_power_for(u64::MAX);
-                if gone > 1 {
-                    a.layers.drain(1..gone);
-                    a.leaves.drain(1..gone);
-                }
+                disk.set_power_for(u64::MAX);
+                a.layers.drain(above + 1..behind);
+                a.leaves.drain(above + 1..behind);
                 self.restack(a, false)?;
                 self.outcome.streams += 1;
+            }
+            Then::Resize(sectors) => {
+                let chain = open(&a.layers, true)?;
+                let disks: Vec<Disk> = a.layers[0].disks().cloned().collect();
+                let failing = rng.below(disks.len() as u64) as usize;
+                let power = rng.within(0, 12);
+                disks[failing].set_power_for(rng.pick(&[u64::MAX, u64::MAX, power]));
+                let changed = resize(&mut ChainReader::new(chain), sectors * SECTOR as u64);
+                if changed.is_err() && disks[failing].is_out() {
+                    self.resizing = Some(sectors);
+                    return Ok(true);
+                }
+                disks[failing].set_power_for(u64::MAX);
+                match changed {
+                    Ok(()) => self.follow_size(sectors, d, rng),
+                    Err(e) if no_room(&e.to_string()) || self.bitmaps.any_lost() => {}
+                    Err(e) => return Err(format!("no other size: {e}")),
+                }
+                self.restack(a, false)?;
             }
         }
         Ok(false)
     }
 
-    fn restack(&self, a: &mut Attached, keep: bool) -> Result<(), String> {
+    /// The image rests, and goes on with the layers as they are on disk now.
+    pub(crate) fn restack(&mut self, a: &mut Attached, keep: bool) -> Result<(), String> {
         let Attached { layers, leaves, reactors, .. } = a;
-        let stack = |ports: &[block::Port]| {
-            let mut chain = open(layers, true)?;
-            Stack::new(&mut chain, ports).map_err(|e| e.to_string())
-        };
-        reactors.restack(stack, leaves, keep)
+        let stack = |ports: &[block::Port]| self.stack(layers, ports);
+        reactors.restack(stack, &leaves.concat(), keep)
     }
 }

@@ -4,7 +4,7 @@ use block::Storage;
 use qcow::Compressor;
 use qcow::build::Builder;
 use qcow::create::{CreateOptions, create};
-use qcow::open::{Chain, ChainOptions, Format, Opened};
+use qcow::open::{Chain, ChainOptions, Format, Opened, Role};
 use sim::{BELOW, Disk, Rng, SECTOR, Trace, fill};
 
 use crate::plan::Plan;
@@ -16,6 +16,15 @@ pub(crate) struct Layer {
     pub(crate) name: u32,
     pub(crate) format: Format,
     pub(crate) disk: Disk,
+    pub(crate) data: Option<Data>,
+}
+
+/// An external data file.
+#[derive(Clone)]
+pub(crate) struct Data {
+    pub(crate) disk: Disk,
+    /// It is the guest's disk by itself.
+    pub(crate) raw: bool,
 }
 
 impl Layer {
@@ -24,9 +33,39 @@ impl Layer {
         format!("/layer{}", self.name)
     }
 
+    /// Its data file's name in it.
+    fn data_path(&self) -> String {
+        format!("/data{}", self.name)
+    }
+
+    /// Its disks: of the image, and of the data file.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = &Disk> {
+        [Some(&self.disk), self.data.as_ref().map(|d| &d.disk)].into_iter().flatten()
+    }
+
+    /// The same with other disks.
+    fn map(&self, mut f: impl FnMut(&Disk) -> Disk) -> Layer {
+        let disk = f(&self.disk);
+        let data = self.data.as_ref().map(|d| Data { disk: f(&d.disk), raw: d.raw });
+        Layer { disk, data, ..*self }
+    }
+
     /// The image as a power cut would leave it.
     pub(crate) fn frozen(&self, rng: &mut Rng) -> Layer {
-        Layer { disk: self.disk.frozen(rng), ..self.clone() }
+        self.map(|disk| disk.frozen(rng))
+    }
+
+    /// The image on disks that are written to and can lose power.
+    pub(crate) fn revived(&self, rng: &mut Rng, trace: &Trace) -> Layer {
+        let new = |disk: &Disk| {
+            Disk::new(disk.config(), disk.clone().take_bytes(), rng.fork(), trace.clone())
+        };
+        self.map(new)
+    }
+
+    /// Changes carried out so far.
+    pub(crate) fn writes(&self) -> u64 {
+        self.disks().map(Disk::writes).sum()
     }
 }
 
@@ -47,7 +86,7 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
             o.cluster_size = 1 << below.cluster_bits;
             o.extended_l2 = below.extended_l2;
             o.backing = layers.first().map(|l| (l.path(), l.format));
-            held = build(&mut disk, &o, held, 6, id, rng)?;
+            held = build(&mut disk, None, &o, held, (6, 0), id, rng)?;
             Format::Qcow2
         } else {
             // Whatever was below a raw layer is not seen.
@@ -58,7 +97,7 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
         };
         // It is not written to any more.
         let disk = Disk::view(below.disk, disk.take_bytes());
-        layers.insert(0, Layer { name: at as u32 + 1, format, disk });
+        layers.insert(0, Layer { name: at as u32 + 1, format, disk, data: None });
     }
     let mut disk = Disk::new(plan.disk, Vec::new(), rng.fork(), trace.clone());
     let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
@@ -70,8 +109,16 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
     let id = BELOW + 2 * plan.below.len() as u32;
     // Half of it is sure to fit.
     let filled = if plan.disk.size < plan.sectors * 600 { plan.filled / 2 } else { plan.filled };
-    held = build(&mut disk, &o, held, filled, id, rng)?;
-    layers.insert(0, Layer { name: 0, format: Format::Qcow2, disk });
+    let mut top = Layer { name: 0, format: Format::Qcow2, disk: disk.clone(), data: None };
+    let mut data = plan.data.map(|d| {
+        // Not from the run's own numbers, which those of other plans are as well.
+        let aside = Rng::new(d.disk.size ^ 0xda7a);
+        (o.data_file, o.data_file_raw) = (Some(top.data_path()), d.raw);
+        Disk::new(d.disk, Vec::new(), aside, trace.clone())
+    });
+    held = build(&mut disk, data.as_mut(), &o, held, (filled, plan.solid), id, rng)?;
+    top.data = data.map(|disk| Data { disk, raw: o.data_file_raw });
+    layers.insert(0, top);
     Ok(Images { layers, held })
 }
 
@@ -83,12 +130,14 @@ fn write(disk: &mut Disk, first: u64, held: &[u32]) -> Result<(), String> {
     disk.write_at(first * SECTOR as u64, &bytes).map_err(|e| e.to_string())
 }
 
-/// Makes a QCOW2 layer of which so many of 8 clusters are given. Returns what the guest sees.
+/// Makes a QCOW2 layer of which so many of 8 clusters are given, and the first ones all. Returns what
+/// the guest sees.
 fn build(
     disk: &mut Disk,
+    data: Option<&mut Disk>,
     o: &CreateOptions,
     below: Vec<u32>,
-    filled: u64,
+    (filled, solid): (u64, u64),
     id: u32,
     rng: &mut Rng,
 ) -> Result<Vec<u32>, String> {
@@ -97,24 +146,35 @@ fn build(
     held.resize(sectors as usize, 0);
     let unit = o.cluster_size / SECTOR as u64;
     let mut compressor = Compressor::new(o.compression);
-    let mut builder = Builder::new(disk, "sim", o).map_err(|e| e.to_string())?;
+    let packs = data.is_none();
+    let builder = match data {
+        None => Builder::new(disk, "sim", o),
+        Some(data) => Builder::with_data(disk, data, "sim", o),
+    };
+    let mut builder = builder.map_err(|e| e.to_string())?;
     let (mut packed, mut first) = (Vec::new(), 0);
     while first < sectors {
         let count = unit.min(sectors - first);
         let at = first * SECTOR as u64;
         let range = first as usize..(first + count) as usize;
-        if rng.below(8) < filled {
-            let what = rng.below(4);
+        let given = first < solid * unit;
+        if rng.below(8) < filled || given {
+            let what = if given { 3 } else { rng.below(4) };
             let own = if what == 0 { 0 } else { id + 1 };
             held[range].fill(own);
             let mut bytes = vec![0; (unit as usize) * SECTOR];
             fill(own, first, &mut bytes[..count as usize * SECTOR]);
             let done = match what {
                 0 => builder.zeroes(at, count * SECTOR as u64),
-                1 if compressor.encode(&bytes, &mut packed) => builder.compressed(at, &packed),
+                1 if packs && compressor.encode(&bytes, &mut packed) => {
+                    builder.compressed(at, &packed)
+                }
                 _ => builder.data(at, &bytes[..count as usize * SECTOR]),
             };
             done.map_err(|e| e.to_string())?;
+        } else if o.data_file_raw {
+            // In such an image everything is mapped.
+            builder.zeroes(at, count * SECTOR as u64).map_err(|e| e.to_string())?;
         }
         first += count;
     }
@@ -122,10 +182,16 @@ fn build(
     Ok(held)
 }
 
-/// An empty image on this layer.
-pub(crate) fn overlay(plan: &Plan, name: u32, on: &Layer, disk: Disk) -> Result<Layer, String> {
-    let mut layer = Layer { name, format: Format::Qcow2, disk };
-    let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
+/// An empty image on this layer, for a disk of so many sectors.
+pub(crate) fn overlay(
+    plan: &Plan,
+    name: u32,
+    on: &Layer,
+    disk: Disk,
+    sectors: u64,
+) -> Result<Layer, String> {
+    let mut layer = Layer { name, format: Format::Qcow2, disk, data: None };
+    let mut o = CreateOptions::new(sectors * SECTOR as u64);
     o.cluster_size = 1 << plan.cluster_bits;
     (o.version, o.refcount_bits) = (plan.version, plan.refcount_bits);
     o.backing = Some((on.path(), on.format));
@@ -135,16 +201,24 @@ pub(crate) fn overlay(plan: &Plan, name: u32, on: &Layer, disk: Disk) -> Result<
 
 /// Opens the first of the layers, with those of them that it stands on.
 pub(crate) fn open(layers: &[Layer], writable: bool) -> Result<Chain<Disk>, String> {
-    let opened = |l: &Layer| Opened {
-        storage: l.disk.clone(),
-        path: Some(l.path().into()),
+    let opened = |l: &Layer, disk: &Disk, path: String| Opened {
+        storage: disk.clone(),
+        path: Some(path.into()),
         name: format!("layer {}", l.name),
         id: None,
     };
+    let layer = |l: &Layer| opened(l, &l.disk, l.path());
     let options = ChainOptions { writable, ..Default::default() };
-    let chain = Chain::open(opened(&layers[0]), options, &mut |backing| {
-        let found = layers.iter().find(|l| l.path() == backing.name);
-        Ok(opened(found.expect("images name only what there is")))
+    let chain = Chain::open(layer(&layers[0]), options, &mut |named| {
+        let found = match named.role {
+            Role::Backing => layers.iter().find(|l| l.path() == named.name).map(layer),
+            Role::Data => layers
+                .iter()
+                .filter_map(|l| l.data.as_ref().map(|d| (l, l.data_path(), d)))
+                .find(|(_, path, _)| *path == named.name)
+                .map(|(l, path, d)| opened(l, &d.disk, path)),
+        };
+        Ok(found.expect("images name only what there is"))
     });
     chain.map_err(|e| e.to_string())
 }

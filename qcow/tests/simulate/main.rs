@@ -2,7 +2,9 @@
 //! wrote. Each seed is a run of its own; docs/reliability.md says what is simulated and how a seed
 //! is replayed.
 
+mod bitmaps;
 mod change;
+mod commit;
 mod images;
 mod life;
 mod plan;
@@ -18,8 +20,13 @@ use plan::Plan;
 use sim::Sabotage;
 
 /// Seeds that found something, and what.
-const FOUND: &[(u64, &str)] =
-    &[(1952, "a stream forgot that a shorter layer which goes had hidden what is below")];
+const FOUND: &[(u64, &str)] = &[
+    (1952, "a stream forgot that a shorter layer which goes had hidden what is below"),
+    (1661, "so did a commit"),
+    (235, "bitmaps counted as saved after a pause that failed at its last flush"),
+    (1342, "a raw data file kept what a zero entry hid, after a write that failed"),
+    (1045, "and after a cut between that entry and newer data"),
+];
 
 /// One run; a panic is a failure like another.
 fn one(seed: u64, long: bool, sabotage: Sabotage) -> Result<Outcome, String> {
@@ -101,10 +108,12 @@ fn seeds() {
     });
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
-        "simulate: {} lives, {} requests ({} failed, {} of them for want of space), {} clusters \
-         allocated, {} pages loaded, {} waits, {} snapshots, {} streams; {} power cuts looked at, {} \
-         images by qemu-img",
+        "simulate: {} lives ({} with a data file), {} requests ({} failed, {} of them for want of \
+         space), {} clusters allocated, {} pages loaded, {} waits, {} snapshots, {} streams, {} commits, \
+         {} other sizes; {} power cuts looked at, {} bitmaps found good in them, {} not saved; {} images \
+         by qemu-img",
         o.lives,
+        o.data_files,
         o.requests,
         o.failed,
         o.no_space,
@@ -113,7 +122,11 @@ fn seeds() {
         o.parked,
         o.snapshots,
         o.streams,
+        o.commits,
+        o.resizes,
         o.cuts,
+        o.trusted,
+        o.unsaved,
         o.qemu
     );
     if o.no_qemu > 0 {
@@ -122,6 +135,8 @@ fn seeds() {
     if count >= 50 {
         // Runs in which nothing happens prove nothing.
         let all = [o.failed, o.no_space, o.allocated, o.loads, o.parked, o.snapshots, o.streams];
+        let later = [o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
+        let all = [&all[..], &later].concat();
         assert!(all.iter().all(|&n| n > 0) && o.cuts > count, "too little happened");
     }
     assert!(failed.is_empty(), "{} of {count} seeds failed: {failed:?}", failed.len());

@@ -13,6 +13,23 @@ pub(crate) struct Below {
     pub(crate) disk: DiskConfig,
 }
 
+/// Where guest clusters are, if not in the image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DataFile {
+    /// It is the guest's disk by itself.
+    pub(crate) raw: bool,
+    pub(crate) disk: DiskConfig,
+}
+
+/// What is done to bitmaps before a life, if the run has any.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Marks {
+    /// New ones: log2 of the bytes that a bit stands for.
+    pub(crate) add: [Option<u32>; 2],
+    /// Bits go to disk before the data.
+    pub(crate) durable: bool,
+}
+
 /// How a life ends.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum End {
@@ -36,10 +53,15 @@ pub(crate) enum Change {
     Snapshot,
     /// What lies in lower layers is taken up; so many of the lowest ones stay.
     Stream(u64),
+    /// What a layer holds goes down into the next one: so many layers below the first, if there is
+    /// one that has another one below it.
+    Commit(usize),
+    /// The disk gets so many sectors.
+    Resize(u64),
 }
 
 /// One life of an image: from opening it to its end.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Life {
     pub(crate) requests: u64,
     pub(crate) slots: u16,
@@ -52,8 +74,9 @@ pub(crate) struct Life {
     pub(crate) faults: Faults,
     /// At times the disk says that it is full.
     pub(crate) full: bool,
-    /// What is done, and after how many requests.
-    pub(crate) change: (Change, u64),
+    /// What is done one after the other, and after how many requests at least.
+    pub(crate) changes: Vec<(Change, u64)>,
+    pub(crate) marks: Option<Marks>,
     pub(crate) end: End,
     /// What a power cut would leave is looked at so often before the end.
     pub(crate) probes: u64,
@@ -85,7 +108,11 @@ pub(crate) struct Plan {
     pub(crate) compression: Compression,
     /// So many of 8 clusters hold something at the beginning.
     pub(crate) filled: u64,
+    /// The first clusters, of which all hold something: little is missing until the refcount table is
+    /// full and moves. What a cut would leave is looked at whenever table or header are not durable.
+    pub(crate) solid: u64,
     pub(crate) disk: DiskConfig,
+    pub(crate) data: Option<DataFile>,
     pub(crate) below: Vec<Below>,
     pub(crate) lives: Vec<Life>,
     /// qemu-img looks at what is left at the end.
@@ -163,7 +190,7 @@ impl Plan {
         let below = (0..depth).map(|_| Plan::draw_below(&mut of_disks.fork(), sectors)).collect();
         let lives = rng.within(1, 3);
         let zstd = version > 2 && rng.one_in(3);
-        Plan {
+        let mut plan = Plan {
             sectors,
             version,
             cluster_bits,
@@ -172,7 +199,9 @@ impl Plan {
             extended_l2: version > 2 && cluster_bits >= 14 && aside.one_in(2),
             compression: if zstd { Compression::Zstd } else { Compression::Deflate },
             filled: if growing { 7 } else { rng.pick(&[0, 0, 3, 8]) },
+            solid: 0,
             disk: disk(&mut of_disks, room),
+            data: None,
             below: Plan::extend_below(aside, below),
             lives: (0..lives)
                 .map(|n| {
@@ -182,6 +211,77 @@ impl Plan {
                 })
                 .collect(),
             qemu: rng.one_in(40),
+        };
+        plan.more(&mut Rng::new(seed ^ 0x0ddb_a115));
+        if growing {
+            plan.grow(&mut Rng::new(seed ^ 0x6_0711));
+        }
+        plan
+    }
+
+    /// The refcount table gets full soon.
+    fn grow(&mut self, rng: &mut Rng) {
+        // A table of one cluster has 64 blocks, which count 64 clusters each.
+        let used = 4096 - rng.within(8, 150);
+        // Each 64 of them need an L2 table and a refcount block; header, refcount table and L1 table
+        // come before.
+        self.solid = (used - 4) * 32 / 33;
+        self.sectors = rng.within(4200, 4600);
+        self.disk.size = (2600 << 10) + rng.below(100) * 4096;
+        self.disk.volatile_cache = true;
+        (self.data, self.filled, self.extended_l2) = (None, 0, false);
+        self.below.truncate(1);
+        let life = &mut self.lives[0];
+        (life.changes, life.dense) = (Vec::new(), false);
+        life.requests = life.requests.max(100);
+        life.end = rng.pick(&[End::Cut(u64::MAX), End::Close]);
+    }
+
+    /// What came later still.
+    fn more(&mut self, rng: &mut Rng) {
+        if self.version > 2 && rng.one_in(4) {
+            // Room for what a larger disk needs.
+            let mut disk = disk(rng, (self.sectors * 2 + 64) * 512);
+            disk.volatile_cache = self.disk.volatile_cache;
+            let raw = self.below.is_empty() && rng.one_in(2);
+            self.data = Some(DataFile { raw, disk });
+        }
+        let marked = self.version > 2 && rng.one_in(3);
+        let durable = rng.one_in(2);
+        if marked {
+            // Tables and bits have their places.
+            self.disk.size += ((16u64 << self.cluster_bits) + (64 << 10)).next_multiple_of(4096);
+        }
+        for life in &mut self.lives {
+            let other = rng.one_in(4);
+            let granularity = |rng: &mut Rng| Some(rng.within(9, 16) as u32);
+            let second = if rng.one_in(2) { granularity(rng) } else { None };
+            let add = if rng.one_in(4) { [None; 2] } else { [granularity(rng), second] };
+            life.marks = marked.then_some(Marks { add, durable: durable ^ other });
+            let at = |rng: &mut Rng| rng.below(life.requests);
+            let (first, last) = (at(rng), at(rng));
+            let (first, last) = (first.min(last), first.max(last));
+            match rng.below(12) {
+                0 | 1 => {
+                    // Each layer gets something of its own.
+                    life.changes = vec![(Change::Snapshot, first / 2), (Change::Snapshot, first)];
+                    life.changes.push((Change::Commit(rng.within(1, 2) as usize), last));
+                    for below in &mut self.below {
+                        below.disk.volatile_cache = !rng.one_in(4);
+                    }
+                }
+                2 => life.changes.push((Change::Commit(1), last)),
+                3 | 4 => {
+                    let sectors = rng.within(self.sectors / 2 + 1, self.sectors * 3 / 2 + 1);
+                    life.changes.push((Change::Resize(sectors), last));
+                }
+                5 => life.changes.push((Change::Snapshot, last)),
+                _ => {}
+            }
+            let grows = life.changes.iter().any(|c| matches!(c.0, Change::Resize(_)));
+            if grows && rng.one_in(2) {
+                self.disk.size += (self.sectors * 256).next_multiple_of(4096);
+            }
         }
     }
 
@@ -235,7 +335,8 @@ impl Plan {
             faults: faults(rng),
             full: rng.one_in(8),
             end: ends[rng.weighted(if last { &[6, 2, 4, 1, 6] } else { &[10, 2, 4, 1, 4] })],
-            change: (changes[rng.weighted(&[6, 1, 2, 2])], rng.below(requests)),
+            changes: vec![(changes[rng.weighted(&[6, 1, 2, 2])], rng.below(requests))],
+            marks: None,
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
             cut_repair: rng.within(0, 6),

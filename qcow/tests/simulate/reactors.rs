@@ -107,9 +107,9 @@ pub(crate) struct Reactors {
 }
 
 impl Reactors {
-    /// A home reactor for an image whose layers are these disks, the one that is written to first.
+    /// A home reactor for an image whose layers are on these disks, the one that is written to first.
     pub(crate) fn new(
-        disks: &[Disk],
+        disks: &[&Disk],
         make: impl FnOnce(&[Port]) -> Result<Stack, String>,
         options: Options,
         (depth, sleepy): (u16, bool),
@@ -118,7 +118,8 @@ impl Reactors {
         let (clock, time) = Clock::virtual_clock();
         let ports: Vec<Port> = (0..disks.len() as u16).map(|leaf| Port { leaf, unit: 0 }).collect();
         let claims = disks.iter().map(|_| Claims::new(QUEUES)).collect();
-        let ground = Ground { disks: disks.to_vec(), claims, ports, clock, depth, trace };
+        let disks = disks.iter().map(|&disk| disk.clone()).collect();
+        let ground = Ground { disks, claims, ports, clock, depth, trace };
         let mut home = Turned::new(&ground, sleepy)?;
         let stack = make(&ground.ports)?;
         home.core.add_image(|owner, leaves| Image::attach(stack, owner, leaves, options))?;

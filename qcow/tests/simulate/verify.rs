@@ -13,6 +13,8 @@ use crate::images::{Layer, open};
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Ended {
     Cut,
+    /// It rests: all of it is on disk.
+    Rest,
     /// Cleanly, and nothing may leak.
     Clean,
     /// Cleanly; it had leaks when it was opened, or requests failed.
@@ -25,6 +27,8 @@ pub(crate) struct Verified {
     pub(crate) held: Vec<u32>,
     /// Clusters that leak.
     pub(crate) leaks: u64,
+    /// Bitmaps that were not saved.
+    pub(crate) gone: Vec<String>,
     /// The image and what it stands on.
     pub(crate) layers: Vec<Layer>,
 }
@@ -40,6 +44,9 @@ pub(crate) fn verify(
         return Err(format!("{leaks} clusters leak after a clean close"));
     }
     let mut reader = ChainReader::new(open(&layers, false)?);
+    if reader.size() / SECTOR as u64 != model.len() {
+        return Err(format!("the disk has {} bytes, not {} sectors", reader.size(), model.len()));
+    }
     let (mut held, mut first) = (Vec::new(), 0);
     let mut buffer = vec![0; 256 * SECTOR];
     while first < model.len() {
@@ -56,9 +63,25 @@ pub(crate) fn verify(
         }
         first += count as u64;
     }
+    if let Some(data) = layers[0].data.as_mut().filter(|d| d.raw) {
+        raw(&mut data.disk, &held)?;
+    }
     let names: Vec<_> = reader.layers().iter().map(|l| l.path.clone()).collect();
     layers.retain(|l| names.contains(&Some(l.path().into())));
-    Ok(Verified { held, leaks, layers })
+    Ok(Verified { held, leaks, gone: Vec::new(), layers })
+}
+
+/// A raw data file by itself shows what the image shows.
+fn raw(disk: &mut Disk, held: &[u32]) -> Result<(), String> {
+    let mut bytes = vec![0; held.len() * SECTOR];
+    disk.read_at(0, &mut bytes).map_err(|e| e.to_string())?;
+    for ((sector, bytes), &id) in (0..).zip(bytes.chunks(SECTOR)).zip(held) {
+        if ident(sector, bytes) != Some(id) {
+            let found = show(sector, bytes);
+            return Err(format!("sector {sector} of the raw file {found}; the image has {id:#x}"));
+        }
+    }
+    Ok(())
 }
 
 /// Our checker: leaks are counted, anything else is an error.
@@ -77,17 +100,25 @@ pub(crate) fn check(disk: &mut Disk, repair: Repair) -> Result<u64, String> {
 }
 
 /// What qemu-img says about an image; `false` if there is no qemu-img.
-pub(crate) fn qemu(disk: &mut Disk, ended: Ended) -> Result<bool, String> {
-    let mut bytes = vec![0; disk.len() as usize];
-    disk.read_at(0, &mut bytes).map_err(|e| e.to_string())?;
-    let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
-    std::fs::write(file.path(), bytes).map_err(|e| e.to_string())?;
+pub(crate) fn qemu(layer: &mut Layer, ended: Ended) -> Result<bool, String> {
+    let mut files = Vec::new();
+    for disk in layer.disks() {
+        let mut bytes = vec![0; disk.len() as usize];
+        disk.clone().read_at(0, &mut bytes).map_err(|e| e.to_string())?;
+        let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
+        std::fs::write(file.path(), bytes).map_err(|e| e.to_string())?;
+        files.push(file);
+    }
+    let named = |file: &tempfile::NamedTempFile| {
+        format!(r#"{{"driver":"file","filename":"{}"}}"#, file.path().display())
+    };
+    let data = files.get(1).map_or(String::new(), |f| format!(r#","data-file":{}"#, named(f)));
     let out = Command::new("qemu-img")
         .args(["check", "-q"])
         .arg(format!(
             // What it stands on is in memory, where qemu-img cannot open it.
-            r#"json:{{"driver":"qcow2","backing":null,"file":{{"driver":"file","filename":"{}"}}}}"#,
-            file.path().display()
+            r#"json:{{"driver":"qcow2","backing":null,"file":{}{data}}}"#,
+            named(&files[0])
         ))
         .output();
     let out = match out {
@@ -96,7 +127,7 @@ pub(crate) fn qemu(disk: &mut Disk, ended: Ended) -> Result<bool, String> {
         Err(e) => return Err(format!("qemu-img: {e}")),
     };
     match (out.status.code(), ended) {
-        (Some(0), _) | (Some(3), Ended::Cut | Ended::CleanWithLeaks) => Ok(true),
+        (Some(0), _) | (Some(3), Ended::Cut | Ended::Rest | Ended::CleanWithLeaks) => Ok(true),
         (code, _) => {
             let text = String::from_utf8_lossy(&out.stderr).into_owned();
             let text = text + &String::from_utf8_lossy(&out.stdout);

@@ -157,8 +157,9 @@ impl Disk {
 
     /// A disk to be looked at, and written to as if no power could fail.
     pub fn view(config: DiskConfig, bytes: Vec<u8>) -> Disk {
-        let config = DiskConfig { volatile_cache: false, ..config };
-        Disk::with(config, bytes, Rng::new(0), Trace::default())
+        let disk = Disk::with(config, bytes, Rng::new(0), Trace::default());
+        disk.state().info.volatile_cache = false;
+        disk
     }
 
     fn with(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
@@ -222,6 +223,22 @@ impl Disk {
     /// [`Disk::survivor`] is what is left.
     pub fn set_power_for(&self, changes: u64) {
         self.state().power_for = changes;
+    }
+
+    /// Whether the control path used up what [`Disk::set_power_for`] gave it.
+    pub fn is_out(&self) -> bool {
+        self.state().power_for == 0
+    }
+
+    /// Whether a part of these bytes is newer than what is durable.
+    pub fn is_volatile(&self, offset: u64, len: u64) -> bool {
+        let sector = |at: u64| at as usize / SECTOR;
+        self.state().cache.range(sector(offset)..=sector(offset + len.max(1) - 1)).next().is_some()
+    }
+
+    /// What the disk is like, or would be if it were not a [`Disk::view`].
+    pub fn config(&self) -> DiskConfig {
+        self.state().config
     }
 
     /// How the disk lies from now on.

@@ -153,7 +153,8 @@ impl Guest {
     fn compare(&self, buf: &Buf, op: &GuestOp, sent: u64, model: &Model) -> Result<(), String> {
         let mut data = vec![0; op.count as usize * SECTOR];
         self.pool.region().read(buf.seg().offset() as usize, &mut data);
-        for (sector, bytes) in (op.first..).zip(data.chunks(SECTOR)) {
+        // The disk may have become smaller meanwhile.
+        for (sector, bytes) in (op.first..model.len()).zip(data.chunks(SECTOR)) {
             let id = ident(sector, bytes);
             self.trace.add(&[12, u64::from(id.unwrap_or(u32::MAX))]);
             if !id.is_some_and(|id| model.may_read(sector, id, sent)) {

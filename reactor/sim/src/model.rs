@@ -106,8 +106,16 @@ impl Model {
         self.sectors.is_empty()
     }
 
+    /// Without what lies behind the end, which may have moved while a request was on its way.
     fn range(&mut self, first: u64, count: u64) -> &mut [Vec<Told>] {
-        &mut self.sectors[first as usize..(first + count) as usize]
+        let end = first.saturating_add(count).min(self.len());
+        &mut self.sectors[first.min(end) as usize..end as usize]
+    }
+
+    /// The disk has so many sectors from now on, durably; new ones hold zeroes.
+    pub fn resize(&mut self, sectors: u64) {
+        let zeroes = vec![Told { id: 0, sent: 0, done: 0, sure: true, durable: true }];
+        self.sectors.resize(sectors as usize, zeroes);
     }
 
     /// A change is sent. Returns when.
@@ -232,6 +240,17 @@ mod tests {
         m.read_done(read);
         m.flushed(flush);
         assert_eq!(m.sectors[0].len(), 1);
+    }
+
+    #[test]
+    fn another_size() {
+        let mut m = Model::new(&[5, 5, 5]);
+        let sent = m.sent(1, 2, 1);
+        m.resize(2);
+        m.done(1, 2, sent, true, true);
+        m.resize(3);
+        assert!(m.may_survive(1, 1) && !m.may_survive(1, 5));
+        assert!(m.may_survive(2, 0) && !m.may_survive(2, 1) && !m.may_survive(2, 5));
     }
 
     #[test]
