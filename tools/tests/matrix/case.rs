@@ -250,9 +250,16 @@ impl Case<'_> {
         let check = ["check", "--output=json", "-f", "qcow2", name];
         let theirs = self.json("qemu-img", &check)?;
         let ours = self.json(POLLDISK, &["image", "check", "--json", "-f", "qcow2", name])?;
-        for field in ["allocated-clusters", "total-clusters", "image-end-offset"] {
+        for field in ["total-clusters", "image-end-offset"] {
             ensure!(ours[field] == theirs[field], "{field}: {ours} against {theirs}");
         }
+        let counts = [&ours, &theirs].map(|of| of["allocated-clusters"].as_u64().unwrap_or(0));
+        // In a data file a cluster of zeroes may have the place 0, which QEMU takes for none.
+        let unseen = u64::from(self.path(name).with_extension("data").exists());
+        ensure!(
+            (counts[1]..=counts[1] + unseen).contains(&counts[0]),
+            "allocated-clusters: {ours} against {theirs}"
+        );
         std::fs::write(self.path("expected.raw"), want)?;
         let compare = ["compare", "-f", "raw", "-F", "qcow2", "expected.raw", name];
         self.ok("qemu-img", &compare)?;
