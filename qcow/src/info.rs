@@ -1,7 +1,7 @@
 //! What `image info` prints, with the field names of `qemu-img info --output=json`.
 
 use block::Storage;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::format::Snapshot;
@@ -83,7 +83,7 @@ pub struct Qcow2Info {
 }
 
 /// An internal snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SnapshotInfo {
     /// Unique ID.

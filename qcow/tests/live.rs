@@ -3,12 +3,16 @@
 
 mod rig;
 
+use std::collections::HashMap;
+use std::time::Duration;
+
 use block::{Blocking, Layer, MemQueue, Op, Port, Status};
 use qcow::create::{CreateOptions, create};
+use qcow::edit::{SnapshotKey, create_snapshot, delete_snapshot};
 use qcow::open::{Chain, ChainOptions, Format, Opened};
 use qcow::run::{Image, Options, Stack};
 use rig::several::{DEVICE, Hammer, Late, Several, alike, verify};
-use rig::{Rng, qemu_read};
+use rig::{Rng, qemu_read, qemu_read_snapshot, read_offline};
 
 /// A memory device with a fresh overlay over the layer before it.
 fn overlay(disk: u64, cluster: u64) -> MemQueue {
@@ -155,6 +159,25 @@ impl Live {
         models
     }
 
+    /// Takes an internal snapshot of the image and returns what it is of; or deletes one.
+    fn internal(&mut self, name: &str, take: bool) -> Vec<HashMap<u64, u16>> {
+        self.pause();
+        let top = *self.chain.last().unwrap();
+        let st = &mut Blocking::new(self.devices[top].another(), 0).unwrap();
+        if take {
+            create_snapshot(st, "live", name, Duration::ZERO).unwrap();
+        } else {
+            delete_snapshot(st, "live", SnapshotKey::Name(name)).unwrap();
+        }
+        self.restack(false);
+        for (hammer, client) in self.hammers.iter_mut().zip(&mut self.all.clients) {
+            hammer.take_answers(client);
+        }
+        let models = self.hammers.iter().map(|h| h.model.clone()).collect();
+        self.resume();
+        models
+    }
+
     /// Takes all up into the last layer and cuts the chain below it.
     fn stream(&mut self) -> u64 {
         assert!(self.all.home.image(0).unwrap().start_stream(0, None));
@@ -236,6 +259,47 @@ fn a_snapshot_shows_one_moment_and_nobody_notices() {
         }
         live.snapshot();
         live.finish();
+    }
+}
+
+#[test]
+fn internal_snapshots_while_several_reactors_write() {
+    for (seed, cluster, stripe) in [(11, 4096, 5), (12, 65536, 7), (13, 512, 8)] {
+        let mut live = Live::new(3, cluster, 3 << 20, stripe, seed, 2000);
+        let go_on = |live: &mut Live| (0..2500).for_each(|_| live.step());
+        go_on(&mut live);
+        let gone = live.internal("gone", true);
+        go_on(&mut live);
+        let kept = live.internal("kept", true);
+        go_on(&mut live);
+        shows(&live, "gone", &gone);
+        live.internal("gone", false);
+        go_on(&mut live);
+        while !live.done() {
+            live.step();
+        }
+        let hits: u64 = live.all.away.iter_mut().map(|c| c.image(0).unwrap().hits()).sum();
+        assert!(hits > 100, "only {hits} requests went straight down");
+        let device = live.devices[0].another();
+        live.finish();
+        shows_on(&device, "kept", &kept);
+    }
+}
+
+fn shows(live: &Live, name: &str, models: &[HashMap<u64, u16>]) {
+    shows_on(&live.devices[0], name, models);
+}
+
+/// A snapshot shows what it was taken of.
+fn shows_on(device: &MemQueue, name: &str, models: &[HashMap<u64, u16>]) {
+    let mut bytes = vec![0; DEVICE as usize];
+    device.data().read(0, &mut bytes);
+    let ours = read_offline(&bytes, None, Some(name));
+    for shown in [Some(ours), qemu_read_snapshot(&bytes, name)].into_iter().flatten() {
+        for (sector, is) in (0..).zip(shown.chunks(512)) {
+            let want = models.iter().find_map(|m| m.get(&sector)).copied().unwrap_or(0);
+            assert!(alike(is, want), "sector {sector} of {name}: {:#x}, not {want:#x}", is[0]);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Power cuts where guest clusters are in an external data file, so that two devices lose what is in
-//! their caches at the same moment: at any point of their common log; of what no flush had vouched
-//! for, and of what was in flight, any part may have reached the disks (torn at sectors). The image
-//! must be valid and hold what was flushed. (`simulate` does this to images in one file.)
+//! their caches at the same moment, and where an internal snapshot shares them: at any point of the
+//! (common) log; of what no flush had vouched for, and of what was in flight, any part may have reached
+//! the disks (torn at sectors). The image must be valid and hold what was flushed, and a snapshot what
+//! it was taken of. (`simulate` does this to images in one file, with all else that can go wrong.)
 
 mod rig;
 
@@ -9,7 +10,10 @@ use block::{Flags, Op, Status};
 use qcow::create::CreateOptions;
 use qcow::open::Format;
 use qcow::run::Options;
-use rig::{Event, LogQueue, Rig, Rng, check, cut, fresh_with_data, qemu_check_with, repair};
+use rig::{
+    Event, LogQueue, Rig, Rng, built, check, cut, fresh_with_data, qemu_check_with, read_offline,
+    repair, snapshot,
+};
 
 const DISK: u64 = 1 << 20;
 const SECTOR: u64 = 512;
@@ -17,6 +21,9 @@ const SECTORS: u64 = DISK / SECTOR;
 
 /// What stands in the backing file.
 const BELOW: u64 = 1 << 40;
+
+/// What a snapshot holds where there is something in it.
+const HELD: u64 = 1 << 41;
 
 /// Where it is tried.
 #[derive(Clone, Copy)]
@@ -31,6 +38,39 @@ struct Ground {
     extended: bool,
     /// The data file is the disk by itself.
     raw: bool,
+    /// There is no data file, but a snapshot.
+    kept: bool,
+}
+
+impl Ground {
+    /// Sectors of which the snapshot holds something by itself.
+    fn holds(&self, sector: u64) -> bool {
+        self.kept && sector * SECTOR / self.cluster % 4 != 3
+    }
+
+    /// What a sector holds at the beginning.
+    fn first(&self, sector: u64) -> u64 {
+        match sector {
+            s if self.holds(s) => HELD,
+            s if self.backing && s < SECTORS * 3 / 4 => BELOW,
+            _ => 0,
+        }
+    }
+
+    fn make(&self, seed: u64, options: &CreateOptions) -> LogQueue {
+        if !self.kept {
+            return fresh_with_data(self.device, seed, options);
+        }
+        let leaf = built(self.device, seed, options, |b| {
+            let held = stamp(HELD).repeat((self.cluster / SECTOR) as usize);
+            for at in (0..DISK).step_by(self.cluster as usize) {
+                if self.holds(at / SECTOR) {
+                    b.data(at, &held).unwrap();
+                }
+            }
+        });
+        snapshot(leaf, "kept")
+    }
 }
 
 /// What one sector was told to hold, in order: (log position when sent, stamp).
@@ -92,14 +132,13 @@ fn run(ground: &Ground, seed: u64) -> Run {
     }
     o.extended_l2 = ground.extended;
     o.data_file_raw = ground.raw;
-    let mut leaf = fresh_with_data(ground.device, seed, &o);
+    let mut leaf = ground.make(seed, &o);
     if !ground.cache {
         leaf = leaf.without_cache();
     }
     leaf.start_log();
     let mut rig = open(ground, leaf);
-    let below = |s| if ground.backing && s < SECTORS * 3 / 4 { BELOW } else { 0 };
-    let mut history: History = (0..SECTORS).map(|s| vec![(0, below(s))]).collect();
+    let mut history: History = (0..SECTORS).map(|s| vec![(0, ground.first(s))]).collect();
     let mut completed: Vec<usize> = vec![0; SECTORS as usize];
     let mut vouched = Vec::new();
     let mut flying: Vec<(u64, Sent)> = Vec::new();
@@ -190,9 +229,13 @@ fn vouched_for(run: &Run, at: usize) -> Vec<usize> {
 /// The image must check without corruption, and each sector hold what was flushed or something
 /// that it was told later. `special`: qemu-img is asked too, and a repair must change none of that.
 fn verify(ground: &Ground, run: &Run, at: usize, disk: Vec<u8>, what: &str, special: bool) {
-    let mut leaf = LogQueue::new(ground.device, 99).and(DISK);
+    let mut leaf = LogQueue::new(ground.device, 99);
+    if !ground.kept {
+        leaf = leaf.and(DISK);
+    }
     leaf.load(&disk);
-    let (image, data) = leaf.both();
+    let (image, data) = if ground.kept { (disk, Vec::new()) } else { leaf.both() };
+    kept(ground, &image, what);
     if special && let Some(code) = qemu_check_with(&image, &data) {
         assert!(code == 0 || code == 3, "{what}: qemu-img check says {code}");
     }
@@ -229,8 +272,23 @@ fn verify(ground: &Ground, run: &Run, at: usize, disk: Vec<u8>, what: &str, spec
     // And the image goes on: what a crash leaves must be fit to be written to.
     rig.write(0, &[0xAB; 4096]);
     rig.flush();
-    let (_, bad, _) = check(rig.close().remove(0));
+    let (leaf, bad, _) = check(rig.close().remove(0));
     assert_eq!(bad, 0, "{what}: corruption after going on");
+    if ground.kept {
+        kept(ground, &leaf.data(), what);
+    }
+}
+
+/// The snapshot shows what it was taken of.
+fn kept(ground: &Ground, image: &[u8], what: &str) {
+    if !ground.kept {
+        return;
+    }
+    let below = stamp(BELOW).repeat(SECTORS as usize * 3 / 4);
+    let shown = read_offline(image, Some(&below), Some("kept"));
+    for (s, sector) in (0..).zip(shown.chunks(SECTOR as usize)) {
+        assert!(sector == stamp(ground.first(s)), "{what}: sector {s} of the snapshot");
+    }
 }
 
 fn cuts(ground: Ground, seeds: std::ops::Range<u64>, per_seed: u64) {
@@ -255,6 +313,7 @@ const GROUND: Ground = Ground {
     requests: 200,
     extended: false,
     raw: false,
+    kept: false,
 };
 
 #[test]
@@ -269,4 +328,14 @@ fn a_raw_data_file() {
     cuts(Ground { raw: true, ..GROUND }, 430..434, 10);
     let ground = Ground { extended: true, cluster: 16384, cache: false, raw: true, ..GROUND };
     cuts(ground, 440..444, 10);
+}
+
+#[test]
+fn an_internal_snapshot() {
+    let kept = Ground { kept: true, device: 4 << 20, ..GROUND };
+    cuts(kept, 500..502, 8);
+    cuts(Ground { cluster: 4096, refcount_bits: 2, backing: true, ..kept }, 510..512, 8);
+    cuts(Ground { cluster: 512, refcount_bits: 64, ..kept }, 520..521, 8);
+    cuts(Ground { extended: true, cluster: 16384, backing: true, ..kept }, 530..532, 8);
+    cuts(Ground { cluster: 4096, cache: false, ..kept }, 540..541, 8);
 }

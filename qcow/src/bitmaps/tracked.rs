@@ -45,13 +45,12 @@ pub(crate) fn prepare(
                 return Ok(None);
             }
         };
-        *metadata = MetadataSet::new(image)?;
+        *metadata = MetadataSet::with_snapshots(image, st)?;
         if !metadata.add(&image.geometry, &bitmaps.places(&image.header)) {
             log::warn!(
                 "{name}: its bitmaps lie over each other or over other tables; they become invalid \
                  by writing to it"
             );
-            *metadata = MetadataSet::new(image)?;
             return Ok(None);
         }
         Ok(Some(bitmaps))

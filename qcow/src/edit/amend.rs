@@ -30,7 +30,7 @@ pub struct Amend {
 /// If the version would fall, version 2 would get lazy refcounts, there is no external data file to
 /// be named or it would become raw, or a write fails.
 pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
-    let meta = ImageMeta::open(st, name, Mode::Edit)?;
+    let meta = ImageMeta::open(st, name, Mode::Write)?;
     let old = meta.header;
     let version = options.version.unwrap_or(old.version);
     if version < old.version {
@@ -48,7 +48,7 @@ pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
     }
     if old.version < 3 && version >= 3 {
         complete_snapshots(st, name)?;
-        let header = ImageMeta::open(st, name, Mode::Edit)?.header;
+        let header = ImageMeta::open(st, name, Mode::Write)?.header;
         super::header::replace(st, name, &upgraded(&header))?;
     }
     if options.data_file_raw == Some(false) && old.raw_data() {
@@ -58,7 +58,7 @@ pub fn amend(st: &mut dyn Storage, name: &str, options: &Amend) -> Result<()> {
         })?;
     }
     if let Some(data_file) = &options.data_file {
-        let mut new = ImageMeta::open(st, name, Mode::Edit)?.header;
+        let mut new = ImageMeta::open(st, name, Mode::Write)?.header;
         new.extensions.retain(|e| e.kind != ext::DATA_FILE);
         let data = data_file.clone().into_bytes();
         // In front: what is known is not pushed out by what is for people.

@@ -43,54 +43,9 @@ pub(super) struct Counts {
     reserved: Vec<Range<u64>>,
     /// Where the search for a free cluster goes on.
     next: u64,
-    metadata: Metadata,
+    metadata: MetadataSet,
     /// Whether a count became one, or was one: then COPIED flags may have to change.
     pub(super) flags_moved: bool,
-}
-
-/// Where the image's metadata is.
-pub(super) struct Metadata {
-    tables: MetadataSet,
-    /// Clusters of snapshots' tables and of bitmaps, sorted and apart.
-    others: Vec<Range<u64>>,
-}
-
-impl Metadata {
-    /// Tables of the image, and places (offset and length) of those that snapshots and bitmaps
-    /// have.
-    ///
-    /// # Errors
-    /// If they overlap.
-    pub(super) fn new(meta: &ImageMeta, places: &[(u64, u64)]) -> Result<Metadata> {
-        let g = &meta.geometry;
-        let range = |&(offset, len): &(u64, u64)| {
-            let first = g.cluster(offset);
-            first..first + g.clusters_for(len)
-        };
-        let mut others: Vec<Range<u64>> = places.iter().filter(|p| p.1 > 0).map(range).collect();
-        others.sort_unstable_by_key(|r| r.start);
-        let tables = MetadataSet::new(meta)?;
-        if others.windows(2).any(|w| w[0].end > w[1].start)
-            || others.iter().any(|r| tables.meets(r))
-        {
-            let reason = "tables of its snapshots or its bitmaps lie over each other or over other \
-                          tables; it must be repaired first";
-            return Err(Error::refused(&meta.name, reason));
-        }
-        others.dedup_by(|next, kept| {
-            let joined = kept.end == next.start;
-            if joined {
-                kept.end = next.end;
-            }
-            joined
-        });
-        Ok(Metadata { tables, others })
-    }
-
-    fn contains(&self, cluster: u64) -> bool {
-        let at = self.others.partition_point(|r| r.end <= cluster);
-        self.others.get(at).is_some_and(|r| r.contains(&cluster)) || self.tables.contains(cluster)
-    }
 }
 
 /// Where the refcount table is.
@@ -101,7 +56,7 @@ pub(super) struct TablePlace {
 }
 
 impl Counts {
-    pub(super) fn new(meta: &ImageMeta, metadata: Metadata) -> Counts {
+    pub(super) fn new(meta: &ImageMeta, metadata: MetadataSet) -> Counts {
         let geometry = meta.geometry;
         let table: Vec<u64> = meta
             .refcount_table
@@ -437,7 +392,7 @@ impl Counts {
     }
 
     /// What was new is now what is on disk; `metadata` says where that is.
-    pub(super) fn committed(&mut self, metadata: Metadata) {
+    pub(super) fn committed(&mut self, metadata: MetadataSet) {
         self.metadata = metadata;
         self.old_table.clone_from(&self.new_table);
         self.freed.fill(false);

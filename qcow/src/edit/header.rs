@@ -21,7 +21,7 @@ pub fn set_backing(
     name: &str,
     backing: Option<(&str, Format)>,
 ) -> Result<()> {
-    let meta = ImageMeta::open(st, name, Mode::Edit)?;
+    let meta = ImageMeta::open(st, name, Mode::Write)?;
     let mut new = meta.header.clone();
     new.backing_name = None;
     match backing {

@@ -3,9 +3,9 @@
 use block::Storage;
 
 use super::bitmaps::Held;
-use super::counts::{Counts, Metadata, TablePlace};
+use super::counts::{Counts, TablePlace};
 use crate::format::{FieldError, Geometry, Header, L1Entry, L2Entry, RawL2};
-use crate::open::{ImageMeta, Mode, read_snapshots, read_word_table};
+use crate::open::{ImageMeta, MetadataSet, Mode, read_snapshots, read_word_table};
 use crate::reader::Files;
 use crate::{Error, Result};
 
@@ -58,7 +58,7 @@ impl Tx {
     /// # Errors
     /// As opening for writing; if tables overlap.
     pub(super) fn open(st: &mut dyn Storage, name: &str) -> Result<Tx> {
-        let meta = ImageMeta::open(st, name, Mode::Edit)?;
+        let meta = ImageMeta::open(st, name, Mode::Write)?;
         let header = &meta.header;
         let bitmaps = Held::read(st, name, header)?;
         let (snapshots, table_len) = read_snapshots(st, name, header)?;
@@ -484,7 +484,7 @@ pub(super) fn run_files<T>(
             {
                 log::warn!("{name}: is fine, but longer than it must be: {e}");
                 tx.abort(files.image);
-                return Ok((t, ImageMeta::open(files.image, name, Mode::Edit)?));
+                return Ok((t, ImageMeta::open(files.image, name, Mode::Write)?));
             }
             Ok((t, tx.meta))
         }
@@ -513,9 +513,22 @@ fn put_fields(sector: &mut [u8; SECTOR], h: &Header) {
 }
 
 /// Where the image's metadata lies, bitmaps and snapshots' tables included.
-fn metadata(meta: &ImageMeta, bitmaps: &Held, snapshots: Place, l1: &[Place]) -> Result<Metadata> {
+fn metadata(
+    meta: &ImageMeta,
+    bitmaps: &Held,
+    snapshots: Place,
+    l1: &[Place],
+) -> Result<MetadataSet> {
     let mut places: Vec<(u64, u64)> =
         l1.iter().chain([&snapshots]).map(|p| (p.offset, p.len)).collect();
     places.extend(bitmaps.places(&meta.header));
-    Metadata::new(meta, &places)
+    let mut set = MetadataSet::new(meta)?;
+    match set.add(&meta.geometry, &places) {
+        true => Ok(set),
+        false => Err(Error::refused(
+            &meta.name,
+            "tables of its snapshots or its bitmaps lie over each other or over other tables; it \
+             must be repaired first",
+        )),
+    }
 }

@@ -1,9 +1,13 @@
 //! [`MetadataSet`]: which host clusters hold metadata, so that no data is written over it.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
-use super::ImageMeta;
-use crate::format::{L1Entry, decode_refcount_table_entry};
+use block::Storage;
+
+use super::{ImageMeta, read_snapshots};
+use crate::edit::check_l1;
+use crate::format::{Geometry, L1Entry, decode_refcount_table_entry};
 use crate::{Error, Result};
 
 /// The host clusters of header, tables and blocks. Built when an image is opened for writing; the
@@ -13,6 +17,8 @@ use crate::{Error, Result};
 pub struct MetadataSet {
     /// Sorted, each once.
     initial: Vec<u64>,
+    /// Of snapshots' tables and of bitmaps: sorted and apart.
+    others: Vec<Range<u64>>,
     added: BTreeSet<u64>,
 }
 
@@ -65,28 +71,71 @@ impl MetadataSet {
         let mut initial: Vec<u64> = all.into_iter().map(|(cluster, _)| cluster).collect();
         initial.dedup();
         initial.shrink_to_fit();
-        Ok(MetadataSet { initial, added: BTreeSet::new() })
+        Ok(MetadataSet { initial, ..MetadataSet::default() })
+    }
+
+    /// The same, with the snapshot table and the L1 tables of snapshots.
+    ///
+    /// # Errors
+    /// As for [`MetadataSet::new`], or if the snapshot table makes no sense or cannot be read.
+    pub(crate) fn with_snapshots(
+        image: &ImageMeta,
+        storage: &mut dyn Storage,
+    ) -> Result<MetadataSet> {
+        let mut set = MetadataSet::new(image)?;
+        let (snapshots, len) = read_snapshots(storage, &image.name, &image.header)?;
+        let mut places = vec![(image.header.snapshots_offset, len)];
+        for s in &snapshots {
+            check_l1(image, s, storage.len())?;
+            places.push((s.l1_table_offset, u64::from(s.l1_size) * 8));
+        }
+        match set.add(&image.geometry, &places) {
+            true => Ok(set),
+            false => Err(Error::refused(
+                &image.name,
+                "tables of its snapshots lie over each other or over other tables; the image can \
+                 be read, but not be written",
+            )),
+        }
     }
 
     /// Whether this host cluster (a number, not an offset) holds metadata.
     pub fn contains(&self, cluster: u64) -> bool {
-        self.initial.binary_search(&cluster).is_ok() || self.added.contains(&cluster)
+        let at = self.others.partition_point(|r| r.end <= cluster);
+        self.others.get(at).is_some_and(|r| r.contains(&cluster))
+            || self.initial.binary_search(&cluster).is_ok()
+            || self.added.contains(&cluster)
     }
 
-    /// Adds places (offset and length) that nothing else may use. Whether nothing did.
-    pub(crate) fn add(&mut self, g: &crate::format::Geometry, places: &[(u64, u64)]) -> bool {
-        let before = self.initial.len();
-        for &(offset, len) in places {
-            self.initial.extend(g.cluster(offset)..g.cluster(offset) + g.clusters_for(len));
+    /// Adds places (offset and length) that nothing else may use. Whether nothing does; else the set
+    /// stays as it was.
+    pub(crate) fn add(&mut self, g: &Geometry, places: &[(u64, u64)]) -> bool {
+        let range = |&(offset, len): &(u64, u64)| {
+            let first = g.cluster(offset);
+            first..first + g.clusters_for(len)
+        };
+        let new: Vec<Range<u64>> = places.iter().filter(|p| p.1 > 0).map(range).collect();
+        if new.iter().any(|r| self.meets(r)) {
+            return false;
         }
-        let all = self.initial.len();
-        self.initial.sort_unstable();
-        self.initial.dedup();
-        all == self.initial.len() || before == all
+        let mut all = [&self.others[..], &new].concat();
+        all.sort_unstable_by_key(|r| r.start);
+        if all.windows(2).any(|w| w[0].end > w[1].start) {
+            return false;
+        }
+        all.dedup_by(|next, kept| {
+            let joined = kept.end == next.start;
+            if joined {
+                kept.end = next.end;
+            }
+            joined
+        });
+        self.others = all;
+        true
     }
 
-    /// Whether any of these clusters holds metadata.
-    pub(crate) fn meets(&self, clusters: &std::ops::Range<u64>) -> bool {
+    /// Whether any of these clusters holds metadata, but for what was added by [`MetadataSet::add`].
+    fn meets(&self, clusters: &Range<u64>) -> bool {
         let at = self.initial.partition_point(|&c| c < clusters.start);
         self.initial.get(at).is_some_and(|&c| c < clusters.end)
             || self.added.range(clusters.clone()).next().is_some()

@@ -28,9 +28,6 @@ pub enum Mode {
     Read,
     /// Reading and writing. A dirty image's refcounts are repaired first.
     Write,
-    /// Changing an image that nobody uses ([`crate::edit`]): as for writing, and internal snapshots
-    /// are fine.
-    Edit,
     /// Checking and repairing: a refcount table or snapshot table that cannot be used is not an
     /// error yet.
     Check,
@@ -68,8 +65,8 @@ impl ImageMeta {
         let header = read_header(storage, name)?;
         refuse_unsupported(&header, name)?;
         let meta = tables::load(storage, name, mode, header)?;
-        if matches!(mode, Mode::Write | Mode::Edit) {
-            refuse_writing(&meta.header, name, mode, storage.read_only())?;
+        if mode == Mode::Write {
+            refuse_writing(&meta.header, name, storage.read_only())?;
             if meta.header.is_dirty() {
                 repair_dirty(storage, name)?;
                 return Self::open(storage, name, mode);
@@ -182,18 +179,18 @@ fn refuse_unsupported(header: &Header, name: &str) -> Result<()> {
     Err(Error::unsupported(name, feature))
 }
 
-fn refuse_writing(header: &Header, name: &str, mode: Mode, read_only: bool) -> Result<()> {
+fn refuse_writing(header: &Header, name: &str, read_only: bool) -> Result<()> {
     let reason = if read_only {
         "cannot be opened for writing: the file or device is read-only".to_owned()
     } else if header.is_corrupt() {
         "is marked corrupt; it can be read, but not be written before \
          `image check --repair all` has brought it back"
             .to_owned()
-    } else if header.nb_snapshots > 0 && mode == Mode::Write {
-        format!(
-            "has {} internal snapshots; it can be read, but writing such images is not supported",
-            header.nb_snapshots
-        )
+    } else if header.nb_snapshots > 0 && header.has_data_file() {
+        // Clusters in a data file cannot be shared: writing would change what snapshots hold.
+        "has internal snapshots and an external data file, which exclude each other; it can be read, \
+         but not be written"
+            .to_owned()
     } else {
         return Ok(());
     };

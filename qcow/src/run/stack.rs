@@ -91,7 +91,7 @@ impl Stack {
         if let LayerKind::Qcow2(image) = &mut first.kind
             && image.mode == crate::Mode::Write
         {
-            metadata = MetadataSet::new(image)?;
+            metadata = MetadataSet::with_snapshots(image, &mut first.storage)?;
             // First, since tables may move for it.
             bitmaps = prepare(&mut first.storage, image, &mut metadata)?;
         }

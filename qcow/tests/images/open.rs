@@ -163,18 +163,22 @@ fn an_unknown_feature_is_called_by_its_name() {
 }
 
 #[test]
-fn snapshots_and_corrupt_images_can_be_read_but_not_written() {
+fn snapshots_with_a_data_file_and_corrupt_images_can_be_read_but_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     qemu_create(&path, "", "4M");
     qemu_io(&path, &["write -P 1 0 1M"]);
     qemu_img(&["snapshot", "-c", "first", path.to_str().unwrap()]);
     qemu_io(&path, &["write -P 2 0 100k"]);
+    open(&path, Mode::Write).unwrap();
+    patch(&path, 79, &[4]);
     assert_eq!(
         refused(&path, Mode::Write),
-        "a.qcow2: has 1 internal snapshots; it can be read, but writing such images is not \
-         supported"
+        "a.qcow2: has internal snapshots and an external data file, which exclude each other; it can \
+         be read, but not be written"
     );
+    open(&path, Mode::Read).unwrap();
+    patch(&path, 79, &[0]);
     assert!(our_contents(&path) == qemu_contents(&path));
     let options = ChainOptions::default();
     let mut chain = open_chain(&path, options).unwrap();

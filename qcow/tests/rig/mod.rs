@@ -11,8 +11,10 @@ use std::collections::HashMap;
 
 use block::{Blocking, Flags, Op, Port, Status};
 use dma::{Buf, Pool};
+use qcow::ChainReader;
 use qcow::build::Builder;
 use qcow::create::{CreateOptions, create, create_with_data};
+use qcow::edit::SnapshotKey;
 use qcow::open::{Chain, ChainOptions, Format, Opened, Role};
 use qcow::run::{Image, Options, Stack};
 use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
@@ -330,6 +332,54 @@ pub(crate) fn qemu_check_with(image: &[u8], data: &[u8]) -> Option<i32> {
         eprintln!("{}", String::from_utf8_lossy(&out.stdout));
     }
     out.status.code()
+}
+
+/// What our reader finds in an image over this raw layer; in one of its snapshots if that is named.
+pub(crate) fn read_offline(image: &[u8], below: Option<&[u8]>, snapshot: Option<&str>) -> Vec<u8> {
+    let opened = |bytes: &[u8], name: &str| {
+        let mut leaf = LogQueue::new(bytes.len() as u64, 1);
+        leaf.load(bytes);
+        let storage = Blocking::new(leaf, 0).unwrap();
+        Opened { storage, path: Some(format!("/{name}").into()), name: name.to_owned(), id: None }
+    };
+    let options = ChainOptions { format: Some(Format::Qcow2), ..Default::default() };
+    let mut below = |_: &qcow::open::BackingRef| Ok(opened(below.expect("a layer below"), "below"));
+    let mut chain = Chain::open(opened(image, "image"), options, &mut below).unwrap();
+    if let Some(name) = snapshot {
+        chain.show_snapshot(SnapshotKey::Name(name)).unwrap();
+    }
+    let mut reader = ChainReader::new(chain);
+    let mut all = vec![0; reader.size() as usize];
+    reader.read_at(0, &mut all).unwrap();
+    all
+}
+
+/// Takes a snapshot of an image that nobody uses, if that is possible.
+pub(crate) fn try_snapshot(leaf: LogQueue, name: &str) -> (LogQueue, qcow::Result<String>) {
+    let mut storage = Blocking::new(leaf, 0).unwrap();
+    let time = std::time::Duration::ZERO;
+    let taken = qcow::edit::create_snapshot(&mut storage, "test", name, time);
+    (storage.into_leaf(), taken)
+}
+
+/// Takes a snapshot of an image that nobody uses.
+pub(crate) fn snapshot(leaf: LogQueue, name: &str) -> LogQueue {
+    let (leaf, taken) = try_snapshot(leaf, name);
+    taken.unwrap();
+    leaf
+}
+
+/// What qemu-img reads out of a snapshot, or `None` if there is no qemu-img.
+pub(crate) fn qemu_read_snapshot(image: &[u8], snapshot: &str) -> Option<Vec<u8>> {
+    let (_files, name) = qemu_files(image, &[]);
+    let raw = tempfile::NamedTempFile::new().unwrap();
+    let out = std::process::Command::new("qemu-img")
+        .args(["convert", "-O", "raw", "-l", &format!("snapshot.name={snapshot}"), &name])
+        .arg(raw.path())
+        .output()
+        .ok()?;
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    Some(std::fs::read(raw.path()).unwrap())
 }
 
 /// What qemu-img reads out of a device's contents, or `None` if there is no qemu-img.
