@@ -133,6 +133,47 @@ fn a_chain_is_changed_while_it_is_served() {
 }
 
 #[test]
+fn internal_snapshots_of_a_served_image() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path(), "a.qcow2");
+    let served = Served::start(dir.path(), "a.qcow2", &[]);
+    served.io(&["write -P 1 0 1M", "flush"]);
+    assert_eq!(served.fine(&["snapshot-internal", "list"]), "");
+    served.fine(&["snapshot-internal", "create", "first"]);
+    served.io(&["read -P 1 0 1M", "write -P 2 0 512k", "write -z 512k 128k", "discard 640k 64k"]);
+    let json = served.fine(&["--json", "snapshot-internal", "create", "second"]);
+    assert!(json.contains(r#""id": "2""#), "{json}");
+    served.io(&["write -P 3 0 1M"]);
+    let list = served.fine(&["snapshot-internal", "list"]);
+    assert!(list.contains("first") && list.contains("second") && list.lines().count() == 4);
+    served.fine(&["snapshot-internal", "delete", "first"]);
+    let out = served.ctl(&["snapshot-internal", "delete", "first"]);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("has no snapshot \"first\""));
+    assert!(!out.status.success());
+    served.io(&["read -P 3 0 1M"]);
+    served.stop();
+    // Served again, as it is.
+    let served = Served::start(dir.path(), "a.qcow2", &[]);
+    served.io(&["read -P 3 0 1M", "write -P 4 256k 64k"]);
+    served.stop();
+    let run = |tool: &str, args: &[&str]| {
+        let out = Command::new(tool).args(args).current_dir(dir.path()).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.status.success() && !text.contains("failed"), "{args:?}: {text}");
+    };
+    run("qemu-img", &["check", "a.qcow2"]);
+    run("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 4 256k 64k", "a.qcow2"]);
+    run("qemu-img", &["snapshot", "-a", "second", "a.qcow2"]);
+    let reads = ["read -P 2 0 512k", "read -P 0 512k 192k", "read -P 1 704k 320k"];
+    let mut args = vec!["-r", "-f", "qcow2", "a.qcow2"];
+    reads.iter().for_each(|r| args.extend(["-c", r]));
+    run("qemu-io", &args);
+}
+
+#[test]
 fn jobs_are_slowed_and_stopped() {
     if !has_qemu() {
         return;

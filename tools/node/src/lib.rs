@@ -23,6 +23,7 @@ mod extents;
 mod frontend;
 mod host;
 mod image;
+mod internal;
 mod leaf;
 mod live;
 mod model;

@@ -181,8 +181,8 @@ impl Disk {
     /// that is `None`), and cuts those off. The top layer is layer 0.
     ///
     /// # Errors
-    /// If something cannot be read or written, or the watcher says no: then what was taken up stays,
-    /// the chain is as it was, and this can be done again.
+    /// If the image has internal snapshots, something cannot be read or written, or the watcher says
+    /// no: then what was taken up stays, the chain is as it was, and this can be done again.
     pub fn stream(&mut self, base: Option<usize>, watch: &mut dyn JobWatch) -> Result<(), Error> {
         let name = self.rest.name().to_owned();
         let fail = |why: String| Error::node(&name, why);
@@ -392,7 +392,7 @@ impl Disk {
         done
     }
 
-    fn or_out_of_service(&self, done: Result<(), Error>) -> Result<(), Error> {
+    pub(crate) fn or_out_of_service(&self, done: Result<(), Error>) -> Result<(), Error> {
         if done.is_err() {
             self.on_image(|i, _| i.put_out_of_service())?;
         }

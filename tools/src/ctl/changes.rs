@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use node::{Disk, JobWatch};
 use qcow::open::Format;
@@ -110,6 +110,18 @@ impl JobWatch for Paced {
 #[serde(deny_unknown_fields)]
 struct Snapshot {
     overlay: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Create {
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Delete {
+    snapshot: String,
 }
 
 #[derive(Deserialize)]
@@ -282,6 +294,20 @@ impl Service for Shared {
             "snapshot" => {
                 let p: Snapshot = parse(params)?;
                 all.change(|disk| disk.snapshot(&p.overlay)).map(|()| json!({}))
+            }
+            "snapshot-internal-list" => {
+                all.change(|disk| disk.internal_snapshots()).map(|list| json!({"snapshots": list}))
+            }
+            "snapshot-internal-create" => {
+                let p: Create = parse(params)?;
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+                let now = now.unwrap_or(Duration::ZERO);
+                let id = all.change(|disk| disk.take_internal_snapshot(&p.name, now))?;
+                Ok(json!({"id": id, "name": p.name}))
+            }
+            "snapshot-internal-delete" => {
+                let p: Delete = parse(params)?;
+                all.change(|disk| disk.delete_internal_snapshot(&p.snapshot)).map(|()| json!({}))
             }
             "resize" => {
                 let p: Resize = parse(params)?;

@@ -3,15 +3,18 @@
 mod changes;
 mod rpc;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use qcow::open::Format;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::image::print::{Output, Progress, json as print_json, line};
+use crate::image::info::snapshots;
+use crate::image::print::{Output, Progress, STDOUT, json as print_json, line, out};
 use rpc::Client;
 
 pub(crate) use changes::{Changes, Shared};
@@ -51,6 +54,11 @@ enum What {
     Snapshot {
         /// The overlay; it is made if it is not there, else it must be empty and name the image.
         overlay: PathBuf,
+    },
+    /// Take, delete or list snapshots inside the image that is written to.
+    SnapshotInternal {
+        #[command(subcommand)]
+        what: Internal,
     },
     /// Give the disk another size, in bytes; suffixes as in 10G.
     Resize {
@@ -96,6 +104,35 @@ enum What {
     },
 }
 
+#[derive(Subcommand)]
+enum Internal {
+    /// Take a snapshot with this name. Guests wait while all tables are counted.
+    Create {
+        /// Its name.
+        name: String,
+    },
+    /// Delete the first snapshot with this name, else the one with this ID.
+    Delete {
+        /// Its name or ID.
+        snapshot: String,
+    },
+    /// List the snapshots.
+    List,
+}
+
+impl Internal {
+    /// The call and its parameters.
+    fn call(&self) -> (&'static str, Value) {
+        match self {
+            Internal::Create { name } => ("snapshot-internal-create", json!({"name": name})),
+            Internal::Delete { snapshot } => {
+                ("snapshot-internal-delete", json!({"snapshot": snapshot}))
+            }
+            Internal::List => ("snapshot-internal-list", json!({})),
+        }
+    }
+}
+
 fn size(text: &str) -> Result<u64, String> {
     node::parse_size(text).ok_or_else(|| "a size like 4096, 100M or 10G is needed".to_owned())
 }
@@ -108,6 +145,10 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
         What::Chain => ("chain", json!({}), None),
         // The server may run in another directory.
         What::Snapshot { overlay } => ("snapshot", json!({"overlay": here(overlay)?}), None),
+        What::SnapshotInternal { what } => {
+            let (method, params) = what.call();
+            (method, params, None)
+        }
         What::Resize { size } => ("resize", json!({"size": size}), None),
         What::Stream { base, pace } => {
             ("stream", json!({"base": base, "rate": pace.rate}), Some(pace))
@@ -168,6 +209,10 @@ fn print(result: &Value) -> anyhow::Result<()> {
         for (n, layer) in layers.iter().enumerate() {
             line(&format!("{n} {}", layer.as_str().unwrap_or_default()))?;
         }
+    }
+    if let Ok(list) = Vec::<qcow::info::SnapshotInfo>::deserialize(&result["snapshots"]) {
+        let mut out = out();
+        snapshots(&mut out, &list).and_then(|()| out.flush()).context(STDOUT)?;
     }
     let jobs = result
         .as_array()

@@ -236,7 +236,7 @@ fn human(out: &mut impl Write, printed: &Printed) -> std::io::Result<()> {
 }
 
 /// Prints a list of snapshots as qemu-img does; nothing if there are none.
-pub(super) fn snapshots(
+pub(crate) fn snapshots(
     out: &mut impl Write,
     list: &[qcow::info::SnapshotInfo],
 ) -> std::io::Result<()> {

@@ -8,7 +8,7 @@ mod compare;
 mod convert;
 mod create;
 mod fresh;
-mod info;
+pub(crate) mod info;
 mod map;
 pub(crate) mod print;
 mod reader;

@@ -1,6 +1,7 @@
 //! Changing the chain of an image while clients write to it from several reactors: every byte they
 //! wrote is there afterwards, each file is clean, and qemu-img reads the same.
 
+mod internal;
 mod rebase;
 
 use std::path::{Path, PathBuf};
