@@ -114,7 +114,10 @@ impl<S: Storage> Chain<S> {
                 layers.push(Layer { storage, path, name, kind });
                 break;
             }
-            let image = Image::read(&mut storage, &name)?;
+            let image = match layers.is_empty() {
+                true => Image::read(&mut storage, &name)?,
+                false => Image::read_parent(&mut storage, &name)?,
+            };
             if expected.is_some_and(|uuid| uuid != image.footer.uuid) {
                 let child = &layers[layers.len() - 1].name;
                 let why = format!(
@@ -125,6 +128,15 @@ impl<S: Storage> Chain<S> {
                 return Err(Error::refused(child, why));
             }
             image.verify()?;
+            if image.size() != image.footer.whole_size() {
+                log::warn!(
+                    "{name}: shown are the {} bytes that its geometry has, as its creator {:?} does \
+                     it; by its current size, which tapdisk and Hyper-V go by, it has {}",
+                    image.size(),
+                    image.footer.creator.name(),
+                    image.footer.whole_size()
+                );
+            }
             table_bytes += image.table.len() * 4;
             if table_bytes > MAX_TABLE_BYTES {
                 let why = format!(

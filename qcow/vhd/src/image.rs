@@ -54,19 +54,34 @@ pub struct Image {
     pub(crate) table: Vec<u32>,
     /// Bytes of the file.
     pub(crate) file_len: u64,
-    size: u64,
+    /// See [`Image::size`].
+    pub(crate) size: u64,
 }
 
 impl Image {
-    /// Reads the metadata. Entries of the table are not judged: see [`Image::verify`].
+    /// Reads the metadata of a disk that is shown to a guest. Entries of the table are not judged:
+    /// see [`Image::verify`].
     ///
     /// # Errors
     /// If it cannot be read or says something impossible.
     pub fn read(storage: &mut dyn Storage, name: &str) -> Result<Image> {
+        Image::read_as(storage, name, Footer::disk_size)
+    }
+
+    /// Reads the metadata of a disk that is the parent of another one, which sees all of it: see
+    /// [`Footer::whole_size`].
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub fn read_parent(storage: &mut dyn Storage, name: &str) -> Result<Image> {
+        Image::read_as(storage, name, Footer::whole_size)
+    }
+
+    fn read_as(storage: &mut dyn Storage, name: &str, size: fn(&Footer) -> u64) -> Result<Image> {
         let file_len = storage.len();
         let (footer, footer_at, no_footer) = find_footer(storage, name)?;
         let refuse = |why: String| Error::refused(name, why);
-        let size = footer.disk_size();
+        let size = size(&footer);
         if size > MAX_DISK_BYTES {
             return Err(refuse(format!(
                 "footer: the disk has {size} bytes; at most {MAX_DISK_BYTES} are possible"
@@ -186,7 +201,7 @@ impl Image {
         Ok(names)
     }
 
-    /// Bytes that a guest sees, a multiple of 512.
+    /// Bytes that a guest or a child sees, a multiple of 512.
     pub fn size(&self) -> u64 {
         self.size
     }

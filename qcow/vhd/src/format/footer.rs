@@ -234,8 +234,15 @@ impl Footer {
         if by_geometry && self.geometry != Geometry::MAX {
             self.geometry.total() * SECTOR
         } else {
-            self.current_size & !(SECTOR - 1)
+            self.whole_size()
         }
+    }
+
+    /// Bytes that a child of the disk can see of it, whoever made it: the current size. Whoever
+    /// opens a chain is one of those who go by that, and the child may have been made over all of
+    /// it.
+    pub fn whole_size(&self) -> u64 {
+        self.current_size & !(SECTOR - 1)
     }
 }
 

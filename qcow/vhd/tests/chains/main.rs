@@ -184,6 +184,27 @@ fn the_size_is_the_geometrys_for_those_who_go_by_it() {
 }
 
 #[test]
+fn a_parent_is_as_large_as_its_footer_says() {
+    let ids = [*b"identity-number0", *b"identity-number1"];
+    // 300 cylinders, 4 heads, 17 sectors: 20400 of 20480 sectors.
+    for creator in [*b"vpc ", *b"qemu"] {
+        let base = File {
+            uuid: ids[0],
+            creator,
+            geometry: [1, 44, 4, 17],
+            batmap: false,
+            ..File::dynamic(10 * MIB)
+        }
+        .with([(5, 1), (20399, 2), (20400, 3), (20479, 4)]);
+        let top = File::child(10 * MIB, &ids[1], &ids[0], "base").with([(6, 5)]);
+        let files = [("top", top.bytes()), ("base", base.bytes())];
+        assert_eq!(read_all(open(&files).unwrap()), expected(&[&top, &base], &[]));
+        // By itself it has the size that its creator gave it.
+        assert_eq!(open(&[("top", base.bytes())]).unwrap().size(), 20400 * 512);
+    }
+}
+
+#[test]
 fn what_is_built_is_read() {
     for (subformat, exact) in
         [(Subformat::Dynamic, true), (Subformat::Dynamic, false), (Subformat::Fixed, true)]
