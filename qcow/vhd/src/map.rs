@@ -9,6 +9,9 @@ use crate::image::{Block, Image};
 
 /// Memory for bitmaps, in bytes.
 const CACHE_BYTES: usize = 16 << 20;
+/// Blocks that are looked at in one layer for one answer, at most. A layer below may cut the answer
+/// short, and then all of this is looked at again for the next one.
+const AHEAD: u64 = 32;
 
 /// Where the contents of a range come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +91,17 @@ pub(crate) struct Cut {
     pub(crate) host: u64,
 }
 
+/// A look-up under way. It goes from layer to layer, down from the top, and keeps what it has learnt
+/// while a bitmap is loaded: others may throw bitmaps out meanwhile, so one that needed those of all
+/// layers at once might never end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Walk {
+    start: u64,
+    /// Bytes for which no layer above `depth` has anything.
+    len: u64,
+    depth: usize,
+}
+
 /// A bitmap: a bit for each sector, the highest of each byte first.
 #[derive(Clone, Debug)]
 enum Bitmap {
@@ -106,11 +120,13 @@ pub(crate) struct Map {
     pub(crate) layers: Vec<MapLayer>,
     bitmaps: HashMap<(usize, u64), Bitmap>,
     bytes: usize,
+    /// Most of these.
+    pub(crate) limit: usize,
 }
 
 impl Map {
     pub(crate) fn new(layers: Vec<MapLayer>) -> Map {
-        Map { layers, bitmaps: HashMap::new(), bytes: 0 }
+        Map { layers, bitmaps: HashMap::new(), bytes: 0, limit: CACHE_BYTES }
     }
 
     /// Bytes of the disk.
@@ -133,7 +149,7 @@ impl Map {
         };
         // Roughly what an entry costs beside the bitmap.
         let cost = 64 + if full { 0 } else { used.len() };
-        if self.bytes + cost > CACHE_BYTES {
+        if self.bytes + cost > self.limit {
             self.bitmaps.clear();
             self.bytes = 0;
         }
@@ -141,28 +157,31 @@ impl Map {
         self.bitmaps.insert((load.layer, load.block), bitmap);
     }
 
-    /// Where the bytes from `start` on come from, at most `max` (not 0) of them. `start` lies in
-    /// the disk; both are whole sectors.
+    /// Begins to ask where the bytes from `start` on come from, at most `max` (not 0) of them.
+    /// `start` lies in the disk; both are whole sectors.
+    pub(crate) fn walk(&self, start: u64, max: u64) -> Walk {
+        Walk { start, len: max.min(self.size().saturating_sub(start)), depth: 0 }
+    }
+
+    /// Goes on with that. After [`Step::Load`] the same again once the bitmap was given to
+    /// [`Map::loaded`].
     ///
     /// # Errors
     /// If the range should be in a file that does not have it.
-    pub(crate) fn step(&self, start: u64, max: u64) -> Result<Step, Cut> {
-        let mut len = max.min(self.size().saturating_sub(start));
-        let mut depth = 0;
+    pub(crate) fn step(&self, walk: &mut Walk) -> Result<Step, Cut> {
         loop {
-            let (source, run) = match self.look(depth, start, len)? {
+            let Walk { start, len, depth } = *walk;
+            let (source, len) = match self.look(depth, start, len)? {
                 Ok(found) => found,
                 Err(load) => return Ok(Step::Load(load)),
             };
-            len = run;
             let span = Span { start, len, depth, source };
             if source != Source::Unallocated {
                 return Ok(Step::Run(span));
             }
             match self.layers.get(depth + 1).map(MapLayer::size) {
                 Some(below) if start < below => {
-                    len = len.min(below - start);
-                    depth += 1;
+                    *walk = Walk { start, len: len.min(below - start), depth: depth + 1 };
                 }
                 // No parent, or it ends before: zeroes.
                 _ => return Ok(Step::Run(span)),
@@ -184,10 +203,12 @@ impl Map {
         let mut run = (size - within).min(max);
         let Block::At(at) = image.block(block) else {
             let mut next = block + 1;
-            while run < max && image.block(next) == Block::Absent {
+            while run < max && next < block + AHEAD && image.block(next) == Block::Absent {
                 run = (run + size).min(max);
                 next += 1;
             }
+            #[cfg(test)]
+            tests::LOOKED.set(tests::LOOKED.get() + next - block);
             return Ok(Ok((Source::Unallocated, run)));
         };
         let bits = match self.bitmaps.get(&(depth, block)) {
@@ -240,7 +261,92 @@ fn same(bits: &[u8], from: u64, end: u64, set: bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+    use crate::format::{Creator, DiskType, DynamicHeader, Footer, Geometry, LOCATORS, Locator};
+    use crate::image::FooterAt;
+
+    thread_local! {
+        /// Entries of tables that were looked at.
+        pub(super) static LOOKED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    fn sparse(blocks: u64) -> MapLayer {
+        let header = DynamicHeader {
+            table_offset: 1536,
+            max_entries: blocks as u32,
+            block_size: 2 << 20,
+            parent_uuid: [0; 16],
+            parent_timestamp: 0,
+            parent_name: String::new(),
+            locators: [Locator::default(); LOCATORS],
+        };
+        let footer = Footer {
+            data_offset: 512,
+            timestamp: 0,
+            creator: Creator { app: *b"tap\0", version: 0x1_0003 },
+            original_size: blocks << 21,
+            current_size: blocks << 21,
+            geometry: Geometry::MAX,
+            disk_type: DiskType::Differencing,
+            uuid: [0; 16],
+            hidden: false,
+        };
+        MapLayer::Vhd(Arc::new(Image {
+            name: String::new(),
+            footer,
+            header: Some(header),
+            parents: Vec::new(),
+            footer_at: FooterAt::End,
+            no_footer: None,
+            table: vec![u32::MAX; blocks as usize],
+            file_len: u64::MAX >> 1,
+            size: blocks << 21,
+        }))
+    }
+
+    /// A disk whose lowest layer gives short answers, under snapshots in which nothing was written:
+    /// who goes through all of it looks at each entry a few times, not at all of them for each
+    /// answer.
+    #[test]
+    fn a_walk_over_sparse_layers_is_linear() {
+        const BLOCKS: u64 = 20_000;
+        const LAYERS: u64 = 5;
+        let mut layers: Vec<MapLayer> = (0..LAYERS).map(|_| sparse(BLOCKS)).collect();
+        let Some(MapLayer::Vhd(base)) = layers.last_mut() else { unreachable!() };
+        let base = Arc::make_mut(base);
+        for (i, entry) in base.table.iter_mut().enumerate().step_by(2) {
+            *entry = (1 + i as u32) * 5000;
+        }
+        let mut map = Map::new(layers);
+        LOOKED.set(0);
+        let (mut at, mut answers) = (0, 0);
+        while at < map.size() {
+            let mut walk = map.walk(at, map.size() - at);
+            let span = loop {
+                match map.step(&mut walk).unwrap() {
+                    Step::Load(load) => map.loaded(&load, &[0xff; 512]),
+                    Step::Run(span) => break span,
+                }
+            };
+            assert_eq!(span.len, 2 << 20);
+            let data = matches!(span.source, Source::Data(_));
+            assert_eq!(data, (at >> 21).is_multiple_of(2));
+            at += span.len;
+            answers += 1;
+        }
+        assert_eq!(answers, BLOCKS);
+        assert!(LOOKED.get() > BLOCKS * LAYERS);
+        assert!(LOOKED.get() <= BLOCKS * LAYERS * 32, "{}", LOOKED.get());
+        // Nothing at all: as many answers as that takes.
+        let map = Map::new(vec![sparse(BLOCKS), sparse(BLOCKS)]);
+        let span = map.step(&mut map.walk(0, u64::MAX)).unwrap();
+        let Step::Run(Span { len, depth: 1, source: Source::Unallocated, .. }) = span else {
+            panic!("{span:?}")
+        };
+        assert_eq!(len, AHEAD << 21);
+    }
 
     #[test]
     fn runs_of_bits() {

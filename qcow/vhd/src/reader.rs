@@ -35,7 +35,7 @@ impl<S: Storage> Reader<S> {
     }
 
     /// Where the guest's bytes from `start` on come from, at most `max` (not 0) of them. `None` at
-    /// the disk's end.
+    /// the disk's end. What lies behind may come from the same place.
     ///
     /// # Errors
     /// If a bitmap cannot be read, or the range should be in a file that does not have it.
@@ -46,8 +46,9 @@ impl<S: Storage> Reader<S> {
         // The map knows sectors.
         let before = start % 512;
         let sectors = (max.saturating_add(before) | 511).saturating_add(1) & !511;
+        let mut walk = self.map.walk(start - before, sectors);
         loop {
-            match self.map.step(start - before, sectors).map_err(|cut| self.cut(&cut))? {
+            match self.map.step(&mut walk).map_err(|cut| self.cut(&cut))? {
                 Step::Load(load) => self.load(&load)?,
                 Step::Run(mut span) => {
                     span.start = start;

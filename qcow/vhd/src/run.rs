@@ -14,7 +14,7 @@ use block::{
 use dma::{PageSize, Region, RegionId};
 
 use crate::chain::{Chain, Kind};
-use crate::map::{Load, Map, MapLayer, Source, Step};
+use crate::map::{Load, Map, MapLayer, Source, Step, Walk};
 
 /// Requests in flight at most.
 const SLOTS: u16 = 128;
@@ -68,6 +68,8 @@ struct Slot {
     segs: SegList,
     generation: u32,
     wait: Wait,
+    /// The look-up of what comes next.
+    walk: Option<Walk>,
 }
 
 /// An image on a reactor. Made on the reactor's thread, and never leaves it.
@@ -149,6 +151,7 @@ impl Image {
             segs: SegList::EMPTY,
             generation: 0,
             wait: Wait::Nothing,
+            walk: None,
         };
         Ok(Image {
             map,
@@ -200,10 +203,14 @@ impl Image {
             let slot = &mut self.slots[usize::from(at)];
             slot.wait = Wait::Nothing;
             let (start, left) = (slot.offset + slot.done, slot.len - slot.done);
-            if left == 0 {
+            if left == 0 && !self.lost {
                 return Some(Status::Ok);
             }
-            let (layer, offset, len, segs, wait) = match self.map.step(start, left) {
+            if self.closing || self.lost {
+                return Some(Status::Gone);
+            }
+            let walk = slot.walk.get_or_insert_with(|| self.map.walk(start, left));
+            let (layer, offset, len, segs, wait) = match self.map.step(walk) {
                 Err(cut) => {
                     if self.complaints < COMPLAINTS {
                         self.complaints += 1;
@@ -235,6 +242,7 @@ impl Image {
                                 region.zero(seg.offset() as usize, seg.len() as usize);
                             }
                             slot.done += span.len;
+                            slot.walk = None;
                             continue;
                         }
                         Source::Data(host) => {
@@ -268,7 +276,7 @@ impl Image {
     fn release(&mut self, at: u16, status: Status) -> Completion {
         let slot = &mut self.slots[usize::from(at)];
         slot.generation = slot.generation.wrapping_add(1);
-        slot.wait = Wait::Nothing;
+        (slot.wait, slot.walk) = (Wait::Nothing, None);
         self.free.push(at);
         Completion { tag: slot.up, status, detail: 0 }
     }
@@ -322,15 +330,17 @@ impl<L: BlockQueue> Layer<L> for Image {
                 return None;
             }
             _ if !done.status.is_ok() => return Some(self.release(at, done.status)),
-            Wait::Data(len) => slot.done += len,
+            Wait::Data(len) => {
+                slot.done += len;
+                slot.walk = None;
+            }
             Wait::Bitmap(load) => {
                 let bytes = &mut self.scratch[..load.len as usize];
                 self.own.read(usize::from(at) * self.place as usize, bytes);
                 self.map.loaded(&load, bytes);
             }
         }
-        let ended = if self.lost { Some(Status::Gone) } else { self.go_on(leaves, at) };
-        ended.map(|status| self.release(at, status))
+        self.go_on(leaves, at).map(|status| self.release(at, status))
     }
 
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {
@@ -363,3 +373,6 @@ impl<L: BlockQueue> Layer<L> for Image {
         (self.closing && self.free.len() == self.slots.len()).then_some(Status::Ok)
     }
 }
+
+#[cfg(test)]
+mod tests;
