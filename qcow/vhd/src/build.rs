@@ -9,8 +9,10 @@ use crate::format::{
 use crate::image::bitmap_bytes;
 use crate::{Error, Result};
 
-/// What files made here say about who made them: polldisk, version 0.1.
-const CREATOR: Creator = Creator { app: *b"poll", version: 1 };
+/// What files made here say about who made them: what QEMU says in files whose current size counts,
+/// the geometry being the nearest below. QEMU before version 10 takes others by their geometry, except
+/// for the largest one, and that one is not permitted to small disks (vhd-util calls it too large).
+const CREATOR: Creator = Creator { app: *b"qem2", version: 0x5_0003 };
 /// Data begins at multiples of this, so that it can be read without other data around it.
 const ALIGN: u64 = 4096;
 
@@ -30,8 +32,8 @@ pub struct BuildOptions {
     pub size: u64,
     /// How much is allocated.
     pub subformat: Subformat,
-    /// The disk has exactly that size, and the geometry says nothing. Else the size is rounded up
-    /// to the next one that a geometry has, for programs that go by that.
+    /// The disk has exactly that size, and its geometry may have up to a cylinder less. Else the
+    /// size is rounded up to the next one that a geometry has, for programs that go by that.
     pub exact: bool,
     /// The disk's identity: 16 random bytes.
     pub uuid: [u8; 16],
@@ -50,8 +52,8 @@ impl BuildOptions {
         }
         let held = Geometry::holding(self.size / SECTOR);
         let rounded = held.total() * SECTOR;
-        if self.exact || rounded < self.size || held == Geometry::MAX {
-            return Ok((Geometry::MAX, self.size));
+        if self.exact || rounded < self.size {
+            return Ok((Geometry::of(self.size / SECTOR), self.size));
         }
         Ok((held, rounded))
     }
@@ -236,5 +238,39 @@ impl<'s> Builder<'s> {
 
     fn write(&mut self, what: &'static str, offset: u64, bytes: &[u8]) -> Result<()> {
         self.storage.write_at(offset, bytes).map_err(Error::io(&self.name, what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What vhd-util's check demands of a footer, and QEMU for the exact size.
+    #[test]
+    fn a_geometry_is_not_larger_than_the_disk() {
+        let encoded = |g: Geometry| {
+            u32::from(g.cylinders) << 16 | u32::from(g.heads) << 8 | u32::from(g.sectors)
+        };
+        let most = Geometry::MAX.total();
+        let mut sizes = vec![0, 1, 67, 68, 69, 37 * 2048, 20480, most, MAX_DISK_BYTES / SECTOR];
+        // Around each change of heads and of sectors per track.
+        let heads = (1..=64).map(|i| i * 1024 * 17);
+        let edges = heads.chain([16 * 1024 * 31, 65535 * 16 * 63, 1 << 21, 1 << 27, most]);
+        sizes.extend(edges.flat_map(|e| (e - 350..e + 350).step_by(35)));
+        for sectors in sizes {
+            for exact in [true, false] {
+                let size = sectors * SECTOR;
+                let (subformat, uuid) = (Subformat::Dynamic, [1; 16]);
+                let options = BuildOptions { size, subformat, exact, uuid, timestamp: 0 };
+                let (geometry, made) = options.shape().unwrap();
+                assert!(encoded(geometry) <= encoded(Geometry::of(made / SECTOR)), "{sectors}");
+                assert!(made >= size && (made == size || !exact), "{sectors}");
+                // Programs that go by the geometry lose nothing, if they were meant and can do it.
+                let total = geometry.total() * SECTOR;
+                assert!(exact || total == made || sectors > most, "{sectors}: {geometry:?}");
+            }
+        }
+        // Those whose current size QEMU believed before version 10, when it had a list of them.
+        assert!([b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0"].contains(&&CREATOR.app));
     }
 }

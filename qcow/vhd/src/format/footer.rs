@@ -78,16 +78,18 @@ impl Geometry {
         Geometry { cylinders, heads: heads as u8, sectors: spt as u8 }
     }
 
-    /// The smallest geometry of [`Geometry::of`]'s kind that holds so many sectors.
+    /// A geometry that holds so many sectors, or the largest: the next one that is the geometry of
+    /// a disk that has just its sectors. (Some are not: other heads would fit such a disk better.)
     pub fn holding(sectors: u64) -> Geometry {
         let mut ask = sectors;
         loop {
             let g = Geometry::of(ask);
-            if g.total() >= sectors || g.total() >= Geometry::MAX.total() {
+            let total = g.total();
+            if (total >= sectors && Geometry::of(total) == g) || total >= Geometry::MAX.total() {
                 return g;
             }
             // At most a cylinder is missing.
-            ask += sectors - g.total();
+            ask += sectors.saturating_sub(total).max(1);
         }
     }
 }
