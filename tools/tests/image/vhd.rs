@@ -55,6 +55,12 @@ fn both_programs_agree_on_what_is_converted() {
             }
         }
     }
+    // Whoever believes the geometry alone is told a size that the disk has: vhd-util's check.
+    let footer = std::fs::read(env.path("ours-fixed-on.vhd")).unwrap();
+    let footer = &footer[footer.len() - 512..];
+    assert_eq!(&footer[28..32], b"qem2");
+    // 37 MiB are 75776 sectors: 891 whole cylinders of five heads, 17 sectors to a track.
+    assert_eq!(&footer[56..60], &[3, 123, 5, 17]);
     // Whole blocks agree with qemu-img's map where it has them all written.
     let map = |run: Run| run.json().as_array().unwrap().len();
     let name = "theirs-dynamic-on.vhd";
@@ -144,6 +150,72 @@ fn parents_are_opened_by_the_rules_for_backing_files() {
     env.image("compare -f vhd -F raw top.vhd expected.raw").fails(2, "is a cycle");
 }
 
+/// Virtual PC counts cylinders. tapdisk, and whoever made a child, count all of the disk.
+#[test]
+fn what_a_geometry_leaves_out_is_said_and_seen_by_children() {
+    let Some(env) = Env::new() else { return };
+    let (a, b) = (b"identity-number0", b"identity-number1");
+    let base = File {
+        uuid: *a,
+        creator: *b"vpc ",
+        geometry: [1, 44, 4, 17],
+        batmap: false,
+        ..File::dynamic(10 * MIB)
+    }
+    .with([(5, 1), (20399, 2), (20400, 3), (20479, 4)]);
+    let top = File::child(10 * MIB, b, a, "base.vhd").with([(6, 5)]);
+    std::fs::write(env.path("base.vhd"), base.bytes()).unwrap();
+    std::fs::write(env.path("top.vhd"), top.bytes()).unwrap();
+    std::fs::write(env.path("expected.raw"), expected(&[&top, &base], &[])).unwrap();
+    env.image("compare -f vhd -F raw top.vhd expected.raw").ok();
+    let infos = env.image("info -f vhd --backing-chain --json top.vhd");
+    assert!(!infos.err.contains("geometry"), "{infos:?}");
+    assert_eq!(infos.json()[1]["virtual-size"], 10 * MIB);
+    // By itself the base is what QEMU shows of it.
+    let size = 20400 * 512;
+    let said = "10444800 bytes that its geometry has";
+    let info = env.image("info -f vhd --json base.vhd");
+    assert!(info.err.contains(said) && info.err.contains("it has 10485760"), "{info:?}");
+    assert_eq!(info.json()["virtual-size"], size);
+    let theirs = env.qemu_img("info -f vpc --output=json base.vhd").json();
+    assert_eq!(theirs["virtual-size"], size);
+    let converted = env.image("convert -f vhd -O raw base.vhd base.raw");
+    assert!(converted.err.contains(said), "{converted:?}");
+    converted.ok();
+    env.qemu_img("compare -f vpc -F raw base.vhd base.raw").ok();
+}
+
+/// As logical volumes are: links in the group's folder, device nodes with other names elsewhere.
+#[test]
+fn names_are_relative_to_the_links_that_lead_to_a_child() {
+    let Some(env) = Env::new() else { return };
+    chain(&env);
+    std::fs::create_dir(env.path("dev")).unwrap();
+    std::fs::create_dir(env.path("VG")).unwrap();
+    let all = ["top.vhd", "mid.vhd", "base.vhd", "disk.raw"];
+    for (i, name) in all.iter().enumerate() {
+        std::fs::rename(env.path(name), env.path(&format!("dev/dm-{i}"))).unwrap();
+        let link = env.path(&format!("VG/{name}"));
+        std::os::unix::fs::symlink(format!("../dev/dm-{i}"), link).unwrap();
+    }
+    env.image("compare -f vhd -F raw VG/top.vhd expected.raw").ok();
+    // What may be opened is said of the devices, not of the links.
+    env.image("compare -f vhd -F raw --allow-backing dev VG/top.vhd expected.raw").ok();
+    env.image("compare -f vhd -F raw --allow-backing VG VG/top.vhd expected.raw")
+        .fails(2, "outside of the directories");
+    let infos = env.image("info -f vhd --backing-chain --json VG/top.vhd").json();
+    assert!(infos[2]["filename"].as_str().unwrap().ends_with("/dev/dm-2"), "{infos}");
+    // The other way round: names beside the files themselves, one of which is reached by a link.
+    std::fs::create_dir(env.path("links")).unwrap();
+    for (i, name) in all.iter().enumerate() {
+        std::fs::remove_file(env.path(&format!("VG/{name}"))).unwrap();
+        std::fs::rename(env.path(&format!("dev/dm-{i}")), env.path(&format!("VG/{name}"))).unwrap();
+    }
+    std::os::unix::fs::symlink("../VG/top.vhd", env.path("links/top.vhd")).unwrap();
+    std::os::unix::fs::symlink("../VG/mid.vhd", env.path("links/mid.vhd")).unwrap();
+    env.image("compare -f vhd -F raw links/top.vhd expected.raw").ok();
+}
+
 #[test]
 fn what_is_not_done_is_said() {
     let Some(env) = Env::new() else { return };
@@ -175,15 +247,14 @@ impl Drop for Server {
     }
 }
 
-#[test]
-fn a_chain_is_served() {
-    let Some(env) = Env::new() else { return };
-    chain(&env);
+/// Serves the chain with these arguments, and reads it by several clients at once.
+fn serve(env: &Env, reactors: usize, more: &[&str]) {
     let socket = env.path("nbd.sock");
     let mut server = Server(
         Command::new(env!("CARGO_BIN_EXE_polldisk"))
             .args(["nbd", "--format", "vhd", "--read-only", "--socket"])
             .args([&socket, &env.path("top.vhd")])
+            .args(more)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap(),
@@ -192,8 +263,16 @@ fn a_chain_is_served() {
     let out = server.0.stdout.take().unwrap();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
     assert!(line.starts_with("listening"), "{line}");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", server.0.id())).unwrap().flatten();
+    let names = tasks.filter_map(|t| std::fs::read_to_string(t.path().join("comm")).ok());
+    assert_eq!(names.filter(|n| n.starts_with("reactor")).count(), reactors);
     let url = format!("nbd+unix:///?socket={}", socket.display());
-    env.qemu_img(&format!("compare -f raw -F raw {url} expected.raw")).ok();
+    let compare = format!("compare -f raw -F raw {url} expected.raw");
+    std::thread::scope(|s| {
+        for _ in 0..3 {
+            s.spawn(|| env.qemu_img(&compare).ok());
+        }
+    });
     let write = env.run("qemu-io", &["-f", "raw", "-c", "write 0 512", &url]);
     assert!(
         write.code != 0 || write.out.contains("ead-only") || write.err.contains("ead-only"),
@@ -209,4 +288,15 @@ fn a_chain_is_served() {
         std::thread::sleep(Duration::from_millis(20));
     }
     panic!("the server does not end");
+}
+
+#[test]
+fn a_chain_is_served() {
+    let Some(env) = Env::new() else { return };
+    chain(&env);
+    serve(&env, 1, &[]);
+    // Each reactor has an image of its own.
+    let online = reactor::online_cpus().unwrap();
+    let cores: Vec<String> = online.iter().take(2).map(usize::to_string).collect();
+    serve(&env, cores.len(), &["--cores", &cores.join(",")]);
 }
