@@ -1,6 +1,8 @@
 //! Bitmaps that record what guests write: exactly that after a clean close, and after a crash at
 //! least that, or they say that they were not saved.
 
+#[path = "bitmaps/faults.rs"]
+mod faults;
 mod rig;
 
 use block::{Blocking, Flags, Op, Status};

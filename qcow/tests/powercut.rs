@@ -339,3 +339,41 @@ fn an_internal_snapshot() {
     cuts(Ground { extended: true, cluster: 16384, backing: true, ..kept }, 530..532, 8);
     cuts(Ground { cluster: 4096, cache: false, ..kept }, 540..541, 8);
 }
+
+/// A session is killed while it makes something durable; for the next one all of that is on disk,
+/// since the cache has it. What that one promises must not rest on the cache.
+#[test]
+fn what_a_killed_session_wrote_is_made_durable_at_the_next_opening() {
+    let mut options = CreateOptions::new(DISK);
+    options.cluster_size = 65536;
+    let mut turns = 0;
+    loop {
+        let mut leaf = fresh_with_data(GROUND.device, 5, &options);
+        leaf.start_log();
+        let mut rig = open(&GROUND, leaf);
+        rig.write(0, &[1; 512]);
+        rig.send(Op::Flush, Flags::NONE, 0, 0, &[]);
+        for _ in 0..turns {
+            rig.turn();
+        }
+        turns += 1;
+        let done = rig.portal.in_flight() == 0;
+        let mut leaf = rig.crash().remove(0);
+        leaf.forget();
+        let mut rig = open(&GROUND, leaf);
+        rig.write(0, &[2; 512]);
+        rig.flush();
+        let (base, log) = rig.crash().remove(0).take_log();
+        let mut rng = Rng(turns);
+        for n in 0..4 {
+            let mut leaf = LogQueue::new(GROUND.device, 99).and(DISK);
+            leaf.load(&cut(&base, &log, log.len(), true, &mut rng));
+            let read = open(&GROUND, leaf).read(0, 512);
+            assert!(read == [2; 512], "killed after {turns} turns, cut {n}: lost");
+        }
+        if done {
+            break;
+        }
+    }
+    assert!(turns > 5);
+}

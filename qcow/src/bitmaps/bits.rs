@@ -168,3 +168,69 @@ pub(crate) fn inconsistent(image: &str, bitmap: &str) -> Error {
         ),
     )
 }
+
+/// Bits `[from, to)`, at least one, of some bytes: the bytes between the first and the last one, and
+/// which bits those two have of it. Where both are the same byte, only the first counts.
+fn edges(from: u64, to: u64) -> ((usize, u8), std::ops::Range<usize>, (usize, u8)) {
+    let (first, last) = ((from / 8) as usize, ((to - 1) / 8) as usize);
+    let (head, tail) = (0xff << (from % 8), 0xff >> (7 - (to - 1) % 8));
+    if first == last {
+        return ((first, head & tail), 0..0, (last, 0));
+    }
+    ((first, head), first + 1..last, (last, tail))
+}
+
+/// Sets or clears bits `[from, to)` of some bytes; whether any changed.
+pub(crate) fn fill(bytes: &mut [u8], from: u64, to: u64, value: bool) -> bool {
+    if from >= to {
+        return false;
+    }
+    let (head, middle, tail) = edges(from, to);
+    let whole = if value { 0xff } else { 0 };
+    let middle = &mut bytes[middle];
+    let mut changed = middle.iter().any(|&b| b != whole);
+    middle.fill(whole);
+    for (at, mask) in [head, tail] {
+        let new = bytes[at] & !mask | whole & mask;
+        changed |= new != bytes[at];
+        bytes[at] = new;
+    }
+    changed
+}
+
+/// Whether bits `[from, to)` of some bytes are all set.
+pub(crate) fn all_set(bytes: &[u8], from: u64, to: u64) -> bool {
+    if from >= to {
+        return true;
+    }
+    let (head, middle, tail) = edges(from, to);
+    [head, tail].into_iter().all(|(at, mask)| bytes[at] & mask == mask)
+        && bytes[middle].iter().all(|&b| b == 0xff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_bits() {
+        let is = |bytes: &[u8], bit: u64| bytes[(bit / 8) as usize] >> (bit % 8) & 1 != 0;
+        for (from, to) in (0..40).flat_map(|from| (from..=40).map(move |to| (from, to))) {
+            for value in [false, true] {
+                let old = [if value { 0 } else { 0xff }; 5];
+                let mut new = old;
+                assert_eq!(fill(&mut new, from, to, value), from < to);
+                assert!(!fill(&mut new, from, to, value), "{from}..{to}");
+                for bit in 0..40 {
+                    assert_eq!(is(&new, bit) == value, (from..to).contains(&bit), "{from}..{to}");
+                }
+                assert_eq!(all_set(&new, from, to), value || from == to, "{from}..{to}");
+            }
+            for gap in from..to {
+                let mut bytes = [0xff; 5];
+                fill(&mut bytes, gap, gap + 1, false);
+                assert!(!all_set(&bytes, from, to), "{from}..{to} without {gap}");
+            }
+        }
+    }
+}

@@ -5,8 +5,8 @@
 mod bits;
 mod tracked;
 
-pub(crate) use bits::inconsistent;
 pub use bits::{Bitmap, BitmapRun};
+pub(crate) use bits::{all_set, fill, inconsistent};
 pub(crate) use tracked::{Tracked, prepare};
 
 use std::collections::HashSet;

@@ -105,13 +105,19 @@ pub fn run(
             report.check_errors += 1;
             return Ok(report);
         }
+        checker.meta.prepare_write(checker.storage, true)?;
         flags_fixed = checker.repair(repair, &before)?;
     }
     let mut quiet = |_: &str| {};
     let after = Checker::open(storage, name, &mut quiet)?.scan();
     if after.check_errors == 0 && after.corruptions == 0 {
         let mut meta = ImageMeta::open(storage, name, Mode::Check)?;
-        meta.set_incompatible(storage, 0, incompatible::DIRTY | incompatible::CORRUPT)?;
+        if meta.header.is_dirty() || meta.header.is_corrupt() {
+            meta.prepare_write(storage, true)?;
+            // What was found right may be in a cache only: it comes before the mark's end.
+            storage.flush().map_err(Error::io(name, "flush"))?;
+            meta.set_incompatible(storage, 0, incompatible::DIRTY | incompatible::CORRUPT)?;
+        }
     }
     let other = |s: &scan::Scan| s.corruptions - s.flags;
     let corruptions_fixed = other(&before).saturating_sub(other(&after)) + flags_fixed;

@@ -3,10 +3,12 @@
 //! Bits that change go to clusters that the image on disk does not use, as do the tables and the
 //! directory; the header's first sector makes them the image's.
 
+use std::collections::BTreeSet;
+
 use block::Storage;
 
 use super::tx::{Place, Tx};
-use crate::bitmaps::{self, Bitmap, inconsistent};
+use crate::bitmaps::{self, Bitmap, fill, inconsistent};
 use crate::format::{
     BitmapCluster, BitmapEntry, Bitmaps, Header, MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY, autoclear,
 };
@@ -361,44 +363,46 @@ impl Tx {
     }
 }
 
-/// Sets bits `[from, to)` of some bytes; whether any changed.
-fn fill(bytes: &mut [u8], from: u64, to: u64, value: bool) -> bool {
-    let mut changed = false;
-    let mut bit = from;
-    while bit < to {
-        let end = to.min(bit / 8 * 8 + 8);
-        let mask = ((1u32 << (end - bit / 8 * 8)) - (1 << (bit % 8))) as u8;
-        let byte = &mut bytes[(bit / 8) as usize];
-        let new = if value { *byte | mask } else { *byte & !mask };
-        changed |= new != *byte;
-        *byte = new;
-        bit = end;
-    }
-    changed
-}
-
-/// Gives each cluster of bits of those bitmaps that record writes a place, so that bits can be set
-/// without any change to tables.
+/// Gives each cluster of bits of those bitmaps (by their numbers in the directory, each has one) a
+/// place, so that bits can be set without any change to tables.
 ///
 /// # Errors
 /// If there is no room, or a write fails. The image is as it was then.
-pub(crate) fn give_bits_places(st: &mut dyn Storage, name: &str) -> Result<()> {
+pub(crate) fn give_bits_places(
+    st: &mut dyn Storage,
+    name: &str,
+    wanted: &BTreeSet<usize>,
+) -> Result<()> {
     super::tx::run(st, name, |tx, st| {
-        for index in 0..tx.bitmaps.all.len() {
-            let one = &tx.bitmaps.all[index];
-            let clusters = one.table.len();
-            if !one.entry.is_auto() || one.entry.is_in_use() {
-                continue;
-            }
-            for at in 0..clusters {
-                if matches!(tx.bitmaps.all[index].table[at], BitmapCluster::Data(_)) {
+        let cluster = tx.geometry().cluster_size();
+        for &index in wanted {
+            let table = tx.bitmaps.all[index].table.clone();
+            let mut at = 0;
+            while at < table.len() {
+                let is = table[at];
+                if matches!(is, BitmapCluster::Data(_)) {
+                    at += 1;
                     continue;
                 }
-                let bytes = std::mem::take(&mut tx.load_bits(st, index, at)?.bytes);
-                tx.bitmaps.cached = None;
-                let offset = tx.take(st, bytes.len() as u64)?;
-                st.write_at(offset, &bytes).map_err(tx.io("bitmap"))?;
-                tx.set_cluster(st, index, at, BitmapCluster::Data(offset))?;
+                let zeroes = table[at..].iter().take_while(|c| **c == BitmapCluster::Zeroes);
+                let mut count = zeroes.count().max(1);
+                // Side by side where there is room.
+                let offset = loop {
+                    match tx.take(st, count as u64 * cluster) {
+                        Err(_) if count > 1 => count /= 2,
+                        taken => break taken?,
+                    }
+                };
+                match is {
+                    BitmapCluster::Ones => st.write_at(offset, &vec![0xff; cluster as usize]),
+                    _ => st.write_zeroes_at(offset, count as u64 * cluster),
+                }
+                .map_err(tx.io("bitmap"))?;
+                for i in 0..count {
+                    let place = BitmapCluster::Data(offset + i as u64 * cluster);
+                    tx.set_cluster(st, index, at + i, place)?;
+                }
+                at += count;
             }
         }
         Ok(())

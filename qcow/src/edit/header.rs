@@ -7,7 +7,7 @@
 use block::Storage;
 
 use super::tx::{SECTOR, Tx};
-use crate::format::{Extension, FieldError, Header, MAX_BACKING_NAME, ext};
+use crate::format::{Extension, FieldError, Header, MAX_BACKING_NAME, autoclear, ext};
 use crate::open::{Format, ImageMeta, Mode};
 use crate::{Error, Result};
 
@@ -42,8 +42,10 @@ pub fn set_backing(
     replace(st, name, &new)
 }
 
-/// Puts a new header in the place of the old one.
+/// Puts a new header in the place of the old one; nothing vouches any more for what is unknown here.
 pub(super) fn replace(st: &mut dyn Storage, name: &str, new: &Header) -> Result<()> {
+    let known = new.autoclear_features & autoclear::KNOWN;
+    let new = &Header { autoclear_features: known, ..new.clone() };
     let io = || Error::io(name, "header");
     let mut old = vec![0; 1 << new.cluster_bits];
     st.read_at(0, &mut old).map_err(io())?;

@@ -7,8 +7,8 @@ use super::{FieldError, Geometry};
 pub const MAX_BITMAPS: u32 = 65535;
 /// Longest name of a bitmap in bytes (QEMU's limit).
 pub const MAX_BITMAP_NAME: usize = 1023;
-/// Largest bitmap directory in bytes (QEMU's limit: a longest entry for each possible bitmap).
-pub const MAX_BITMAP_DIRECTORY: u64 = MAX_BITMAPS as u64 * (24 + 1024);
+/// Largest bitmap directory in bytes (QEMU's limit: less than the longest names of all take).
+pub const MAX_BITMAP_DIRECTORY: u64 = MAX_BITMAPS as u64 * 1024;
 /// Most bytes of clusters that a bitmap may take (QEMU's limit).
 pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
 /// log2 of the bytes that one bit may stand for: 512 bytes to 2 GiB (QEMU's limits).

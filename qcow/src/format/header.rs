@@ -35,6 +35,8 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1 << 0;
     /// The external data file is a raw image by itself.
     pub const RAW_DATA: u64 = 1 << 1;
+    /// All that are known here: who writes to an image clears the others.
+    pub const KNOWN: u64 = BITMAPS | RAW_DATA;
 }
 
 /// Offsets of header fields that are rewritten in place.

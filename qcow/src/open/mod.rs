@@ -87,8 +87,8 @@ impl ImageMeta {
     /// # Errors
     /// If the header cannot be written.
     pub fn prepare_write(&mut self, storage: &mut dyn Storage, bitmaps: bool) -> Result<()> {
-        let bitmaps = if bitmaps { autoclear::BITMAPS } else { 0 };
-        let kept = self.header.autoclear_features & (autoclear::RAW_DATA | bitmaps);
+        let lost = if bitmaps { 0 } else { autoclear::BITMAPS };
+        let kept = self.header.autoclear_features & autoclear::KNOWN & !lost;
         if self.header.autoclear_features == kept {
             return Ok(());
         }

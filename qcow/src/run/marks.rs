@@ -14,13 +14,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use block::{Flags, Status};
 
+use super::read::check;
 use super::shared::{Key, META, Shared};
-use crate::bitmaps::Tracked;
+use crate::bitmaps::{Tracked, all_set, fill};
 use crate::format::BitmapEntry;
 use crate::map::{Kind, Word};
 
 /// Bytes of bits in memory at most; there are two copies of each.
 const BYTES_MAX: usize = 8 << 20;
+
+/// Pages that one task looks at before others have their turn.
+const STRIDE: u32 = 64;
 
 /// Which part of which bitmap: their numbers.
 pub(super) type PageKey = (u32, u32);
@@ -28,14 +32,8 @@ pub(super) type PageKey = (u32, u32);
 /// A part of a bitmap's bits.
 struct Page {
     now: Vec<u8>,
-    /// As far as is known to be on disk.
+    /// What no crash takes away.
     disk: Vec<u8>,
-}
-
-impl Page {
-    fn is_dirty(&self) -> bool {
-        self.now != self.disk
-    }
 }
 
 /// What the disk says of the bitmaps.
@@ -57,6 +55,8 @@ pub(super) struct Marks {
     page_bits: u32,
     cluster_bits: u32,
     pages: BTreeMap<PageKey, Page>,
+    /// Those with bits that are not on disk for sure.
+    dirty: BTreeSet<PageKey>,
     loading: BTreeSet<PageKey>,
     /// Bits or flags are being written.
     writing: bool,
@@ -71,6 +71,7 @@ impl Marks {
             page_bits: cluster_bits.min(META.trailing_zeros()),
             cluster_bits,
             pages: BTreeMap::new(),
+            dirty: BTreeSet::new(),
             loading: BTreeSet::new(),
             writing: false,
             said: Said::Saved,
@@ -103,14 +104,15 @@ impl Marks {
     /// them look clear.
     fn is_covered(&self, key: PageKey, from: u64, to: u64) -> bool {
         let Some(page) = self.pages.get(&key) else { return false };
-        let sure = if self.said == Said::InUse { &page.now } else { &page.disk };
-        (from..to).all(|bit| sure[(bit / 8) as usize] & (1 << (bit % 8)) != 0)
+        all_set(if self.said == Said::InUse { &page.now } else { &page.disk }, from, to)
     }
 
     /// Sets bits of a page that is loaded; whether it is.
     fn set(&mut self, key: PageKey, from: u64, to: u64) -> bool {
         let Some(page) = self.pages.get_mut(&key) else { return false };
-        (from..to).for_each(|bit| page.now[(bit / 8) as usize] |= 1 << (bit % 8));
+        if fill(&mut page.now, from, to, true) {
+            self.dirty.insert(key);
+        }
         true
     }
 
@@ -129,15 +131,26 @@ impl Marks {
     }
 
     fn dirty_pages(&self) -> Vec<(PageKey, u64, Vec<u8>)> {
-        let dirty = self.pages.iter().filter(|(_, p)| p.is_dirty());
-        dirty.filter_map(|(&key, p)| Some((key, self.place(key)?, p.now.clone()))).collect()
+        let one = |&key| Some((key, self.place(key)?, self.pages.get(&key)?.now.clone()));
+        self.dirty.iter().filter_map(one).collect()
+    }
+
+    /// These bits of a page are on disk for sure.
+    fn wrote(&mut self, key: PageKey, bytes: Vec<u8>) {
+        let Some(page) = self.pages.get_mut(&key) else { return };
+        page.disk = bytes;
+        // Others may have been set meanwhile.
+        if page.disk == page.now {
+            self.dirty.remove(&key);
+        }
     }
 
     /// Makes room for a page by forgetting others, if that is possible.
     fn make_room(&mut self) -> bool {
         let most = BYTES_MAX >> self.page_bits;
         if self.pages.len() >= most {
-            self.pages.retain(|_, p| p.is_dirty());
+            let dirty = &self.dirty;
+            self.pages.retain(|key, _| dirty.contains(key));
         }
         self.pages.len() < most
     }
@@ -153,7 +166,12 @@ impl Shared {
             let granularity = self.marks.borrow().bitmaps[i].granularity_bits;
             let (first, end) = (offset >> granularity, ((offset + len - 1) >> granularity) + 1);
             let mut bit = first;
+            let mut looked = 0;
             while bit < end {
+                looked += 1;
+                if looked % STRIDE == 0 {
+                    self.pause(slot).await;
+                }
                 let page = bit >> shift;
                 let base = page << shift;
                 let to = end.min(base + (1 << shift));
@@ -231,6 +249,7 @@ impl Shared {
             self.marks.borrow_mut().loading.insert(key);
             let read = self.read_meta(slot, self.top(), place, len).await;
             let page = match read {
+                // An image's file is flushed when it is opened: what can be read stays.
                 Ok(bytes) => Page { disk: bytes.clone(), now: bytes },
                 Err(status) => {
                     // Too many bits make a backup larger, but not wrong.
@@ -244,6 +263,9 @@ impl Shared {
             };
             let mut marks = self.marks.borrow_mut();
             marks.loading.remove(&key);
+            if page.now != page.disk {
+                marks.dirty.insert(key);
+            }
             marks.pages.insert(key, page);
             drop(marks);
             self.unpark(Key::Bits(key));
@@ -251,27 +273,34 @@ impl Shared {
         }
     }
 
-    /// Writes bits that are not on disk; with `durable` they are so afterwards.
-    async fn write_bits(&self, slot: u16, durable: bool) -> Result<(), Status> {
+    /// Writes bits that are not on disk, durably; `through`: by writes that are so by themselves,
+    /// which is good for few of them.
+    async fn write_bits(&self, slot: u16, through: bool) -> Result<(), Status> {
         let dirty = self.marks.borrow().dirty_pages();
-        let through = durable && self.device.volatile_cache;
+        if dirty.is_empty() {
+            return Ok(());
+        }
+        let through = through && self.device.volatile_cache;
         let flags = if through { Flags::FUA } else { Flags::NONE };
         let parts = dirty.iter().map(|(_, place, bytes)| (*place, bytes.clone()));
         self.write_meta(slot, parts, flags).await?;
-        let mut marks = self.marks.borrow_mut();
-        for (key, _, bytes) in dirty {
-            if let Some(page) = marks.pages.get_mut(&key) {
-                page.disk = bytes;
-            }
+        if !through {
+            check(self.device_flush(slot).await)?;
         }
+        let mut marks = self.marks.borrow_mut();
+        dirty.into_iter().for_each(|(key, _, bytes)| marks.wrote(key, bytes));
         Ok(())
     }
 
-    /// Marks the bitmaps in use on disk, or as saved, durably.
+    /// Marks the bitmaps in use on disk, or as saved, durably. If that fails some may be marked.
     async fn write_in_use(&self, slot: u16, in_use: bool) -> Result<(), Status> {
-        let all: Vec<(u64, u32)> =
-            self.marks.borrow().bitmaps.iter().map(|b| (b.flags_at, b.flags)).collect();
-        self.marks.borrow_mut().said = Said::Either;
+        let all: Vec<(u64, u32)> = {
+            let mut marks = self.marks.borrow_mut();
+            // Flags are relied on from their flush on, and not any more from the first write that
+            // takes one away.
+            marks.said = Said::Either;
+            marks.bitmaps.iter().map(|b| (b.flags_at, b.flags)).collect()
+        };
         // They stand in the directory's order; a sector is written once.
         for part in all.chunk_by(|a, b| a.0 / 512 == b.0 / 512) {
             let sector = part[0].0 & !511;
@@ -283,7 +312,7 @@ impl Shared {
             }
             self.write_bytes(slot, sector, &bytes).await?;
         }
-        super::read::check(self.device_flush(slot).await)?;
+        check(self.device_flush(slot).await)?;
         self.marks.borrow_mut().said = if in_use { Said::InUse } else { Said::Saved };
         Ok(())
     }
@@ -295,12 +324,8 @@ impl Shared {
             return Ok(());
         }
         self.write_bits(slot, false).await?;
-        super::read::check(self.device_flush(slot).await)?;
-        match self.marks.borrow().said {
-            Said::Saved => return Ok(()),
-            Said::Either | Said::InUse => {}
-        }
-        self.write_in_use(slot, false).await
+        let saved = self.marks.borrow().said == Said::Saved;
+        if saved { Ok(()) } else { self.write_in_use(slot, false).await }
     }
 
     /// The word of a unit as it is to stand in the map: with the flag if a bitmap lacks a bit.

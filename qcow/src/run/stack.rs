@@ -92,6 +92,9 @@ impl Stack {
             && image.mode == crate::Mode::Write
         {
             metadata = MetadataSet::with_snapshots(image, &mut first.storage)?;
+            // What is read counts as durable from now on. Who wrote it may have been killed before
+            // it was: then it is in a cache, and what is written on its account may outlive it.
+            first.storage.flush().map_err(Error::io(&first.name, "flush"))?;
             // First, since tables may move for it.
             bitmaps = prepare(&mut first.storage, image, &mut metadata)?;
         }

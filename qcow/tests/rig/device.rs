@@ -188,6 +188,11 @@ impl LogQueue {
         self.held.iter_mut().for_each(|h| h.stalled = stalled);
     }
 
+    /// Requests on their way never arrive.
+    pub(crate) fn forget(&mut self) {
+        self.held.clear();
+    }
+
     fn note(&mut self, sent: usize, unit: u16, what: What) {
         if self.logging {
             self.log.push(Event { sent, unit, what });
@@ -202,7 +207,8 @@ impl LogQueue {
             *n -= 1;
             return Some((*status, Fault::Nothing));
         }
-        if r.op == Op::Write && r.offset + r.len > self.no_space_from {
+        let writes = matches!(r.op, Op::Write | Op::WriteZeroes);
+        if writes && r.offset + r.len > self.no_space_from {
             return Some((Status::NoSpace, Fault::Nothing));
         }
         let moves = matches!(r.op, Op::Read | Op::Write);
