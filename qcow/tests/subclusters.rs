@@ -64,8 +64,11 @@ fn data_files() {
         for _ in 0..2 {
             hammer(&mut rig, &mut model, &mut rng, 250);
             let leaf = judge(rig.close().remove(0), &model, true);
+            let mut leaf = leaf;
             if raw {
                 same(&leaf.both().1, &model, 0);
+                // The second time the file system cannot do it.
+                leaf.fail = Some((Op::WriteZeroes, Status::Unsupported, u32::MAX));
             }
             rig = Rig::single(leaf);
             let disk = model.len();

@@ -306,24 +306,22 @@ impl Shared {
         }
         let (offset, len) = (claim.first << bits, claim.count() << bits);
         let port = self.stack.top_layer().data_port();
-        let mut child = Child {
-            port,
-            op: Op::WriteZeroes,
-            flags: if way == Way::ZeroKeep { Flags::NO_UNMAP } else { Flags::NONE },
-            // Behind the disk there may be no device.
-            len: len.min(self.geometry.size().next_multiple_of(512) - offset),
-            offset,
-            segs: SegList::EMPTY,
-        };
-        if !able {
-            let mut segs = SegList::EMPTY;
-            let _one = segs.push(self.zero_seg(child.len));
-            child = Child { op: Op::Write, flags: Flags::NONE, segs, ..child };
+        // Behind the disk there may be no device.
+        let len = len.min(self.geometry.size().next_multiple_of(512) - offset);
+        if able {
+            let flags = if way == Way::ZeroKeep { Flags::NO_UNMAP } else { Flags::NONE };
+            let segs = SegList::EMPTY;
+            self.start(slot, Child { port, op: Op::WriteZeroes, flags, offset, len, segs });
+            match self.wait(slot).await {
+                // A file system may turn out not to be able to do it.
+                Status::Unsupported if must => {}
+                status if must => return check(status),
+                _ => return Ok(()),
+            }
         }
-        self.start(slot, child);
-        match self.wait(slot).await {
-            status if must => check(status),
-            _ => Ok(()),
-        }
+        let mut segs = SegList::EMPTY;
+        let _one = segs.push(self.zero_seg(len));
+        self.start(slot, Child { port, op: Op::Write, flags: Flags::NONE, offset, len, segs });
+        check(self.wait(slot).await)
     }
 }
