@@ -160,10 +160,6 @@ impl Case<'_> {
             if turn == 1 && self.rng.one_in(2) {
                 snapshot = self.take_snapshot(shape).context("a snapshot")?;
             }
-            if snapshot.is_some() {
-                // polldisk only reads such images.
-                who = Who::Qemu;
-            }
         }
         self.ask(snapshot.as_deref())?;
         if self.done.bitmaps {
@@ -311,13 +307,24 @@ fn command(op: &Op) -> String {
 }
 
 /// Extents of a map, without places that nobody needs: QEMU says where something would go that is in
-/// no layer, if the rest of its cluster has data; and it cannot tell, in a data file, that a cluster of
-/// zeroes has the place 0.
+/// no layer, if the rest of its cluster has data; it cannot tell, in a data file, that a cluster of
+/// zeroes has the place 0; and it asks the file system where a data file has holes.
 fn extents(map: Value, data_files: bool) -> Result<Vec<Value>> {
     let Value::Array(list) = map else { bail!("map: no list") };
     let mut out: Vec<Value> = Vec::new();
     for mut e in list {
-        if e["present"] == false || (data_files && e["data"] == false) {
+        if data_files && e["data"] == true {
+            e["zero"] = false.into();
+            let end = |l: &Value| Some(l["offset"].as_u64()? + l["length"].as_u64()?);
+            let goes_on = |l: &&mut Value| {
+                l["data"] == true && l["depth"] == e["depth"] && end(l) == e["offset"].as_u64()
+            };
+            if let Some(last) = out.last_mut().filter(goes_on) {
+                let len = last["length"].as_u64().zip(e["length"].as_u64());
+                last["length"] = len.map(|(a, b)| a + b).into();
+                continue;
+            }
+        } else if e["present"] == false || data_files {
             e.as_object_mut().context("map: no object")?.remove("offset");
             let fields = ["present", "data", "zero", "depth", "compressed"];
             let same = |l: &&mut Value| {
