@@ -217,6 +217,11 @@ impl Allocator {
         cluster < self.high && self.place_of(cluster).is_some() && self.get(cluster) != Some(0)
     }
 
+    /// Whether nothing is handed out any more, see [`Allocator::distrust`].
+    pub(super) fn is_distrusted(&self) -> bool {
+        self.miscounted
+    }
+
     /// Hands nothing out any more. Returns whether that was so before.
     pub(super) fn distrust(&mut self) -> bool {
         std::mem::replace(&mut self.miscounted, true)

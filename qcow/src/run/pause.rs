@@ -78,6 +78,11 @@ impl Image {
         Map::new(units, page_bits(&g), self.l2_cache, least).map(|_| ())
     }
 
+    /// Whether nothing was found in the image that is written to that contradicts itself.
+    pub fn is_consistent(&self) -> bool {
+        self.shared.mark.get() == Mark::No && !self.shared.alloc.borrow().is_distrusted()
+    }
+
     /// Ends a pause, also one that is not reached yet; soon, if metadata goes to disk for it.
     pub fn resume(&mut self) {
         self.given_up = self.stage == Stage::WritingBack { last: false };
@@ -151,8 +156,18 @@ impl Image {
         if self.lost {
             self.hits.end();
         }
+        // What is wrong with a file stays so.
+        let same_top = shared.stack.top_layer().port == stack.top_layer().port;
+        let distrusted = same_top && shared.alloc.borrow().is_distrusted();
+        if !same_top {
+            shared.mark.set(Mark::No);
+        }
         shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));
-        shared.alloc = RefCell::new(Allocator::new(&mut stack.top, device.size));
+        let mut alloc = Allocator::new(&mut stack.top, device.size);
+        if distrusted {
+            let _ = alloc.distrust();
+        }
+        shared.alloc = RefCell::new(alloc);
         if !same_map {
             shared.pages = RefCell::new(Pages::new(&map));
             shared.map = map;
@@ -162,7 +177,6 @@ impl Image {
         shared.marks = RefCell::new(Marks::new(bitmaps, geometry.cluster_bits(), durable));
         shared.batches = RefCell::default();
         shared.let_go = RefCell::default();
-        shared.mark.set(Mark::No);
         shared.decompressed = RefCell::default();
         shared.stack = stack;
         shared.device = device;

@@ -48,15 +48,13 @@ impl Disk {
     ) -> Result<T, Error> {
         self.refuse_unfit(false)?;
         self.paused(|disk| {
-            let all = disk.numbers();
+            disk.refuse_unfit(false)?;
             let layer = &disk.layers()[0];
             let mut storage = layer.reopen(&disk.rest.devices, true)?;
-            let changed = change(&mut storage, &layer.name);
+            let changed = change(&mut storage, &layer.name).map_err(Error::from);
             drop(storage);
             // Clusters are shared now, or are not any more: all are looked up again.
-            let followed = disk.open(&all).and_then(|files| disk.restack(files, &all, false));
-            disk.or_out_of_service(followed)?;
-            Ok(changed?)
+            disk.follow(0, changed)
         })
     }
 }

@@ -9,14 +9,14 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use block::{Port, Status, Storage};
+use block::{Port, Status, Storage as _};
 use file::ImageLock;
 use nix::fcntl::{FallocateFlags, fallocate};
-use qcow::ChainReader;
 use qcow::create::CreateOptions;
 use qcow::edit::Watch;
 use qcow::open::{BackingRef, ChainOptions, Format, Opened};
 use qcow::run::Stack;
+use qcow::{ChainReader, ImageMeta, Mode};
 
 use crate::chain::{Chain, file_id, file_leaf, lock};
 use crate::running::{Lies, RunningLayer};
@@ -270,6 +270,19 @@ impl Disk {
         let which: Vec<usize> = (depth - 1..self.layers().len()).collect();
         let chain = self.read(&which, usize::MAX)?;
         let size = |n: usize| chain.layers[n].size();
+        let snapshots = |n: usize| chain.layers[n].image().map_or(0, |i| i.header.nb_snapshots);
+        let refuse = |n: usize, why: &str| {
+            Err(Error::node(&chain.layers[n].name, format!("has internal snapshots, {why}")))
+        };
+        if snapshots(1) > 0 {
+            return refuse(1, "which would be lost");
+        }
+        if snapshots(0) > 0 && size(1) < size(2) {
+            return refuse(
+                0,
+                "which may be of disks larger than the layer below, and would show more",
+            );
+        }
         if size(1) >= size(0).min(size(2)) {
             return Ok(());
         }
@@ -284,10 +297,11 @@ impl Disk {
     fn commit_down(&mut self, depth: usize, watch: &mut dyn JobWatch) -> Result<(), Error> {
         // An earlier try may have left tables on disk that the reactors have not followed.
         self.paused(|disk| {
-            let all = disk.numbers();
+            disk.refuse_unfit(false)?;
+            // An earlier try may have ended with a header that only shows.
+            disk.settle_header(depth + 1)?;
             let lengthened = disk.lengthen(depth);
-            let followed = disk.open(&all).and_then(|files| disk.restack(files, &all, false));
-            lengthened.and(followed)
+            disk.follow(depth, lengthened)
         })?;
         let which: Vec<usize> = (depth..self.layers().len()).collect();
         let chain = self.read(&which, 1)?;
@@ -354,14 +368,40 @@ impl Disk {
         let could_be = self.on_image(move |i, _| i.could_be(size))?;
         could_be.map_err(|e| Error::node(self.rest.name(), e))?;
         self.paused(|disk| {
-            let all = disk.numbers();
-            let chain = disk.read(&all, 0)?;
+            disk.refuse_unfit(false)?;
+            let chain = disk.read(&disk.numbers(), 0)?;
             let changed = qcow::edit::resize(&mut ChainReader::new(chain), size);
-            // What is in memory fits neither what there is now nor what there was.
-            let followed = disk.open(&all).and_then(|files| disk.restack(files, &all, false));
-            disk.or_out_of_service(followed)?;
-            Ok(changed?)
+            disk.follow(0, changed.map_err(Error::from))
         })
+    }
+
+    /// Goes on with what a change of layer `at` has left on disk, also if it failed: what is in memory
+    /// fits neither what there is now nor what there was. While paused. Returns how the change ended;
+    /// if nobody can go on the image is out of service.
+    pub(crate) fn follow<T>(&mut self, at: usize, changed: Result<T, Error>) -> Result<T, Error> {
+        let settled = if changed.is_err() { self.settle_header(at) } else { Ok(()) };
+        let all = self.numbers();
+        let followed = settled
+            .and_then(|()| self.open(&all))
+            .and_then(|files| self.restack(files, &all, false));
+        if followed.is_err() {
+            self.on_image(|i, _| i.put_out_of_service())?;
+        }
+        // What the change says says more.
+        let changed = changed?;
+        followed.map(|()| changed)
+    }
+
+    /// Makes the header durable as it reads: a write of it that failed may show and not be on disk.
+    fn settle_header(&self, at: usize) -> Result<(), Error> {
+        let layer = &self.layers()[at];
+        let mut storage = layer.reopen(&self.rest.devices, true)?;
+        let mut header = [0; 512];
+        let done = storage
+            .read_at(0, &mut header)
+            .and_then(|()| storage.write_at(0, &header))
+            .and_then(|()| storage.flush());
+        done.map_err(|e| Error::node(&layer.name, e))
     }
 
     /// Has layer `at` name another backing file (or none), and the reactors serve the chain `new`
@@ -378,6 +418,7 @@ impl Disk {
             let mut storage = layer.reopen(&disk.rest.devices, true)?;
             qcow::edit::set_backing(&mut storage, &layer.name, to).map_err(Error::from)
         };
+        self.refuse_unfit(false)?;
         let done = set(self, to)
             .and_then(|()| self.open(new))
             .and_then(|files| self.restack(files, new, false));
@@ -387,26 +428,22 @@ impl Disk {
             let back = set(self, was.as_ref().map(|b| (b.name.as_str(), b.format)))
                 .and_then(|()| self.open(old))
                 .and_then(|files| self.restack(files, old, false));
-            self.or_out_of_service(back)?;
+            if back.is_err() {
+                self.on_image(|i, _| i.put_out_of_service())?;
+            }
         }
         done
     }
 
-    pub(crate) fn or_out_of_service(&self, done: Result<(), Error>) -> Result<(), Error> {
-        if done.is_err() {
-            self.on_image(|i, _| i.put_out_of_service())?;
-        }
-        done
-    }
-
-    /// Refuses to change an image that is marked as corrupt, or, with `below`, to have something else
+    /// Refuses to change an image that is corrupt, or, with `below`, to have something else
     /// below one with internal snapshots, which would show it.
     pub(crate) fn refuse_unfit(&self, below: bool) -> Result<(), Error> {
-        let chain = self.read(&self.numbers(), usize::MAX)?;
-        let Some(header) = chain.layers[0].image().map(|i| &i.header) else { return Ok(()) };
-        let snapshots = header.nb_snapshots;
-        if header.is_corrupt() {
-            let why = "is marked as corrupt; it must be repaired first, while nobody uses it";
+        let layer = &self.layers()[0];
+        let mut storage = layer.reopen(&self.rest.devices, false)?;
+        let image = ImageMeta::open(&mut storage, &layer.name, Mode::Read)?;
+        let (header, snapshots) = (&image.header, image.header.nb_snapshots);
+        if header.is_corrupt() || !self.on_image(|i, _| i.is_consistent())? {
+            let why = "is corrupt; it must be repaired first, while nobody uses it";
             return Err(Error::node(self.rest.name(), why));
         }
         if below && snapshots > 0 {
