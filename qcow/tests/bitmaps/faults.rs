@@ -246,7 +246,7 @@ fn room_in_memory_is_made_only_by_what_is_durable() {
     let mut leaf = rig.crash().remove(0);
     let (base, log) = leaf.take_log();
     let mut rng = Rng(3);
-    for _ in 0..6 {
+    for _ in 0..24 {
         let disk = cut(&base, &log, log.len(), true, &mut rng);
         let (leaf, dirty) = on_disk(device(&disk), |st| {
             let meta = ImageMeta::open(st, "disk", Mode::Read).unwrap();
