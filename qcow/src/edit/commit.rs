@@ -62,8 +62,8 @@ impl<F: FnMut(u64)> Watch for F {
 /// size if it is smaller.
 ///
 /// # Errors
-/// If the top has internal snapshots (they would show something else afterwards), something cannot
-/// be read or written, or there is no room. The chain shows what it did before, and the call can be
+/// If the top has internal snapshots (they would show something else afterwards), the layer must grow
+/// and has some in version 2, something cannot be read or written, or there is no room. The chain shows what it did before, and the call can be
 /// repeated.
 pub fn commit<S: Storage>(
     reader: &mut ChainReader<S>,

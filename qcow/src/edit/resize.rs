@@ -46,16 +46,8 @@ pub fn resize<S: Storage>(reader: &mut ChainReader<S>, size: u64) -> Result<()> 
         return Err(Error::refused(&name, reason));
     }
     let below = Below::of(reader, 0)?;
-    let meta = run_files(&mut reader.files(0), &name, |tx, files| {
-        if tx.meta.header.version < 3 && tx.meta.header.nb_snapshots > 0 {
-            return Err(tx.refused(
-                "has version 2 and internal snapshots, whose size is that of the disk: it cannot \
-                 be resized",
-            ));
-        }
-        tx.set_size(files, size, below)
-    })?
-    .1;
+    let meta =
+        run_files(&mut reader.files(0), &name, |tx, files| tx.set_size(files, size, below))?.1;
     if let Some(data) = reader.files(0).data
         && data.len() > size
     {
@@ -73,6 +65,12 @@ impl Tx {
         size: u64,
         below: Option<Below>,
     ) -> Result<()> {
+        if self.meta.header.version < 3 && self.meta.header.nb_snapshots > 0 {
+            return Err(self.refused(
+                "has version 2 and internal snapshots, whose size is that of the disk: it cannot \
+                 be resized",
+            ));
+        }
         let old = self.geometry().size();
         let mut header = self.meta.header.clone();
         header.size = size;

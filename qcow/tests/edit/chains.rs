@@ -208,6 +208,20 @@ fn snapshots_that_would_change_are_in_the_way() {
 }
 
 #[test]
+fn a_commit_grows_no_version_2_image_with_snapshots() {
+    let kind = KINDS.iter().find(|k| k.version == 2 && k.cluster <= 65536).unwrap();
+    let size = kind.size();
+    let mut top = kind.options(size + kind.cluster);
+    top.backing = Some(("/1".into(), Format::Qcow2));
+    let disks = Disk::several(&[image(&top, 5), image(&kind.options(size), 6)]);
+    edit::create_snapshot(&mut disks[1].clone(), "low", "x", std::time::Duration::ZERO).unwrap();
+    let before = disks[1].bytes();
+    let e = edit::commit(&mut open(&disks), 1, true, &mut |_| {}).unwrap_err();
+    assert!(e.to_string().contains("cannot be resized"), "{e}");
+    assert!(disks[1].bytes() == before);
+}
+
+#[test]
 fn version_2_becomes_3_at_once() {
     let Some(dir) = judge() else { return };
     for kind in KINDS.iter().filter(|k| k.version == 2) {

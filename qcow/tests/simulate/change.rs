@@ -1,5 +1,5 @@
 //! Changes of an image that is served: pauses, a new overlay in front, taking lower layers up, another
-//! size; committing is in [`crate::commit`].
+//! size; committing is in [`crate::commit`], internal snapshots are in [`crate::kept`].
 
 use block::Status;
 use qcow::ChainReader;
@@ -37,6 +37,10 @@ pub(crate) enum Then {
     },
     /// The disk gets so many sectors.
     Resize(u64),
+    /// An internal snapshot is taken.
+    Keep,
+    /// One is deleted.
+    Drop,
 }
 
 impl Run<'_> {
@@ -98,6 +102,9 @@ impl Run<'_> {
         a.stage = match change {
             Change::Nothing => Stage::Done,
             Change::Pause => Stage::Pausing(Then::Nothing),
+            Change::Keep | Change::Drop if a.layers[0].data.is_some() => Stage::Done,
+            Change::Keep => Stage::Pausing(Then::Keep),
+            Change::Drop => Stage::Pausing(Then::Drop),
             Change::Snapshot => {
                 let disk = Disk::new(self.plan.disk, Vec::new(), rng.fork(), self.trace.clone());
                 self.last_name += 1;
@@ -111,6 +118,8 @@ impl Run<'_> {
                 Err(_) => Stage::Done,
             },
             Change::Commit(_) => Stage::Done,
+            // Snapshots show what is below.
+            Change::Stream(_) if !a.layers[0].kept.is_empty() => Stage::Done,
             Change::Stream(keep) => {
                 let keep = (keep as usize).min(a.layers.len() - 1);
                 assert!(a.reactors.image().start_stream(keep, None));
@@ -135,10 +144,11 @@ impl Run<'_> {
         let now = self.model.tick();
         self.model.flushed(now);
         let frozen: Vec<Layer> = a.layers.iter().map(|l| l.frozen(rng)).collect();
-        self.verify(frozen.clone(), Ended::Rest)?;
+        let held = self.verify(frozen.clone(), Ended::Rest)?.held;
         self.outcome.cuts += 1;
         match then {
             Then::Nothing => return Ok(false),
+            Then::Keep | Then::Drop => return self.keep_at_rest(&then, &held, a, rng),
             Then::Overlay(layer, leaf) => {
                 // Whichever of the two is served after a crash.
                 let both = [vec![layer.frozen(rng)], frozen].concat();
@@ -180,6 +190,7 @@ impl Run<'_> {
                 match changed {
                     Ok(()) => self.follow_size(sectors, d, rng),
                     Err(e) if no_room(&e.to_string()) || self.bitmaps.any_lost() => {}
+                    Err(_) if self.plan.version == 2 && !a.layers[0].kept.is_empty() => {}
                     Err(e) => return Err(format!("no other size: {e}")),
                 }
                 self.restack(a, false)?;

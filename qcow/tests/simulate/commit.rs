@@ -81,6 +81,11 @@ impl Looking<'_, '_> {
         let Some(depth) = self.lengthen.take() else { return Ok(()) };
         let sizes: Vec<u64> =
             open(&self.a.layers[depth - 1..], false)?.layers.iter().map(|l| l.size()).collect();
+        // Snapshots of the layer that goes would be lost; those of the one above may be of larger disks.
+        let snapshots = |n: usize| !self.a.layers[depth - 1 + n].kept.is_empty();
+        if snapshots(1) || (snapshots(0) && sizes[1] < sizes[2]) {
+            return Err(String::new());
+        }
         if sizes[1] < sizes[0].min(sizes[2]) {
             let mut reader = ChainReader::new(open(&self.a.layers[depth..], true)?);
             // Where that is not possible there is no commit.

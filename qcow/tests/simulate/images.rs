@@ -7,6 +7,7 @@ use qcow::create::{CreateOptions, create};
 use qcow::open::{Chain, ChainOptions, Format, Opened, Role};
 use sim::{BELOW, Disk, Rng, SECTOR, Trace, fill};
 
+use crate::kept::Kept;
 use crate::plan::Plan;
 
 /// An image file.
@@ -17,6 +18,8 @@ pub(crate) struct Layer {
     pub(crate) format: Format,
     pub(crate) disk: Disk,
     pub(crate) data: Option<Data>,
+    /// Its internal snapshots.
+    pub(crate) kept: Vec<Kept>,
 }
 
 /// An external data file.
@@ -47,7 +50,7 @@ impl Layer {
     fn map(&self, mut f: impl FnMut(&Disk) -> Disk) -> Layer {
         let disk = f(&self.disk);
         let data = self.data.as_ref().map(|d| Data { disk: f(&d.disk), raw: d.raw });
-        Layer { disk, data, ..*self }
+        Layer { disk, data, kept: self.kept.clone(), ..*self }
     }
 
     /// The image as a power cut would leave it.
@@ -97,7 +100,7 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
         };
         // It is not written to any more.
         let disk = Disk::view(below.disk, disk.take_bytes());
-        layers.insert(0, Layer { name: at as u32 + 1, format, disk, data: None });
+        layers.insert(0, Layer { name: at as u32 + 1, format, disk, data: None, kept: Vec::new() });
     }
     let mut disk = Disk::new(plan.disk, Vec::new(), rng.fork(), trace.clone());
     let mut o = CreateOptions::new(plan.sectors * SECTOR as u64);
@@ -109,7 +112,8 @@ pub(crate) fn make(plan: &Plan, rng: &mut Rng, trace: &Trace) -> Result<Images, 
     let id = BELOW + 2 * plan.below.len() as u32;
     // Half of it is sure to fit.
     let filled = if plan.disk.size < plan.sectors * 600 { plan.filled / 2 } else { plan.filled };
-    let mut top = Layer { name: 0, format: Format::Qcow2, disk: disk.clone(), data: None };
+    let mut top =
+        Layer { name: 0, format: Format::Qcow2, disk: disk.clone(), data: None, kept: Vec::new() };
     let mut data = plan.data.map(|d| {
         // Not from the run's own numbers, which those of other plans are as well.
         let aside = Rng::new(d.disk.size ^ 0xda7a);
@@ -190,7 +194,7 @@ pub(crate) fn overlay(
     disk: Disk,
     sectors: u64,
 ) -> Result<Layer, String> {
-    let mut layer = Layer { name, format: Format::Qcow2, disk, data: None };
+    let mut layer = Layer { name, format: Format::Qcow2, disk, data: None, kept: Vec::new() };
     let mut o = CreateOptions::new(sectors * SECTOR as u64);
     o.cluster_size = 1 << plan.cluster_bits;
     (o.version, o.refcount_bits) = (plan.version, plan.refcount_bits);

@@ -31,6 +31,8 @@ pub(crate) struct Outcome {
     /// Overlays put in front, and streams that ended.
     pub(crate) snapshots: u64,
     pub(crate) streams: u64,
+    /// Internal snapshots taken.
+    pub(crate) kept: u64,
     /// Layers committed down, disks that got another size.
     pub(crate) commits: u64,
     pub(crate) resizes: u64,
@@ -83,11 +85,11 @@ pub(crate) struct Run<'p> {
     pub(crate) model: Model,
     pub(crate) bitmaps: Bitmaps,
     /// What each sector holds between two lives.
-    held: Vec<u32>,
+    pub(crate) held: Vec<u32>,
     /// What there is then, the image first.
     layers: Vec<Layer>,
     /// Clusters that leak in it.
-    leaks: u64,
+    pub(crate) leaks: u64,
     /// The power failed while the disk got so many sectors.
     pub(crate) resizing: Option<u64>,
     /// Of overlays.
@@ -178,6 +180,9 @@ impl Run<'_> {
             self.bitmaps.change(&mut layers[0].disk, marks, &self.held, aside)?;
             // They may have given leaks back, or brought some.
             self.leaks = check(&mut layers[0].disk, Repair::None)?;
+        }
+        if let Some(keeps) = &life.keeps {
+            layers = self.keep(keeps, layers, aside)?;
         }
         if life.is_broken() || matches!(life.end, End::Lost(_)) {
             self.bitmaps.become_vague();
@@ -455,6 +460,7 @@ impl Outcome {
         self.lives += other.lives;
         self.snapshots += other.snapshots;
         self.streams += other.streams;
+        self.kept += other.kept;
         self.commits += other.commits;
         self.resizes += other.resizes;
         self.data_files += other.data_files;

@@ -6,6 +6,7 @@ mod bitmaps;
 mod change;
 mod commit;
 mod images;
+mod kept;
 mod life;
 mod plan;
 mod reactors;
@@ -109,7 +110,8 @@ fn seeds() {
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
         "simulate: {} lives ({} with a data file), {} requests ({} failed, {} of them for want of \
-         space), {} clusters allocated, {} pages loaded, {} waits, {} snapshots, {} streams, {} commits, \
+         space), {} clusters allocated, {} pages loaded, {} waits, {} overlays, {} internal \
+         snapshots, {} streams, {} commits, \
          {} other sizes; {} power cuts looked at, {} bitmaps found good in them, {} not saved; {} images \
          by qemu-img",
         o.lives,
@@ -121,6 +123,7 @@ fn seeds() {
         o.loads,
         o.parked,
         o.snapshots,
+        o.kept,
         o.streams,
         o.commits,
         o.resizes,
@@ -135,7 +138,7 @@ fn seeds() {
     if count >= 50 {
         // Runs in which nothing happens prove nothing.
         let all = [o.failed, o.no_space, o.allocated, o.loads, o.parked, o.snapshots, o.streams];
-        let later = [o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
+        let later = [o.kept, o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
         let all = [&all[..], &later].concat();
         assert!(all.iter().all(|&n| n > 0) && o.cuts > count, "too little happened");
     }

@@ -30,6 +30,15 @@ pub(crate) struct Marks {
     pub(crate) durable: bool,
 }
 
+/// What is done to internal snapshots before a life: one is deleted, one is taken.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keeps {
+    pub(crate) drops: bool,
+    pub(crate) takes: bool,
+    /// The power fails after so many changes of the disk in that.
+    pub(crate) cut: u64,
+}
+
 /// How a life ends.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum End {
@@ -58,6 +67,9 @@ pub(crate) enum Change {
     Commit(usize),
     /// The disk gets so many sectors.
     Resize(u64),
+    /// An internal snapshot is taken, or deleted.
+    Keep,
+    Drop,
 }
 
 /// One life of an image: from opening it to its end.
@@ -77,6 +89,7 @@ pub(crate) struct Life {
     /// What is done one after the other, and after how many requests at least.
     pub(crate) changes: Vec<(Change, u64)>,
     pub(crate) marks: Option<Marks>,
+    pub(crate) keeps: Option<Keeps>,
     pub(crate) end: End,
     /// What a power cut would leave is looked at so often before the end.
     pub(crate) probes: u64,
@@ -215,6 +228,8 @@ impl Plan {
         plan.more(&mut Rng::new(seed ^ 0x0ddb_a115));
         if growing {
             plan.grow(&mut Rng::new(seed ^ 0x6_0711));
+        } else {
+            plan.keep(&mut Rng::new(seed ^ 0x5a11));
         }
         plan
     }
@@ -285,6 +300,31 @@ impl Plan {
         }
     }
 
+    /// A third of the runs has internal snapshots.
+    fn keep(&mut self, rng: &mut Rng) {
+        if !rng.one_in(3) {
+            return;
+        }
+        // Some find room for all that they keep.
+        let halves = rng.pick(&[2, 2, 3, 4]);
+        self.disk.size = (self.disk.size * halves / 2).next_multiple_of(4096);
+        for life in &mut self.lives {
+            let cut = rng.within(0, 12);
+            life.keeps = Some(Keeps {
+                drops: rng.one_in(4),
+                takes: !rng.one_in(3),
+                cut: rng.pick(&[u64::MAX, u64::MAX, cut]),
+            });
+            // What a write that failed has left is not known before a power cut decides.
+            let vague = life.is_broken() || matches!(life.end, End::Lost(_));
+            for _ in 0..rng.within(0, 2) {
+                let change = if vague || rng.one_in(3) { Change::Drop } else { Change::Keep };
+                let at = rng.below(life.changes.len() as u64 + 1) as usize;
+                life.changes.insert(at, (change, rng.below(life.requests)));
+            }
+        }
+    }
+
     fn draw_below(rng: &mut Rng, above: u64) -> Below {
         let cluster_bits = cluster_bits(rng).min(16);
         // Shorter, longer or as long as what stands on it.
@@ -337,6 +377,7 @@ impl Plan {
             end: ends[rng.weighted(if last { &[6, 2, 4, 1, 6] } else { &[10, 2, 4, 1, 4] })],
             changes: vec![(changes[rng.weighted(&[6, 1, 2, 2])], rng.below(requests))],
             marks: None,
+            keeps: None,
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
             cut_repair: rng.within(0, 6),

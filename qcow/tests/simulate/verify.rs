@@ -8,6 +8,7 @@ use qcow::check::{Repair, run};
 use sim::{Disk, Model, SECTOR, ident, show};
 
 use crate::images::{Layer, open};
+use crate::kept::verify_kept;
 
 /// How an image ended.
 #[derive(Clone, Copy, PartialEq)]
@@ -68,6 +69,9 @@ pub(crate) fn verify(
     }
     let names: Vec<_> = reader.layers().iter().map(|l| l.path.clone()).collect();
     layers.retain(|l| names.contains(&Some(l.path().into())));
+    for (n, layer) in reader.layers().iter().enumerate() {
+        verify_kept(&mut layers[n..], layer.image().map_or(0, |i| i.header.nb_snapshots))?;
+    }
     Ok(Verified { held, leaks, gone: Vec::new(), layers })
 }
 
