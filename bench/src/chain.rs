@@ -21,6 +21,12 @@ const DEPTH: u16 = 16;
 /// Snapshots under the guest's load.
 const SNAPSHOTS: usize = 5;
 
+/// Goals: how long a guest may wait around a snapshot, in milliseconds, and the share of a plain
+/// copy's rate that a stream and a commit of the same bytes reach while the guest is idle.
+pub const STALL_GOAL_MS: f64 = 5.0;
+/// See there.
+pub const RATE_GOAL: f64 = 0.8;
+
 /// What came of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {

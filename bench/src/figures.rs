@@ -12,6 +12,7 @@ use reactor::Clock;
 use serde::Serialize;
 
 use crate::Error;
+use crate::full::resident;
 use crate::rig::{Rig, close};
 
 /// Device commands while a guest fills an empty image with 4 KiB writes, 32 deep, in order.
@@ -113,11 +114,4 @@ fn huge(path: &Path) -> Result<(), Error> {
     let last = behind + BLOCKS * CLUSTER;
     file.write_all_at(&1u16.to_be_bytes(), last - 4).map_err(Error::other)?;
     Ok(())
-}
-
-/// Resident memory of this process in bytes.
-fn resident() -> Result<u64, Error> {
-    let text = std::fs::read_to_string("/proc/self/statm").map_err(Error::other)?;
-    let pages: u64 = text.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
-    Ok(pages * 4096)
 }

@@ -5,6 +5,8 @@
 //!   counts instructions layer by layer.
 //! - [`device`] loads one device through its leaf queue, without an image.
 //! - [`chain`]: what changing a running chain costs.
+//! - [`fresh`]: random writes into an empty image, beside QEMU.
+//! - [`full`]: a full image of 1 TiB: translation, memory, its check.
 //! - [`several`]: throughput of an image on one and on two reactors, where processors are idle.
 //! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
@@ -14,22 +16,28 @@
 mod alloc;
 pub mod callgrind;
 pub mod chain;
+mod client;
 pub mod counters;
 pub mod demo;
 pub mod device;
 mod drive;
 pub mod figures;
+pub mod fresh;
+pub mod full;
 mod guest;
 mod latency;
 pub mod path;
 mod reference;
 mod rig;
+mod server;
 pub mod several;
 mod stamp;
 mod trap;
+mod usage;
 
 pub use alloc::CountingAllocator;
 pub use latency::Latency;
+pub use usage::Usage;
 
 /// Why a measurement could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -5,8 +5,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use ::bench::callgrind::{Atomics, Profile, profile};
+use ::bench::chain::{RATE_GOAL, STALL_GOAL_MS};
 use ::bench::device::{MAX_DEPTH, Options, Report};
 use ::bench::figures::{Fill, Open, fill, open_16t};
+use ::bench::fresh::median;
 use ::bench::path::{Run, Scenario, measure};
 use ::bench::several::{Several, several};
 use anyhow::{Context, bail};
@@ -26,6 +28,10 @@ pub(crate) enum Bench {
     Device(Device),
     /// How long a snapshot keeps a guest waiting, and how fast streams and commits are.
     Chain(Chain),
+    /// Random writes into an empty image, beside QEMU's server of images (needs QEMU).
+    Fresh(Fresh),
+    /// An image of 1 TiB, all allocated: reads for its translation, memory, its check.
+    Full(Full),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(Worker),
@@ -49,6 +55,39 @@ pub(crate) struct Chain {
     #[arg(long, default_value_t = 256)]
     mib: u64,
     /// A folder for images of some times that size; the system's, for what is temporary, if not said.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Write to an empty image.
+#[derive(Args)]
+pub(crate) struct Fresh {
+    /// Writes of 4 KiB in a round.
+    #[arg(long, default_value_t = 10000)]
+    writes: u64,
+    /// Rounds; medians count.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// A folder for images, on the file system that is to be written to; the system's, for what is
+    /// temporary, if not said.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Measure a full image.
+#[derive(Args)]
+pub(crate) struct Full {
+    /// How often to check it; medians count.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// A folder for the image, which takes some 170 MiB; the system's, for what is temporary, if not
+    /// said.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
     /// Print one JSON object.
@@ -136,6 +175,8 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
         Bench::Path(p) => path(p),
         Bench::Device(d) => device(d),
         Bench::Chain(c) => chain(c),
+        Bench::Fresh(f) => fresh(f),
+        Bench::Full(f) => full(f),
         Bench::PathWorker(w) => {
             let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
             writeln!(out, "{}", serde_json::to_string(&run)?).context(STDOUT)?;
@@ -148,31 +189,138 @@ fn chain(c: &Chain) -> anyhow::Result<u8> {
     if !(1..=1 << 20).contains(&c.mib) {
         bail!("--mib {}: 1 to 1048576 are possible", c.mib);
     }
-    let dir = match &c.scratch {
-        Some(dir) => tempfile::tempdir_in(dir),
-        None => tempfile::tempdir(),
-    };
-    let dir = dir.context("cannot make a scratch folder")?;
+    let dir = folder(c.scratch.as_deref())?;
     let r = ::bench::chain::run(dir.path(), c.mib)?;
     let mut out = std::io::stdout();
     if c.json {
         writeln!(out, "{}", serde_json::to_string(&r)?).context(STDOUT)?;
         return Ok(0);
     }
+    let share = |rate: f64| rate / r.copy_mib_s * 100.0;
     let lines = format!(
         "{} MiB\n\
-         snapshot: the guest waits {:.2} ms (median; {:.2?}), undisturbed {:.2} ms at most\n\
-         stream: {:.0} MiB/s, commit: {:.0} MiB/s, a plain copy: {:.0} MiB/s",
+         snapshot: the guest waits {:.2} ms (median; {:.2?}; goal: below {STALL_GOAL_MS}), \
+         undisturbed {:.2} ms at most\n\
+         a plain copy: {:.0} MiB/s\n\
+         stream: {:.0} MiB/s, {:.0} % of it; commit: {:.0} MiB/s, {:.0} % (goal: {:.0} %)",
         r.mib,
         r.snapshot_stall_ms,
         r.snapshot_stalls_ms,
         r.undisturbed_ms,
+        r.copy_mib_s,
         r.stream_mib_s,
+        share(r.stream_mib_s),
         r.commit_mib_s,
-        r.copy_mib_s
+        share(r.commit_mib_s),
+        RATE_GOAL * 100.0,
     );
     writeln!(out, "{lines}").context(STDOUT)?;
     Ok(0)
+}
+
+/// A scratch folder.
+fn folder(within: Option<&std::path::Path>) -> anyhow::Result<tempfile::TempDir> {
+    let dir = match within {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    };
+    dir.context("cannot make a scratch folder")
+}
+
+fn fresh(f: &Fresh) -> anyhow::Result<u8> {
+    if !(1..=1 << 24).contains(&f.writes) || !(1..=1000).contains(&f.rounds) {
+        bail!("--writes: 1 to {} are possible, --rounds: 1 to 1000", 1 << 24);
+    }
+    let signals = crate::signals::Signals::take()?;
+    let dir = folder(f.scratch.as_deref())?;
+    signals.remove_at_end(dir.path());
+    let r = ::bench::fresh::fresh(dir.path(), f.writes, f.rounds)?;
+    let mut out = std::io::stdout();
+    if f.json {
+        writeln!(out, "{}", serde_json::to_string(&r)?).context(STDOUT)?;
+    } else {
+        print_fresh(&mut out, &r).context(STDOUT)?;
+    }
+    Ok(0)
+}
+
+fn print_fresh(out: &mut impl Write, r: &::bench::fresh::Report) -> std::io::Result<()> {
+    writeln!(out, "{} writes of 4 KiB into {} clusters of 64 KiB", r.writes, r.clusters)?;
+    for (who, rate) in std::iter::once(("", &r.polldisk)).chain(r.qemu.iter().map(|q| ("qemu ", q)))
+    {
+        writeln!(
+            out,
+            "{who}{}: {:.0} writes per CPU second (median of {:.0?}), {:.0} per second",
+            rate.server,
+            rate.median(),
+            rate.per_cpu_second,
+            median(&rate.iops)
+        )?;
+    }
+    writeln!(out, "writes per CPU second: {:.2} times QEMU's best (goal: 3)", r.ratio)?;
+    for (who, c) in [("polldisk", &r.polldisk_device), ("qemu", &r.qemu_device)] {
+        let each = |n: u64| n as f64 / c.guest_writes as f64;
+        writeln!(
+            out,
+            "{who}, per guest write: {:.3} device writes ({:.3} of them zeroes), {:.0} bytes; {} \
+             flushes in {} writes",
+            each(c.writes),
+            each(c.zeroes),
+            each(c.bytes),
+            c.flushes,
+            c.guest_writes
+        )?;
+    }
+    Ok(())
+}
+
+fn full(f: &Full) -> anyhow::Result<u8> {
+    if !(1..=1000).contains(&f.rounds) {
+        bail!("--rounds {}: 1 to 1000 are possible", f.rounds);
+    }
+    let signals = crate::signals::Signals::take()?;
+    let dir = folder(f.scratch.as_deref())?;
+    signals.remove_at_end(dir.path());
+    let r = ::bench::full::full(dir.path(), f.rounds)?;
+    let mut out = std::io::stdout();
+    if f.json {
+        writeln!(out, "{}", serde_json::to_string(&r)?).context(STDOUT)?;
+    } else {
+        print_full(&mut out, &r).context(STDOUT)?;
+    }
+    Ok(0)
+}
+
+fn print_full(out: &mut impl Write, r: &::bench::full::Report) -> std::io::Result<()> {
+    let mib = |n: u64| n as f64 / 1_048_576.0;
+    writeln!(out, "1 TiB in {} clusters, all allocated", r.clusters)?;
+    for (when, x) in [("cold", &r.missing), ("warm", &r.warm)] {
+        writeln!(
+            out,
+            "{when}: {} reads, {} misses, {} reads of the device, {} bytes",
+            x.reads, x.misses, x.device_reads, x.device_bytes
+        )?;
+    }
+    writeln!(
+        out,
+        "memory: {:.1} MiB, {:.3} bytes for each cluster (goal: 8.4)",
+        mib(r.memory_bytes),
+        r.bytes_per_cluster
+    )?;
+    let most = mib(r.check.refcount_bytes / 4) + 64.0;
+    for (who, u) in [("polldisk image", Some(r.check.polldisk)), ("qemu-img", r.check.qemu_img)] {
+        match u {
+            Some(u) => writeln!(
+                out,
+                "{who} check: {:.2} s, {:.2} s of processor time, {:.1} MiB",
+                u.seconds,
+                u.cpu_seconds,
+                mib(u.peak_bytes)
+            )?,
+            None => writeln!(out, "{who} check: not there")?,
+        }
+    }
+    writeln!(out, "goal: not slower than qemu-img, and at most {most:.0} MiB")
 }
 
 fn device(d: &Device) -> anyhow::Result<u8> {

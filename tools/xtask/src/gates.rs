@@ -43,6 +43,17 @@ const FILL: f64 = 1.2;
 /// Memory that opening 16 TiB may take.
 const OPEN_BYTES: f64 = 64.0 * 1024.0 * 1024.0;
 
+/// Memory for an image's map, in bytes for each of its clusters: a word, and 5 % for all else.
+const MAP_BYTES: f64 = 8.0 * 1.05;
+
+/// Memory of a check: this share of the refcounts' plain size, and so many bytes.
+const CHECK_SHARE: f64 = 0.25;
+const CHECK_BYTES: f64 = 64.0 * 1024.0 * 1024.0;
+
+/// Random writes into an empty image for a second of processor time, as a multiple of what QEMU's
+/// server does in the same run. The goal is 3.
+const FRESH: f64 = 2.0;
+
 /// Runs the gates alone.
 pub(crate) fn command() -> Result<bool> {
     let tally = run()?;
@@ -52,7 +63,7 @@ pub(crate) fn command() -> Result<bool> {
 
 /// Runs all gates.
 pub(crate) fn run() -> Result<Tally> {
-    if let Err(missing) = tools::need(&["valgrind"]) {
+    if let Err(missing) = tools::need(&["valgrind", "qemu-img", "qemu-storage-daemon"]) {
         println!("skipped: gates: {missing:#}");
         return Ok(Tally { skipped: 1, ..Tally::default() });
     }
@@ -79,6 +90,12 @@ pub(crate) fn run() -> Result<Tally> {
     judge("path: no system call, allocation or lock", path_is_quiet(&path));
     judge("device writes of filling an empty image", fill(&path));
     judge("memory of opening 16 TiB", open(&path));
+    let full = json(&polldisk, &["bench", "full", "--json"], 0)?;
+    judge("an L2 miss is one read of the device, and a warm map has none", misses(&full));
+    judge("memory of a full image of 1 TiB", full_memory(&full));
+    judge("check of a full image of 1 TiB", check(&full));
+    let fresh = json(&polldisk, &["bench", "fresh", "--json"], 0)?;
+    judge("random writes into an empty image, beside QEMU", beside_qemu(&fresh));
     judge("demo: verified, and quiet on the reactor", demo_is_quiet(&polldisk));
     for wrong in ["syscall", "alloc", "lock", "corrupt"] {
         judge(&format!("positive control: {wrong} is noticed"), control(&polldisk, wrong));
@@ -219,6 +236,60 @@ fn open(path: &Value) -> Result<()> {
     Ok(())
 }
 
+/// Each cold read is a miss, which costs one read of 4 KiB beside the guest's; no warm one is.
+fn misses(full: &Value) -> Result<()> {
+    let (cold, warm) = (&full["missing"], &full["warm"]);
+    say(&format!("gates:   cold {cold}, warm {warm}"));
+    let (reads, misses) = (number(cold, "reads")?, number(cold, "misses")?);
+    ensure!(reads > 0.0 && misses == reads, "{misses} misses in {reads} cold reads");
+    let (device, bytes) = (number(cold, "device_reads")?, number(cold, "device_bytes")?);
+    ensure!(device == 2.0 * reads, "{device} reads of the device for {reads} cold reads");
+    ensure!(bytes == 4096.0 * device, "{bytes} bytes in {device} reads");
+    let (reads, misses) = (number(warm, "reads")?, number(warm, "misses")?);
+    ensure!(reads > 0.0 && misses == 0.0, "{misses} misses in {reads} warm reads");
+    let device = number(warm, "device_reads")?;
+    ensure!(device == reads, "{device} reads of the device for {reads} warm reads");
+    Ok(())
+}
+
+fn full_memory(full: &Value) -> Result<()> {
+    let n = number(full, "bytes_per_cluster")?;
+    say(&format!("gates:   {n:.3} bytes for each cluster, at most {MAP_BYTES}"));
+    // Less than a word for each means that the map was not all there.
+    ensure!((8.0..=MAP_BYTES).contains(&n), "{n:.3} bytes for each cluster, not 8 to {MAP_BYTES}");
+    Ok(())
+}
+
+/// Not slower than `qemu-img check` in the same run, and within its memory.
+fn check(full: &Value) -> Result<()> {
+    let (ours, theirs) = (&full["check"]["polldisk"], &full["check"]["qemu_img"]);
+    say(&format!("gates:   {ours}, qemu-img {theirs}"));
+    let most = number(&full["check"], "refcount_bytes")? * CHECK_SHARE + CHECK_BYTES;
+    let peak = number(ours, "peak_bytes")?;
+    ensure!(peak <= most, "{peak} bytes at most were resident, {most} are allowed");
+    let (ours, theirs) = (number(ours, "seconds")?, number(theirs, "seconds")?);
+    ensure!(ours <= theirs, "{ours:.2} s, qemu-img {theirs:.2} s");
+    Ok(())
+}
+
+/// No more requests to the device and no more flushes than QEMU, and a multiple of its writes for
+/// the processor time.
+fn beside_qemu(fresh: &Value) -> Result<()> {
+    let (ours, theirs) = (&fresh["polldisk_device"], &fresh["qemu_device"]);
+    say(&format!("gates:   polldisk {ours}, qemu {theirs}"));
+    let each =
+        |of: &Value, what| Ok::<_, anyhow::Error>(number(of, what)? / number(of, "guest_writes")?);
+    let (a, b) = (each(ours, "writes")?, each(theirs, "writes")?);
+    ensure!(a >= 0.9, "{a:.3} writes of the device for each of the guest: not counted?");
+    ensure!(a <= b, "{a:.3} writes of the device for each of the guest, QEMU {b:.3}");
+    let (a, b) = (number(ours, "flushes")?, number(theirs, "flushes")?);
+    ensure!(a >= 1.0 && a <= b, "{a} flushes, QEMU {b}");
+    let ratio = number(fresh, "ratio")?;
+    say(&format!("gates:   {ratio:.2} times QEMU's writes for each CPU second, at least {FRESH}"));
+    ensure!(ratio >= FRESH, "{ratio:.2} times QEMU's writes for each CPU second, at least {FRESH}");
+    Ok(())
+}
+
 fn demo(polldisk: &Path, inject: Option<&str>, code: i32) -> Result<Value> {
     let mut args = vec!["demo", "--json", "--seconds", "2", "--size", "32M", "--policy", "poll"];
     if let Some(wrong) = inject {
@@ -273,5 +344,22 @@ mod tests {
             fill(&json!({"fill": [{"writes_per_write": 1.0}, {"writes_per_write": 1.3}]})).is_err()
         );
         assert!(fill(&json!({"fill": []})).is_err());
+        let full = |device: u64, misses: u64| {
+            json!({
+                "missing": {"reads": 8, "misses": 8, "device_reads": device,
+                            "device_bytes": 4096 * device},
+                "warm": {"reads": 9, "misses": misses, "device_reads": 9 + misses},
+            })
+        };
+        assert!(super::misses(&full(16, 0)).is_ok());
+        assert!(super::misses(&full(17, 0)).is_err());
+        assert!(super::misses(&full(16, 1)).is_err());
+        let check = |peak: u64, seconds: f64| {
+            json!({"check": {"refcount_bytes": 4096, "qemu_img": {"seconds": 1.0},
+                             "polldisk": {"seconds": seconds, "peak_bytes": peak}}})
+        };
+        assert!(super::check(&check((64 << 20) + 1024, 1.0)).is_ok());
+        assert!(super::check(&check((64 << 20) + 1025, 1.0)).is_err());
+        assert!(super::check(&check(1, 1.1)).is_err());
     }
 }
