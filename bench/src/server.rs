@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -72,7 +72,12 @@ impl Server {
         let to = File::create(&log).map_err(Error::other)?;
         let _ = std::fs::remove_file(&socket);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(to);
+        // This program may have signals blocked, which a child inherits; then it would not be told to
+        // end.
+        let mask = SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+        let mask = mask.map_err(Error::other)?;
         let started = command.spawn().map_err(|e| Error::other(format!("{name}: {e}")));
+        mask.thread_set_mask().map_err(Error::other)?;
         Ok(Server { name: name.to_owned(), child: started?, socket, log })
     }
 
