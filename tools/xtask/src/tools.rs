@@ -12,14 +12,13 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
-    ("qemu-storage-daemon", "qemu-utils"),
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
