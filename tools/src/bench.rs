@@ -32,6 +32,8 @@ pub(crate) enum Bench {
     Fresh(Fresh),
     /// An image of 1 TiB, all allocated: reads for its translation, memory, its check.
     Full(Full),
+    /// How many reads of one image that hit one reactor serves, and two at once.
+    Reactors(Reactors),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(Worker),
@@ -44,6 +46,17 @@ pub(crate) struct Path {
     #[arg(long, default_value_t = 2000)]
     count: u64,
     /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Read by one reactor and by two, each with a guest, over memory. Needs two idle processors.
+#[derive(Args)]
+pub(crate) struct Reactors {
+    /// How long each, in seconds.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
@@ -177,12 +190,30 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
         Bench::Chain(c) => chain(c),
         Bench::Fresh(f) => fresh(f),
         Bench::Full(f) => full(f),
+        Bench::Reactors(r) => reactors(r),
         Bench::PathWorker(w) => {
             let run = measure(w.scenario, w.depth, w.count, &w.scratch, false)?;
             writeln!(out, "{}", serde_json::to_string(&run)?).context(STDOUT)?;
             Ok(0)
         }
     }
+}
+
+fn reactors(r: &Reactors) -> anyhow::Result<u8> {
+    if !(0.01..=3600.0).contains(&r.seconds) {
+        bail!("--seconds {}: 0.01 to 3600 are possible", r.seconds);
+    }
+    let done = several(r.seconds)?;
+    let mut out = std::io::stdout();
+    let line = match (done.one, done.two, done.ratio) {
+        _ if r.json => serde_json::to_string(&done)?,
+        (Some(one), Some(two), Some(ratio)) => {
+            format!("one: {one:.0}/s, two: {two:.0}/s, {ratio:.2} times as many (goal: 1.9)")
+        }
+        _ => format!("not measured: {}", done.reason.as_deref().unwrap_or_default()),
+    };
+    writeln!(out, "{line}").context(STDOUT)?;
+    Ok(0)
 }
 
 fn chain(c: &Chain) -> anyhow::Result<u8> {
@@ -303,8 +334,10 @@ fn print_full(out: &mut impl Write, r: &::bench::full::Report) -> std::io::Resul
     }
     writeln!(
         out,
-        "memory: {:.1} MiB, {:.3} bytes for each cluster (goal: 8.4)",
+        "memory: {:.1} MiB, {:.1} MiB of them for an image of any size; {:.3} bytes for each cluster \
+         (goal: 8.4)",
         mib(r.memory_bytes),
+        mib(r.small_bytes),
         r.bytes_per_cluster
     )?;
     let most = mib(r.check.refcount_bytes / 4) + 64.0;
