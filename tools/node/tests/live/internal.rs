@@ -38,10 +38,11 @@ fn write_some(disk: &Disk, held: &[u8]) -> Vec<u8> {
 fn internal_snapshots_under_clients() {
     let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
-    for node in ["", "model:"] {
+    // A namespace with room for what each snapshot keeps.
+    for (node, room) in [("", ""), ("model:", "?size=1G")] {
         let base = dir.path().join(format!("x{}", node.len()));
         make(&base, SIZE);
-        let mut disk = serve(&format!("{node}{}", base.display()), 2);
+        let mut disk = serve(&format!("{node}{}{room}", base.display()), 2);
         let held = Load::during(&mut disk, |disk, load| {
             for name in ["one", "two", "three"] {
                 load.go_on(60);
