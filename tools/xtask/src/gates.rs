@@ -43,6 +43,9 @@ const FILL: f64 = 1.2;
 /// Memory that opening 16 TiB may take.
 const OPEN_BYTES: f64 = 64.0 * 1024.0 * 1024.0;
 
+/// Memory of a full image for each cluster, in bytes, without what an image of any size has.
+const CLUSTER_BYTES: f64 = 8.0 * 1.05;
+
 /// Memory of a check: this share of the refcounts' plain size, and so many bytes.
 const CHECK_SHARE: f64 = 0.25;
 const CHECK_BYTES: f64 = 64.0 * 1024.0 * 1024.0;
@@ -85,6 +88,7 @@ pub(crate) fn run() -> Result<Tally> {
     judge("memory of opening 16 TiB", open(&path));
     let full = json(&polldisk, &["bench", "full", "--json"], 0)?;
     judge("an L2 miss is one read of the device, and a warm map has none", misses(&full));
+    judge("memory of a full image of 1 TiB", memory(&full));
     judge("check of a full image of 1 TiB", check(&full));
     judge("demo: verified, and quiet on the reactor", demo_is_quiet(&polldisk));
     for wrong in ["syscall", "alloc", "lock", "corrupt"] {
@@ -242,6 +246,15 @@ fn misses(full: &Value) -> Result<()> {
     Ok(())
 }
 
+fn memory(full: &Value) -> Result<()> {
+    let bytes = number(full, "bytes_per_cluster")?;
+    ensure!(
+        bytes <= CLUSTER_BYTES,
+        "{bytes:.3} bytes for each cluster, {CLUSTER_BYTES} are allowed"
+    );
+    Ok(())
+}
+
 /// No more processor time than `qemu-img check` in the same run (a busy machine spoils other times), and
 /// within its memory.
 fn check(full: &Value) -> Result<()> {
@@ -319,6 +332,8 @@ mod tests {
         assert!(super::misses(&full(16, 0)).is_ok());
         assert!(super::misses(&full(17, 0)).is_err());
         assert!(super::misses(&full(16, 1)).is_err());
+        assert!(super::memory(&json!({"bytes_per_cluster": 8.1})).is_ok());
+        assert!(super::memory(&json!({"bytes_per_cluster": 8.5})).is_err());
         let check = |peak: u64, seconds: f64| {
             json!({"check": {"refcount_bytes": 4096, "qemu_img": {"cpu_seconds": 1.0},
                              "polldisk": {"cpu_seconds": seconds, "peak_bytes": peak}}})
