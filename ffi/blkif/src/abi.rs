@@ -91,7 +91,7 @@ impl Abi {
     }
 
     /// Loads what every operation needs of a slot: each byte once.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn load_head<M: RingMemory>(self, memory: &M, index: u32) -> Head {
         let at = self.slot_at(index);
         match self {
