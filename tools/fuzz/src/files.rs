@@ -1,15 +1,19 @@
 //! Targets whose input is a file: an image, or a part of one.
 
 use qcow::check::{Repair, Report};
-use qcow::edit::{SnapshotKey, apply_snapshot, create_snapshot, delete_snapshot};
+use qcow::edit::{
+    BitmapAction, SnapshotKey, apply_snapshot, change_bitmap, create_snapshot, delete_snapshot,
+};
 use qcow::format::{Compression, Header};
-use qcow::open::{ChainOptions, Opened};
-use qcow::{Chain, ChainReader, Compressor, Decompressor, ImageMeta, MetadataSet, Mode};
+use qcow::open::{ChainOptions, Opened, Role};
+use qcow::{Bitmap, Chain, ChainReader, Compressor, Decompressor, ImageMeta, MetadataSet, Mode};
 
 use crate::memory::Memory;
 
 /// Runs of a disk that are looked at: a small file can claim a large disk.
 const SPANS: usize = 4096;
+/// Bytes of an external data file.
+const DATA_FILE: usize = 64 << 10;
 /// Bytes of a disk that are read.
 const READ: u64 = 1 << 20;
 
@@ -32,9 +36,20 @@ pub fn header(data: &[u8]) {
 fn open(data: &[u8], mode: Mode) -> Option<Chain<Memory>> {
     let top =
         Opened { storage: Memory(data.to_vec()), path: None, name: "fuzz".to_owned(), id: None };
+    // A data file is there, a backing file is not.
+    let top_only = !Header::parse(data).is_ok_and(|h| h.has_data_file());
     let options =
-        ChainOptions { writable: mode == Mode::Write, top_only: true, ..ChainOptions::default() };
-    Chain::open(top, options, &mut |_| unreachable!("the top only")).ok()
+        ChainOptions { writable: mode == Mode::Write, top_only, ..ChainOptions::default() };
+    let mut data_file = |named: &qcow::open::BackingRef| match named.role {
+        Role::Data => Ok(Opened {
+            storage: Memory(vec![0xda; DATA_FILE]),
+            path: None,
+            name: "data".to_owned(),
+            id: None,
+        }),
+        Role::Backing => Err(qcow::Error::refused("fuzz", "no backing file")),
+    };
+    Chain::open(top, options, &mut data_file).ok()
 }
 
 /// Lists and reads a disk.
@@ -115,11 +130,40 @@ fn same_disk(a: &[u8], b: &[u8]) {
     }
 }
 
-/// Lists persistent bitmaps.
+/// Lists persistent bitmaps, reads their bits, adds, clears, merges and removes them. Runs follow each
+/// other without gaps, and a sound image stays one.
 pub fn bitmaps(data: &[u8]) {
-    if let Some(mut chain) = open(data, Mode::Read) {
-        let _ = qcow::info::Info::of(&mut chain.layers[0], None);
+    let Some(mut chain) = open(data, Mode::Read) else { return };
+    let Ok(info) = qcow::info::Info::of(&mut chain.layers[0], None) else { return };
+    let Some(info) = info.format_specific.map(|f| f.data) else { return };
+    let clean = check(&mut Memory(data.to_vec()), Repair::None).as_ref().is_some_and(sound);
+    let try_it = |name: &str, action: BitmapAction| {
+        let mut storage = Memory(data.to_vec());
+        let text = format!("{action:?}");
+        let done = change_bitmap::<Memory>(&mut storage, "fuzz", name, &[action], None);
+        if clean {
+            let after = check(&mut storage, Repair::None);
+            let stays = after.is_some_and(|r| sound(&r));
+            assert!(stays, "{text} of {name:?} ({done:?}) made a sound image unsound");
+        }
+    };
+    for bitmap in info.bitmaps.iter().take(3) {
+        let mut storage = Memory(data.to_vec());
+        if let Ok(meta) = ImageMeta::open(&mut storage, "fuzz", Mode::Read)
+            && let Ok(mut bits) = Bitmap::open(&mut storage, &meta, &bitmap.name)
+        {
+            let mut at = 0;
+            for _ in 0..SPANS {
+                let Ok(Some(run)) = bits.run(&mut storage, at, u64::MAX) else { break };
+                assert!(run.offset == at && run.len > 0 && run.len <= bits.disk_size() - at);
+                at += run.len;
+            }
+        }
+        try_it(&bitmap.name, BitmapAction::Clear);
+        try_it(&bitmap.name, BitmapAction::Remove);
+        try_it(&bitmap.name, BitmapAction::Merge(info.bitmaps[0].name.clone()));
     }
+    try_it("new", BitmapAction::Add { granularity: None });
 }
 
 /// Shows, takes, applies and deletes snapshots. A sound image stays one.

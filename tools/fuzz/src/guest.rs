@@ -1,10 +1,15 @@
 //! [`image`]: a guest on a real image that was changed or not, through the real datapath, on a device
 //! in memory.
 
+use std::sync::Arc;
+
 use block::{Flags, Layer, MemQueue, Op, Port, Status};
-use dma::{Buf, Pool};
+use dma::{Buf, Pool, Region};
 use qcow::check::{Repair, Report};
-use qcow::open::{ChainOptions, Opened};
+use qcow::edit::SnapshotKey;
+use qcow::format::Header;
+use qcow::info::Info;
+use qcow::open::{ChainOptions, Opened, Role};
 use qcow::run::{Image, Options, Stack};
 use qcow::{Chain, ChainReader};
 use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
@@ -12,7 +17,7 @@ use reactor::{Clock, Core, Portal, PortalFrontend, PortalRequest};
 use crate::mutate::{Input, mutate};
 
 /// Images by qemu-img, which mutation starts from.
-const IMAGES: [&[u8]; 8] = [
+const IMAGES: [&[u8]; 13] = [
     include_bytes!("../seeds/qcow2/plain.qcow2"),
     include_bytes!("../seeds/qcow2/v2.qcow2"),
     include_bytes!("../seeds/qcow2/bits1.qcow2"),
@@ -21,6 +26,11 @@ const IMAGES: [&[u8]; 8] = [
     include_bytes!("../seeds/qcow2/zstd.qcow2"),
     include_bytes!("../seeds/qcow2/lazy.qcow2"),
     include_bytes!("../seeds/qcow2/zeroes.qcow2"),
+    include_bytes!("../seeds/qcow2/extended.qcow2"),
+    include_bytes!("../seeds/qcow2/marked.qcow2"),
+    include_bytes!("../seeds/qcow2/data.qcow2"),
+    include_bytes!("../seeds/qcow2/raw.qcow2"),
+    include_bytes!("../seeds/qcow2/snapshots.qcow2"),
 ];
 /// Bytes of the device: little more than the images, so that it gets full.
 const DEVICE: u64 = 512 << 10;
@@ -46,19 +56,26 @@ pub fn image(data: &[u8]) {
     for _ in 0..if changes & 1 == 0 { 0 } else { changes >> 5 } {
         mutate(&mut bytes, &mut input);
     }
-    let device = MemQueue::new(DEVICE, 512).expect("memory");
-    device.data().write(0, &bytes);
+    let device = || MemQueue::new(DEVICE, 512).expect("memory");
+    let devices = [device(), device()];
+    let device = Device { image: devices[0].data().clone(), data: devices[1].data().clone() };
+    device.image.write(0, &bytes);
     let before = check(&device);
     let clean = before.as_ref().is_some_and(|r| r.corruptions == 0 && r.check_errors == 0);
     let leaks = before.map_or(0, |r| r.leaks);
     let mut model = Model::read(&device, clean);
-    let (device, closed) = serve(device, &mut input, &mut model);
+    let kept = if clean { snapshots(&device) } else { Vec::new() };
+    let closed = serve(devices, &device, &mut input, &mut model);
     let Some(closed) = closed.filter(|_| clean) else { return };
     let after = check(&device).expect("an image that was open can be checked");
     assert!(
         after.corruptions == 0 && after.check_errors == 0,
         "writes made a clean image corrupt: {after:?}"
     );
+    let now = snapshots(&device);
+    for (n, kept) in kept.iter().enumerate().filter(|(_, kept)| kept.is_some()) {
+        assert!(now.get(n) == Some(kept), "snapshot {n} changed");
+    }
     // A device that got full may keep a close from giving everything back.
     if closed == Status::Ok {
         assert!(after.leaks <= leaks, "a clean close leaves leaks: {after:?}");
@@ -66,10 +83,31 @@ pub fn image(data: &[u8]) {
     }
 }
 
+/// The memory of an image and of its external data file.
+struct Device {
+    image: Arc<Region>,
+    data: Arc<Region>,
+}
+
 /// Our checker's verdict.
-fn check(device: &MemQueue) -> Option<Report> {
-    let mut storage = View(device.data().clone());
+fn check(device: &Device) -> Option<Report> {
+    let mut storage = View(device.image.clone());
     qcow::check::run(&mut storage, "fuzz", Repair::None, &mut |_| {}).ok()
+}
+
+/// What the first internal snapshots show, where they can be read.
+fn snapshots(device: &Device) -> Vec<Option<Vec<u8>>> {
+    let info = open(device, false).and_then(|mut c| Info::of(&mut c.layers[0], None).ok());
+    let list = info.map_or(Vec::new(), |info| info.snapshots);
+    let show = |id: &str| {
+        let mut chain = open(device, false)?;
+        chain.show_snapshot(SnapshotKey::IdOrName(id)).ok()?;
+        let mut reader = ChainReader::new(chain);
+        let mut bytes = vec![0; reader.size().min(FOLLOWED) as usize];
+        reader.read_at(0, &mut bytes).ok()?;
+        Some(bytes)
+    };
+    list.iter().take(2).map(|s| show(&s.id)).collect()
 }
 
 /// What the disk holds, as far as it is known.
@@ -81,7 +119,7 @@ struct Model {
 
 impl Model {
     /// Reads a disk as it is.
-    fn read(device: &MemQueue, clean: bool) -> Model {
+    fn read(device: &Device, clean: bool) -> Model {
         let mut model = Model { bytes: Vec::new(), known: Vec::new() };
         let chain = open(device, false).filter(|c| clean && c.size() <= FOLLOWED);
         let Some(chain) = chain else { return model };
@@ -125,7 +163,7 @@ impl Model {
     }
 
     /// Everything, through the reader that shares nothing with the datapath.
-    fn compare_all(&self, device: &MemQueue) {
+    fn compare_all(&self, device: &Device) {
         let chain = open(device, false).expect("an image that was open can be opened");
         let mut reader = ChainReader::new(chain);
         let mut sector = [0; 512];
@@ -140,7 +178,7 @@ impl Model {
 
 /// A view of the device's memory as a file: two can exist at a time.
 #[derive(Clone)]
-struct View(std::sync::Arc<dma::Region>);
+struct View(Arc<Region>);
 
 impl block::Storage for View {
     fn len(&self) -> u64 {
@@ -191,11 +229,21 @@ impl View {
     }
 }
 
-fn open(device: &MemQueue, writable: bool) -> Option<Chain<View>> {
-    let storage = View(device.data().clone());
-    let top = Opened { storage, path: None, name: "fuzz".to_owned(), id: None };
-    let options = ChainOptions { writable, top_only: true, ..ChainOptions::default() };
-    Chain::open(top, options, &mut |_| unreachable!("the top only")).ok()
+fn open(device: &Device, writable: bool) -> Option<Chain<View>> {
+    let opened = |region: &Arc<Region>| {
+        let storage = View(region.clone());
+        Opened { storage, path: None, name: "fuzz".to_owned(), id: None }
+    };
+    let mut first = [0; 4096];
+    device.image.read(0, &mut first);
+    // The data file is there, a backing file is not.
+    let top_only = !Header::parse(&first).is_ok_and(|h| h.has_data_file());
+    let options = ChainOptions { writable, top_only, ..ChainOptions::default() };
+    let chain = Chain::open(opened(&device.image), options, &mut |named| match named.role {
+        Role::Data => Ok(opened(&device.data)),
+        Role::Backing => Err(qcow::Error::refused("fuzz", "no backing file")),
+    });
+    chain.ok()
 }
 
 /// A request in flight.
@@ -209,20 +257,24 @@ struct Flying {
     disturbed: bool,
 }
 
-/// Runs the guest; the device, and how the close ended, if the image could be opened.
-fn serve(device: MemQueue, input: &mut Input<'_>, model: &mut Model) -> (MemQueue, Option<Status>) {
-    let Some(mut chain) = open(&device, true) else { return (device, None) };
-    let Ok(stack) = Stack::new(&mut chain, &[Port { leaf: 0, unit: 0 }]) else {
-        return (device, None);
-    };
+/// Runs the guest; how the close ended, if the image could be opened.
+fn serve(
+    devices: [MemQueue; 2],
+    device: &Device,
+    input: &mut Input<'_>,
+    model: &mut Model,
+) -> Option<Status> {
+    let mut chain = open(device, true)?;
+    let count = chain.layers[0].storages().count();
+    let ports = [0, 1].map(|leaf| Port { leaf, unit: 0 });
+    let stack = Stack::new(&mut chain, &ports[..count]).ok()?;
     let mut core = FuzzCore::new(Clock::virtual_clock().0).expect("memory");
-    core.add_leaf(device).expect("nothing was registered before");
-    let options = Options { slots: DEPTH, l2_cache: 1 << 20, ..Options::default() };
-    let added = core.add_image(|owner, leaves| Image::attach(stack, owner, leaves, options));
-    if added.is_err() {
-        let device = core.take_leaves().pop().expect("the device");
-        return (device, None);
+    for queue in devices {
+        core.add_leaf(queue).expect("nothing was registered before");
     }
+    let durable_bitmaps = input.byte() & 1 != 0;
+    let options = Options { slots: DEPTH, l2_cache: 1 << 20, durable_bitmaps };
+    core.add_image(|owner, leaves| Image::attach(stack, owner, leaves, options)).ok()?;
     let size = Layer::<MemQueue>::info(core.image(0).expect("the image")).size;
     let mut pool = Pool::new(u32::from(DEPTH), REQUEST as u32).expect("memory");
     let (mut portal, end) =
@@ -262,8 +314,7 @@ fn serve(device: MemQueue, input: &mut Input<'_>, model: &mut Model) -> (MemQueu
     for _ in 0..TURNS {
         core.turn();
         if let Some((_, status)) = core.remove_closed_image(0) {
-            let device = core.take_leaves().pop().expect("the device");
-            return (device, Some(status));
+            return Some(status);
         }
     }
     panic!("the close never ended");

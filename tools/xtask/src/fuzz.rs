@@ -16,10 +16,10 @@ use crate::tools;
 /// The targets, where their first inputs are, and how long an input may be.
 const TARGETS: [(&str, &str, u32); 8] = [
     ("header", "qcow2", 4096),
-    ("tables", "qcow2", 32 << 10),
-    ("refcounts", "qcow2", 32 << 10),
-    ("bitmaps", "qcow2", 32 << 10),
-    ("snapshots", "qcow2", 32 << 10),
+    ("tables", "qcow2", 128 << 10),
+    ("refcounts", "qcow2", 128 << 10),
+    ("bitmaps", "qcow2", 128 << 10),
+    ("snapshots", "qcow2", 128 << 10),
     ("compressed", "compressed", 4096),
     ("vhd", "vhd", 64 << 10),
     ("image", "image", 512),
