@@ -395,6 +395,10 @@ impl Disk {
     /// Makes the header durable as it reads: a write of it that failed may show and not be on disk.
     fn settle_header(&self, at: usize) -> Result<(), Error> {
         let layer = &self.layers()[at];
+        if layer.format != Format::Qcow2 {
+            // All of it is a guest's, and it may be shorter than a header.
+            return Ok(());
+        }
         let mut storage = layer.reopen(&self.rest.devices, true)?;
         let mut header = [0; 512];
         let done = storage

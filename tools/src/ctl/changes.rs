@@ -98,7 +98,9 @@ impl JobWatch for Paced {
         let now = self.clock.now();
         // At most what a second allows, however long nobody asked.
         self.last = self.last.max(now.saturating_sub(SECOND));
-        let bytes = u128::from(rate) * u128::from(now - self.last) / u128::from(SECOND);
+        // Another processor's clock may be a little behind.
+        let bytes =
+            u128::from(rate) * u128::from(now.saturating_sub(self.last)) / u128::from(SECOND);
         if bytes > 0 {
             self.last = now;
         }

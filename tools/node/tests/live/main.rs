@@ -344,6 +344,27 @@ fn a_commit_keeps_the_zeroes_behind_a_short_layer() {
 }
 
 /// Snapshots come and go: nothing is used up.
+/// A raw file shorter than a sector stays as it is when nothing may go down into it.
+#[test]
+fn a_refused_commit_leaves_a_short_raw_file() {
+    let _alone = ALONE.lock();
+    let dir = tempfile::tempdir().unwrap();
+    let [raw, a, b, _] = files(dir.path(), ["raw", "a", "b", "none"]);
+    std::fs::write(&raw, [0xbb; 100]).unwrap();
+    let mut options = CreateOptions::new(SIZE);
+    options.backing = Some(("raw".to_owned(), Format::Raw));
+    let file = std::fs::File::options().create_new(true).read(true).write(true).open(&a);
+    let mut storage = node::HostStorage::of(file.unwrap(), false).unwrap();
+    create(&mut storage, "a", &options).unwrap();
+    let mut disk = serve(a.to_str().unwrap(), 1);
+    disk.take_internal_snapshot("kept", std::time::Duration::ZERO).unwrap();
+    disk.snapshot(&b).unwrap();
+    let e = disk.commit(1, &mut Freely).unwrap_err().to_string();
+    assert!(e.contains("which would be lost"), "{e}");
+    disk.close().unwrap();
+    assert_eq!(std::fs::read(&raw).unwrap(), [0xbb; 100]);
+}
+
 #[test]
 fn many_snapshots() {
     let _alone = ALONE.lock();
