@@ -64,6 +64,16 @@ pub(super) struct Allocator {
 /// A dirty slice: key, offset on disk, bytes.
 pub(super) type RefPart = (u64, u64, Vec<u8>);
 
+/// Host clusters side by side that were handed out.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct Run {
+    pub(super) first: u64,
+    pub(super) count: u64,
+    /// Nobody ever wrote here: they lie in a file, behind all that it held when it was opened and
+    /// all that was handed out since. So they read as zeroes ([`block::Storage::capacity`]).
+    pub(super) fresh: bool,
+}
+
 impl Allocator {
     /// For the image that is written to, on a device (or in a file that may grow) of `capacity`.
     pub(super) fn new(top: &mut Top, capacity: u64) -> Allocator {
@@ -186,8 +196,11 @@ impl Allocator {
         })
     }
 
-    /// Takes up to `want` free clusters side by side from `first` on, all within one slice.
-    fn take_run(&mut self, first: u64, want: u64) -> u64 {
+    /// Takes up to `want` free clusters side by side from `first` on, all within one slice; `None` if
+    /// the first is not free.
+    fn take_run(&mut self, first: u64, want: u64) -> Option<Run> {
+        let held = self.high.max(self.geometry.clusters_for(self.len));
+        let fresh = self.len > 0 && first >= held;
         let run = self.free_from(first).zip(first..).take_while(|(free, c)| free == c);
         let count = run.take(want as usize).count() as u64;
         for cluster in first..first + count {
@@ -198,7 +211,7 @@ impl Allocator {
             self.high = self.high.max(first + count);
             self.grown = self.grown.max((first + count) << self.geometry.cluster_bits());
         }
-        count
+        (count > 0).then_some(Run { first, count, fresh })
     }
 
     /// Gives out again what has count 0 now.
@@ -240,9 +253,8 @@ impl Allocator {
 }
 
 impl Shared {
-    /// Takes 1 to `want` host clusters side by side. Returns the first one's number and how many.
-    /// For a task as in [`Shared::at_rest`].
-    pub(super) async fn allocate(&self, slot: u16, want: u64) -> Result<(u64, u64), Status> {
+    /// Takes 1 to `want` host clusters side by side. For a task as in [`Shared::at_rest`].
+    pub(super) async fn allocate(&self, slot: u16, want: u64) -> Result<Run, Status> {
         let mut result = self.try_allocate(slot, want).await;
         while result == Err(Status::NoSpace) && self.let_go.borrow().is_anything() {
             // What guests let go of comes back by a batch of metadata, and when older requests have
@@ -251,14 +263,14 @@ impl Shared {
             self.at_rest(slot, self.pause(slot)).await;
             result = self.try_allocate(slot, want).await;
         }
-        if let Ok((_, count)) = result {
+        if let Ok(run) = result {
             let c = &self.counters.allocated;
-            c.set(c.get() + count);
+            c.set(c.get() + run.count);
         }
         result
     }
 
-    async fn try_allocate(&self, slot: u16, want: u64) -> Result<(u64, u64), Status> {
+    async fn try_allocate(&self, slot: u16, want: u64) -> Result<Run, Status> {
         self.lock_alloc(slot).await;
         let result = self.allocate_locked(slot, want).await;
         self.unlock_alloc();
@@ -277,7 +289,7 @@ impl Shared {
         self.unpark(Key::Alloc);
     }
 
-    async fn allocate_locked(&self, slot: u16, want: u64) -> Result<(u64, u64), Status> {
+    async fn allocate_locked(&self, slot: u16, want: u64) -> Result<Run, Status> {
         if self.alloc.borrow().miscounted {
             return Err(Status::Corrupt);
         }
@@ -286,9 +298,8 @@ impl Shared {
             let Some(first) = first else { break };
             self.ref_slice(slot, first).await?;
             let mut a = self.alloc.borrow_mut();
-            let count = a.take_run(first, want);
-            if count > 0 {
-                return Ok((first, count));
+            if let Some(run) = a.take_run(first, want) {
+                return Ok(run);
             }
             a.freed.remove(&first);
         }
@@ -326,10 +337,9 @@ impl Shared {
             {
                 let mut a = self.alloc.borrow_mut();
                 let first = a.free_from(cursor).next();
-                if let Some(first) = first {
-                    let count = a.take_run(first, want);
-                    a.cursor = first + count;
-                    return Ok((first, count));
+                if let Some(run) = first.and_then(|first| a.take_run(first, want)) {
+                    a.cursor = run.first + run.count;
+                    return Ok(run);
                 }
                 let end = a.slice_end(cursor);
                 looked_at += end - cursor;

@@ -11,6 +11,17 @@ use super::shared::{Key, Shared};
 use super::write::Claim;
 use crate::format::L2Entry;
 
+/// Where claimed units are written to.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    /// Host offset of the first one.
+    pub(super) host: u64,
+    /// They are a cluster, whose old contents may be anything.
+    pub(super) whole: bool,
+    /// See [`super::alloc::Run::fresh`].
+    pub(super) fresh: bool,
+}
+
 /// See the module's text.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Place {
@@ -70,8 +81,12 @@ impl Shared {
     }
 
     /// Allocates clusters for a claim of which none has one; it is cut to what there was room for.
-    /// Returns where its first unit goes. With subclusters [`Shared::placed`] must follow.
-    pub(super) async fn allocate_for(&self, slot: u16, claim: &mut Claim) -> Result<u64, Status> {
+    /// With subclusters [`Shared::placed`] must follow.
+    pub(super) async fn allocate_for(
+        &self,
+        slot: u16,
+        claim: &mut Claim,
+    ) -> Result<Target, Status> {
         let g = &self.geometry;
         let sub = g.sub_bits();
         let clusters =
@@ -81,12 +96,14 @@ impl Shared {
             self.tables.borrow_mut().placing.extend(wanted.clone());
         }
         let got = self.allocate(slot, wanted.end - wanted.start).await;
-        let count = got.map_or(0, |(_, count)| count);
+        let count = got.map_or(0, |run| run.count);
         self.end_placing(wanted.start + count..wanted.end);
-        let (host, count) = got?;
+        let run = got?;
         let end = (wanted.start + count) << sub;
         self.unclaim(claim, claim.count().min(end - claim.first) as usize);
-        Ok((host << g.cluster_bits()) + g.in_cluster(claim.first << g.unit_bits()))
+        let inside = g.in_cluster(claim.first << g.unit_bits());
+        let host = (run.first << g.cluster_bits()) + inside;
+        Ok(Target { host, whole: false, fresh: run.fresh })
     }
 
     /// The clusters of a claim have their places in their entries, or will not get them.

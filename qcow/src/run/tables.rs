@@ -55,7 +55,7 @@ impl Shared {
         let mut table = self.l1_entry(self.top_at(), &g, guest)?;
         if table.offset == 0 || !table.copied {
             let old = table.offset;
-            let (cluster, _) = self.allocate(slot, 1).await?;
+            let cluster = self.allocate(slot, 1).await?.first;
             let host = cluster << g.cluster_bits();
             let made = match old {
                 0 => self.write_zero_cluster(slot, host).await,

@@ -4,13 +4,14 @@
 //! L2 entries are extended); its new place is filled whole (old contents or zeroes around the
 //! guest's bytes, in one device write), and only when that has completed is the L2 entry staged and
 //! the new mapping published. A guest's bytes in a unit that is being filled wait for the claim, so
-//! a fill never lies over newer data. Where that place is: [`super::place`].
+//! a fill never lies over newer data. Where a file has never been written to, zeroes need no fill.
+//! Where that place is: [`super::place`].
 
 use block::{Flags, Op, SegList, Status};
 use dma::{Buf, Seg};
 
 use super::io::Child;
-use super::place::Place;
+use super::place::{Place, Target};
 use super::read::check;
 use super::shared::{Key, Shared};
 use crate::format::L2Entry;
@@ -19,6 +20,9 @@ use crate::map::{Kind, Word};
 /// Clusters that one write allocates at most, and bytes that it moves at most.
 const RUN: u64 = 64;
 const RUN_BYTES: u64 = 1 << 20;
+
+/// What is written into fresh space is made up to pages of the host: no part of one is to be read.
+const PAGE: u64 = 4096;
 
 /// Units claimed together, side by side in one page of the map, to be written in one piece.
 pub(super) struct Claim {
@@ -236,12 +240,10 @@ impl Shared {
         let bits = self.geometry.unit_bits();
         let (place, count) = self.place(claim)?;
         self.unclaim(claim, count);
-        let mut whole = false;
-        let host = match place {
-            Place::There(host) => host,
+        let target = match place {
+            Place::There(host) => Target { host, whole: false, fresh: false },
             Place::New => self.allocate_for(slot, claim).await?,
             Place::Whole => {
-                whole = true;
                 let sub = self.geometry.sub_bits();
                 let first = claim.first >> sub << sub;
                 let end = (first + (1 << sub)).min(self.map.clusters());
@@ -254,7 +256,9 @@ impl Shared {
                     }
                     Err(None) => return Ok(rest.at),
                 }
-                self.allocate(slot, 1).await?.0 << self.geometry.cluster_bits()
+                let run = self.allocate(slot, 1).await?;
+                let host = run.first << self.geometry.cluster_bits();
+                Target { host, whole: true, fresh: run.fresh }
             }
             Place::Busy(cluster) => {
                 self.unclaim(claim, 0);
@@ -263,7 +267,8 @@ impl Shared {
             }
         };
         let to = rest.end.min((claim.first + claim.count()) << bits);
-        let filled = self.fill_and_write(slot, claim, rest, to, host, whole).await;
+        let host = target.host;
+        let filled = self.fill_and_write(slot, claim, rest, to, target).await;
         if filled.is_ok() {
             self.map_claimed(claim, host);
         }
@@ -323,16 +328,15 @@ impl Shared {
         }
     }
 
-    /// Fills the claimed units' place at `host` whole: the guest's bytes up to `to`, and what belongs
-    /// around them. `whole`: they are a cluster, whose old contents may be anything.
+    /// Fills the claimed units' place whole: the guest's bytes up to `to`, and what belongs around
+    /// them.
     async fn fill_and_write(
         &self,
         slot: u16,
         claim: &Claim,
         rest: &Rest<'_>,
         to: u64,
-        host: u64,
-        whole: bool,
+        Target { host, whole, fresh }: Target,
     ) -> Result<(), Status> {
         let bits = self.geometry.unit_bits();
         let start = claim.first << bits;
@@ -343,7 +347,7 @@ impl Shared {
             true => (start + len).min(self.geometry.size().next_multiple_of(512)),
             false => start + len,
         };
-        let (head, tail) = (at - start, stop - to);
+        let (mut head, mut tail) = (at - start, stop - to);
         // What is read for the fill: all of it, or the first unit, since only that can have old
         // contents beside the guest's bytes; see `claim`.
         let all = whole || claim.words.len() == 1 || rest.at == rest.end;
@@ -351,6 +355,13 @@ impl Shared {
         let zeroes = |words: &[Word]| words.iter().all(|&w| Shared::reads_zero(w));
         let old_zero = if all { zeroes(&claim.words) } else { zeroes(&claim.words[..1]) };
         let copies = !old_zero && (head > 0 || (tail > 0 && all));
+        let mut first = host;
+        if fresh && !copies && to > at {
+            let inner = host + head..host + (to - start);
+            first = host.max(inner.start & !(PAGE - 1));
+            head = inner.start - first;
+            tail = tail.min(inner.end.next_multiple_of(PAGE) - inner.end);
+        }
         let old: Option<Buf> = match copies {
             true => Some(self.data_buf(slot).await),
             false => None,
@@ -370,7 +381,7 @@ impl Shared {
             fits &= list.push_part(rest.segs, at - rest.offset, to - at);
             fits &= list.push(if all { around(to - start, tail) } else { self.zero_seg(tail) });
             status = if fits {
-                self.start_write(slot, host, list, rest.flags);
+                self.start_write(slot, first, list, rest.flags);
                 self.wait(slot).await
             } else {
                 Status::Invalid

@@ -13,7 +13,7 @@ use crate::plan::Life;
 use crate::verify::Ended;
 
 /// Turns within which a pause is reached.
-const PATIENCE: u64 = 200_000;
+const PATIENCE: u64 = 2_000_000;
 
 /// Who looks on at a commit.
 struct Looking<'w, 'p> {

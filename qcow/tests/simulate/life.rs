@@ -38,6 +38,7 @@ pub(crate) struct Outcome {
     pub(crate) resizes: u64,
     /// Lives of images with a data file.
     pub(crate) data_files: u64,
+    pub(crate) files: u64,
     /// Bitmaps that were compared, and that were not saved.
     pub(crate) trusted: u64,
     pub(crate) unsaved: u64,
@@ -66,6 +67,7 @@ pub(crate) fn run(plan: &Plan, seed: u64, sabotage: Sabotage) -> Result<Outcome,
         held,
         layers,
         leaks: 0,
+        hidden: false,
         resizing: None,
         last_name: 100,
         sabotage,
@@ -90,6 +92,8 @@ pub(crate) struct Run<'p> {
     layers: Vec<Layer>,
     /// Clusters that leak in it.
     pub(crate) leaks: u64,
+    /// More may be counted behind the end of its file: no check sees them before it grows.
+    pub(crate) hidden: bool,
     /// The power failed while the disk got so many sectors.
     pub(crate) resizing: Option<u64>,
     /// Of overlays.
@@ -189,11 +193,12 @@ impl Run<'_> {
         }
         layers[0].disks().for_each(|d| d.set_sabotage(self.sabotage));
         let mut a = self.attach(life, layers)?;
+        self.outcome.files += u64::from(a.layers[0].disk.config().file);
         self.outcome.data_files += u64::from(a.layers[0].data.is_some());
         let ended = self.drive(life, &mut a, rng)?;
         let ended = match ended {
             // A count that cannot be read to be lowered stays, which the image says in its log.
-            Ended::Clean if a.leaks > 0 || life.is_broken() => Ended::CleanWithLeaks,
+            Ended::Clean if a.leaks > 0 || self.hidden || life.is_broken() => Ended::CleanWithLeaks,
             other => other,
         };
         if ended != Ended::Cut {
@@ -220,6 +225,7 @@ impl Run<'_> {
         (self.layers, self.leaks, self.held) = (layers, leaks, held);
         self.outcome.lives += 1;
         self.outcome.cuts += u64::from(ended == Ended::Cut);
+        self.hidden |= ended == Ended::Cut && self.layers[0].disk.config().file;
         Ok(())
     }
 
@@ -464,6 +470,7 @@ impl Outcome {
         self.commits += other.commits;
         self.resizes += other.resizes;
         self.data_files += other.data_files;
+        self.files += other.files;
         self.trusted += other.trusted;
         self.unsaved += other.unsaved;
         self.loads += other.loads;

@@ -109,12 +109,13 @@ fn seeds() {
     });
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
-        "simulate: {} lives ({} with a data file), {} requests ({} failed, {} of them for want of \
+        "simulate: {} lives ({} in a file, {} with a data file), {} requests ({} failed, {} of them for want of \
          space), {} clusters allocated, {} pages loaded, {} waits, {} overlays, {} internal \
          snapshots, {} streams, {} commits, \
          {} other sizes; {} power cuts looked at, {} bitmaps found good in them, {} not saved; {} images \
          by qemu-img",
         o.lives,
+        o.files,
         o.data_files,
         o.requests,
         o.failed,
@@ -138,7 +139,7 @@ fn seeds() {
     if count >= 50 {
         // Runs in which nothing happens prove nothing.
         let all = [o.failed, o.no_space, o.allocated, o.loads, o.parked, o.snapshots, o.streams];
-        let later = [o.kept, o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
+        let later = [o.kept, o.files, o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
         let all = [&all[..], &later].concat();
         assert!(all.iter().all(|&n| n > 0) && o.cuts > count, "too little happened");
     }

@@ -132,6 +132,9 @@ pub(crate) struct Plan {
     pub(crate) qemu: bool,
 }
 
+/// Draws which images lie in files.
+const FILES: u64 = 0xf14b;
+
 fn cluster_bits(rng: &mut Rng) -> u32 {
     let weights = [60, 16, 12, 40, 12, 10, 6, 24, 4, 2, 1, 1, 1];
     9 + rng.weighted(&weights) as u32
@@ -145,6 +148,7 @@ fn disk(rng: &mut Rng, size: u64) -> DiskConfig {
         discarded: rng.pick(&[None, Some(0), Some(0xb7)]),
         // Rubbish must never show. But a count that says 0 where there is none is worse.
         fresh: rng.pick(&[0xd5, 0xd5, 0]),
+        file: false,
     }
 }
 
@@ -230,6 +234,10 @@ impl Plan {
             plan.grow(&mut Rng::new(seed ^ 0x6_0711));
         } else {
             plan.keep(&mut Rng::new(seed ^ 0x5a11));
+        }
+        // The number is one that leaves what was found once as it was.
+        if Rng::new(seed ^ FILES).one_in(2) {
+            plan.disk.file = true;
         }
         plan
     }

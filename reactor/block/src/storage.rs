@@ -35,6 +35,7 @@ pub trait Storage {
     }
 
     /// How large it can become by writing: for a device its size, for a file a limit far above.
+    /// What a file has not got yet reads as zeroes, also when it has become longer by writes behind.
     fn capacity(&self) -> u64;
 
     /// Whether writes are refused.

@@ -25,6 +25,9 @@ pub struct DiskConfig {
     pub discarded: Option<u8>,
     /// What stands where nobody wrote.
     pub fresh: u8,
+    /// It is a file, which grows up to `size` as it is written to. What it has not got yet reads as
+    /// zeroes.
+    pub file: bool,
 }
 
 /// How often something goes wrong: once in so many requests; 0: never.
@@ -115,6 +118,9 @@ pub(crate) struct Lane {
 pub(crate) struct State {
     config: DiskConfig,
     pub(crate) info: DeviceInfo,
+    /// How long the file is, and how long a power cut leaves it at least.
+    len: u64,
+    pub(crate) stable_len: u64,
     /// What reads see.
     now: Vec<u8>,
     /// What is durable. Empty if nobody asks for that: see [`Disk::view`].
@@ -145,7 +151,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk that holds these bytes, all durable; behind them up to its size what no one wrote.
+    /// A disk that holds these bytes, all durable; behind them up to its size what no one wrote. A
+    /// file ends with them.
     pub fn new(config: DiskConfig, bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
         let disk = Disk::with(config, bytes, rng, trace);
         {
@@ -163,7 +170,8 @@ impl Disk {
     }
 
     fn with(config: DiskConfig, mut bytes: Vec<u8>, rng: Rng, trace: Trace) -> Disk {
-        bytes.resize(config.size as usize, config.fresh);
+        let len = if config.file { bytes.len() as u64 } else { config.size };
+        bytes.resize(config.size as usize, if config.file { 0 } else { config.fresh });
         let info = DeviceInfo {
             size: config.size,
             block_size: config.block_size,
@@ -178,6 +186,8 @@ impl Disk {
         let state = State {
             config,
             info,
+            len,
+            stable_len: len,
             stable: Vec::new(),
             now: bytes,
             cache: BTreeMap::new(),
@@ -270,9 +280,13 @@ impl Disk {
         Disk::view(config, self.survivor(rng))
     }
 
-    /// Ends the disk: what reads saw last.
+    /// Ends the disk: what reads saw last. Of a file as much as it has.
     pub fn take_bytes(self) -> Vec<u8> {
-        std::mem::take(&mut self.state().now)
+        let mut s = self.state();
+        let len = s.len as usize;
+        let mut bytes = std::mem::take(&mut s.now);
+        bytes.truncate(len);
+        bytes
     }
 
     fn range(&self, offset: u64, len: u64) -> Result<(u64, u64), Status> {
@@ -289,6 +303,7 @@ impl State {
     pub(crate) fn put(&mut self, number: u64, offset: u64, data: &[u8]) {
         let at = offset as usize;
         self.now[at..at + data.len()].copy_from_slice(data);
+        self.len = self.len.max(offset + data.len() as u64);
         self.trace.add(&[1, number, offset, data.len() as u64, first_word(data)]);
         if self.stable.is_empty() {
             return;
@@ -298,6 +313,23 @@ impl State {
             let version = Version { write: number, data: data.clone(), at: from };
             self.cache.entry((at + from) / SECTOR).or_default().push(version);
         }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Ends a file here, as a file system's journal does it: at once and for good.
+    pub(crate) fn set_len(&mut self, len: u64) {
+        if !self.config.file || len > self.info.size {
+            return;
+        }
+        self.now[len as usize..].fill(0);
+        if !self.stable.is_empty() {
+            self.stable[len as usize..].fill(0);
+        }
+        self.cache.retain(|&sector, _| ((sector * SECTOR) as u64) < len);
+        (self.len, self.stable_len) = (len, self.stable_len.min(len));
     }
 
     pub(crate) fn get(&self, offset: u64, into: &mut [u8]) {
@@ -346,7 +378,7 @@ impl State {
             return;
         }
         let half = self.sabotage == Sabotage::HalfFlush && self.rng.one_in(8);
-        let State { answered, cache, stable, rng, .. } = self;
+        let State { answered, cache, stable, stable_len, rng, .. } = self;
         // It vouches for what was answered before it was sent, when there were fewer requests.
         cache.retain(|&sector, versions| {
             let vouched = |v: &Version| answered.get(&v.write).is_some_and(|&then| then < number);
@@ -355,6 +387,7 @@ impl State {
             {
                 let at = sector * SECTOR;
                 stable[at..at + SECTOR].copy_from_slice(versions[last].bytes());
+                *stable_len = (*stable_len).max((at + SECTOR) as u64);
                 versions.drain(..=last);
             }
             !versions.is_empty()
@@ -371,6 +404,7 @@ impl State {
             if let Some(last) = versions.iter().rposition(|v| v.write == number) {
                 let at = sector * SECTOR;
                 self.stable[at..at + SECTOR].copy_from_slice(versions[last].bytes());
+                self.stable_len = self.stable_len.max((at + SECTOR) as u64);
                 versions.drain(..=last);
             }
             if versions.is_empty() {
@@ -433,11 +467,11 @@ pub(crate) fn is_through(info: &DeviceInfo, sabotage: Sabotage, flags: Flags) ->
 
 impl Storage for Disk {
     fn len(&self) -> u64 {
-        self.state().info.size
+        self.state().len()
     }
 
     fn capacity(&self) -> u64 {
-        self.len()
+        self.state().info.size
     }
 
     fn read_only(&self) -> bool {
@@ -489,7 +523,8 @@ impl Storage for Disk {
         Ok(())
     }
 
-    fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {
+    fn set_len(&mut self, len: u64) -> Result<(), StorageError> {
+        self.state().set_len(len);
         Ok(())
     }
 }

@@ -26,16 +26,18 @@ enum Mood {
 
 impl Disk {
     /// What the disk would hold if its power failed now: all that is durable, and of everything
-    /// else (in the cache, or sent and not answered) any part, sector by sector.
+    /// else (in the cache, or sent and not answered) any part, sector by sector. A file ends with
+    /// what landed last.
     pub fn survivor(&self, rng: &mut Rng) -> Vec<u8> {
         let s = self.state();
-        let mut disk = s.stable.clone();
+        let (mut disk, mut len) = (s.stable.clone(), s.stable_len as usize);
         let mut odds = Odds::draw(&s, rng);
         for (&sector, versions) in &s.cache {
             for v in versions {
                 // In their order: a cache that holds the newer one does not write the older one.
                 if odds.lands(v.write, rng) {
                     disk[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(v.bytes());
+                    len = len.max((sector + 1) * SECTOR);
                 }
             }
         }
@@ -48,10 +50,12 @@ impl Disk {
                     if odds.lands(h.number, rng) {
                         let at = r.offset as usize + i * SECTOR;
                         disk[at..at + SECTOR].copy_from_slice(bytes);
+                        len = len.max(at + SECTOR);
                     }
                 }
             }
         }
+        disk.truncate(len);
         disk
     }
 }
@@ -115,7 +119,14 @@ mod tests {
 
     fn disk(volatile_cache: bool) -> Disk {
         let (size, block_size) = (8192, 512);
-        let config = DiskConfig { size, block_size, volatile_cache, discarded: None, fresh: 0xd5 };
+        let config = DiskConfig {
+            size,
+            block_size,
+            volatile_cache,
+            discarded: None,
+            fresh: 0xd5,
+            file: false,
+        };
         Disk::new(config, vec![1; 4096], Rng::new(1), Trace::default())
     }
 

@@ -221,10 +221,11 @@ impl BlockQueue for SimQueue {
 
 impl LeafAccess for SimQueue {
     fn unit_len(&self, _unit: u16) -> u64 {
-        self.info.size
+        self.disk.state().len()
     }
 
-    fn set_unit_len(&mut self, _unit: u16, _len: u64) -> Result<(), Status> {
+    fn set_unit_len(&mut self, _unit: u16, len: u64) -> Result<(), Status> {
+        self.disk.state().set_len(len);
         Ok(())
     }
 }
