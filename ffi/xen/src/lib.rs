@@ -4,4 +4,6 @@
 //!
 //! Stand-ins that behave as the real ones do are behind the feature `fake`.
 
+#![forbid(unsafe_code)]
+
 pub mod store;
