@@ -270,9 +270,8 @@ pub(crate) fn close(core: &mut ReactorCore, image: usize, rest: node::Rest) -> R
     }
     loop {
         core.turn();
-        if let Some((image, status)) = core.remove_closed_image(image) {
-            let leaves = core.take_leaves();
-            return Ok(rest.finish(&image, status, leaves)?);
+        if core.image(image).is_some_and(|i| block::Layer::<Leaf>::closed(i).is_some()) {
+            return Ok(rest.finish(core, image)?);
         }
         std::thread::yield_now();
     }

@@ -108,23 +108,38 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         Ok(index)
     }
 
-    /// Puts a leaf queue in the place of one that nothing is asked of any more.
+    /// Puts a leaf queue at an index, in the place of one that nothing is asked of any more. Where
+    /// there was none before it, `vacant` makes something that stands there.
     ///
     /// # Errors
-    /// As [`Core::add_leaf`]; or if there is no such place, or requests of the old one are in flight.
-    pub fn replace_leaf(&mut self, index: u16, mut leaf: L) -> Result<(), String> {
+    /// As [`Core::add_leaf`]; or if requests of the old one are in flight.
+    pub fn put_leaf(
+        &mut self,
+        index: u16,
+        mut leaf: L,
+        mut vacant: impl FnMut() -> L,
+    ) -> Result<(), String> {
         for f in self.frontends.iter().flatten() {
             for region in f.frontend.regions() {
                 leaf.register(&region)?;
             }
         }
-        let place = self.leaves.get_mut(usize::from(index));
-        let place = place.ok_or("there is no such leaf queue")?;
+        while self.leaves.len() <= usize::from(index) {
+            self.leaves.push(vacant());
+        }
+        let place = &mut self.leaves[usize::from(index)];
         if place.in_flight() > 0 {
             return Err("the leaf queue is in use".to_owned());
         }
         *place = leaf;
         Ok(())
+    }
+
+    /// Takes a leaf queue out, to be closed by whoever opened it; `vacant` stands in its place. `None`
+    /// if there is none.
+    pub fn take_leaf(&mut self, index: u16, vacant: L) -> Option<L> {
+        let place = self.leaves.get_mut(usize::from(index))?;
+        Some(std::mem::replace(place, vacant))
     }
 
     /// The leaf queues.
@@ -193,6 +208,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// How many frontends are attached.
     pub fn frontend_count(&mut self) -> usize {
         self.frontends.iter().flatten().count()
+    }
+
+    /// How many frontends are attached to an image.
+    pub fn frontends_of(&self, image: usize) -> usize {
+        self.frontends.iter().flatten().filter(|a| a.image == image).count()
     }
 
     /// Takes a frontend out; only when nothing of it is in flight, else it stays (`None`).

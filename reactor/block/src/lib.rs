@@ -33,6 +33,7 @@ mod seglist;
 mod status;
 mod storage;
 mod stripe;
+mod vacant;
 
 pub use blocking::{Blocking, LeafAccess};
 pub use claims::Claims;
@@ -52,3 +53,4 @@ pub use seglist::SegList;
 pub use status::Status;
 pub use storage::{Storage, StorageError};
 pub use stripe::{MAX_MEMBERS, StripeQueue};
+pub use vacant::VacantQueue;

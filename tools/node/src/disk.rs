@@ -1,4 +1,4 @@
-//! [`Disk`]: an image that runs on reactor threads of its own.
+//! [`Disk`]: an image that runs on reactor threads, its own or shared ones.
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -10,7 +10,8 @@ use reactor::{Clock, Core, Mailbox, Portal, Reactor, Start};
 
 use crate::door::{Door, Entry};
 use crate::parts::{Further, Parts, Rest, take_seat};
-use crate::{Error, Frontend, Image, Leaf, Model};
+use crate::reactors::take_leaves;
+use crate::{Error, Frontend, Image, Leaf, Model, Reactors};
 
 /// The core of a reactor that serves any node.
 pub type ReactorCore = Core<Leaf, Image, Frontend>;
@@ -18,7 +19,7 @@ pub type ReactorCore = Core<Leaf, Image, Frontend>;
 /// A reactor thread of such a core.
 pub type NodeReactor = Reactor<Leaf, Image, Frontend>;
 
-/// How an image is served.
+/// How an image is served on reactors of its own.
 #[derive(Clone, Debug)]
 pub struct DiskOptions {
     /// Processor and idle policy of each reactor, 1 to [`crate::MOST_REACTORS`] of them. The first
@@ -29,13 +30,18 @@ pub struct DiskOptions {
 }
 
 /// The image on one of its reactors.
+#[derive(Clone, Copy)]
 pub(crate) struct Running {
-    pub(crate) reactor: NodeReactor,
+    /// Number among [`Disk::reactors`].
+    reactor: usize,
     pub(crate) image: usize,
 }
 
-/// An image that runs on reactor threads of its own. To be ended by [`Disk::close`].
+/// An image that runs on reactor threads. To be ended by [`Disk::close`].
 pub struct Disk {
+    reactors: Arc<Reactors>,
+    /// They serve nothing else.
+    alone: bool,
     pub(crate) home: Running,
     pub(crate) further: Vec<Running>,
     /// Without a close the reactors run on until the process ends, and so must what is below them:
@@ -46,61 +52,109 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Starts the reactors and the image on them. After an error nothing is left of it.
+    /// Starts reactors, and the image on them. After an error nothing is left of it.
     ///
     /// # Errors
     /// If a thread cannot run where it should, memory is short, or a device has too few queues.
     pub fn start(mut parts: Parts, options: DiskOptions, clock: Clock) -> Result<Disk, Error> {
         let name = parts.name().to_owned();
-        let (&start, starts) = options
-            .reactors
-            .split_first()
-            .ok_or_else(|| Error::node(&name, "a reactor is needed to serve it"))?;
-        parts.reserve(starts.len())?;
-        let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let time = clock.clone();
-        let reactor = Reactor::start("reactor", start, move || {
-            let mut core = ReactorCore::new(time).map_err(|e| e.to_string())?;
-            let (index, rest) = parts.attach(&mut core, options.image)?;
-            let info = core.image(index).map(|i| Layer::<Leaf>::info(i).clone());
-            // The starter waits for this.
-            let _ = send.send((index, rest, info));
-            Ok(core)
-        });
-        let reactor = reactor.map_err(|e| Error::node(&name, e))?;
-        let Ok((image, rest, Some(info))) = receive.recv() else {
-            return Err(Error::node(&name, "the reactor ended at once"));
+        parts.reserve(options.reactors.len().saturating_sub(1))?;
+        let reactors = Reactors::start(&options.reactors, clock)
+            .map_err(|e| Error::node(&name, format!("cannot be served: {e}")))?;
+        let all: Vec<usize> = (0..reactors.count()).collect();
+        let started = parts
+            .move_to(&reactors)
+            .and_then(|parts| Disk::run(parts, &reactors, &all, options.image));
+        match started {
+            Ok(mut disk) => {
+                disk.alone = true;
+                Ok(disk)
+            }
+            Err(e) => {
+                reactors.stop();
+                Err(e)
+            }
+        }
+    }
+
+    /// Has reactors that may serve others serve an image whose parts were made for them, the first of
+    /// `numbers` as its home. After an error nothing is left of it.
+    ///
+    /// # Errors
+    /// If memory is short, or a device has too few queues.
+    pub fn start_on(
+        mut parts: Parts,
+        reactors: &Arc<Reactors>,
+        numbers: &[usize],
+        image: qcow::run::Options,
+    ) -> Result<Disk, Error> {
+        parts.reserve(numbers.len().saturating_sub(1))?;
+        Disk::run(parts, reactors, numbers, image)
+    }
+
+    fn run(
+        parts: Parts,
+        reactors: &Arc<Reactors>,
+        numbers: &[usize],
+        options: qcow::run::Options,
+    ) -> Result<Disk, Error> {
+        let name = parts.name().to_owned();
+        let fail = |e: String| Error::node(&name, e);
+        let known = numbers.iter().all(|&n| n < reactors.count()) && parts.are_for(reactors);
+        let (Some((&first, others)), true) = (numbers.split_first(), known) else {
+            return Err(fail("there are no such reactors".into()));
         };
-        let (home, further) = (Running { reactor, image }, Vec::new());
-        let mut disk =
-            Disk { home, further, rest: ManuallyDrop::new(rest), info, clock: clock.clone() };
-        for (&start, number) in starts.iter().zip(2..) {
-            if let Err(e) = disk.start_further(start, number, clock.clone()) {
+        let attached = reactors.mailbox(first).ask(move |core: &mut ReactorCore| {
+            let (index, rest) = parts.attach(core, options)?;
+            let info = core.image(index).map(|i| Layer::<Leaf>::info(i).clone());
+            info.map(|info| (index, rest, info)).ok_or_else(|| "the image is not there".to_owned())
+        });
+        let (image, rest, info) = attached.unwrap_or_else(|| Err(ENDED.into())).map_err(fail)?;
+        let mut disk = Disk {
+            reactors: reactors.clone(),
+            alone: false,
+            home: Running { reactor: first, image },
+            further: Vec::new(),
+            rest: ManuallyDrop::new(rest),
+            info,
+            clock: reactors.clock().clone(),
+        };
+        for &number in others {
+            if let Err(e) = disk.start_further(number) {
                 if let Err(e) = disk.close() {
                     log::error!("{e}");
                 }
-                return Err(Error::node(&name, format!("reactor {number}: {e}")));
+                return Err(fail(format!("reactor {}: {e}", number + 1)));
             }
         }
         Ok(disk)
     }
 
-    /// Starts one more reactor.
-    fn start_further(&mut self, start: Start, number: usize, clock: Clock) -> Result<(), String> {
+    /// Has one more reactor serve it.
+    fn start_further(&mut self, number: usize) -> Result<(), String> {
         let further: Further = self.rest.further().ok_or("no queues were reserved for it")?;
-        let (home, image) = (self.home.reactor.mailbox().clone(), self.home.image);
-        let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let reactor = Reactor::start(&format!("reactor-{number}"), start, move || {
-            let mut core = ReactorCore::new(clock).map_err(|e| e.to_string())?;
-            let index = further.attach(&mut core, |away| {
-                home.ask(move |home| take_seat(home, image, away)).flatten()
-            })?;
-            let _ = send.send(index);
-            Ok(core)
-        })?;
-        let image = receive.recv().map_err(|_| "it ended at once")?;
-        self.further.push(Running { reactor, image });
+        let mailbox = self.reactors.mailbox(number);
+        // Asked for by this thread: reactors never wait for each other.
+        let away = mailbox.ask(|core| core.wake()).ok_or(ENDED)?;
+        let image = self.home.image;
+        let seat = self.home_mailbox().ask(move |home| take_seat(home, image, away)).flatten();
+        let image = mailbox
+            .ask(move |core: &mut ReactorCore| further.attach(core, |_| seat))
+            .unwrap_or_else(|| Err(ENDED.into()))?;
+        self.further.push(Running { reactor: number, image });
         Ok(())
+    }
+
+    pub(crate) fn mailbox(&self, running: &Running) -> &Mailbox<ReactorCore> {
+        self.reactors.mailbox(running.reactor)
+    }
+
+    pub(crate) fn home_mailbox(&self) -> &Mailbox<ReactorCore> {
+        self.mailbox(&self.home)
+    }
+
+    pub(crate) fn all_reactors(&self) -> &Arc<Reactors> {
+        &self.reactors
     }
 
     /// What the image is like.
@@ -110,12 +164,12 @@ impl Disk {
 
     /// The home reactor.
     pub fn reactor(&self) -> &NodeReactor {
-        &self.home.reactor
+        self.reactors.at(self.home.reactor)
     }
 
-    /// All reactors, the home reactor first.
+    /// All reactors that serve it, the home reactor first.
     pub fn reactors(&self) -> impl Iterator<Item = &NodeReactor> {
-        self.running().map(|r| &r.reactor)
+        self.running().map(|r| self.reactors.at(r.reactor))
     }
 
     fn running(&self) -> impl Iterator<Item = &Running> {
@@ -134,7 +188,7 @@ impl Disk {
 
     /// Something that makes portals to this image, for other threads to use at will.
     pub fn door(&self) -> Door {
-        let entry = |r: &Running| Entry { mailbox: r.reactor.mailbox().clone(), image: r.image };
+        let entry = |r: &Running| Entry { mailbox: self.mailbox(r).clone(), image: r.image };
         Door::new(self.running().map(entry).collect(), self.rest.name())
     }
 
@@ -147,66 +201,68 @@ impl Disk {
     }
 
     /// Closes the image in order, on the further reactors first, after all portals were dropped
-    /// (those that are not are waited for, a while), and ends the reactors.
+    /// (those that are not are waited for, a while), and ends the reactors if they are its own.
     ///
     /// # Errors
     /// If what was in memory could not be written, or a device does not shut down.
-    pub fn close(self) -> Result<(), Error> {
-        let Disk { home, further, rest, .. } = self;
-        let mut rest = ManuallyDrop::into_inner(rest);
-        let name = rest.name().to_owned();
-        let gone = || Error::node(&name, "a reactor has ended");
-        wait_for_frontends(std::iter::once(&home).chain(&further));
+    pub fn close(mut self) -> Result<(), Error> {
+        let name = self.rest.name().to_owned();
+        let gone = || Error::node(&name, ENDED);
+        self.wait_for_frontends();
         // Their queue pairs go before the devices below the home reactor.
-        while rest.further().is_some() {}
+        while self.rest.further().is_some() {}
         let mut first_error = None;
-        for running in further {
-            let Running { reactor, image } = running;
-            let ended = end_further(reactor.mailbox(), image);
-            // Portals that are still open get their answers now.
-            reactor.stop();
-            let error = match ended {
+        for running in std::mem::take(&mut self.further) {
+            let error = match self.end_further(&running) {
                 None => gone(),
                 Some(Status::Ok) => continue,
                 Some(s) => Error::node(&name, format!("closing the image: {s}")),
             };
             first_error.get_or_insert(error);
         }
-        let Running { reactor, image } = home;
-        let mailbox = reactor.mailbox().clone();
+        let (mailbox, image) = (self.home_mailbox().clone(), self.home.image);
+        let Disk { reactors, alone, rest, .. } = self;
+        let rest = ManuallyDrop::into_inner(rest);
         // Images never leave their thread: what comes next runs there too, models' threads live on.
-        let done = close_image(&mailbox, image).and_then(|()| {
-            mailbox.ask(move |core: &mut ReactorCore| {
-                let leaves = core.take_leaves();
-                match core.remove_closed_image(image) {
-                    Some((i, status)) => rest.finish(&i, status, leaves),
-                    None => Err(Error::node("image", "was not there to be closed")),
-                }
-            })
-        });
-        reactor.stop();
+        let done = close_image(&mailbox, image)
+            .and_then(|()| mailbox.ask(move |core: &mut ReactorCore| rest.finish(core, image)));
+        if alone {
+            reactors.stop();
+        }
         first_error.map_or(Ok(()), Err).and(done.unwrap_or_else(|| Err(gone())))
     }
+
+    /// Waits for the frontends to go, for a while.
+    fn wait_for_frontends(&self) {
+        let began = self.clock.now();
+        let attached = |r: &Running| {
+            let image = r.image;
+            self.mailbox(r).ask(move |core: &mut ReactorCore| core.frontends_of(image))
+        };
+        while self.running().any(|r| attached(r).is_some_and(|n| n > 0))
+            && self.clock.now().saturating_sub(began) < FRONTENDS_NS
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends the image on a further reactor, its queues first; returns how its close ended.
+    fn end_further(&self, running: &Running) -> Option<Status> {
+        let (mailbox, image) = (self.mailbox(running), running.image);
+        close_image(mailbox, image)?;
+        let places = self.rest.places.list.clone();
+        mailbox.ask(move |core: &mut ReactorCore| {
+            drop(take_leaves(core, &places));
+            core.remove_closed_image(image).map_or(Status::Gone, |(_, status)| status)
+        })
+    }
 }
+
+/// Of a reactor that does not answer.
+const ENDED: &str = "its reactor has ended";
 
 /// How long a close waits for frontends that are still attached, in nanoseconds.
 const FRONTENDS_NS: u64 = 2_000_000_000;
-
-/// Waits for the frontends to go, for a while.
-fn wait_for_frontends<'a>(running: impl Iterator<Item = &'a Running> + Clone) {
-    let look = |core: &mut ReactorCore| (core.frontend_count(), core.now());
-    let mut began = None;
-    loop {
-        let seen: Vec<(usize, u64)> =
-            running.clone().filter_map(|r| r.reactor.mailbox().ask(look)).collect();
-        let Some(&(_, now)) = seen.first() else { return };
-        let began = *began.get_or_insert(now);
-        if seen.iter().all(|s| s.0 == 0) || now.saturating_sub(began) >= FRONTENDS_NS {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 /// Closes the image and waits for that. `None` if the reactor has ended.
 fn close_image(mailbox: &Mailbox<ReactorCore>, image: usize) -> Option<()> {
@@ -222,13 +278,4 @@ fn close_image(mailbox: &Mailbox<ReactorCore>, image: usize) -> Option<()> {
         std::thread::sleep(Duration::from_micros(200));
     }
     Some(())
-}
-
-/// Ends the image on a further reactor, its queues first; returns how its close ended.
-fn end_further(mailbox: &Mailbox<ReactorCore>, image: usize) -> Option<Status> {
-    close_image(mailbox, image)?;
-    mailbox.ask(move |core: &mut ReactorCore| {
-        drop(core.take_leaves());
-        core.remove_closed_image(image).map_or(Status::Gone, |(_, status)| status)
-    })
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::{
     BlockQueue, Claims, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request,
-    RmwQueue, Status, StripeQueue, Submit,
+    RmwQueue, Status, StripeQueue, Submit, VacantQueue,
 };
 use dma::Region;
 use file::FileQueue;
@@ -26,9 +26,16 @@ pub enum Leaf {
     NvmeRmw(Box<RmwQueue<QueuePair<Transport>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
+    /// None: see [`VacantQueue`].
+    Vacant(VacantQueue),
 }
 
 impl Leaf {
+    /// What stands where there is no leaf queue.
+    pub(crate) fn vacant() -> Leaf {
+        Leaf::Vacant(VacantQueue)
+    }
+
     /// A queue pair of which `unit` is to be used. `claims`: of all queues to the device.
     ///
     /// # Errors
@@ -56,6 +63,7 @@ impl Leaf {
     ) -> Result<Leaf, String> {
         Ok(match self {
             Leaf::Mem(q) => Leaf::Mem(Box::new(q.another())),
+            Leaf::Vacant(q) => Leaf::Vacant(*q),
             Leaf::File(q) => {
                 let queue = q.leaf().another().map_err(|e| e.to_string())?;
                 Leaf::File(Box::new(q.another(queue)?))
@@ -74,7 +82,7 @@ impl Leaf {
             Leaf::Nvme(q) => Some(q.stats()),
             Leaf::NvmeRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
-            Leaf::Mem(_) | Leaf::File(_) => None,
+            Leaf::Mem(_) | Leaf::File(_) | Leaf::Vacant(_) => None,
         }
     }
 }
@@ -87,6 +95,7 @@ macro_rules! each {
             Leaf::Nvme($q) => $e,
             Leaf::NvmeRmw($q) => $e,
             Leaf::Stripe($q) => $e,
+            Leaf::Vacant($q) => $e,
         }
     };
 }

@@ -28,6 +28,7 @@ mod leaf;
 mod live;
 mod model;
 mod parts;
+mod reactors;
 mod rebase;
 mod remote;
 mod running;
@@ -52,6 +53,7 @@ pub use model::{Model, ModelController, ModelCounts, ModelStats};
 /// Counters of an NVMe queue pair.
 pub use nvme::Stats as QueueStats;
 pub use parts::{Further, MOST_REACTORS, Parts, Rest, take_seat};
+pub use reactors::Reactors;
 pub use remote::{MessageDoorbell, RemoteBar, RemoteDoorbell};
 pub use served::ServedModel;
 pub use source::Source;

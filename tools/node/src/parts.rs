@@ -2,6 +2,7 @@
 //! that while it runs.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use block::{LeafAccess, Port, RawImage, Status};
 use file::ImageLock;
@@ -11,9 +12,10 @@ use reactor::Wake;
 
 use crate::chain::file_leaf;
 use crate::device::Device;
+use crate::reactors::{Places, take_leaves};
 use crate::running::RunningChain;
 use crate::source::{Kind, Source};
-use crate::{Chain, Error, Image, Leaf, Model, ReactorCore, VhdChain};
+use crate::{Chain, Error, Image, Leaf, Model, ReactorCore, Reactors, VhdChain};
 
 /// Threads that decompress for an image.
 const WORKERS: usize = 2;
@@ -25,7 +27,9 @@ pub const MOST_REACTORS: usize = 16;
 pub struct Parts {
     // On an error dropped in this order: devices wait for their queue pairs, locks come last.
     further: Vec<Further>,
+    /// In the order of `places`.
     leaves: Vec<Leaf>,
+    places: Places,
     plan: Plan,
     /// Where the layers lie, the one that is written to first.
     ports: Vec<Port>,
@@ -66,13 +70,30 @@ impl Each {
 }
 
 impl Parts {
-    /// Takes an opened image apart.
+    /// Takes an opened image apart, for reactors that serve nothing else.
     ///
     /// # Errors
     /// If its metadata contradicts itself, or a leaf cannot be made.
-    pub fn new(mut chain: Chain) -> Result<Parts, Error> {
+    pub fn new(chain: Chain) -> Result<Parts, Error> {
+        Parts::at(chain, |count| Ok(Places::alone(count)))
+    }
+
+    /// The same for these reactors, which may serve others.
+    ///
+    /// # Errors
+    /// As [`Parts::new`], or if they serve too many.
+    pub fn on(chain: Chain, reactors: &Arc<Reactors>) -> Result<Parts, Error> {
+        Parts::at(chain, |count| reactors.places(count))
+    }
+
+    fn at(
+        mut chain: Chain,
+        places: impl FnOnce(usize) -> Result<Places, Error>,
+    ) -> Result<Parts, Error> {
         let name = chain.layers[0].name.clone();
-        let ports = ports(chain.layers.iter().flat_map(qcow::open::Layer::storages));
+        let storages = chain.layers.iter().flat_map(qcow::open::Layer::storages);
+        let places = places(leaf_count(storages.clone()))?;
+        let ports = ports(storages, places.list[0]);
         let running = RunningChain::new(&chain, &ports)?;
         let (plan, writable) = match &chain.layers[0].kind {
             LayerKind::Raw(size) => (
@@ -85,7 +106,7 @@ impl Parts {
             }
         };
         let storages = chain.layers.into_iter().flat_map(qcow::open::Layer::into_storages);
-        let mut parts = Parts::of(storages, plan, ports, writable, name)?;
+        let mut parts = Parts::of(storages, plan, places, ports, writable, name)?;
         parts.chain = running;
         parts.chain.take_locks(&mut parts.locks);
         Ok(parts)
@@ -97,15 +118,18 @@ impl Parts {
     /// If a leaf cannot be made.
     pub fn of_vhd(chain: VhdChain) -> Result<Parts, Error> {
         let name = chain.layers[0].name.clone();
-        let ports = ports(chain.layers.iter().map(|l| &l.storage));
+        let storages = chain.layers.iter().map(|l| &l.storage);
+        let places = Places::alone(leaf_count(storages.clone()));
+        let ports = ports(storages, places.list[0]);
         let plan = Each::Vhd(Box::new(vhd::run::Stack::new(&chain, &ports)));
         let storages = chain.layers.into_iter().map(|l| l.storage);
-        Parts::of(storages, Plan::Each(plan), ports, false, name)
+        Parts::of(storages, Plan::Each(plan), places, ports, false, name)
     }
 
     fn of(
         storages: impl Iterator<Item = Source>,
         plan: Plan,
+        places: Places,
         ports: Vec<Port>,
         writable: bool,
         name: String,
@@ -126,7 +150,9 @@ impl Parts {
         }
         if !files.is_empty() {
             let mut leaf = file_leaf(files).map_err(|e| Error::node(&name, e))?;
-            if let (Leaf::File(queue), Plan::Qcow(_), true) = (&mut leaf, &plan, top.leaf == 0) {
+            if let (Leaf::File(queue), Plan::Qcow(_), true) =
+                (&mut leaf, &plan, top.leaf == places.list[0])
+            {
                 // It grows, and is cut where the image ends.
                 let ahead = queue.with_leaf(|q| q.allocate_ahead(top.unit));
                 ahead.map_err(|e| Error::node(&name, e))?;
@@ -134,12 +160,23 @@ impl Parts {
             leaves.insert(0, leaf);
         }
         let (further, chain) = (Vec::new(), RunningChain::default());
-        Ok(Parts { further, leaves, plan, ports, chain, writable, devices, locks, name })
+        Ok(Parts { further, leaves, places, plan, ports, chain, writable, devices, locks, name })
     }
 
     /// The name of the image, for messages.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Takes the places that these parts were made for on reactors that serve nothing yet.
+    pub(crate) fn move_to(mut self, reactors: &Arc<Reactors>) -> Result<Parts, Error> {
+        self.places = reactors.places(self.places.list.len())?;
+        Ok(self)
+    }
+
+    /// Whether they were made for these reactors.
+    pub(crate) fn are_for(&self, reactors: &Arc<Reactors>) -> bool {
+        self.places.are_on(reactors)
     }
 
     /// Makes queues to the same devices for `count` more reactors: see [`Rest::further`].
@@ -160,7 +197,8 @@ impl Parts {
                 Plan::Each(each) => Some(each.clone()),
                 Plan::Qcow(_) => None,
             };
-            self.further.push(Further { leaves, ports: self.ports.clone(), own });
+            let (places, ports) = (self.places.list.clone(), self.ports.clone());
+            self.further.push(Further { leaves, places, ports, own });
         }
         Ok(())
     }
@@ -175,16 +213,14 @@ impl Parts {
     pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
         let top = self.ports[0];
         let leaf = self.leaves.swap_remove(usize::from(top.leaf));
-        let Parts { further, chain, writable, devices, locks, name, .. } = self;
-        (
-            leaf,
-            top.unit,
-            Rest { further, top, chain, spare: Vec::new(), writable, devices, locks, name },
-        )
+        let Parts { further, places, chain, writable, devices, locks, name, .. } = self;
+        let spare = Vec::new();
+        let rest = Rest { further, top, places, chain, spare, writable, devices, locks, name };
+        (leaf, top.unit, rest)
     }
 
     /// Puts leaves and image into a core; returns the image's index and what is needed to close.
-    /// To be called on the reactor's thread, on a core without leaves.
+    /// To be called on the reactor's thread, on a core without leaves if they are for one.
     ///
     /// # Errors
     /// If memory is short or a device cannot reach it.
@@ -194,32 +230,42 @@ impl Parts {
         options: qcow::run::Options,
     ) -> Result<(usize, Rest), String> {
         // On an error dropped in reverse.
-        let Parts { name, locks, devices, writable, chain, ports, plan, leaves, further } = self;
+        let Parts { name, locks, devices, writable, chain, ports, plan, places, leaves, further } =
+            self;
         let top = ports[0];
-        match attach_image(core, leaves, plan, top, options) {
+        match attach_image(core, leaves, &places.list, plan, top, options) {
             Ok(index) => {
                 let spare = Vec::new();
-                Ok((index, Rest { further, top, chain, spare, writable, devices, locks, name }))
+                let rest =
+                    Rest { further, top, places, chain, spare, writable, devices, locks, name };
+                Ok((index, rest))
             }
             Err(e) => {
                 drop(further);
                 // Before the devices, whose controllers wait for their queue pairs, and the locks.
-                drop(core.take_leaves());
+                drop(take_leaves(core, &places.list));
                 Err(e)
             }
         }
     }
 }
 
-/// Where each layer will lie: all files are units of the first leaf queue, if there are any.
-fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> Vec<Port> {
+/// How many leaf queues layers need.
+fn leaf_count<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> usize {
+    let hosts = storages.clone().filter(|s| matches!(s.kind, Kind::Host(_))).count();
+    storages.count() - hosts + hosts.min(1)
+}
+
+/// Where each layer will lie, its leaf queues counted from `first` on: all files are units of the
+/// first one, if there are any.
+fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone, first: u16) -> Vec<Port> {
     let hosts = storages.clone().filter(|s| matches!(s.kind, Kind::Host(_)));
-    let (mut files, mut others) = (0, u16::from(hosts.count() > 0));
+    let (mut files, mut others) = (0, first + u16::from(hosts.count() > 0));
     storages
         .map(|s| match &s.kind {
             Kind::Host(_) => {
                 files += 1;
-                Port { leaf: 0, unit: files - 1 }
+                Port { leaf: first, unit: files - 1 }
             }
             Kind::Leaf(storage, _) => {
                 others += 1;
@@ -232,13 +278,12 @@ fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> Vec<Port> {
 fn attach_image(
     core: &mut ReactorCore,
     leaves: Vec<Leaf>,
+    places: &[u16],
     plan: Plan,
     top: Port,
     options: qcow::run::Options,
 ) -> Result<usize, String> {
-    for leaf in leaves {
-        core.add_leaf(leaf)?;
-    }
+    put_leaves(core, leaves, places)?;
     let wake = core.wake();
     core.add_image(|owner, leaves| match plan {
         Plan::Qcow(stack) => {
@@ -250,9 +295,17 @@ fn attach_image(
     })
 }
 
+fn put_leaves(core: &mut ReactorCore, leaves: Vec<Leaf>, places: &[u16]) -> Result<(), String> {
+    for (leaf, &at) in leaves.into_iter().zip(places) {
+        core.put_leaf(at, leaf, Leaf::vacant)?;
+    }
+    Ok(())
+}
+
 /// What one more reactor needs to serve an image. Can be sent to its thread.
 pub struct Further {
     leaves: Vec<Leaf>,
+    places: Vec<u16>,
     ports: Vec<Port>,
     /// `None` for a satellite of the home reactor's.
     own: Option<Each>,
@@ -260,8 +313,8 @@ pub struct Further {
 
 impl Further {
     /// Puts leaves and image into a core; returns the image's index. `seat` asks the home reactor
-    /// for [`take_seat`], given what wakes this one. To be called on the reactor's thread, on a core
-    /// without leaves; dropping the core gives all back.
+    /// for [`take_seat`], given what wakes this one. To be called on the reactor's thread. After an
+    /// error nothing is left in the core.
     ///
     /// # Errors
     /// If memory is short, a device cannot reach it, or the home reactor has ended.
@@ -270,19 +323,19 @@ impl Further {
         core: &mut ReactorCore,
         seat: impl FnOnce(Wake) -> Option<Seat>,
     ) -> Result<usize, String> {
-        let Further { leaves, ports, own } = self;
-        for leaf in leaves {
-            core.add_leaf(leaf)?;
-        }
+        let Further { leaves, places, ports, own } = self;
         let wake = core.wake();
-        core.add_image(|owner, leaves| match own {
-            Some(each) => each.attach(leaves, ports[0], owner),
-            None => {
-                let seat = seat(wake).ok_or("the image's home reactor has ended")?;
-                let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
-                Ok(Image::Satellite(Box::new(image)))
-            }
-        })
+        let attached = put_leaves(core, leaves, &places).and_then(|()| {
+            core.add_image(|owner, leaves| match own {
+                Some(each) => each.attach(leaves, ports[0], owner),
+                None => {
+                    let seat = seat(wake).ok_or("the image's home reactor has ended")?;
+                    let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
+                    Ok(Image::Satellite(Box::new(image)))
+                }
+            })
+        });
+        attached.inspect_err(|_| drop(take_leaves(core, &places)))
     }
 }
 
@@ -300,6 +353,8 @@ pub struct Rest {
     // First, as its queue pairs go before their devices.
     further: Vec<Further>,
     pub(crate) top: Port,
+    /// Its leaf queues, on every reactor.
+    pub(crate) places: Places,
     pub(crate) chain: RunningChain,
     /// Leaf queues, on every reactor, whose files were let go of.
     pub(crate) spare: Vec<u16>,
@@ -325,20 +380,26 @@ impl Rest {
         self.devices.iter_mut().filter_map(Device::as_model)
     }
 
-    /// Ends everything below an image that was closed and taken out of its core: cuts the file
-    /// where the image ends, shuts controllers down, gives locks back.
+    /// Takes a closed image out of its home reactor's core and ends everything below it: cuts the
+    /// file where the image ends, shuts controllers down, gives locks back.
     ///
     /// # Errors
     /// If the image's own close failed, or a device does not shut down.
-    pub fn finish(self, image: &Image, status: Status, mut leaves: Vec<Leaf>) -> Result<(), Error> {
-        let striped = matches!(leaves.get(usize::from(self.top.leaf)), Some(Leaf::Stripe(_)));
-        let end = match image {
+    pub fn finish(self, core: &mut ReactorCore, image: usize) -> Result<(), Error> {
+        let Some((image, status)) = core.remove_closed_image(image) else {
+            return Err(Error::node(&self.name, "was not there to be closed"));
+        };
+        let mut leaves = take_leaves(core, &self.places.list);
+        let top = self.places.list.iter().position(|&at| at == self.top.leaf);
+        let top = top.and_then(|at| leaves.get_mut(at));
+        let striped = matches!(top, Some(Leaf::Stripe(_)));
+        let end = match &image {
             // The members of a stripe are not the image's own files, and keep their length.
             Image::Qcow(i) if self.writable && status.is_ok() && !striped => Some(i.end()),
             _ => None,
         };
         if let Some(end) = end
-            && let Some(leaf) = leaves.get_mut(usize::from(self.top.leaf))
+            && let Some(leaf) = top
             && end < leaf.unit_len(self.top.unit)
             && let Err(s) = leaf.set_unit_len(self.top.unit, end)
         {

@@ -206,7 +206,7 @@ impl Disk {
         f: impl FnOnce(&mut qcow::run::Image, &mut [Leaf]) -> T + Send + 'static,
     ) -> Result<T, Error> {
         let image = self.home.image;
-        let done = self.home.reactor.mailbox().ask(move |core: &mut ReactorCore| {
+        let done = self.home_mailbox().ask(move |core: &mut ReactorCore| {
             core.with_image(image, |i, leaves| match i {
                 Image::Qcow(i) => Some(f(i, leaves)),
                 _ => None,
@@ -306,7 +306,7 @@ impl Disk {
         let (news, info) = news.map_err(|e| Error::node(&name, e))?;
         for running in &self.further {
             let (news, ports, image) = (news.clone(), ports.clone(), running.image);
-            let told = running.reactor.mailbox().ask(move |core: &mut ReactorCore| {
+            let told = self.mailbox(running).ask(move |core: &mut ReactorCore| {
                 core.with_image(image, |i, leaves| match i {
                     Image::Satellite(s) => s.reseat(&news, &ports, leaves),
                     _ => Ok(()),
@@ -331,22 +331,22 @@ impl Disk {
             all.push(leaf.another(&mut std::iter::empty()).map_err(fail)?);
         }
         all.push(leaf);
-        let spare = self.rest.spare.pop();
-        // The home has the fewest: what failed half-way before is replaced where it is.
-        let count =
-            || self.home.reactor.mailbox().ask(|core: &mut ReactorCore| core.leaves().len());
-        let index = spare.or_else(|| count().and_then(|n| u16::try_from(n).ok()));
-        let index = index.ok_or_else(|| fail("has no reactor, or too many queues".into()))?;
+        let index = match self.rest.spare.pop() {
+            Some(spare) => spare,
+            None => {
+                let places = self.all_reactors().places(1)?;
+                let index = places.list[0];
+                self.rest.places.append(places);
+                index
+            }
+        };
         for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
-            let added = running.reactor.mailbox().ask(move |core: &mut ReactorCore| {
-                if usize::from(index) < core.leaves().len() {
-                    core.replace_leaf(index, leaf)
-                } else {
-                    core.add_leaf(leaf).map(|_| ())
-                }
-            });
+            let added = self
+                .mailbox(running)
+                .ask(move |core: &mut ReactorCore| core.put_leaf(index, leaf, Leaf::vacant));
             if let Err(e) = added.ok_or_else(|| "a reactor has ended".into()).and_then(|a| a) {
-                self.rest.spare.extend(spare);
+                // What stands there already is replaced by the next one.
+                self.rest.spare.push(index);
                 return Err(fail(e));
             }
         }
@@ -363,7 +363,7 @@ impl Disk {
         for layer in gone {
             let port = layer.port;
             for running in self.further.iter().chain([&self.home]) {
-                running.reactor.mailbox().post(move |core: &mut ReactorCore| {
+                self.mailbox(running).post(move |core: &mut ReactorCore| {
                     if let Some(Leaf::File(queue)) = core.leaves().get_mut(usize::from(port.leaf))
                         && let Err(e) = queue.with_leaf(|q| q.close_unit(port.unit))
                     {
