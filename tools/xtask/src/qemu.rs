@@ -30,8 +30,13 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Finds or fetches everything.
+    /// Finds or fetches everything, with Debian's small kernel for virtual machines.
     pub(crate) fn prepare() -> Result<Self> {
+        Self::with_kernel("kernel", "linux-image-cloud-amd64")
+    }
+
+    /// The same with the kernel that the package `meta` stands for, kept as `name`.
+    pub(crate) fn with_kernel(name: &str, meta: &str) -> Result<Self> {
         let (emulator, unpacked) = match tools::find("qemu-system-x86_64") {
             Some(installed) => (installed, None),
             None => {
@@ -39,7 +44,7 @@ impl Machine {
                 (root.join("usr/bin/qemu-system-x86_64"), Some(root))
             }
         };
-        let kernel = tools::unpack("kernel", || tools::behind("linux-image-cloud-amd64"))?;
+        let kernel = tools::unpack(name, || tools::behind(meta))?;
         let busybox = tools::unpack("busybox", || Ok(vec!["busybox-static".to_owned()]))?;
         let modules = ["lib/modules", "usr/lib/modules"].map(|path| kernel.join(path));
         let modules = modules.into_iter().find(|path| path.is_dir()).context("no modules")?;
@@ -160,8 +165,13 @@ impl Machine {
         name.trim_start_matches("vmlinuz-").to_owned()
     }
 
-    /// The emulator with kernel and console, to be given a machine and devices.
-    pub(crate) fn emulator(&self, initramfs: &Path, words: &str) -> Command {
+    /// The kernel as it was packaged.
+    pub(crate) fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// The emulator with a console on its standard output, to be given all else.
+    pub(crate) fn bare_emulator(&self) -> Command {
         let mut qemu = Command::new(&self.emulator);
         if let Some(root) = &self.unpacked {
             qemu.env("LD_LIBRARY_PATH", root.join("usr/lib/x86_64-linux-gnu"));
@@ -169,8 +179,21 @@ impl Machine {
                 qemu.arg("-L").arg(root.join(folder));
             }
         }
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"])
-            .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
+        qemu.args(["-accel", "tcg,thread=multi"]).args([
+            "-nodefaults",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-no-reboot",
+        ]);
+        qemu
+    }
+
+    /// The emulator with kernel and console, to be given a machine and devices.
+    pub(crate) fn emulator(&self, initramfs: &Path, words: &str) -> Command {
+        let mut qemu = self.bare_emulator();
+        qemu.args(["-cpu", "max"])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")

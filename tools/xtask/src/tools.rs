@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 13] = [
+const PACKAGES: [(&str, &str); 14] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -21,6 +21,7 @@ const PACKAGES: [(&str, &str); 13] = [
     ("qemu-nbd", "qemu-utils"),
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
+    ("resize2fs", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
     ("valgrind", "valgrind"),
     ("make", "make"),

@@ -13,16 +13,23 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, program, say};
-use crate::qemu::BOOT;
 use crate::suite::Tally;
 
 /// Programs and the shared libraries that they need, by their place in the guest.
 pub(crate) fn programs(paths: &[PathBuf]) -> Result<BTreeMap<String, Vec<u8>>> {
+    programs_from(paths, Path::new("/"))
+}
+
+/// The same for programs that were unpacked under `root` and not installed.
+pub(crate) fn programs_from(paths: &[PathBuf], root: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let folders = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|f| root.join(f));
     let mut files = BTreeMap::new();
     for path in paths {
         let name = path.file_name().context("a program without a name")?.to_string_lossy();
         files.insert(format!("bin/{name}"), fs::read(path)?);
-        for library in libraries(&cmd::ok(program("ldd", [path]).env("LC_ALL", "C"))?) {
+        let mut ldd = program("ldd", [path]);
+        ldd.env("LC_ALL", "C").env("LD_LIBRARY_PATH", std::env::join_paths(&folders)?);
+        for library in libraries(&cmd::ok(&mut ldd)?) {
             let name = library.rsplit('/').next().unwrap_or(library);
             // The loader is named by its full path in each program; the others are looked for.
             let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
@@ -38,12 +45,13 @@ fn libraries(text: &str) -> Vec<&str> {
 }
 
 /// Runs the emulator, passes commands of the guest on to it, and counts its cases. Lines of the guest
-/// are shown as they come. `console` gets all that the guest printed.
+/// are shown as they come. `console` gets all that the guest printed. It must end within `limit`.
 pub(super) fn run(
     mut qemu: Command,
     folder: &Path,
     cases: &[&str],
     console: &Path,
+    limit: Duration,
 ) -> Result<Tally> {
     let socket = std::env::temp_dir().join(format!("polldisk-{}.qmp", std::process::id()));
     let errors = folder.join("emulator.stderr");
@@ -67,7 +75,7 @@ pub(super) fn run(
         }
     });
     let mut judge = Judge::new(cases);
-    let (mut text, end) = (String::new(), now() + BOOT);
+    let (mut text, end) = (String::new(), now() + limit);
     let mut late = false;
     loop {
         match lines.recv_timeout(end.saturating_duration_since(now())) {
@@ -96,7 +104,7 @@ pub(super) fn run(
     fs::write(console, &text)?;
     let _ = fs::remove_file(&socket);
     if late {
-        say(&format!("the guest did not end within {} s", BOOT.as_secs()));
+        say(&format!("the guest did not end within {} s", limit.as_secs()));
     } else if !status.is_some_and(|s| s.success()) {
         let why = fs::read_to_string(&errors).unwrap_or_default();
         bail!(

@@ -4,6 +4,7 @@
 pub(crate) mod guest;
 mod module;
 mod vfio;
+mod xen;
 
 use anyhow::Result;
 
@@ -13,11 +14,14 @@ pub(crate) enum Lab {
     /// NVMe devices driven through VFIO, with an emulated IOMMU and without one.
     #[command(alias = "vfio")]
     Nvme(vfio::Args),
+    /// Guests of Xen whose disks a backend in dom0 serves.
+    Xen(xen::Args),
 }
 
 /// Runs one; false when a case failed.
 pub(crate) fn command(lab: &Lab) -> Result<bool> {
     match lab {
         Lab::Nvme(args) => vfio::command(args),
+        Lab::Xen(args) => xen::command(args),
     }
 }

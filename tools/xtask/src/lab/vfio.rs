@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{guest, module};
 use crate::cmd::{now, say};
-use crate::qemu::Machine;
+use crate::qemu::{BOOT, Machine};
 use crate::suite::{self, Tally};
 use crate::tools::{self, Missing};
 
@@ -173,5 +173,5 @@ fn run_boot(
     ] {
         qemu.args(["-device", device]);
     }
-    guest::run(qemu, folder, cases, &folder.join("console"))
+    guest::run(qemu, folder, cases, &folder.join("console"), BOOT)
 }

@@ -1,0 +1,119 @@
+# Backends of the Xen lab; sourced by dom0.sh. BACKEND says which: `qdisk`, QEMU's own, which the
+# toolstack starts for each guest; `polldisk`, the daemon, for which the script is the toolstack.
+# A disk is written VDEV=IMAGE (xvda=/images/a.qcow2).
+
+number() { # VDEV: its number in xenstore
+    case $1 in xvda) echo 51712 ;; xvdb) echo 51728 ;; xvdc) echo 51744 ;; esac
+}
+back() { echo /local/domain/0/backend/qdisk/$(id $1)/$(number $2); }
+front() { echo /local/domain/$(id $1)/device/vbd/$(number $2); }
+state() { xenstore-read $1/state 2>/dev/null; }
+in_state() { [ "$(state $1)" = $2 ]; }
+no_node() { ! xenstore-exists $1; }
+spec() { echo "format=qcow2,vdev=${1%%=*},access=rw,backendtype=qdisk,target=${1#*=}"; }
+
+# Makes an image: NAME SIZE
+image() { qemu-img create -q -f qcow2 -o cluster_size=64k /images/$1.qcow2 $2; }
+
+# Starts a guest and waits until it has booted: NAME TYPE VCPUS OPTIONS DISK...
+start() {
+    name=$1
+    config "$1" "$2" "$3" "$4"; shift 4
+    echo "$*" > $R/$name.disks
+    if [ $BACKEND = qdisk ]; then
+        disks=
+        for d in "$@"; do disks="$disks'$(spec $d)',"; done
+        echo "disk = [$disks]" >> $R/$name.cfg
+        xl create -q $R/$name.cfg
+        xl domid $name > $R/$name.id
+    else
+        xl create -q -p $R/$name.cfg
+        xl domid $name > $R/$name.id
+        for d in "$@"; do publish $name ${d%%=*} ${d#*=}; done
+        xl unpause $name
+    fi
+    booted $name
+}
+# What a toolstack writes for a disk: NAME VDEV IMAGE. The folders above are made first, with the
+# rights that the rest inherits; then xenstore-write sets all keys in one transaction.
+publish() {
+    b=$(back $1 $2) f=$(front $1 $2) n=$(number $2)
+    xenstore-write ${b%/*} ''
+    xenstore-chmod ${b%/*} n0 r$(id $1)
+    xenstore-write ${f%/*} ''
+    xenstore-chmod ${f%/*} n$(id $1) r0
+    xenstore-write \
+        $b/frontend $f $b/frontend-id $(id $1) $b/online 1 $b/removable 1 $b/bootable 1 $b/state 1 \
+        $b/dev $2 $b/type qdisk $b/mode w $b/device-type disk $b/sm-data '' \
+        $b/sm-data/polldisk "{\"node\":\"file:$3\",\"format\":\"qcow2\"}" \
+        $f/backend $b $f/backend-id 0 $f/state 1 $f/virtual-device $n $f/device-type disk
+}
+# As a toolstack takes a disk away: NAME VDEV
+retract() {
+    b=$(back $1 $2)
+    if xenstore-exists $b; then
+        xenstore-write $b/online 0 $b/state 5
+        within 30 in_state $b 6 || { echo "the backend of $2 stays in state $(state $b)"; return 1; }
+    fi
+    xenstore-rm $b
+    xenstore-rm $(front $1 $2) 2>/dev/null || true
+}
+
+# A disk comes to a guest that runs: NAME DISK
+plug() {
+    echo "$(cat $R/$1.disks) $2" > $R/$1.disks
+    if [ $BACKEND = qdisk ]; then xl block-attach $1 $(spec $2); else publish $1 ${2%%=*} ${2#*=}; fi
+    within 60 in_state $(front $1 ${2%%=*}) 4
+}
+# And goes: NAME VDEV
+unplug() {
+    if [ $BACKEND = qdisk ]; then xl block-detach $1 $2; else retract $1 $2; fi
+    within 30 no_node $(back $1 $2)
+}
+# Waits until nobody has the images of a guest that has ended: NAME
+release() {
+    if [ $BACKEND = qdisk ]; then
+        within 30 no_qemu $(id $1)
+    else
+        for d in $(cat $R/$1.disks); do retract $1 ${d%%=*}; done
+    fi
+}
+no_qemu() { ! ps -o args | grep -v grep | grep -q "xen-domid $1 "; }
+
+# The size that a guest sees of a disk that it uses: NAME VDEV BYTES. QEMU has no command for that
+# which xl passes on, so there the lab writes what a backend writes, within what the image has.
+resize() {
+    if [ $BACKEND = qdisk ]; then
+        b=$(back $1 $2)
+        xenstore-write $b/sectors $(($3 / 512))
+        xenstore-write $b/state 4
+    else
+        polldisk ctl --socket $R/../polldisk.sock resize $(id $1)/$(number $2) $3
+    fi
+}
+
+backend_start() {
+    [ $BACKEND = polldisk ] || return 0
+    polldisk serve --config /etc/polldisk.toml > /run/polldisk.out 2> /run/polldisk.err &
+    echo $! > /run/polldisk.pid
+    within 30 polldisk ctl list
+}
+backend_kill() {
+    kill -9 "$(cat /run/polldisk.pid)"
+    wait "$(cat /run/polldisk.pid)" || true
+}
+backend_stop() {
+    [ $BACKEND = polldisk ] || return 0
+    kill "$(cat /run/polldisk.pid)"
+    wait "$(cat /run/polldisk.pid)"
+}
+
+# After each case: nothing of it runs on.
+sweep() {
+    for d in $(xenstore-list /local/domain); do [ "$d" = 0 ] || xl destroy "$d"; done > /dev/null 2>&1
+    killall -q -9 xl xen-qemu-system-i386
+    for d in $(xenstore-list /local/domain/0/backend/qdisk 2>/dev/null); do
+        xenstore-rm /local/domain/0/backend/qdisk/$d
+    done
+    umount /mnt 2>/dev/null
+}
