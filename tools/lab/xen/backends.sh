@@ -1,6 +1,6 @@
 # Backends of the Xen lab; sourced by dom0.sh. BACKEND says which: `qdisk`, QEMU's own, which the
 # toolstack starts for each guest; `polldisk`, the daemon, for which the script is the toolstack.
-# A disk is written VDEV=IMAGE (xvda=/images/a.qcow2).
+# A disk is written VDEV=IMAGE (xvda=/images/a.qcow2, xvda=vfio:0000:00:04.0/1).
 
 number() { # VDEV: its number in xenstore
     case $1 in xvda) echo 51712 ;; xvdb) echo 51728 ;; xvdc) echo 51744 ;; esac
@@ -14,6 +14,33 @@ spec() { echo "format=qcow2,vdev=${1%%=*},access=rw,backendtype=qdisk,target=${1
 
 # Makes an image: NAME SIZE
 image() { qemu-img create -q -f qcow2 -o cluster_size=64k /images/$1.qcow2 $2; }
+
+# An image right on the NVMe device with the serial number DISK, which the case and not the kernel has
+# for as long as polldisk serves it: SIZE. Says how the image is named for `start`.
+device_image() {
+    d=$(device DISK)
+    qemu-img create -q -f qcow2 $d $1
+    if [ $BACKEND = qdisk ]; then echo $d; return; fi
+    address=$(cat /sys/class/nvme/$(basename ${d%n1})/address)
+    hand_over $address vfio-pci
+    echo vfio:$address/1
+}
+# Gives the device back to the kernel and says what it is called there: IMAGE
+device_back() {
+    if [ $BACKEND = polldisk ]; then
+        address=${1#vfio:}
+        hand_over ${address%/*} nvme
+        within 30 device DISK
+    fi
+    device DISK
+}
+hand_over() { # ADDRESS DRIVER
+    p=/sys/bus/pci/devices/$1
+    [ ! -e $p/driver ] || echo $1 > $p/driver/unbind
+    if [ $2 = nvme ]; then echo > $p/driver_override; else echo $2 > $p/driver_override; fi
+    echo $1 > /sys/bus/pci/drivers_probe
+    [ "$(basename "$(readlink $p/driver)")" = $2 ]
+}
 
 # Starts a guest and waits until it has booted: NAME TYPE VCPUS OPTIONS DISK...
 start() {
@@ -37,6 +64,7 @@ start() {
 # What a toolstack writes for a disk: NAME VDEV IMAGE. The folders above are made first, with the
 # rights that the rest inherits; then xenstore-write sets all keys in one transaction.
 publish() {
+    case $3 in /*) node=file:$3 ;; *) node=$3 ;; esac
     b=$(back $1 $2) f=$(front $1 $2) n=$(number $2)
     xenstore-write ${b%/*} ''
     xenstore-chmod ${b%/*} n0 r$(id $1)
@@ -45,7 +73,7 @@ publish() {
     xenstore-write \
         $b/frontend $f $b/frontend-id $(id $1) $b/online 1 $b/removable 1 $b/bootable 1 $b/state 1 \
         $b/dev $2 $b/type qdisk $b/mode w $b/device-type disk $b/sm-data '' \
-        $b/sm-data/polldisk "{\"node\":\"file:$3\",\"format\":\"qcow2\"}" \
+        $b/sm-data/polldisk "{\"node\":\"$node\",\"format\":\"qcow2\"}" \
         $f/backend $b $f/backend-id 0 $f/state 1 $f/virtual-device $n $f/device-type disk
 }
 # As a toolstack takes a disk away: NAME VDEV

@@ -129,6 +129,19 @@ case_two_guests() {
     judge b $B
 }
 
+# An image right on an NVMe device, with a PV and a PVH guest: TYPE
+guest_on_device() {
+    d=$(device_image 128M)
+    start a $1 1 '' "xvda=$d"
+    ask a 60 disk xvda
+    ask a 120 make xvda
+    ask a 60 check xvda
+    off a
+    judge a "$(device_back "$d")"
+}
+case_device_pv() { guest_on_device pv; }
+case_device_pvh() { guest_on_device pvh; }
+
 # The backend is killed while a guest writes, three times, and started again: the guest notices nothing.
 case_crash() {
     image a 128M

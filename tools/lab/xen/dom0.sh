@@ -26,14 +26,23 @@ same() { [ "$1" = "$2" ] || { echo "$3: $1, not $2"; return 1; }; }
 now() { cut -d' ' -f1 /proc/uptime; }
 # Runs a command until it succeeds, for so many seconds: SECONDS COMMAND...
 within() {
-    end=$(($(now | cut -d. -f1) + $1)); shift
+    read -r up _ < /proc/uptime
+    end=$((${up%.*} + $1)); shift
     until "$@" > /dev/null 2>&1; do
-        [ "$(now | cut -d. -f1)" -lt $end ] || { echo "never came true: $*"; return 1; }
-        usleep 200000
+        read -r up _ < /proc/uptime
+        [ ${up%.*} -lt $end ] || { echo "never came true: $*"; return 1; }
+        usleep 300000
     done
 }
+# The kernel's block device for the NVMe device with this serial number.
+device() {
+    for c in /sys/class/nvme/nvme*; do
+        [ "$(tr -d ' ' < $c/serial)" = $1 ] && [ -b /dev/$(basename $c)n1 ] && echo /dev/$(basename $c)n1 && return 0
+    done
+    return 1
+}
 # Every wait has its own limit; this one is for a case that hangs elsewhere.
-LIMIT=400
+LIMIT=450
 
 for m in $(cat /modules); do insmod "$m" $(cat "$m.options" 2>/dev/null) || say "FAIL insmod $m"; done
 mount -t xenfs xenfs /proc/xen
@@ -41,11 +50,8 @@ grep -q control_d /proc/xen/capabilities || say "FAIL boot: not a control domain
 xenstored -T /run/xenstore.trace --pid-file /run/xen/xenstored.pid || say "FAIL boot: xenstored"
 xen-init-dom0 > /dev/null || say "FAIL boot: xen-init-dom0"
 xenconsoled --log=all --log-dir=/var/log/xen --pid-file=/run/xen/xenconsoled.pid || say "FAIL boot: xenconsoled"
-for c in /sys/class/nvme/nvme*; do
-    [ "$(tr -d ' ' < $c/serial)" = IMAGES ] && disk=/dev/$(basename $c)n1
-done
-within 30 test -b "$disk"
-mount -t ext4 "$disk" /images || say "FAIL boot: no disk for images"
+within 30 device IMAGES
+mount -t ext4 "$(device IMAGES)" /images || say "FAIL boot: no disk for images"
 for word in $(cat /proc/cmdline); do
     case $word in
         backend=*) BACKEND=${word#backend=} ;;

@@ -45,7 +45,7 @@ fn libraries(text: &str) -> Vec<&str> {
 }
 
 /// Runs the emulator, passes commands of the guest on to it, and counts its cases. Lines of the guest
-/// are shown as they come. `console` gets all that the guest printed. It must end within `limit`.
+/// are shown as they come. `console` gets all that the guest prints, as it comes. It must end within `limit`.
 pub(super) fn run(
     mut qemu: Command,
     folder: &Path,
@@ -75,6 +75,7 @@ pub(super) fn run(
         }
     });
     let mut judge = Judge::new(cases);
+    let mut file = fs::File::create(console)?;
     let (mut text, end) = (String::new(), now() + limit);
     let mut late = false;
     loop {
@@ -82,6 +83,7 @@ pub(super) fn run(
             Ok(line) => {
                 text.push_str(&line);
                 text.push('\n');
+                writeln!(file, "{line}")?;
                 if let Some(command) = judge.line(&line) {
                     // What the guest has just let go of, the emulator may still hold for a moment.
                     let mut tries = (0..20).map(|_| {
@@ -101,7 +103,6 @@ pub(super) fn run(
     }
     let status =
         cmd::wait(&mut emulator.0, if late { Duration::ZERO } else { Duration::from_secs(10) })?;
-    fs::write(console, &text)?;
     let _ = fs::remove_file(&socket);
     if late {
         say(&format!("the guest did not end within {} s", limit.as_secs()));
