@@ -100,6 +100,29 @@ impl Region {
         unsafe { copy_bytes(from.as_ptr(), dst, from.len()) }
     }
 
+    /// Copies out of the region into memory that is no Rust object of this process, as pages that a
+    /// guest granted. Panics if the range lies outside.
+    ///
+    /// # Safety
+    /// `to` must be writable for `len` bytes, no part of this region, and never behind a reference.
+    #[inline]
+    pub unsafe fn copy_to(&self, offset: usize, to: *mut u8, len: usize) {
+        let src = self.at(offset, len);
+        // SAFETY: `at` checked the source; the caller vouches for the destination.
+        unsafe { copy_bytes(src, to, len) }
+    }
+
+    /// Copies such memory into the region. Panics if the range lies outside.
+    ///
+    /// # Safety
+    /// `from` must be readable for `len` bytes, no part of this region, and never behind a reference.
+    #[inline]
+    pub unsafe fn copy_from(&self, offset: usize, from: *const u8, len: usize) {
+        let dst = self.at(offset, len);
+        // SAFETY: `at` checked the destination; the caller vouches for the source.
+        unsafe { copy_bytes(from, dst, len) }
+    }
+
     /// Fills `[offset, offset + len)` with zeroes. Panics if the range lies outside.
     #[inline]
     pub fn zero(&self, offset: usize, len: usize) {

@@ -21,9 +21,9 @@ fn event(token: u64, path: &str) -> Option<Event> {
     Some(Event { token, path: path.into() })
 }
 
-fn readable(store: &Store) -> bool {
+fn readable(store: &Store, ms: u16) -> bool {
     let mut fds = [PollFd::new(store.event_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
+    poll(&mut fds, PollTimeout::from(ms)).unwrap() == 1
 }
 
 #[test]
@@ -202,10 +202,10 @@ fn a_refusal_that_came_of_a_mixture_is_looked_at_again() {
 fn watches() {
     let daemon = Daemon::start();
     let (a, b) = (daemon.connect(0), daemon.connect(0));
-    assert!(!readable(&a));
+    assert!(!readable(&a, 0));
     a.watch("/d", 7).unwrap();
     assert_eq!(a.next_event(SOON), Ok(event(7, "/d")), "one at once");
-    assert_eq!((a.next_event(NOW), readable(&a)), (Ok(None), false));
+    assert_eq!((a.next_event(NOW), readable(&a, 0)), (Ok(None), false));
     assert!(matches!(a.watch("/e", 7), Err(Error::Request { .. })));
     b.write("/d/x/y", "").unwrap();
     assert_eq!(a.next_event(SOON), Ok(event(7, "/d/x/y")));
@@ -218,7 +218,7 @@ fn watches() {
     })
     .unwrap();
     assert_eq!(a.next_event(SOON), Ok(event(7, "/d/p")), "and nothing of /dd");
-    assert!(readable(&a));
+    assert!(readable(&a, 10_000));
     assert_eq!(a.next_event(SOON), Ok(event(7, "/d/q")));
     // What lies above is removed.
     a.watch("/d/x/y", 8).unwrap();
@@ -334,7 +334,7 @@ fn death_of_the_daemon_is_told_to_all() {
         assert!(matches!(waiter.join().unwrap(), Err(Error::Closed(_))));
         assert!(matches!(asker.join().unwrap(), Err(Error::Closed(_))));
     });
-    assert!(readable(&store));
+    assert!(readable(&store, 0));
     assert!(matches!(store.write("/a", "x"), Err(Error::Closed(_))));
     assert!(matches!(store.transaction(|t| t.read("/a")), Err(Error::Closed(_))));
 }
