@@ -78,8 +78,8 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
             Ok(Source { kind: Kind::Leaf(storage, Vec::new()), locks: Vec::new(), id: None })
         }
         NodeSpec::File(path) => {
-            let host = HostStorage::open(path, options.writable).map_err(|e| fail(&e))?;
-            let locks = lock(&node, host.file(), options)?.into_iter().collect();
+            let mut host = HostStorage::open(path, options.writable).map_err(|e| fail(&e))?;
+            let locks = lock(&node, &mut host, options)?.into_iter().collect();
             let id = Some(file_id(&host).map_err(|e| fail(&e))?);
             Ok(Source { kind: Kind::Host(host), locks, id })
         }
@@ -156,7 +156,7 @@ pub(crate) fn open_model_file(
 ) -> Result<ModelFile, Error> {
     let fail = |e: &dyn std::fmt::Display| Error::node(node, e);
     let mut host = HostStorage::open(&spec.path, options.writable).map_err(|e| fail(&e))?;
-    let locks = lock(node, host.file(), options)?.into_iter().collect();
+    let locks = lock(node, &mut host, options)?.into_iter().collect();
     let id = file_id(&host).map_err(|e| fail(&e))?;
     let capacity = match spec.size {
         Some(size) => size,
@@ -187,14 +187,26 @@ fn model_capacity(host: &mut HostStorage, node: &str, format: Format) -> qcow::R
     Ok(len.saturating_add(data).saturating_add(tables).saturating_add(64 << 20).min(1 << 62))
 }
 
+/// Locks an opened file. Its length is as it was found under the lock: whoever had it before may
+/// have made it longer until then.
 pub(crate) fn lock(
     node: &str,
-    file: &std::fs::File,
+    host: &mut HostStorage,
     options: &OpenOptions,
 ) -> Result<Option<ImageLock>, Error> {
     if options.force_share && !options.writable {
         return Ok(None);
     }
+    let taken = wait_for_lock(node, host.file(), options)?;
+    host.measure().map_err(|e| Error::node(node, e))?;
+    Ok(taken)
+}
+
+fn wait_for_lock(
+    node: &str,
+    file: &std::fs::File,
+    options: &OpenOptions,
+) -> Result<Option<ImageLock>, Error> {
     let take =
         || if options.writable { ImageLock::exclusive(file) } else { ImageLock::shared(file) };
     let mut taken = take();
@@ -256,13 +268,13 @@ pub(crate) fn open_backing(
     let with_top = backing.role == Role::Data && backing.depth == 0;
     let writable = options.edit == Some(backing.depth)
         || with_top && (options.writable || options.edit.is_some());
-    let host = HostStorage::open(&found.path, writable).map_err(|e| refuse(e.to_string()))?;
+    let mut host = HostStorage::open(&found.path, writable).map_err(|e| refuse(e.to_string()))?;
     let id = file_id(&host).map_err(|e| refuse(e.to_string()))?;
     if id != found.id {
         return Err(refuse("was replaced while it was being opened".to_owned()));
     }
     let access = OpenOptions { writable, ..options.clone() };
-    let lock = lock(&name, host.file(), &access).map_err(|e| refuse(e.to_string()))?;
+    let lock = lock(&name, &mut host, &access).map_err(|e| refuse(e.to_string()))?;
     let locks = lock.into_iter().collect();
     let storage = Source { kind: Kind::Host(host), locks, id: Some(id) };
     Ok(Opened { storage, path: Some(found.path), name, id: Some(id) })

@@ -60,9 +60,22 @@ impl HostStorage {
         if !device && !meta.is_file() {
             return Err(io::Error::other("is neither a regular file nor a block device"));
         }
-        let len =
-            if device { io::Seek::seek(&mut &file, io::SeekFrom::End(0))? } else { meta.len() };
-        Ok(HostStorage { file, len, device, read_only, last_read: 0, written: 0..0 })
+        let mut storage =
+            HostStorage { file, len: 0, device, read_only, last_read: 0, written: 0..0 };
+        storage.measure()?;
+        Ok(storage)
+    }
+
+    /// Finds its length again, which others may have changed until it was locked.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub(crate) fn measure(&mut self) -> io::Result<()> {
+        self.len = match self.device {
+            true => io::Seek::seek(&mut &self.file, io::SeekFrom::End(0))?,
+            false => self.file.metadata()?.len(),
+        };
+        Ok(())
     }
 
     /// The file.

@@ -93,12 +93,12 @@ impl Disk {
     fn put_in_front(&mut self, path: &Path) -> Result<(), Error> {
         let name = path.display().to_string();
         let fail = |e: &dyn std::fmt::Display| Error::node(&name, e);
-        let host = HostStorage::open(path, true).map_err(|e| fail(&e))?;
+        let mut host = HostStorage::open(path, true).map_err(|e| fail(&e))?;
         let id = Some(file_id(&host).map_err(|e| fail(&e))?);
         if self.layers().iter().any(|l| l.id == id) {
             return Err(fail(&"is in the chain already"));
         }
-        let locked = lock(&name, host.file(), &OpenOptions::write(Format::Qcow2))?;
+        let locked = lock(&name, &mut host, &OpenOptions::write(Format::Qcow2))?;
         let file = host.into_file();
         let mut new = RunningLayer {
             port: Port { leaf: 0, unit: 0 },

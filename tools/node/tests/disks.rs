@@ -133,6 +133,36 @@ fn an_image_in_use_is_refused() {
     drop(open_chain(&spec, &OpenOptions::read(Format::Qcow2)).unwrap());
 }
 
+/// Whoever is waited for may write until he lets go: what a killed server has in flight ends so.
+#[test]
+fn a_length_is_that_under_the_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["base.qcow2", "top.qcow2"].map(|name| dir.path().join(name));
+    make(&paths[0], 1 << 20);
+    let mut options = CreateOptions::new(1 << 20);
+    options.backing = Some((paths[0].display().to_string(), Format::Qcow2));
+    let open = |path: &Path| {
+        std::fs::File::options().create(true).truncate(false).read(true).write(true).open(path)
+    };
+    let top = open(&paths[1]).unwrap();
+    create(&mut node::HostStorage::of(top, false).unwrap(), "test", &options).unwrap();
+    let held = paths.each_ref().map(|path| {
+        let file = open(path).unwrap();
+        (file::ImageLock::exclusive(&file).unwrap(), file)
+    });
+    let spec = NodeSpec::parse(paths[1].to_str().unwrap()).unwrap();
+    let opens = std::thread::spawn(move || open_chain(&spec, &OpenOptions::write(Format::Qcow2)));
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    for (lock, file) in held.into_iter().rev() {
+        file.set_len(5 << 20).unwrap();
+        drop((lock, file));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let chain = opens.join().unwrap().unwrap();
+    let lens = chain.layers.iter().map(|l| block::Storage::len(&l.storage));
+    assert_eq!(lens.collect::<Vec<_>>(), [5 << 20; 2]);
+}
+
 #[test]
 fn qcow2_on_stripes_lies_where_the_layout_says() {
     const CHUNK: usize = 16 << 10;
