@@ -34,6 +34,8 @@ pub struct Core<L, I, F> {
     // First, so that they are dropped, and done with all memory, before its owners.
     leaves: Vec<L>,
     images: Vec<Option<I>>,
+    /// The leaf queues that each image stands on; `None`: any.
+    places: Vec<Option<Box<[u16]>>>,
     frontends: Vec<Option<Attached<F>>>,
     /// Which frontend is looked at next for whether its other side has gone.
     look: usize,
@@ -59,6 +61,7 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         Ok(Core {
             leaves: Vec::new(),
             images: Vec::new(),
+            places: Vec::new(),
             frontends: Vec::new(),
             look: 0,
             done: Completions::new(),
@@ -109,21 +112,17 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     }
 
     /// Puts a leaf queue at an index, in the place of one that nothing is asked of any more. Where
-    /// there was none before it, `vacant` makes something that stands there.
+    /// there was none before it, `vacant` makes something that stands there. For an image that says
+    /// so by [`Core::stand_on`].
     ///
     /// # Errors
-    /// As [`Core::add_leaf`]; or if requests of the old one are in flight.
+    /// If requests of the old one are in flight.
     pub fn put_leaf(
         &mut self,
         index: u16,
-        mut leaf: L,
+        leaf: L,
         mut vacant: impl FnMut() -> L,
     ) -> Result<(), String> {
-        for f in self.frontends.iter().flatten() {
-            for region in f.frontend.regions() {
-                leaf.register(&region)?;
-            }
-        }
         while self.leaves.len() <= usize::from(index) {
             self.leaves.push(vacant());
         }
@@ -157,7 +156,30 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     ) -> Result<usize, E> {
         let index = free_place(&mut self.images);
         self.images[index] = Some(make(owner(index) | IMAGE, &mut self.leaves)?);
+        self.places.resize_with(self.images.len(), || None);
+        self.places[index] = None;
         Ok(index)
+    }
+
+    /// From now on an image asks only these of the leaf queues; its frontends' memory is made known
+    /// to them.
+    ///
+    /// # Errors
+    /// If one of them cannot reach that memory.
+    pub fn stand_on(&mut self, image: usize, leaves: &[u16]) -> Result<(), String> {
+        if let Some(place) = self.places.get_mut(image) {
+            *place = Some(leaves.into());
+        }
+        for a in self.frontends.iter().flatten().filter(|a| a.image == image) {
+            for region in a.frontend.regions() {
+                for &at in leaves {
+                    if let Some(leaf) = self.leaves.get_mut(usize::from(at)) {
+                        leaf.register(&region)?;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// An image.
@@ -192,8 +214,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         let frontend = make(owner(index), of.info())?;
         for region in frontend.regions() {
             of.register(&region);
-            for leaf in &mut self.leaves {
-                leaf.register(&region)?;
+            for (at, leaf) in self.leaves.iter_mut().enumerate() {
+                let places = self.places[image].as_ref();
+                if places.is_none_or(|p| p.iter().any(|&p| usize::from(p) == at)) {
+                    leaf.register(&region)?;
+                }
             }
         }
         self.frontends[index] = Some(Attached { frontend, image });

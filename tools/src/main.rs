@@ -15,6 +15,7 @@ mod device;
 mod image;
 mod model;
 mod nbd;
+mod serve;
 mod signals;
 
 use clap::{Parser, Subcommand};
@@ -43,6 +44,8 @@ enum Command {
     Demo(demo::Demo),
     /// Serve one image over NBD on a unix socket.
     Nbd(nbd::Nbd),
+    /// Serve the disks of Xen guests, and images that are attached.
+    Serve(serve::Serve),
     /// Change the image of a running server: snapshots, commits, streams, its size.
     Ctl(ctl::Ctl),
     /// Serve an NVMe controller model to another process, over vfio-user.
@@ -68,6 +71,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
+        Command::Serve(serve) => serve::run(&serve),
         Command::Ctl(ctl) => ctl::run(&ctl),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),

@@ -214,6 +214,17 @@ impl<E: EventChannel> Frontend<E> {
         })
     }
 
+    /// The same with another way to the backend.
+    pub fn with_events(mut self, events: E) -> Frontend<E> {
+        self.events = events;
+        self
+    }
+
+    /// The way to the backend.
+    pub fn events(&self) -> &E {
+        &self.events
+    }
+
     /// The ring's pages, for the backend.
     pub fn ring(&self) -> RegionRing {
         self.memory.clone()

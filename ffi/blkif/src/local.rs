@@ -79,13 +79,21 @@ impl GrantTable {
         self.entries.iter().map(|e| e.load(Ordering::Acquire) / MAPPING).sum()
     }
 
-    fn map(&self, gref: u32) -> Option<u32> {
+    /// The page that a reference grants, and whether it is for reading only.
+    pub fn find(&self, gref: u32) -> Option<(u32, bool)> {
+        let word = self.entry(gref)?.load(Ordering::Acquire);
+        (word & VALID != 0).then_some(((word & FRAME) as u32, word & READ_ONLY != 0))
+    }
+
+    /// The backend maps a page, if it may write to it: the page's number.
+    pub fn map(&self, gref: u32) -> Option<u32> {
         let take = |w: u64| (w & (VALID | READ_ONLY) == VALID).then_some(w + MAPPING);
         let old = self.entry(gref)?.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
         Some((old & FRAME) as u32)
     }
 
-    fn unmap(&self, gref: u32) {
+    /// The backend unmaps a page.
+    pub fn unmap(&self, gref: u32) {
         if let Some(entry) = self.entry(gref) {
             let old = entry.fetch_sub(MAPPING, Ordering::AcqRel);
             debug_assert!(old >= MAPPING);

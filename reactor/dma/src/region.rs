@@ -25,7 +25,7 @@ pub struct RegionId(u16);
 
 impl RegionId {
     /// How many regions may exist at a time.
-    pub const MAX: usize = 1024;
+    pub const MAX: usize = 4096;
 
     pub(crate) const FIRST: RegionId = RegionId(0);
 

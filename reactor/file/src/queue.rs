@@ -86,6 +86,7 @@ pub struct FileQueue {
     pub(crate) done: VecDeque<u16>,
     /// Waiting for a bounce buffer.
     waiting: VecDeque<u16>,
+    /// Made when the first request needs one: few queues ever do, and it is large.
     bounces: Option<Pool>,
     /// Slots kept for what is nobody's request: one for each file that gets its space ahead.
     pub(crate) reserved: usize,
@@ -148,11 +149,6 @@ impl FileQueue {
 
     fn add_unit(&mut self, unit: Unit) -> Result<u16, Error> {
         let at = u16::try_from(self.units.len()).map_err(|_| Error::TooMany)?;
-        if unit.direct && self.bounces.is_none() {
-            let pool = Pool::new(BOUNCES, MAX_TRANSFER)?;
-            self.kernel.register(pool.region(), false);
-            self.bounces = Some(pool);
-        }
         self.units.push(unit);
         Ok(at)
     }
@@ -271,6 +267,12 @@ impl FileQueue {
     /// Starts requests that wait for a bounce buffer, as far as there are any.
     #[cold]
     fn start_waiting(&mut self) {
+        if self.bounces.is_none() && !self.waiting.is_empty() && !self.make_bounces() {
+            for slot in self.waiting.drain(..) {
+                self.slots[usize::from(slot)].status = Status::Medium;
+                self.done.push_back(slot);
+            }
+        }
         while let Some(&slot) = self.waiting.front() {
             let Some(pool) = &mut self.bounces else { return };
             let Some(buf) = pool.take() else { return };
@@ -285,6 +287,21 @@ impl FileQueue {
             assert!(memory.resolve(&[whole], vecs), "the bounce pool is registered");
             s.bounce = Some(Bounce { buf, real });
             self.start(slot);
+        }
+    }
+
+    /// Takes memory for bounce buffers; false if there is none.
+    fn make_bounces(&mut self) -> bool {
+        match Pool::new(BOUNCES, MAX_TRANSFER) {
+            Ok(pool) => {
+                self.kernel.register(pool.region(), false);
+                self.bounces = Some(pool);
+                true
+            }
+            Err(e) => {
+                log::error!("no buffers for requests that are not aligned as a file needs it: {e}");
+                false
+            }
         }
     }
 
@@ -518,7 +535,7 @@ impl BlockQueue for FileQueue {
     fn arm(&mut self) -> HasWork {
         // One that waits for a bounce buffer can go on only after a completion, unless one is free.
         let bounce = !self.waiting.is_empty()
-            && self.bounces.as_ref().is_some_and(|pool| pool.available() > 0);
+            && self.bounces.as_ref().is_none_or(|pool| pool.available() > 0);
         if bounce || !self.done.is_empty() || self.kernel.arm() {
             HasWork::Yes
         } else {

@@ -188,7 +188,11 @@ impl Disk {
 
     /// Something that makes portals to this image, for other threads to use at will.
     pub fn door(&self) -> Door {
-        let entry = |r: &Running| Entry { mailbox: self.mailbox(r).clone(), image: r.image };
+        let entry = |r: &Running| Entry {
+            mailbox: self.mailbox(r).clone(),
+            image: r.image,
+            reactor: r.reactor,
+        };
         Door::new(self.running().map(entry).collect(), self.rest.name())
     }
 

@@ -13,6 +13,8 @@ pub(crate) struct Entry {
     pub(crate) mailbox: Mailbox<ReactorCore>,
     /// Index in its core.
     pub(crate) image: usize,
+    /// The reactor's number.
+    pub(crate) reactor: usize,
 }
 
 /// Makes portals to a running image. Clones take turns together.
@@ -48,6 +50,11 @@ impl Door {
         self.entries[0].mailbox.ask(call)
     }
 
+    /// One of its reactors: the home reactor, and then the others in turn.
+    pub(crate) fn entry(&self, number: usize) -> &Entry {
+        &self.entries[number % self.entries.len()]
+    }
+
     /// A portal for `depth` requests in flight over `regions`: to the next of the reactors, in turn.
     ///
     /// # Errors
@@ -65,7 +72,7 @@ impl Door {
     fn open_at(&self, at: usize, depth: u16, regions: Vec<Arc<Region>>) -> Result<Portal, Error> {
         let fail = |why: String| Error::node(&*self.name, why);
         let gone = || fail("the reactor has ended".to_owned());
-        let Entry { mailbox, image } = &self.entries[at];
+        let Entry { mailbox, image, .. } = &self.entries[at];
         let wake = mailbox.ask(|core| core.wake()).ok_or_else(gone)?;
         let (portal, end) = Portal::new(depth, regions, wake).map_err(|e| fail(e.to_string()))?;
         let image = *image;

@@ -7,6 +7,8 @@ use block::{Completion, HasWork, Submit};
 use dma::Region;
 use reactor::PortalFrontend;
 
+use crate::guests::GuestRing;
+
 /// A blkif ring whose frontend lives in this process.
 pub type Ring = Backend<RegionRing, LocalGrants, Signal>;
 
@@ -14,6 +16,8 @@ pub type Ring = Backend<RegionRing, LocalGrants, Signal>;
 pub enum Frontend {
     /// A guest ring in this process's memory.
     Ring(Box<Ring>),
+    /// A ring of a Xen guest.
+    Guest(Box<GuestRing>),
     /// A service thread.
     Portal(Box<PortalFrontend>),
 }
@@ -22,6 +26,7 @@ macro_rules! each {
     ($self:expr, $f:ident => $e:expr) => {
         match $self {
             Frontend::Ring($f) => $e,
+            Frontend::Guest($f) => $e,
             Frontend::Portal($f) => $e,
         }
     };

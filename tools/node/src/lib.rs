@@ -7,6 +7,7 @@
 //!   on a reactor, with [`reactor::Portal`]s to it.
 //! - [`Leaf`], [`Image`] and [`Frontend`] are the enums over which the reactor is instantiated once,
 //!   for `tools` and `bench` alike.
+//! - [`Guests`] connects rings of Xen guests to running disks.
 //! - [`Admin`] is a controller as a whole, without queues (`device …` commands).
 //!
 //! Control path throughout, but for the enums' forwarding.
@@ -21,6 +22,7 @@ mod disk;
 mod door;
 mod extents;
 mod frontend;
+mod guests;
 mod host;
 mod image;
 mod internal;
@@ -45,6 +47,7 @@ pub use disk::{Disk, DiskOptions, NodeReactor, ReactorCore};
 pub use door::Door;
 pub use extents::{Extent, ExtentSource};
 pub use frontend::{Frontend, Ring};
+pub use guests::{GuestRing, Guests, Notify, Rings};
 pub use host::HostStorage;
 pub use image::Image;
 pub use leaf::Leaf;

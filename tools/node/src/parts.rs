@@ -285,14 +285,15 @@ fn attach_image(
 ) -> Result<usize, String> {
     put_leaves(core, leaves, places)?;
     let wake = core.wake();
-    core.add_image(|owner, leaves| match plan {
+    let index = core.add_image(|owner, leaves| match plan {
         Plan::Qcow(stack) => {
             let mut image = qcow::run::Image::attach(*stack, owner, leaves, options)?;
             image.use_workers(Workers::new(WORKERS), wake);
-            Ok(Image::Qcow(Box::new(image)))
+            Ok::<_, String>(Image::Qcow(Box::new(image)))
         }
         Plan::Each(each) => each.attach(leaves, top, owner),
-    })
+    })?;
+    core.stand_on(index, places).map(|()| index)
 }
 
 fn put_leaves(core: &mut ReactorCore, leaves: Vec<Leaf>, places: &[u16]) -> Result<(), String> {
@@ -326,14 +327,15 @@ impl Further {
         let Further { leaves, places, ports, own } = self;
         let wake = core.wake();
         let attached = put_leaves(core, leaves, &places).and_then(|()| {
-            core.add_image(|owner, leaves| match own {
+            let index = core.add_image(|owner, leaves| match own {
                 Some(each) => each.attach(leaves, ports[0], owner),
                 None => {
                     let seat = seat(wake).ok_or("the image's home reactor has ended")?;
                     let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
                     Ok(Image::Satellite(Box::new(image)))
                 }
-            })
+            })?;
+            core.stand_on(index, &places).map(|()| index)
         });
         attached.inspect_err(|_| drop(take_leaves(core, &places)))
     }

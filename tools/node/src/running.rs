@@ -341,9 +341,11 @@ impl Disk {
             }
         };
         for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
-            let added = self
-                .mailbox(running)
-                .ask(move |core: &mut ReactorCore| core.put_leaf(index, leaf, Leaf::vacant));
+            let (image, places) = (running.image, self.rest.places.list.clone());
+            let added = self.mailbox(running).ask(move |core: &mut ReactorCore| {
+                core.put_leaf(index, leaf, Leaf::vacant)?;
+                core.stand_on(image, &places)
+            });
             if let Err(e) = added.ok_or_else(|| "a reactor has ended".into()).and_then(|a| a) {
                 // What stands there already is replaced by the next one.
                 self.rest.spare.push(index);

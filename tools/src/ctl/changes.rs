@@ -275,7 +275,8 @@ impl Changes {
     }
 }
 
-fn parse<T: DeserializeOwned>(params: &Value) -> Result<T, Failure> {
+/// Reads a call's parameters.
+pub(crate) fn parse<T: DeserializeOwned>(params: &Value) -> Result<T, Failure> {
     // No parameters at all are an empty object.
     let params = if params.is_null() { json!({}) } else { params.clone() };
     serde_json::from_value(params)

@@ -1,7 +1,7 @@
-//! `polldisk ctl`: asks a running server to change its image, or how far that is.
+//! `polldisk ctl`: asks a running server to change its images, or how far that is.
 
 mod changes;
-mod rpc;
+pub(crate) mod rpc;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
+use node::NodeSpec;
 use qcow::open::Format;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -17,18 +18,24 @@ use crate::image::info::snapshots;
 use crate::image::print::{Output, Progress, STDOUT, json as print_json, line, out};
 use rpc::Client;
 
-pub(crate) use changes::{Changes, Shared};
+pub(crate) use changes::{Changes, Shared, parse};
 pub(crate) use rpc::Server;
+
+/// The daemon's socket.
+pub(crate) const DAEMON: &str = "/run/polldisk/control.sock";
 
 /// Between two questions how far a job is.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Change the image of a running server: see `polldisk nbd --control`.
+/// Change the image of a running server (`polldisk nbd --control`), or those of the daemon.
 #[derive(Args)]
 pub(crate) struct Ctl {
     /// The server's control socket.
-    #[arg(short, long, value_name = "PATH")]
+    #[arg(short, long, value_name = "PATH", default_value = DAEMON)]
     socket: PathBuf,
+    /// Which of the daemon's images is meant, by its name.
+    #[arg(long, value_name = "NAME")]
+    image: Option<String>,
     #[command(flatten)]
     output: Output,
     #[command(subcommand)]
@@ -48,6 +55,29 @@ struct Pace {
 
 #[derive(Subcommand)]
 enum What {
+    /// Have the daemon open an image.
+    Attach {
+        /// Its name there, by which guests' devices and --image mean it.
+        name: String,
+        /// Where it lies.
+        node: String,
+        /// Its format.
+        #[arg(short, long, value_name = "FORMAT", value_parser = crate::args::format,
+              default_value = "qcow2")]
+        format: Format,
+        /// Do not write to it.
+        #[arg(short, long)]
+        read_only: bool,
+    },
+    /// Have the daemon close an image that no guest uses.
+    Detach {
+        /// Its name.
+        name: String,
+    },
+    /// List the daemon's images, and the guests' devices.
+    List,
+    /// Counters of the daemon's reactors and of the guests' rings.
+    Stats,
     /// List the files of the image's chain, the one that is written to first: layers 0, 1, …
     Chain,
     /// Put a new overlay in front of the image, which then stays as it is now.
@@ -141,7 +171,15 @@ fn size(text: &str) -> Result<u64, String> {
 pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
     let mut client = Client::connect(&ctl.socket)?;
     let here = |path: &PathBuf| std::path::absolute(path).context("no current directory");
-    let (method, params, pace) = match &ctl.what {
+    let (method, mut params, pace) = match &ctl.what {
+        What::Attach { name, node, format, read_only } => {
+            let node = absolute(node)?;
+            let wanted = json!({"name": name, "node": node, "format": format.name(), "read-only": read_only});
+            ("attach", wanted, None)
+        }
+        What::Detach { name } => ("detach", json!({"name": name}), None),
+        What::List => ("list", json!({}), None),
+        What::Stats => ("stats", json!({}), None),
         What::Chain => ("chain", json!({}), None),
         // The server may run in another directory.
         What::Snapshot { overlay } => ("snapshot", json!({"overlay": here(overlay)?}), None),
@@ -164,9 +202,12 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
         What::Jobs => ("jobs", json!({}), None),
         What::Cancel { job } => ("cancel", json!({"job": job}), None),
     };
+    if let Some(image) = &ctl.image {
+        params["image"] = json!(image);
+    }
     let mut result = client.call(method, params)?;
     if pace.is_some_and(|p| !p.detach) {
-        result = wait(&mut client, &result)?;
+        result = wait(&mut client, &result, ctl.image.as_deref())?;
     }
     if ctl.output.is_json() {
         print_json(&result)?;
@@ -177,11 +218,12 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
 }
 
 /// Waits for a job, with progress; returns how it ended.
-fn wait(client: &mut Client, begun: &Value) -> anyhow::Result<Value> {
+fn wait(client: &mut Client, begun: &Value, image: Option<&str>) -> anyhow::Result<Value> {
+    let which = image.map_or(json!({}), |i| json!({"image": i}));
     let id = begun["job"].as_u64().context("the server names no job")?;
     let mut progress = None;
     loop {
-        let jobs = client.call("jobs", json!({}))?;
+        let jobs = client.call("jobs", which.clone())?;
         let all = jobs.as_array().context("the server lists no jobs")?;
         let job =
             all.iter().find(|j| j["job"] == id).context("the server has forgotten the job")?;
@@ -204,7 +246,50 @@ fn wait(client: &mut Client, begun: &Value) -> anyhow::Result<Value> {
     }
 }
 
+/// The node, for a daemon that runs in another directory.
+fn absolute(node: &str) -> anyhow::Result<String> {
+    let NodeSpec::File(path) = NodeSpec::parse(node)? else { return Ok(node.to_owned()) };
+    if path.is_absolute() {
+        return Ok(node.to_owned());
+    }
+    let path = std::path::absolute(path).context("no current directory")?;
+    match path.to_str() {
+        Some(text) if !text.contains([':', '?', '%']) => Ok(text.to_owned()),
+        _ => bail!("{node}: give the whole path, as file: with percent-encoding"),
+    }
+}
+
+fn print_daemon(result: &Value) -> anyhow::Result<()> {
+    let list = |key: &str| result[key].as_array().cloned().unwrap_or_default();
+    for image in list("images") {
+        let text = |key: &str| image[key].as_str().unwrap_or("-").to_owned();
+        let size = image["virtual-size"].as_u64().unwrap_or(0);
+        let (name, state, node) = (text("name"), text("state"), text("node"));
+        let (format, user) = (text("format"), text("used-by"));
+        line(&format!("image {name} {state} {node} {format} {size} used by {user}"))?;
+    }
+    for (n, reactor) in list("reactors").iter().enumerate() {
+        let busy = reactor["busy-ns"].as_f64().unwrap_or(0.0);
+        let idle = reactor["idle-ns"].as_f64().unwrap_or(0.0);
+        let share = 100.0 * busy / (busy + idle).max(1.0);
+        let (turns, sleeps) = (&reactor["turns"], &reactor["sleeps"]);
+        line(&format!("reactor {n} turns {turns} sleeps {sleeps} busy {share:.1} %"))?;
+    }
+    for device in list("devices") {
+        let text = |key: &str| device[key].as_str().unwrap_or("-").to_owned();
+        let (state, image) = (text("state"), text("image"));
+        line(&format!("vbd {}/{} {state} image {image}", device["domid"], device["devid"]))?;
+        for (n, ring) in device["rings"].as_array().into_iter().flatten().enumerate() {
+            let number = |key: &str| ring[key].as_u64().unwrap_or(0);
+            let (reads, writes, flushes) = (number("reads"), number("writes"), number("flushes"));
+            line(&format!("  ring {n} reads {reads} writes {writes} flushes {flushes}"))?;
+        }
+    }
+    Ok(())
+}
+
 fn print(result: &Value) -> anyhow::Result<()> {
+    print_daemon(result)?;
     if let Some(layers) = result["layers"].as_array() {
         for (n, layer) in layers.iter().enumerate() {
             line(&format!("{n} {}", layer.as_str().unwrap_or_default()))?;

@@ -101,13 +101,30 @@ impl Store {
     /// # Errors
     /// As all calls; [`Error::Request`] if the token is in use.
     pub fn watch(&self, path: impl AsRef<[u8]>, token: u64) -> Result<(), Error> {
-        let path = path.as_ref();
+        self.watch_levels(path.as_ref(), token, None)
+    }
+
+    /// The same, where events name at most so many levels below the path: what changes further down
+    /// counts as a change there. So that a burst of changes in one place is one event.
+    ///
+    /// # Errors
+    /// As [`Store::watch`].
+    pub fn watch_down_to(
+        &self,
+        path: impl AsRef<[u8]>,
+        levels: usize,
+        token: u64,
+    ) -> Result<(), Error> {
+        self.watch_levels(path.as_ref(), token, Some(levels))
+    }
+
+    fn watch_levels(&self, path: &[u8], token: u64, levels: Option<usize>) -> Result<(), Error> {
         let what = || describe("watch", path);
         if let Some(why) = bad_path(path) {
             return Err(Error::Request { what: what(), why });
         }
         // Before it is sent: the first event may be quicker than the answer.
-        if !self.connection.watches(|w| w.add(token, path)) {
+        if !self.connection.watches(|w| w.add(token, path, levels)) {
             return Err(Error::Request { what: what(), why: "a watch has this token" });
         }
         let done = self.talk(kind::WATCH, 0, path, format!("{token}\0").as_bytes());

@@ -23,6 +23,8 @@ pub(crate) const KEPT: usize = 16;
 #[derive(Debug)]
 struct Watch {
     path: Vec<u8>,
+    /// So many levels below the path are told apart.
+    levels: Option<usize>,
     pending: VecDeque<Vec<u8>>,
 }
 
@@ -36,10 +38,10 @@ pub(crate) struct Watches {
 
 impl Watches {
     /// A new watch; false if there is one of this token.
-    pub(crate) fn add(&mut self, token: u64, path: &[u8]) -> bool {
+    pub(crate) fn add(&mut self, token: u64, path: &[u8], levels: Option<usize>) -> bool {
         let free = !self.by_token.contains_key(&token);
         if free {
-            let watch = Watch { path: path.to_vec(), pending: VecDeque::new() };
+            let watch = Watch { path: path.to_vec(), levels, pending: VecDeque::new() };
             self.by_token.insert(token, watch);
         }
         free
@@ -65,6 +67,7 @@ impl Watches {
         };
         let Some(token) = decimal(token) else { return false };
         let Some(watch) = self.by_token.get_mut(&token) else { return true };
+        let path = watch.levels.map_or(path, |levels| above(path, watch.path.len(), levels));
         if watch.pending.is_empty() {
             self.ready.push_back(token);
         } else if watch.pending.iter().any(|p| p == path) {
@@ -96,6 +99,13 @@ impl Watches {
     }
 }
 
+/// The path up to so many levels behind its first `base` bytes.
+fn above(path: &[u8], base: usize, levels: usize) -> &[u8] {
+    let behind = path.get(base..).unwrap_or_default();
+    let slashes = behind.iter().enumerate().filter(|(_, b)| **b == b'/');
+    slashes.map(|(at, _)| base + at).nth(levels).map_or(path, |end| &path[..end])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,7 +123,7 @@ mod tests {
     #[test]
     fn events_of_a_path_are_one_and_watches_take_turns() {
         let mut w = Watches::default();
-        assert!(w.add(1, b"/a") && w.add(2, b"/b") && !w.add(1, b"/c"));
+        assert!(w.add(1, b"/a", None) && w.add(2, b"/b", None) && !w.add(1, b"/c", None));
         for path in ["/a/x", "/a/x", "/a/y", "/a/x", "/a/z"] {
             fire(&mut w, path, 1);
         }
@@ -129,8 +139,8 @@ mod tests {
     #[test]
     fn a_flood_becomes_one_event_for_all_and_takes_no_memory() {
         let mut w = Watches::default();
-        w.add(1, b"/a");
-        w.add(2, b"/b");
+        w.add(1, b"/a", None);
+        w.add(2, b"/b", None);
         fire(&mut w, "/b/s", 2);
         for i in 0..10_000 {
             fire(&mut w, &format!("/a/{i}"), 1);
@@ -145,7 +155,7 @@ mod tests {
     #[test]
     fn events_of_watches_that_are_gone_are_left() {
         let mut w = Watches::default();
-        w.add(1, b"/a");
+        w.add(1, b"/a", None);
         fire(&mut w, "/a", 1);
         assert_eq!(w.remove(1), Some(b"/a".to_vec()));
         assert_eq!((w.remove(1), w.is_empty()), (None, true));
@@ -156,11 +166,24 @@ mod tests {
     #[test]
     fn forms() {
         let mut w = Watches::default();
-        w.add(1, b"/a");
+        w.add(1, b"/a", None);
         for garbage in [&b""[..], b"/a", b"/a\0", b"/a\x001", b"/a\0x\0", b"\0\0\0"] {
             assert!(!w.event(garbage), "{garbage:?}");
         }
         assert!(w.event(b"/a\x001\0more\0"), "old kernels put data behind");
         assert_eq!(w.take().map(|e| e.path), Some(b"/a".to_vec()));
+    }
+
+    #[test]
+    fn what_is_deep_below_is_one_place() {
+        let mut w = Watches::default();
+        w.add(1, b"/a/b", Some(2));
+        for i in 0..100 {
+            assert!(w.event(format!("/a/b/7/9/key{i}/x\x001\0").as_bytes()));
+        }
+        assert!(w.event(b"/a/b/7\x001\0"));
+        assert_eq!(w.take().unwrap().path, b"/a/b/7/9");
+        assert_eq!(w.take().unwrap().path, b"/a/b/7");
+        assert!(w.is_empty());
     }
 }

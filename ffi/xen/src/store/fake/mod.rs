@@ -31,7 +31,7 @@ const MOST_OUTPUT: usize = 1 << 20;
 #[derive(Debug)]
 struct State {
     tree: Tree,
-    clients: BTreeMap<u64, (UnixStream, Session)>,
+    clients: BTreeMap<u64, (Arc<UnixStream>, Session)>,
     next: u64,
     listener: Option<UnixListener>,
     /// State of the generator that chops, if it does.
@@ -144,26 +144,26 @@ impl Shared {
             }
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             // Copies, so that nothing is borrowed while it waits.
-            let mut copies = Vec::new();
+            let (mut streams, mut listener) = (Vec::new(), None);
             if !state.frozen {
-                for (stream, session) in state.clients.values() {
+                for (&id, (stream, session)) in &state.clients {
                     let out = !session.output.is_empty();
                     let out = if out { PollFlags::POLLOUT } else { PollFlags::empty() };
-                    let copy = stream.try_clone().expect("a test has descriptors left");
-                    copies.push((copy.into(), PollFlags::POLLIN | out));
+                    streams.push((id, stream.clone(), PollFlags::POLLIN | out));
                 }
-                if let Some(listener) = &state.listener {
-                    let copy = listener.try_clone().expect("a test has descriptors left");
-                    copies.push((std::os::fd::OwnedFd::from(copy), PollFlags::POLLIN));
-                }
+                let copy = |l: &UnixListener| l.try_clone().expect("a test has descriptors left");
+                listener = state.listener.as_ref().map(copy);
             }
             drop(state);
-            fds.extend(copies.iter().map(|(fd, flags)| PollFd::new(fd.as_fd(), *flags)));
+            fds.extend(streams.iter().map(|(_, s, flags)| PollFd::new(s.as_fd(), *flags)));
+            fds.extend(listener.iter().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)));
             let _ = poll(&mut fds, PollTimeout::NONE);
             let _ = self.wake.read();
+            let ready = streams.iter().zip(&fds[1..]).filter(|(_, fd)| fd.any() == Some(true));
+            let ready: Vec<u64> = ready.map(|((id, _, _), _)| *id).collect();
             let mut state = self.state.lock();
             if !state.frozen {
-                state.turn();
+                state.turn(&ready);
             }
         }
     }
@@ -173,7 +173,7 @@ impl State {
     fn add(&mut self, stream: UnixStream, domid: u16) {
         stream.set_nonblocking(true).expect("a socket");
         self.next += 1;
-        self.clients.insert(self.next, (stream, Session::new(domid)));
+        self.clients.insert(self.next, (Arc::new(stream), Session::new(domid)));
     }
 
     fn random(&mut self, n: u64) -> Option<u64> {
@@ -182,12 +182,11 @@ impl State {
         Some((*seed >> 33) % n)
     }
 
-    fn turn(&mut self) {
+    fn turn(&mut self, ready: &[u64]) {
         while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
             self.add(stream, 0);
         }
-        let ids: Vec<u64> = self.clients.keys().copied().collect();
-        for id in ids {
+        for &id in ready {
             if !self.serve_one(id) {
                 self.clients.remove(&id);
             }
@@ -200,7 +199,7 @@ impl State {
         let mut buffer = vec![0; piece];
         let mut fired = Vec::new();
         let Some((stream, session)) = self.clients.get_mut(&id) else { return false };
-        match stream.read(&mut buffer) {
+        match (&**stream).read(&mut buffer) {
             Ok(0) => return false,
             Ok(n) => {
                 if session.take(&buffer[..n], &mut self.tree, &mut fired).is_err() {
@@ -215,7 +214,7 @@ impl State {
         let Some((stream, session)) = self.clients.get_mut(&id) else { return false };
         while !session.output.is_empty() {
             let (first, _) = session.output.as_slices();
-            match stream.write(&first[..first.len().min(piece)]) {
+            match (&**stream).write(&first[..first.len().min(piece)]) {
                 Ok(n) => drop(session.output.drain(..n)),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => return false,

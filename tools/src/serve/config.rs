@@ -1,0 +1,144 @@
+//! The configuration file of `polldisk serve`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use node::Notify;
+use reactor::{Policy, Start};
+use serde::Deserialize;
+
+/// What the file says; everything has a default.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub(crate) struct Config {
+    /// The control socket.
+    pub(crate) control: PathBuf,
+    /// Processors to run on, a reactor on each; without any there is one, wherever it is put.
+    pub(crate) cores: Vec<usize>,
+    /// What a reactor does when idle: `poll` or `adaptive`.
+    policy: String,
+    /// Memory for an image's map, as in "128M".
+    l2_cache: String,
+    /// Folders that backing and data files must be in; any if there are none.
+    pub(crate) allow_backing: Vec<PathBuf>,
+    /// Whether guests' devices are looked for in xenstore.
+    pub(crate) xen: bool,
+    /// The kind of backend whose devices are looked at.
+    pub(crate) backend: String,
+    /// Who tells guests that there are responses: a `thread`, one that never sleeps (`spinning`), so
+    /// that reactors make no system call for it, or the reactors (`direct`).
+    notify: String,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            control: "/run/polldisk/control.sock".into(),
+            cores: Vec::new(),
+            policy: "adaptive".into(),
+            l2_cache: "128M".into(),
+            allow_backing: Vec::new(),
+            xen: true,
+            backend: "qdisk".into(),
+            notify: "thread".into(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub(crate) fn read(path: &Path) -> anyhow::Result<Config> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        Config::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Config> {
+        let mut config: Config = toml::from_str(text)?;
+        config.policy()?;
+        config.l2_cache()?;
+        config.notify()?;
+        if config.backend.is_empty() || !config.backend.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            bail!("backend: {:?} is no kind of backend, as qdisk is", config.backend);
+        }
+        let again = |&(i, c): &(usize, &usize)| config.cores[..i].contains(c);
+        if let Some((_, c)) = config.cores.iter().enumerate().find(again) {
+            bail!("cores: processor {c} is named twice");
+        }
+        if config.cores.len() > node::MOST_REACTORS {
+            bail!("cores: at most {} reactors serve together", node::MOST_REACTORS);
+        }
+        for dir in &mut config.allow_backing {
+            let found = dir.canonicalize();
+            *dir = found.with_context(|| format!("allow-backing: {}", dir.display()))?;
+        }
+        Ok(config)
+    }
+
+    fn policy(&self) -> anyhow::Result<Policy> {
+        self.policy.parse().map_err(|e| anyhow::anyhow!("policy: {e}"))
+    }
+
+    pub(crate) fn l2_cache(&self) -> anyhow::Result<u64> {
+        node::parse_size(&self.l2_cache).context("l2-cache: a size like \"128M\" is needed")
+    }
+
+    pub(crate) fn notify(&self) -> anyhow::Result<Notify> {
+        match self.notify.as_str() {
+            "thread" => Ok(Notify::Thread),
+            "spinning" => Ok(Notify::Spinning),
+            "direct" => Ok(Notify::Direct),
+            other => bail!("notify: {other:?}; there are thread, spinning and direct"),
+        }
+    }
+
+    /// How to start the reactors.
+    pub(crate) fn starts(&self) -> anyhow::Result<Vec<Start>> {
+        let policy = self.policy()?;
+        let start = |&cpu: &usize| Start { cpu: Some(cpu), policy };
+        Ok(match self.cores.is_empty() {
+            true => vec![Start { cpu: None, policy }],
+            false => self.cores.iter().map(start).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        let config = Config::parse("").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.starts().unwrap().len(), 1);
+        assert_eq!(config.l2_cache().unwrap(), 128 << 20);
+    }
+
+    #[test]
+    fn all_of_it_can_be_said() {
+        let config = Config::parse(
+            "control = '/x'\ncores = [0, 1]\npolicy = 'poll'\nl2-cache = '1G'\n\
+             allow-backing = ['/']\nxen = false\nbackend = 'vbd'\nnotify = 'direct'\n",
+        );
+        let config = config.unwrap();
+        assert_eq!((config.starts().unwrap().len(), config.xen), (2, false));
+        assert_eq!(config.notify().unwrap(), Notify::Direct);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, what) in [
+            ("polcy = 'poll'", "polcy"),
+            ("policy = 'pol'", "policy"),
+            ("l2-cache = 'much'", "l2-cache"),
+            ("notify = 'mail'", "notify"),
+            ("backend = '../x'", "backend"),
+            ("cores = [1, 1]", "cores"),
+            ("cores = 'all'", "cores"),
+            ("allow-backing = ['/no/such/folder']", "allow-backing"),
+        ] {
+            let error = format!("{:#}", Config::parse(text).unwrap_err());
+            assert!(error.contains(what), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What the daemon's control socket answers to.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use reactor::Stats;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::devices::Devices;
+use super::images::{Images, Wanted};
+use crate::ctl::rpc::{Failure, INVALID_PARAMS, Service};
+use crate::ctl::{Shared, parse};
+
+/// The service.
+pub(crate) struct Control {
+    pub(crate) images: Arc<Images>,
+    /// `None` where there is no Xen.
+    pub(crate) devices: Option<Arc<Devices>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    name: String,
+}
+
+impl Service for Control {
+    fn call(&self, method: &str, params: &Value) -> Result<Value, Failure> {
+        match method {
+            "attach" => {
+                let wanted: Wanted = parse(params)?;
+                let name = wanted.name().to_owned();
+                self.images.attach(wanted).with_context(|| name.clone())?;
+                Ok(json!({"name": name}))
+            }
+            "detach" => {
+                let named: Named = parse(params)?;
+                self.images.detach(&named.name)?;
+                Ok(json!({}))
+            }
+            "list" => Ok(json!({
+                "images": self.images.list(),
+                "devices": self.devices.as_ref().map_or(json!([]), |d| d.list()),
+            })),
+            "stats" => Ok(json!({
+                "reactors": self.images.reactors().iter().map(|r| reactor(r.stats())).collect::<Value>(),
+                "devices": self.devices.as_ref().map_or(json!([]), |d| d.list()),
+            })),
+            _ => self.of_image(method, params),
+        }
+    }
+}
+
+impl Control {
+    /// What is done to one image: its name goes with the parameters.
+    fn of_image(&self, method: &str, params: &Value) -> Result<Value, Failure> {
+        let invalid = |message: &str| Failure { code: INVALID_PARAMS, message: message.to_owned() };
+        let mut params = params.clone();
+        let name = params.as_object_mut().and_then(|p| p.remove("image"));
+        let name = name.as_ref().and_then(Value::as_str);
+        let name = name.ok_or_else(|| invalid("which image is meant (ctl --image NAME)?"))?;
+        let changes = self.images.changes(name);
+        let changes = changes.ok_or_else(|| invalid(&format!("there is no image {name:?}")))?;
+        let result = Shared(changes).call(method, &params)?;
+        if method == "resize"
+            && let Some(devices) = &self.devices
+        {
+            devices.resized(name);
+        }
+        Ok(result)
+    }
+}
+
+fn reactor(stats: &Stats) -> Value {
+    json!({
+        "turns": stats.turns.get(),
+        "idle-turns": stats.idle_turns.get(),
+        "sleeps": stats.sleeps.get(),
+        "completions": stats.completions.get(),
+        "busy-ns": stats.busy_ns.get(),
+        "idle-ns": stats.idle_ns.get(),
+        "strays": stats.strays.get(),
+    })
+}

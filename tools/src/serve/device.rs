@@ -1,0 +1,407 @@
+//! A guest's device, from the moment that the toolstack made its directory to its end. Each has a
+//! thread of its own, the only one that writes its state: so no two teardowns can race. What is to
+//! be done says [`blkif::Life`], from what stands in xenstore now; how much happened in between does
+//! not matter.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use blkif::negotiate::{Offer, agree};
+use blkif::{Action, Event, Life, State};
+use node::Rings;
+use serde_json::{Value, json};
+use xen::store::{Error as StoreError, Nodes, Store};
+
+use super::devices::Shared;
+use super::images::{Image, Wanted};
+
+/// Longest value that is looked at in the backend's directory, in bytes.
+const LONGEST: usize = 4096;
+
+/// Until something that the store refused is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Between two lines about what a guest does wrong, in nanoseconds.
+const SILENT_NS: u64 = 10_000_000_000;
+
+/// Which device: the guest and the number of its disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Id {
+    pub(crate) domid: u16,
+    pub(crate) devid: u32,
+}
+
+impl Id {
+    /// What its two watches go by: on the frontend's state, and on ours.
+    pub(crate) fn tokens(self) -> [u64; 2] {
+        [1, 2].map(|n| n << 48 | u64::from(self.domid) << 32 | u64::from(self.devid))
+    }
+
+    pub(crate) fn of_token(token: u64) -> Option<Id> {
+        (token >> 48 != 0).then_some(Id { domid: (token >> 32) as u16, devid: token as u32 })
+    }
+}
+
+impl std::fmt::Display for Id {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vbd {}/{}", self.domid, self.devid)
+    }
+}
+
+/// How others reach a device's thread.
+pub(crate) struct Bell {
+    ring: SyncSender<()>,
+    resized: AtomicBool,
+    stop: AtomicBool,
+    /// For those who ask what it does: see [`Device::tell`].
+    pub(crate) seen: reactor::sync::Mutex<Value>,
+}
+
+impl Bell {
+    pub(crate) fn new() -> (Arc<Bell>, Receiver<()>) {
+        let (ring, hear) = std::sync::mpsc::sync_channel(1);
+        let (resized, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+        let seen = reactor::sync::Mutex::new(Value::Null);
+        (Arc::new(Bell { ring, resized, stop, seen }), hear)
+    }
+
+    /// Something has changed.
+    pub(crate) fn ring(&self) {
+        // If it rings already, that will do.
+        let _ = self.ring.try_send(());
+    }
+
+    /// Its disk has another size.
+    pub(crate) fn resized(&self) {
+        self.resized.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Lets go of the guest's rings, for another daemon to take them up, and ends.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.ring();
+    }
+}
+
+/// What stands in the device's directories.
+#[derive(Default, Debug)]
+struct Seen {
+    /// Our own state; `None` if the toolstack has removed the device.
+    own: Option<u32>,
+    online: bool,
+    frontend: Option<u32>,
+}
+
+pub(crate) struct Device {
+    shared: Arc<Shared>,
+    id: Id,
+    bell: Arc<Bell>,
+    /// Our directory, and the frontend's.
+    dir: String,
+    frontend: String,
+    life: Life,
+    image: Option<Arc<Image>>,
+    offer: Option<Offer>,
+    rings: Option<Rings>,
+    /// [`Action::Remove`] was done.
+    over: bool,
+    /// Before then nothing more is logged of what the guest does wrong, in nanoseconds.
+    silent_until: u64,
+}
+
+impl Device {
+    pub(crate) fn new(shared: Arc<Shared>, id: Id, bell: Arc<Bell>) -> Device {
+        let dir = shared.dir_of(id);
+        Device {
+            shared,
+            id,
+            bell,
+            dir,
+            frontend: String::new(),
+            life: Life::new(),
+            image: None,
+            offer: None,
+            rings: None,
+            over: false,
+            silent_until: 0,
+        }
+    }
+
+    /// The thread's body.
+    pub(crate) fn run(mut self, hear: &Receiver<()>) {
+        match self.open() {
+            Ok(()) => {
+                // Where the guest is by now decides what being ready means: it may be connected to
+                // a daemon that has gone.
+                if let Err(e) = self.look() {
+                    log::warn!("{}: {e}", self.id);
+                }
+                self.event(Event::Ready);
+            }
+            Err(e) => self.report(&format!("{e:#}")),
+        }
+        while !self.over && !self.bell.stop.load(Ordering::Acquire) {
+            let again = match self.look() {
+                Ok(()) => None,
+                Err(e) => {
+                    log::warn!("{}: {e}", self.id);
+                    Some(RETRY)
+                }
+            };
+            self.tell();
+            if self.over {
+                break;
+            }
+            match again {
+                None => drop(hear.recv()),
+                Some(wait) => drop(hear.recv_timeout(wait)),
+            }
+        }
+        // What was taken from the rings is answered, and nothing of the guest is mapped any more.
+        if let Some(rings) = self.rings.take() {
+            rings.close();
+        }
+        for token in self.id.tokens() {
+            let _ = self.shared.store().unwatch(token);
+        }
+        if let Some(image) = self.image.take() {
+            self.shared.images.release(image);
+        }
+    }
+
+    fn store(&self) -> Arc<Store> {
+        self.shared.store()
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}/{key}", self.dir)
+    }
+
+    /// Opens the image, and writes what is offered.
+    fn open(&mut self) -> anyhow::Result<()> {
+        let (store, dir) = (self.store(), self.dir.clone());
+        let read = |key: &str| -> anyhow::Result<Option<Vec<u8>>> {
+            let value = store.read(format!("{dir}/{key}"))?;
+            Ok(value.filter(|v| v.len() <= LONGEST))
+        };
+        let text = |key: &str| -> anyhow::Result<String> {
+            let value = read(key)?.with_context(|| format!("{dir}/{key} is missing"))?;
+            String::from_utf8(value).with_context(|| format!("{dir}/{key} is no text"))
+        };
+        self.frontend = text("frontend")?;
+        if text("frontend-id")?.parse() != Ok(self.id.domid) {
+            bail!("{dir}/frontend-id names another domain");
+        }
+        let [theirs, ours] = self.id.tokens();
+        store.watch(format!("{}/state", self.frontend), theirs)?;
+        store.watch(format!("{dir}/state"), ours)?;
+        let user = self.id.to_string();
+        let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
+            Which::Attached(name) => self.shared.images.take(&name, &user)?,
+            Which::New(wanted) => self.shared.images.open_for(wanted, &user)?,
+        };
+        let mut offer = Offer::new(&image.info());
+        offer.read_only |= !text("mode")?.contains('w');
+        offer.max_queues =
+            offer.max_queues.min(self.shared.images.reactors().count() as u16).max(1);
+        if read("discard-enable")?.as_deref() == Some(b"0") {
+            offer.discard = None;
+        }
+        self.image = Some(image);
+        let done = store.transaction(|tx| {
+            for (key, value) in offer.transport_keys().into_iter().chain(offer.device_keys()) {
+                tx.write(self.key(key), value)?;
+            }
+            // The toolstack waits for this.
+            tx.write(self.key("hotplug-status"), "connected")
+        });
+        self.offer = Some(offer);
+        Ok(done?)
+    }
+
+    /// Looks at what stands in xenstore, and does what follows from it.
+    fn look(&mut self) -> Result<(), StoreError> {
+        let seen = self.store().transaction(|tx| {
+            let number = |path: &str| -> Result<Option<u32>, StoreError> {
+                Ok(tx.read(path)?.map(|v| decimal(&v).unwrap_or(u32::MAX)))
+            };
+            Ok::<_, StoreError>(Seen {
+                own: number(&self.key("state"))?,
+                online: number(&self.key("online"))? != Some(0),
+                frontend: number(&format!("{}/state", self.frontend))?,
+            })
+        })?;
+        if self.bell.resized.swap(false, Ordering::AcqRel) {
+            self.resized();
+        }
+        let there = seen.own.is_some();
+        self.event(Event::Online(seen.online && there));
+        if seen.own == Some(State::Closing as u32) && self.life.state() != State::Closing {
+            self.event(Event::AskedToClose);
+        }
+        self.event(Event::Frontend(seen.frontend.filter(|_| there)));
+        Ok(())
+    }
+
+    fn resized(&mut self) {
+        if let (Some(image), Some(offer)) = (&self.image, &mut self.offer) {
+            offer.sectors = Offer::new(&image.info()).sectors;
+            self.event(Event::Resized);
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.life.event(event, &mut actions);
+        for action in actions {
+            log::debug!("{}: {event:?}: {action:?}", self.id);
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Write(state) => self.write(state, state == State::Connected),
+            Action::WriteSize => self.write(self.life.state(), true),
+            Action::Connect => match self.connect() {
+                Ok(rings) => {
+                    self.rings = Some(rings);
+                    self.event(Event::Connected);
+                }
+                Err(e) => {
+                    self.report(&format!("{e:#}"));
+                    self.event(Event::ConnectFailed);
+                }
+            },
+            Action::Stop => {
+                if let Some(rings) = &self.rings {
+                    rings.stop();
+                }
+            }
+            Action::Disconnect => {
+                if let Some(rings) = self.rings.take() {
+                    rings.close();
+                }
+                self.event(Event::Disconnected);
+            }
+            Action::Report(why) => self.report(why),
+            Action::Remove => self.over = true,
+        }
+    }
+
+    fn connect(&self) -> anyhow::Result<Rings> {
+        let (Some(image), Some(offer)) = (&self.image, &self.offer) else {
+            bail!("its image is not open");
+        };
+        let agreed = self.store().transaction(|tx| {
+            let failed = RefCell::new(None);
+            let agreed = agree(offer, |key| {
+                tx.read(format!("{}/{key}", self.frontend)).unwrap_or_else(|e| {
+                    failed.borrow_mut().get_or_insert(e);
+                    None
+                })
+            });
+            match failed.into_inner() {
+                Some(e) => Err(e),
+                None => Ok(agreed),
+            }
+        })??;
+        Ok(self.shared.guests.connect(&image.door, self.id.domid, &agreed, offer)?)
+    }
+
+    /// Writes our state, with all that a frontend reads at it if `keys`.
+    fn write(&self, state: State, keys: bool) {
+        let keys = self.offer.as_ref().filter(|_| keys).map(Offer::device_keys);
+        let done = self.store().transaction(|tx| {
+            // A device that was removed does not come back.
+            if tx.read(self.key("state"))?.is_none() {
+                return Ok(());
+            }
+            for (key, value) in keys.iter().flatten() {
+                tx.write(self.key(key), value)?;
+            }
+            tx.write(self.key("state"), (state as u32).to_string())
+        });
+        if let Err::<(), StoreError>(e) = done {
+            log::warn!("{}: state {state:?} is not written: {e}", self.id);
+        }
+    }
+
+    /// Writes an error where the toolstack looks for it.
+    fn report(&mut self, why: &str) {
+        // A guest may do the same wrong thing as fast as it likes.
+        let now = self.shared.images.reactors().clock().now();
+        if now >= self.silent_until {
+            log::error!("{}: {why}", self.id);
+            self.silent_until = now + SILENT_NS;
+        }
+        let path = self.shared.error_of(&self.dir);
+        let done = self.store().transaction(|tx| {
+            if tx.read(self.key("state"))?.is_none() {
+                return Ok(());
+            }
+            tx.write(&path, why)?;
+            tx.write(self.key("hotplug-error"), why)
+        });
+        if let Err::<(), StoreError>(e) = done {
+            log::warn!("{}: the toolstack is not told: {e}", self.id);
+        }
+    }
+
+    /// For those who ask.
+    fn tell(&self) {
+        let rings: Vec<Value> = self.rings.iter().flat_map(Rings::stats).map(ring).collect();
+        *self.bell.seen.lock() = json!({
+            "domid": self.id.domid,
+            "devid": self.id.devid,
+            "image": self.image.as_ref().map(|i| &i.name),
+            "state": format!("{:?}", self.life.state()),
+            "rings": rings,
+        });
+    }
+}
+
+fn ring(stats: &blkif::Stats) -> Value {
+    json!({
+        "reads": stats.reads.get(),
+        "writes": stats.writes.get(),
+        "flushes": stats.flushes.get(),
+        "discards": stats.discards.get(),
+        "read-bytes": stats.read_bytes.get(),
+        "written-bytes": stats.written_bytes.get(),
+        "page-hits": stats.page_hits.get(),
+        "page-misses": stats.page_misses.get(),
+        "copy-calls": stats.copy_calls.get(),
+        "events": stats.events.get(),
+        "errors": stats.errors.get(),
+        "bad-requests": stats.bad_requests.get(),
+    })
+}
+
+/// Which image a device wants.
+#[derive(PartialEq, Eq, Debug)]
+enum Which {
+    /// One that `polldisk ctl attach` has opened.
+    Attached(String),
+    New(Wanted),
+}
+
+/// What `sm-data/polldisk` or `qemu-params` says: a name, or an object of JSON as `ctl attach` takes
+/// it; in `qemu-params` behind `polldisk:`, in which others' devices have something else.
+fn wanted(text: &str) -> anyhow::Result<Which> {
+    let text = text.strip_prefix(super::devices::PREFIX).unwrap_or(text);
+    if !text.starts_with('{') {
+        return Ok(Which::Attached(text.to_owned()));
+    }
+    let wanted = serde_json::from_str(text).context("what image is wanted")?;
+    Ok(Which::New(wanted))
+}
+
+fn decimal(text: &[u8]) -> Option<u32> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}

@@ -1,0 +1,105 @@
+//! `polldisk serve`: the daemon. It serves the disks of Xen guests, and images that are attached by
+//! `polldisk ctl`.
+
+mod config;
+mod control;
+mod device;
+mod devices;
+mod images;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use node::{Guests, Reactors};
+use reactor::Clock;
+use xen::store::Store;
+
+use crate::ctl::Server;
+use config::Config;
+use control::Control;
+use devices::Devices;
+use images::Images;
+
+/// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
+#[derive(Args)]
+pub(crate) struct Serve {
+    /// The configuration; without it everything has its default.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Only check the configuration.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Serves until SIGTERM or SIGINT. Guests' rings are then left as they are, drained, for the next
+/// daemon to take up.
+pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
+    let config = match &serve.config {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    if serve.check {
+        crate::image::print::line("the configuration is fine")?;
+        return Ok(0);
+    }
+    let signals = crate::signals::Signals::take()?;
+    let reactors = Reactors::start(&config.starts()?, Clock::real())?;
+    let options = qcow::run::Options { l2_cache: config.l2_cache()?, ..Default::default() };
+    let allow = config.allow_backing.clone();
+    let images = Arc::new(Images::new(reactors.clone(), options, allow));
+    let stop = signals.told();
+    let served = start(&config, &images).and_then(|(server, devices)| {
+        tell_manager("READY=1");
+        log::info!("ready");
+        let signal = stop.recv().context("cannot wait for signals");
+        tell_manager("STOPPING=1");
+        log::info!("stopping: {signal:?}");
+        server.shutdown();
+        if let Some(devices) = devices {
+            Arc::into_inner(devices).context("a call is under way")?.stop();
+        }
+        Ok(())
+    });
+    let closed = images.close_all();
+    drop(images);
+    reactors.stop();
+    served.and(closed)?;
+    Ok(0)
+}
+
+fn start(config: &Config, images: &Arc<Images>) -> anyhow::Result<(Server, Option<Arc<Devices>>)> {
+    let devices = match config.xen {
+        false => None,
+        true => {
+            let guests = Guests::open(images.reactors(), config.notify()?)?;
+            let connect = Box::new(Store::connect);
+            let started = Devices::start(connect, &config.backend, images.clone(), guests)?;
+            Some(Arc::new(started))
+        }
+    };
+    let control = Control { images: images.clone(), devices: devices.clone() };
+    if let Some(dir) = config.control.parent() {
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    }
+    Ok((Server::bind(&config.control, Box::new(control))?, devices))
+}
+
+/// Tells systemd, if that started us: sd_notify(3).
+fn tell_manager(what: &str) {
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes().strip_prefix(b"@") {
+        Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
+        None => SocketAddr::from_pathname(&name),
+    };
+    let sent = address.and_then(|to| UnixDatagram::unbound()?.send_to_addr(what.as_bytes(), &to));
+    if let Err(e) = sent {
+        log::warn!("the service manager is not told: {e}");
+    }
+}
