@@ -19,6 +19,10 @@ use xen::store::{Error as StoreError, Nodes, Store};
 use super::devices::Shared;
 use super::images::{Image, Wanted};
 
+/// In our directory, while nobody serves the rings of a guest that is connected: they were left in
+/// order, with all answered that was taken.
+const HANDED_OVER: &str = "polldisk-handed-over";
+
 /// Longest value that is looked at in the backend's directory, in bytes.
 const LONGEST: usize = 4096;
 
@@ -134,7 +138,8 @@ impl Device {
 
     /// The thread's body.
     pub(crate) fn run(mut self, hear: &Receiver<()>) {
-        match self.open() {
+        let opened = self.open().and_then(|()| self.take_over());
+        match opened {
             Ok(()) => {
                 // Where the guest is by now decides what being ready means: it may be connected to
                 // a daemon that has gone.
@@ -165,6 +170,7 @@ impl Device {
         // What was taken from the rings is answered, and nothing of the guest is mapped any more.
         if let Some(rings) = self.rings.take() {
             rings.close();
+            self.hand_over();
         }
         for token in self.id.tokens() {
             let _ = self.shared.store().unwatch(token);
@@ -203,12 +209,14 @@ impl Device {
         let user = self.id.to_string();
         let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
             Which::Attached(name) => self.shared.images.take(&name, &user)?,
-            Which::New(wanted) => self.shared.images.open_for(wanted, &user)?,
+            Which::New(wanted) => {
+                // By this, `ctl --image` means it.
+                let name = format!("{}/{}", self.id.domid, self.id.devid);
+                self.shared.images.open_for(wanted.or_named(name), &user)?
+            }
         };
         let mut offer = Offer::new(&image.info());
         offer.read_only |= !text("mode")?.contains('w');
-        offer.max_queues =
-            offer.max_queues.min(self.shared.images.reactors().count() as u16).max(1);
         if read("discard-enable")?.as_deref() == Some(b"0") {
             offer.discard = None;
         }
@@ -222,6 +230,35 @@ impl Device {
         });
         self.offer = Some(offer);
         Ok(done?)
+    }
+
+    /// A guest that is connected to somebody else's rings is taken up if they were left in order. What
+    /// a daemon that was killed had taken from them, and what it had answered and not written down,
+    /// nobody knows: to go on would lose a guest's data silently.
+    fn take_over(&self) -> anyhow::Result<()> {
+        let store = self.store();
+        let number = |path: String| -> anyhow::Result<Option<u32>> {
+            Ok(store.read(path)?.and_then(|v| decimal(&v)))
+        };
+        let connected = Some(State::Connected as u32);
+        if number(self.key("state"))? != connected
+            || number(format!("{}/state", self.frontend))? != connected
+        {
+            return Ok(());
+        }
+        if store.read(self.key(HANDED_OVER))?.is_none() {
+            bail!(
+                "the daemon that served this guest has died, and its rings cannot be taken up: the \
+                 guest has to be started again"
+            );
+        }
+        Ok(store.rm(self.key(HANDED_OVER))?)
+    }
+
+    fn hand_over(&self) {
+        if let Err(e) = self.store().write(self.key(HANDED_OVER), "1") {
+            log::warn!("{}: the next daemon will not take its rings up: {e}", self.id);
+        }
     }
 
     /// Looks at what stands in xenstore, and does what follows from it.

@@ -36,6 +36,12 @@ fn qcow2() -> String {
 }
 
 impl Wanted {
+    /// The same, with this name if it has none.
+    pub(crate) fn or_named(mut self, name: String) -> Wanted {
+        self.name.get_or_insert(name);
+        self
+    }
+
     pub(crate) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.node)
     }

@@ -336,8 +336,11 @@ fn another_daemon_takes_the_rings_up() {
     world.plug(9, "w", &node(&path));
     let mut guest = Guest::start(&world, 9, SETUP);
     guest.write(0, 1, 4096);
+    let marked = || world.read(&format!("{}/polldisk-handed-over", backend(9))).is_some();
+    assert!(!marked());
     ours.stop();
     assert_eq!(world.state(9).unwrap(), "4");
+    assert!(marked());
     // Nobody is there.
     guest.ring.write(1, 8, &[2; 4096]).unwrap();
     guest.ring.push();
@@ -346,6 +349,24 @@ fn another_daemon_takes_the_rings_up() {
     guest.expect(0, 1, 4096);
     guest.expect(8, 2, 4096);
     assert_eq!(world.state(9).unwrap(), "4");
+    assert!(!marked());
+    ours.stop();
+    // One that dies leaves no mark: the next one does not touch the rings.
+    world.toolstack.rm(format!("{}/polldisk-handed-over", backend(9))).unwrap();
+    let ours = world.serve(1, Notify::Direct);
+    let error = format!("/local/domain/0/error/backend/qdisk/9/{DEVID}/error");
+    wait("the refusal", || world.read(&error).is_some_and(|e| e.contains("has died")));
+    guest.ring.read(0, 0, 4096).unwrap();
+    guest.ring.push();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(guest.ring.reap(&mut [0; 4096]).unwrap().is_none());
+    // The guest is started again.
+    world.toolstack.rm(backend(9)).unwrap();
+    world.toolstack.rm(frontend(9)).unwrap();
+    wait("the end", || ours.call("list", json!({}))["images"].as_array().unwrap().is_empty());
+    world.plug(9, "w", &node(&path));
+    let mut guest = Guest::start(&world, 9, SETUP);
+    guest.expect(8, 2, 4096);
     ours.stop();
 }
 
