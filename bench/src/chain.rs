@@ -39,11 +39,28 @@ pub struct Report {
     pub snapshot_stall_ms: f64,
     /// The longest wait while nothing else went on, in milliseconds.
     pub undisturbed_ms: f64,
-    /// Reading all of it and writing it to another image, in MiB/s.
+    /// Reading all of it and writing it to another image, in MiB/s: the median of the rounds.
     pub copy_mib_s: f64,
-    /// A stream of it, with the guest idle, in MiB/s.
+    /// A stream of it, with the guest idle, in MiB/s: the median of the rounds.
     pub stream_mib_s: f64,
-    /// A commit of it, with the guest idle, in MiB/s.
+    /// A commit of it, with the guest idle, in MiB/s: the median of the rounds.
+    pub commit_mib_s: f64,
+    /// The rounds.
+    pub rounds: Vec<Round>,
+    /// The medians of the rounds' own shares of a plain copy's rate.
+    pub stream_share: f64,
+    /// See there.
+    pub commit_share: f64,
+}
+
+/// A plain copy, a stream and a commit, one right after the other.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Round {
+    /// As in [`Report`].
+    pub copy_mib_s: f64,
+    /// As in [`Report`].
+    pub stream_mib_s: f64,
+    /// As in [`Report`].
     pub commit_mib_s: f64,
 }
 
@@ -153,24 +170,53 @@ fn longest(took: &[(u64, u64)], from: u64, to: u64) -> f64 {
 }
 
 /// Measures with `mib` MiB of data, in files of the folder `scratch`; the image that snapshots are
-/// taken of lies on the device model.
+/// taken of lies on the device model. A device's rate changes from one second to the next, so what is
+/// compared is measured in `rounds` (at least 1) rounds.
 ///
 /// # Errors
 /// If something cannot be made, or a request fails.
-pub fn run(scratch: &Path, mib: u64) -> Result<Report, Error> {
+pub fn run(scratch: &Path, mib: u64, rounds: u64) -> Result<Report, Error> {
     let clock = Clock::real();
-    let bytes = mib << 20;
-    let path = |name: &str| scratch.join(name);
-    let text = |name: &str| path(name).display().to_string();
-    // Snapshots, under load.
-    create(&path("device"), bytes)?;
-    let mut disk = serve(&format!("model:{}", text("device")))?;
-    sweep(&disk.door(), Op::Write, bytes, &clock)?;
+    let (undisturbed_ms, snapshot_stalls_ms) = snapshots(scratch, mib << 20, &clock)?;
+    let base = scratch.join("base");
+    create(&base, mib << 20)?;
+    let disk = serve(&base.display().to_string())?;
+    sweep(&disk.door(), Op::Write, mib << 20, &clock)?;
+    disk.close()?;
+    let rounds = (0..rounds.max(1)).map(|n| round(scratch, n, mib, &clock));
+    let rounds = rounds.collect::<Result<Vec<Round>, Error>>()?;
+    let of = |f: &dyn Fn(&Round) -> f64| median(rounds.iter().map(f).collect());
+    Ok(Report {
+        mib,
+        snapshot_stall_ms: median(snapshot_stalls_ms.clone()),
+        snapshot_stalls_ms,
+        undisturbed_ms,
+        copy_mib_s: of(&|r| r.copy_mib_s),
+        stream_mib_s: of(&|r| r.stream_mib_s),
+        commit_mib_s: of(&|r| r.commit_mib_s),
+        stream_share: of(&|r| r.stream_mib_s / r.copy_mib_s),
+        commit_share: of(&|r| r.commit_mib_s / r.copy_mib_s),
+        rounds,
+    })
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+/// Takes snapshots under load: the longest wait without any, and the longest around each, in
+/// milliseconds.
+fn snapshots(scratch: &Path, bytes: u64, clock: &Clock) -> Result<(f64, Vec<f64>), Error> {
+    let device = scratch.join("device");
+    create(&device, bytes)?;
+    let mut disk = serve(&format!("model:{}", device.display()))?;
+    sweep(&disk.door(), Op::Write, bytes, clock)?;
     let stop = AtomicBool::new(false);
     let mut times = Vec::new();
     let pause = || std::thread::sleep(std::time::Duration::from_millis(200));
     let took = std::thread::scope(|scope| {
-        let (door, stop, clock) = (disk.door(), &stop, &clock);
+        let (door, stop) = (disk.door(), &stop);
         let load = scope.spawn(move || guest(&door, bytes, stop, clock));
         pause();
         times.push((clock.now(), 0));
@@ -179,7 +225,7 @@ pub fn run(scratch: &Path, mib: u64) -> Result<Report, Error> {
         let mut done = Ok(());
         for n in 0..SNAPSHOTS {
             let began = clock.now();
-            done = done.and_then(|()| disk.snapshot(&path(&format!("snapshot{n}"))));
+            done = done.and_then(|()| disk.snapshot(&scratch.join(format!("snapshot{n}"))));
             times.push((began, clock.now()));
             pause();
         }
@@ -190,22 +236,26 @@ pub fn run(scratch: &Path, mib: u64) -> Result<Report, Error> {
     })?;
     disk.close()?;
     let waits: Vec<f64> = times.iter().map(|t| longest(&took, t.0, t.1)).collect();
-    let mut stalls = waits[1..].to_vec();
-    stalls.sort_by(f64::total_cmp);
-    // Copy, stream and commit, idle, all on files.
-    create(&path("base"), bytes)?;
-    create(&path("copy"), bytes)?;
-    let mut disk = serve(&text("base"))?;
-    sweep(&disk.door(), Op::Write, bytes, &clock)?;
-    let read = sweep(&disk.door(), Op::Read, bytes, &clock)?;
-    let other = serve(&text("copy"))?;
-    let write = sweep(&other.door(), Op::Write, bytes, &clock)?;
-    other.close()?;
+    Ok((waits[0], waits[1..].to_vec()))
+}
+
+/// Copies, streams and commits what lies in `base`, with the guest idle, all on files. They stay: what
+/// it takes to remove them would fall into the next round.
+fn round(scratch: &Path, n: u64, mib: u64, clock: &Clock) -> Result<Round, Error> {
+    let bytes = mib << 20;
+    let path = |name: &str| scratch.join(format!("{name}{n}"));
+    let text = |name: &str| path(name).display().to_string();
     let rate = |ns: u64| (mib as f64) * 1e9 / ns.max(1) as f64;
     let timed = |disk: &mut Disk, f: &dyn Fn(&mut Disk) -> Result<(), node::Error>| {
         let began = clock.now();
         f(disk).map(|()| clock.now() - began)
     };
+    create(&path("copy"), bytes)?;
+    let mut disk = serve(&scratch.join("base").display().to_string())?;
+    let read = sweep(&disk.door(), Op::Read, bytes, clock)?;
+    let other = serve(&text("copy"))?;
+    let write = sweep(&other.door(), Op::Write, bytes, clock)?;
+    other.close()?;
     disk.snapshot(&path("upper"))?;
     let stream = timed(&mut disk, &|d| d.stream(None, &mut Freely))?;
     // Now all lies in the top: under a new one it is committed into an empty image below.
@@ -214,18 +264,14 @@ pub fn run(scratch: &Path, mib: u64) -> Result<Report, Error> {
     let file = std::fs::File::options().read(true).write(true).open(path("upper"));
     let file = file.map_err(Error::other)?;
     let mut upper = HostStorage::of(file, false).map_err(Error::other)?;
-    let backing = Some((text("lowest"), Format::Qcow2));
-    let backing = backing.as_ref().map(|(name, format)| (name.as_str(), *format));
-    qcow::edit::set_backing(&mut upper, "upper", backing).map_err(node::Error::from)?;
+    let lowest = text("lowest");
+    qcow::edit::set_backing(&mut upper, "upper", Some((&lowest, Format::Qcow2)))
+        .map_err(node::Error::from)?;
     let mut disk = serve(&text("upper"))?;
     disk.snapshot(&path("top"))?;
     let commit = timed(&mut disk, &|d| d.commit(1, &mut Freely))?;
     disk.close()?;
-    Ok(Report {
-        mib,
-        snapshot_stall_ms: stalls[stalls.len() / 2],
-        snapshot_stalls_ms: waits[1..].to_vec(),
-        undisturbed_ms: waits[0],
+    Ok(Round {
         copy_mib_s: rate(read + write),
         stream_mib_s: rate(stream),
         commit_mib_s: rate(commit),

@@ -10,8 +10,11 @@ use super::tx::{Tx, run};
 use crate::open::LayerKind;
 use crate::{ChainReader, Error, Result, Source};
 
-/// Bytes read at a time.
+/// Bytes read and written at a time.
 pub(super) const PIECE: u64 = 1 << 20;
+/// How far tables are looked through for where a run ends. Some pieces far, since what lies behind the
+/// next piece is looked at again after it.
+pub(super) const LOOK: u64 = 16 << 20;
 /// Bytes that go to new clusters before they are made part of the image: what a cut can cost.
 pub(super) const STEP: u64 = 256 << 20;
 
@@ -104,21 +107,31 @@ pub(super) fn refuse_snapshots<S>(layer: &crate::open::Layer<S>) -> Result<()> {
     }
 }
 
-/// The next range from `at` on that layers above `depth` have something for.
+/// The next range from `at` on that layers above `depth` have something for, and whether it is
+/// zeroes: as many bytes as are handled at a time, or more, if it does not end before.
 fn next_above<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
     mut at: u64,
 ) -> Result<Option<(u64, u64, bool)>> {
-    while let Some(span) = reader.span(at, u64::MAX)? {
-        if span.depth < depth {
-            // An unallocated range ends here, too, where a layer above is shorter.
-            let zero = matches!(span.source, Source::Unallocated | Source::Zero(_));
-            return Ok(Some((at, span.len, zero)));
+    let mut found = None;
+    while let Some(span) = reader.span(at, LOOK)? {
+        // An unallocated range ends here, too, where a layer above is shorter.
+        let zero = matches!(span.source, Source::Unallocated | Source::Zero(_));
+        let above = span.depth < depth;
+        match &mut found {
+            None if above => found = Some((at, span.len, zero)),
+            None => {}
+            Some((_, len, was)) if above && *was == zero => *len += span.len,
+            Some(_) => break,
         }
         at += span.len;
+        let most = if zero { STEP } else { PIECE };
+        if found.is_some_and(|(_, len, _)| len >= most) {
+            break;
+        }
     }
-    Ok(None)
+    Ok(found)
 }
 
 fn into_raw<S: Storage>(

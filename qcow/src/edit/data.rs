@@ -28,15 +28,38 @@ impl Tx {
         bytes: &[u8],
         in_place: bool,
     ) -> Result<()> {
+        match self.map_units(files, guest, bytes, in_place)? {
+            Some(host) => self.write_data(files, host, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes to where guest data lie.
+    fn write_data(&self, files: &mut Files<'_>, host: u64, bytes: &[u8]) -> Result<()> {
+        match &mut files.data {
+            Some(data) => data.write_at(host, bytes).map_err(self.io("data file")),
+            None => files.image.write_at(host, bytes).map_err(self.io("data cluster")),
+        }
+    }
+
+    /// As [`Tx::write_units`], but returns where the bytes must be written, if they are not there yet:
+    /// before the transaction's flush.
+    fn map_units(
+        &mut self,
+        files: &mut Files<'_>,
+        guest: u64,
+        bytes: &[u8],
+        in_place: bool,
+    ) -> Result<Option<u64>> {
         let g = self.geometry();
         let (start, inside) = (g.cluster_start(guest), g.in_cluster(guest));
         let mask = mask(&g, guest, bytes.len() as u64);
         let old = self.entry(files.image, start)?;
         let (mut alloc, zero) = old.bits();
-        if let Some(data) = &mut files.data {
-            data.write_at(guest, bytes).map_err(self.io("data file"))?;
+        if files.data.is_some() {
             let new = L2Entry::parts(Some((start, true)), alloc | mask, zero & !mask);
-            return self.set_entry(files.image, start, new);
+            self.set_entry(files.image, start, new)?;
+            return Ok(Some(guest));
         }
         let st = &mut *files.image;
         let host = match old.host_cluster() {
@@ -51,24 +74,26 @@ impl Tx {
         if let Some(host) = host {
             self.inside(st, "data cluster", host, 1)?;
             self.counts.check_data(g.cluster(host))?;
-            st.write_at(host + inside, bytes).map_err(self.io("data cluster"))?;
             let new = L2Entry::parts(Some((host, true)), alloc | mask, zero & !mask);
-            return if new == old { Ok(()) } else { self.set_entry(st, start, new) };
+            if new != old {
+                self.set_entry(st, start, new)?;
+            }
+            return Ok(Some(host + inside));
         }
         let host = self.take(st, g.cluster_size())?;
         if matches!(old, L2Entry::Compressed { .. }) {
             alloc = u32::MAX;
         }
-        if alloc & !mask == 0 {
-            st.write_at(host + inside, bytes).map_err(self.io("data cluster"))?;
-        } else {
+        let alone = alloc & !mask == 0;
+        if !alone {
             let mut whole = vec![0; g.cluster_size() as usize];
             self.read_entry(files, old, &mut whole)?;
             whole[inside as usize..inside as usize + bytes.len()].copy_from_slice(bytes);
-            files.image.write_at(host, &whole).map_err(self.io("data cluster"))?;
+            self.write_data(files, host, &whole)?;
         }
         let new = L2Entry::parts(Some((host, true)), alloc | mask, zero & !mask);
-        self.set_entry(files.image, start, new)
+        self.set_entry(files.image, start, new)?;
+        Ok(alone.then_some(host + inside))
     }
 
     /// Makes guest units, whole ones of one cluster, read as zeroes. `hidden`: without an entry they
@@ -105,8 +130,8 @@ impl Tx {
     }
 
     /// Gives guest clusters (a range of whole units) new contents: what is zeroes in it takes no
-    /// space. Returns the bytes written and the bytes that became zeroes. See [`Tx::write_units`] and
-    /// [`Tx::zero_units`].
+    /// space, and what comes to lie side by side is written at once. Returns the bytes written and the
+    /// bytes that became zeroes. See [`Tx::write_units`] and [`Tx::zero_units`].
     pub(super) fn put(
         &mut self,
         files: &mut Files<'_>,
@@ -119,6 +144,8 @@ impl Tx {
         let unit = g.unit_size() as usize;
         let is_zero = |at: usize| bytes[at..at + unit].iter().all(|&b| b == 0);
         let (mut written, mut zeroed) = (0, 0);
+        // Where what lies before `at` must be written, and where in `bytes` that begins.
+        let mut pending: Option<(u64, usize)> = None;
         let mut at = 0;
         while at < bytes.len() {
             let here = guest + at as u64;
@@ -130,14 +157,25 @@ impl Tx {
                 to += unit;
             }
             let len = (to - at) as u64;
+            let host =
+                if zero { None } else { self.map_units(files, here, &bytes[at..to], in_place)? };
+            if let Some((began, from)) = pending
+                && host != Some(began + (at - from) as u64)
+            {
+                self.write_data(files, began, &bytes[from..at])?;
+                pending = None;
+            }
             if zero {
                 self.zero_units(files, here, len, hidden)?;
                 zeroed += len;
             } else {
-                self.write_units(files, here, &bytes[at..to], in_place)?;
+                pending = pending.or(host.map(|host| (host, at)));
                 written += len;
             }
             at = to;
+        }
+        if let Some((began, from)) = pending {
+            self.write_data(files, began, &bytes[from..])?;
         }
         Ok((written, zeroed))
     }

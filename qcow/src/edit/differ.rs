@@ -3,7 +3,7 @@
 
 use block::Storage;
 
-use super::commit::{PIECE, Watch};
+use super::commit::{LOOK, PIECE, Watch};
 use crate::reader::Span;
 use crate::{ChainReader, Result, Source};
 
@@ -54,9 +54,10 @@ pub fn differing<S: Storage>(
     let mut at = 0;
     while at < size {
         // What may be long is zeroes; the rest is read in pieces that end with clusters.
-        let x = old.span(at, size - at)?;
-        let y = new.as_deref_mut().map(|n| n.span(at, size - at)).transpose()?.flatten();
-        let len = [&x, &y].into_iter().flatten().map(|s| s.len).min().unwrap_or(size - at);
+        let most = LOOK.min(size - at);
+        let x = old.span(at, most)?;
+        let y = new.as_deref_mut().map(|n| n.span(at, most)).transpose()?.flatten();
+        let len = [&x, &y].into_iter().flatten().map(|s| s.len).min().unwrap_or(most);
         if zero(&x) && zero(&y) {
             at += len;
             watch.at(at)?;

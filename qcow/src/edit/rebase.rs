@@ -5,7 +5,7 @@
 
 use block::Storage;
 
-use super::commit::{PIECE, STEP, Watch, checkpoint, refuse_snapshots};
+use super::commit::{LOOK, PIECE, STEP, Watch, checkpoint, refuse_snapshots};
 use super::header::set_backing;
 use super::tx::Tx;
 use crate::open::{Format, LayerKind};
@@ -78,7 +78,7 @@ fn copy<S: Storage>(
     let (mut at, mut since) = (0, 0);
     let (mut old, mut new) = (Vec::new(), Vec::new());
     while at < size {
-        let (run, source) = reader.top_run(at, size - at)?;
+        let (run, source) = reader.top_run(at, LOOK.min(size - at))?;
         let same = if source == Source::Unallocated {
             alike(reader, to.as_deref_mut(), at, run)?
         } else {

@@ -1,5 +1,6 @@
 //! Committing and rebasing, and options of an image.
 
+use qcow::build::Builder;
 use qcow::edit::{self, Amend, NewBacking};
 use qcow::open::Format;
 
@@ -75,6 +76,56 @@ fn a_commit_changes_nothing_that_shows() {
             }
         }
     }
+}
+
+/// What lies side by side is read and written a MiB at a time.
+#[test]
+fn a_commit_and_a_rebase_of_much_take_few_reads_and_writes() {
+    const MIB: usize = 40;
+    // What tables, counts and the header take.
+    const MORE: usize = 24;
+    let kind = Kind { cluster: 65536, bits: 16, version: 3 };
+    let size = (MIB as u64) << 20;
+    let raw = vec![9; size as usize];
+    let made = |backing: &str, first: usize, step: usize| {
+        let mut o = kind.options(size);
+        let format = if backing == "/2" { Format::Raw } else { Format::Qcow2 };
+        o.backing = Some((backing.into(), format));
+        let disk = Disk::new(Vec::new());
+        let mut storage = disk.clone();
+        let mut builder = Builder::new(&mut storage, "made", &o).unwrap();
+        for cluster in (first..size as usize >> 16).step_by(step) {
+            builder.data((cluster as u64) << 16, &vec![cluster as u8 | 1; 65536]).unwrap();
+        }
+        builder.finish().unwrap();
+        disk.bytes()
+    };
+    let none = usize::MAX;
+    // Clusters that lie as the guest sees them, and with the odd ones behind the even ones.
+    let mixed = Disk::several(&[made("/1", 1, 2), made("/2", 0, 2), raw.clone()]);
+    edit::commit(&mut open(&mixed), 1, false, &mut |_| {}).unwrap();
+    for (upper, most) in
+        [(made("/1", 0, 1), MIB + MORE), (mixed[1].bytes(), size as usize / 65536 + MORE)]
+    {
+        let disks = Disk::several(&[upper, made("/2", none, 1), raw.clone()]);
+        edit::set_backing(&mut disks[0].clone(), "top", Some(("/1", Format::Qcow2))).unwrap();
+        let before = contents(&mut open(&disks));
+        // Into clusters that are new, into those in place, and into a raw image.
+        for to in [1, 1, 2] {
+            let (reads, writes) = disks[0].accesses(|| {
+                edit::commit(&mut open(&disks), to, false, &mut |_| {}).unwrap();
+            });
+            assert!(reads <= most, "to {to}: {reads} reads, at most {most} are allowed");
+            assert!(writes <= MIB + MORE, "to {to}: {writes} writes");
+            assert!(contents(&mut open_from(&disks, to)) == before);
+        }
+    }
+    let disks = Disk::several(&[made("/1", none, 1), made("/2", none, 1), raw]);
+    let (reads, writes) = disks[0].accesses(|| {
+        rebase(&disks, None, false).unwrap();
+    });
+    assert!(reads <= MIB + MORE && writes <= MIB + MORE, "rebase: {reads} reads, {writes} writes");
+    clean(&disks[0].bytes(), "rebased");
 }
 
 #[test]

@@ -28,6 +28,8 @@ struct World {
     log: Option<Vec<(usize, Event)>>,
     /// Changes and flushes that still work; then all fail.
     good: Option<usize>,
+    /// How often anything was read and written so far.
+    accesses: (usize, usize),
 }
 
 impl World {
@@ -53,13 +55,13 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn new(bytes: Vec<u8>) -> Disk {
-        let world = World { disks: vec![bytes], log: None, good: None };
+        let world = World { disks: vec![bytes], ..World::default() };
         Disk { world: Rc::new(RefCell::new(world)), id: 0, room: 1 << 40 }
     }
 
     /// Several disks that lose their power together.
     pub(crate) fn several(all: &[Vec<u8>]) -> Vec<Disk> {
-        let world = Rc::new(RefCell::new(World { disks: all.to_vec(), log: None, good: None }));
+        let world = Rc::new(RefCell::new(World { disks: all.to_vec(), ..World::default() }));
         (0..all.len()).map(|id| Disk { world: world.clone(), id, room: 1 << 40 }).collect()
     }
 
@@ -73,6 +75,13 @@ impl Disk {
             true => Err(StorageError { what, offset, len, status: Status::Medium, detail: 0 }),
             false => Ok(()),
         }
+    }
+
+    /// How often `what` reads and writes these disks.
+    pub(crate) fn accesses(&self, what: impl FnOnce()) -> (usize, usize) {
+        self.world.borrow_mut().accesses = (0, 0);
+        what();
+        self.world.borrow().accesses
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
@@ -162,7 +171,8 @@ impl Storage for Disk {
     }
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
-        let world = self.world.borrow();
+        let world = &mut *self.world.borrow_mut();
+        world.accesses.0 += 1;
         let have = world.disks[self.id].get(offset as usize..).unwrap_or_default();
         let n = have.len().min(into.len());
         into[..n].copy_from_slice(&have[..n]);
@@ -178,6 +188,7 @@ impl Storage for Disk {
         }
         self.failed("write", offset, len)?;
         let world = &mut *self.world.borrow_mut();
+        world.accesses.1 += 1;
         let event = Event::Write(offset, from.to_vec());
         land(&mut world.disks[self.id], &event, || true);
         world.log.iter_mut().for_each(|l| l.push((self.id, event.clone())));
