@@ -167,6 +167,24 @@ impl<S: Storage> ChainReader<S> {
         Ok(())
     }
 
+    /// Tells the layers above `depth` what of the guest's bytes from `from` to `to` they will soon be
+    /// asked for. What cannot be told now is found out when it is read.
+    pub(crate) fn will_read(&mut self, depth: usize, mut from: u64, to: u64) {
+        while from < to
+            && let Ok(Some(span)) = self.span(from, to - from)
+        {
+            let (host, len) = match span.source {
+                Source::Data(host) => (host, span.len),
+                Source::Compressed(host, len) => (host, u64::from(len)),
+                Source::Unallocated | Source::Zero(_) => (0, 0),
+            };
+            if span.depth < depth && len > 0 {
+                self.layers[span.depth].data_storage().will_read(host, len);
+            }
+            from += span.len;
+        }
+    }
+
     /// Where the guest's bytes from `start` on come from, at most `max` (not 0) of them: the
     /// longest run that one table shows. `None` at the disk's end.
     ///

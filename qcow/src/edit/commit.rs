@@ -15,6 +15,8 @@ pub(super) const PIECE: u64 = 1 << 20;
 /// How far tables are looked through for where a run ends. Some pieces far, since what lies behind the
 /// next piece is looked at again after it.
 pub(super) const LOOK: u64 = 16 << 20;
+/// How far ahead layers are told what will be read.
+const AHEAD: u64 = 4 << 20;
 /// Bytes that go to new clusters before they are made part of the image: what a cut can cost.
 pub(super) const STEP: u64 = 256 << 20;
 
@@ -134,6 +136,19 @@ fn next_above<S: Storage>(
     Ok(found)
 }
 
+/// Before `len` bytes at `at` are read: has layers above `depth` fetch what comes behind them, too.
+/// `told`: up to where they know already.
+fn read_ahead<S: Storage>(
+    reader: &mut ChainReader<S>,
+    depth: usize,
+    (at, len): (u64, u64),
+    told: &mut u64,
+) {
+    let to = at.saturating_add(len).saturating_add(AHEAD);
+    reader.will_read(depth, at.max(*told), to);
+    *told = to.max(*told);
+}
+
 fn into_raw<S: Storage>(
     reader: &mut ChainReader<S>,
     depth: usize,
@@ -153,7 +168,7 @@ fn into_raw<S: Storage>(
     let len = st.len();
     reader.changed(depth, LayerKind::Raw(len));
     let mut done = Committed::default();
-    let mut at = 0;
+    let (mut at, mut told) = (0, 0);
     let mut buffer = vec![0; PIECE as usize];
     while let Some((start, len, zero)) = next_above(reader, depth, at)? {
         if zero {
@@ -164,6 +179,7 @@ fn into_raw<S: Storage>(
             let len = len.min(PIECE);
             let bytes = &mut buffer[..len as usize];
             watch.moves(len)?;
+            read_ahead(reader, depth, (start, len), &mut told);
             reader.read_at(start, bytes)?;
             reader.storage(depth).write_at(start, bytes).map_err(io("data"))?;
             done.data_bytes += len;
@@ -239,7 +255,7 @@ fn copy<S: Storage>(
     let unit = tx.geometry().unit_size();
     let backed = tx.meta.header.backing_name.is_some();
     let mut done = Committed::default();
-    let (mut at, mut since) = (0, 0);
+    let (mut at, mut since, mut told) = (0, 0, 0);
     let mut buffer = Vec::new();
     while let Some((start, len, zero)) = next_above(reader, depth, at)? {
         // Whole units of the layer: after the commit it shows what the top shows, so that is
@@ -262,6 +278,7 @@ fn copy<S: Storage>(
             end = end.min(first + PIECE.max(unit));
             buffer.resize((end - first) as usize, 0);
             watch.moves(end - first)?;
+            read_ahead(reader, depth, (first, end - first), &mut told);
             reader.read_at(first, &mut buffer)?;
             if end > size {
                 // The layer is larger than the top.

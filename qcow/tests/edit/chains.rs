@@ -5,8 +5,8 @@ use qcow::edit::{self, Amend, NewBacking};
 use qcow::open::Format;
 
 use crate::rig::{
-    Disk, KINDS, Kind, Rng, clean, contents, image, judge, judged_clean, judged_contents, open,
-    open_from, qemu_img,
+    Accesses, Disk, KINDS, Kind, Rng, clean, contents, image, judge, judged_clean, judged_contents,
+    open, open_from, qemu_img,
 };
 
 /// A chain of `depth` images over a raw file, each with another size; the top first. `mix`: their
@@ -112,16 +112,17 @@ fn a_commit_and_a_rebase_of_much_take_few_reads_and_writes() {
         let before = contents(&mut open(&disks));
         // Into clusters that are new, into those in place, and into a raw image.
         for to in [1, 1, 2] {
-            let (reads, writes) = disks[0].accesses(|| {
+            let Accesses { reads, writes, told } = disks[0].accesses(|| {
                 edit::commit(&mut open(&disks), to, false, &mut |_| {}).unwrap();
             });
             assert!(reads <= most, "to {to}: {reads} reads, at most {most} are allowed");
             assert!(writes <= MIB + MORE, "to {to}: {writes} writes");
+            assert_eq!(told, size, "to {to}: each byte is fetched ahead, once");
             assert!(contents(&mut open_from(&disks, to)) == before);
         }
     }
     let disks = Disk::several(&[made("/1", none, 1), made("/2", none, 1), raw]);
-    let (reads, writes) = disks[0].accesses(|| {
+    let Accesses { reads, writes, .. } = disks[0].accesses(|| {
         rebase(&disks, None, false).unwrap();
     });
     assert!(reads <= MIB + MORE && writes <= MIB + MORE, "rebase: {reads} reads, {writes} writes");

@@ -28,8 +28,17 @@ struct World {
     log: Option<Vec<(usize, Event)>>,
     /// Changes and flushes that still work; then all fail.
     good: Option<usize>,
-    /// How often anything was read and written so far.
-    accesses: (usize, usize),
+    /// What was done so far.
+    accesses: Accesses,
+}
+
+/// What was done to disks.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Accesses {
+    pub(crate) reads: usize,
+    pub(crate) writes: usize,
+    /// Bytes of which they were told that they will be read.
+    pub(crate) told: u64,
 }
 
 impl World {
@@ -77,9 +86,9 @@ impl Disk {
         }
     }
 
-    /// How often `what` reads and writes these disks.
-    pub(crate) fn accesses(&self, what: impl FnOnce()) -> (usize, usize) {
-        self.world.borrow_mut().accesses = (0, 0);
+    /// What `what` does to these disks.
+    pub(crate) fn accesses(&self, what: impl FnOnce()) -> Accesses {
+        self.world.borrow_mut().accesses = Accesses::default();
         what();
         self.world.borrow().accesses
     }
@@ -172,12 +181,16 @@ impl Storage for Disk {
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
         let world = &mut *self.world.borrow_mut();
-        world.accesses.0 += 1;
+        world.accesses.reads += 1;
         let have = world.disks[self.id].get(offset as usize..).unwrap_or_default();
         let n = have.len().min(into.len());
         into[..n].copy_from_slice(&have[..n]);
         into[n..].fill(0);
         Ok(())
+    }
+
+    fn will_read(&mut self, _: u64, len: u64) {
+        self.world.borrow_mut().accesses.told += len;
     }
 
     fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
@@ -188,7 +201,7 @@ impl Storage for Disk {
         }
         self.failed("write", offset, len)?;
         let world = &mut *self.world.borrow_mut();
-        world.accesses.1 += 1;
+        world.accesses.writes += 1;
         let event = Event::Write(offset, from.to_vec());
         land(&mut world.disks[self.id], &event, || true);
         world.log.iter_mut().for_each(|l| l.push((self.id, event.clone())));

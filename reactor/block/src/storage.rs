@@ -47,6 +47,12 @@ pub trait Storage {
     /// If any of it cannot be read.
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError>;
 
+    /// Says that the range will be read soon, so that it can be fetched meanwhile. Where that is not
+    /// possible nothing happens.
+    fn will_read(&mut self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
+
     /// Writes all of `from`; a file grows as needed.
     ///
     /// # Errors

@@ -21,6 +21,9 @@ const BULK: u64 = 1 << 20;
 /// How much further the kernel is told to read while a bulk read is worked on.
 const AHEAD: u64 = 4 << 20;
 
+/// How far behind a bulk write the kernel has surely written back what it was told to.
+const BEHIND: u64 = 16 << 20;
+
 /// An opened file or block device.
 #[derive(Debug)]
 pub struct HostStorage {
@@ -30,6 +33,10 @@ pub struct HostStorage {
     read_only: bool,
     /// Where the last read ended.
     last_read: u64,
+    /// What is read was said before, so the kernel need not keep it.
+    read_once: bool,
+    /// Where the writes one after another began.
+    writes_from: u64,
     /// Bytes written one after another of which the kernel was told nothing.
     written: std::ops::Range<u64>,
 }
@@ -60,8 +67,17 @@ impl HostStorage {
         if !device && !meta.is_file() {
             return Err(io::Error::other("is neither a regular file nor a block device"));
         }
-        let mut storage =
-            HostStorage { file, len: 0, device, read_only, last_read: 0, written: 0..0 };
+        let (len, last_read, read_once, writes_from, written) = (0, 0, false, 0, 0..0);
+        let mut storage = HostStorage {
+            file,
+            len,
+            device,
+            read_only,
+            last_read,
+            read_once,
+            writes_from,
+            written,
+        };
         storage.measure()?;
         Ok(storage)
     }
@@ -142,7 +158,15 @@ impl Storage for HostStorage {
         if len >= BULK && before == offset {
             self.advise(offset + len, AHEAD, Advice::POSIX_FADV_WILLNEED);
         }
+        if self.read_once {
+            self.advise(offset, len, Advice::POSIX_FADV_DONTNEED);
+        }
         Ok(())
+    }
+
+    fn will_read(&mut self, offset: u64, len: u64) {
+        self.read_once = true;
+        self.advise(offset, len, Advice::POSIX_FADV_WILLNEED);
     }
 
     fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
@@ -151,12 +175,15 @@ impl Storage for HostStorage {
         self.grown(offset + len);
         if self.written.end != offset {
             self.written = offset..offset;
+            self.writes_from = offset;
         }
         self.written.end = offset + len;
         let run = self.written.end - self.written.start;
         if run >= BULK {
-            // Begins to write it back, and does not keep what guests have more use for.
-            self.advise(self.written.start, run, Advice::POSIX_FADV_DONTNEED);
+            // Begins to write it back, and gives up what has been, which guests have more use for:
+            // a job that goes through ever more memory is slower than one that uses the same again.
+            let from = self.writes_from.max(self.written.start.saturating_sub(BEHIND));
+            self.advise(from, self.written.end - from, Advice::POSIX_FADV_DONTNEED);
             self.written.start = self.written.end;
         }
         Ok(())

@@ -53,6 +53,10 @@ impl Storage for Source {
         each!(mut self, s => s.read_at(offset, into))
     }
 
+    fn will_read(&mut self, offset: u64, len: u64) {
+        each!(mut self, s => s.will_read(offset, len));
+    }
+
     fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
         self.check("write", offset, from.len() as u64)?;
         each!(mut self, s => s.write_at(offset, from))
