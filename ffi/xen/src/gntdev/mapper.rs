@@ -182,15 +182,21 @@ impl Work {
     }
 
     fn serve(&mut self, ring: &mut Ring) -> bool {
+        // In this order: who drops its pages and then waits is told when all of them are gone.
+        let (asked, settling) = {
+            let settle = ring.link.settle.lock();
+            (settle.asked, settle.asked > settle.done)
+        };
         let closed = ring.link.closed.load(Ordering::Acquire);
-        let asked = ring.link.settle.lock().asked;
-        let settling = asked > ring.link.settle.lock().done;
         let waiting = ring.link.jobs.len();
         let mut done = self.jobs(ring);
         if closed || settling {
             // All that was given up before; it may be more than one batch.
             while done < waiting {
                 done += self.jobs(ring);
+            }
+            if closed {
+                self.take_back(ring);
             }
             self.unmap(ring, |_| true);
         } else if ring.unused >= UNUSED_PAGES {
@@ -211,17 +217,22 @@ impl Work {
         if !ring.link.closed.load(Ordering::Acquire) || !ring.link.jobs.is_empty() {
             return false;
         }
-        while let Some(end) = ring.link.ends.pop() {
-            if let Some(page) = end.page {
-                self.release(ring, end.gref, page);
-            }
-        }
+        self.take_back(ring);
         self.unmap(ring, |_| true);
         debug_assert_eq!((ring.mapped, ring.unused), (0, 0));
         self.mapped -= ring.mapped;
         ring.link.over.store(true, Ordering::Release);
         ring.told();
         true
+    }
+
+    /// Ends that nobody will take any more.
+    fn take_back(&mut self, ring: &mut Ring) {
+        while let Some(end) = ring.link.ends.pop() {
+            if let Some(page) = end.page {
+                self.release(ring, end.gref, page);
+            }
+        }
     }
 
     /// Does a batch of jobs; how many.

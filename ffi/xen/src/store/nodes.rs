@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 
 use super::connection::Failure;
-use super::wire::{bad_path, decimal, kind, strings};
+use super::wire::{bad_path, kind, strings};
 use super::{Error, Perm, Store, Transaction, describe, explain};
 
 /// Most bytes of a list of names: a guest's quota of nodes allows for much less.
@@ -18,7 +18,8 @@ pub trait Nodes: Talk {
     /// The value of a node; `None` if there is no such node.
     ///
     /// # Errors
-    /// As all calls: [`Error::Refused`] or [`Error::Closed`].
+    /// As all calls: [`Error::Refused`] or [`Error::Closed`]. A domain that is not privileged is refused
+    /// with `EACCES` where it may not know that a node is gone.
     fn read(&self, path: impl AsRef<[u8]>) -> Result<Option<Vec<u8>>, Error> {
         found(self.call("read", kind::READ, path.as_ref(), b""))
     }
@@ -136,8 +137,8 @@ fn is_name(name: &[u8]) -> bool {
     bad_path(name).is_none() && !name.contains(&b'/')
 }
 
-/// A list that is too long for one message: generation, zero byte, then a part of the list; at the
-/// end an empty name. If the generation changes all begins anew.
+/// A list that is too long for one message: generation (whatever the server writes), zero byte, then a
+/// part of the list; at the end an empty name. If the generation changes all begins anew.
 fn in_parts<T: Talk + ?Sized>(talk: &T, path: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     let (mut list, mut generation) = (Vec::new(), Vec::new());
     let mut tries = 0;
@@ -147,9 +148,6 @@ fn in_parts<T: Talk + ?Sized>(talk: &T, path: &[u8]) -> Result<Option<Vec<u8>>, 
         let Some(part) = part else { return Ok(None) };
         let end = part.iter().position(|&b| b == 0).ok_or_else(|| nonsense("list", path))?;
         let (now, names) = (&part[..end], &part[end + 1..]);
-        if decimal(now).is_none() {
-            return Err(nonsense("list", path));
-        }
         if !list.is_empty() && now != generation {
             list.clear();
             tries += 1;

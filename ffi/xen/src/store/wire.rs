@@ -102,6 +102,8 @@ const ERRORS: &[(&str, Errno)] = &[
     ("EISCONN", Errno::EISCONN),
     ("E2BIG", Errno::E2BIG),
     ("EPERM", Errno::EPERM),
+    // Not in the protocol, but said by oxenstored.
+    ("EQUOTA", Errno::EDQUOT),
 ];
 
 /// The error that an answer of kind ERROR names. A name that is not known is taken for `EINVAL`, as
