@@ -14,7 +14,6 @@ use crate::gntdev::{Kernel, Memory, Segments};
 
 const GNTST_BAD_DOMAIN: i16 = -2;
 const GNTST_BAD_GNTREF: i16 = -3;
-const GNTST_PERMISSION_DENIED: i16 = -8;
 const GNTST_EAGAIN: i16 = -12;
 
 /// Most pages of one mapping.
@@ -228,7 +227,8 @@ fn copy_one(state: &mut State, segments: &mut Segments<'_>, index: usize) -> Res
     }
     Ok(match domain.grants.find(gref) {
         None => GNTST_BAD_GNTREF,
-        Some((_, true)) if flags == DEST_GREF => GNTST_PERMISSION_DENIED,
+        // Not "permission denied", as one would think.
+        Some((_, true)) if flags == DEST_GREF => GNTST_GENERAL_ERROR,
         Some((page, _)) if page as usize >= domain.memory.len() / PAGE => GNTST_GENERAL_ERROR,
         Some((page, _)) => {
             let at = page as usize * PAGE + usize::from(offset);

@@ -23,6 +23,10 @@ use super::wire::{HEADER, MAX_PAYLOAD, Message, Parser, encode, error, kind};
 /// How long an answer may take. Much longer than a busy host needs, or a store that is replaced.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// It is waited for in so many parts: so that a machine that stood still for as long, with the store
+/// on it, does not come to the end of it when it goes on.
+const SLICES: u32 = 30;
+
 /// What the other end is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
@@ -127,11 +131,12 @@ impl Connection {
             }
             return Err(Failure::Closed(shared.end(format!("cannot send a request: {e}"))));
         }
-        let state = shared.state.lock();
-        let (mut state, _) = shared
-            .answered
-            .wait_timeout_while(state, shared.patience, |s| s.answer.is_none() && s.over.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = shared.state.lock();
+        for _ in 0..SLICES {
+            let waits = |s: &mut State| s.answer.is_none() && s.over.is_none();
+            let waited = shared.answered.wait_timeout_while(state, shared.patience / SLICES, waits);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         if let Some(answer) = state.answer.take() {
             return match answer.kind {
                 kind::ERROR => Err(Failure::Refused(error(&answer.payload))),

@@ -71,6 +71,7 @@ const BOOTS: [Boot; 2] = [
         name: "a PV dom0",
         dom0: Dom0::Pv,
         cases: &[
+            quick("interfaces"),
             quick("pv"),
             quick("pv_multi"),
             full("pvh"),
@@ -82,7 +83,11 @@ const BOOTS: [Boot; 2] = [
             Case { name: "crash", quick: true, backend: Some(Backend::Polldisk) },
         ],
     },
-    Boot { name: "a PVH dom0", dom0: Dom0::Pvh, cases: &[full("device_pv"), full("device_pvh")] },
+    Boot {
+        name: "a PVH dom0",
+        dom0: Dom0::Pvh,
+        cases: &[full("interfaces"), full("device_pv"), full("device_pvh")],
+    },
 ];
 
 /// What the command can be told.
@@ -131,10 +136,11 @@ fn run(args: &Args) -> Result<Tally> {
     let folder = crate::cache().join("lab-xen");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let parts = Parts::prepare(&folder)?;
-    let ours = match args.backend {
-        Backend::Qdisk => Vec::new(),
-        Backend::Polldisk => vec![suite::build_polldisk()?],
-    };
+    let examples = suite::build(&["--package", "xen", "--example", "loopback"])?.join("examples");
+    let mut ours = vec![examples.join("loopback")];
+    if args.backend == Backend::Polldisk {
+        ours.push(suite::build_polldisk()?);
+    }
     let mut total = Tally::default();
     for boot in &BOOTS {
         let cases = args.chosen(boot);
