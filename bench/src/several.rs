@@ -121,7 +121,7 @@ pub fn several(seconds: f64) -> Result<Several, Error> {
 
 /// A fresh image in the device's memory.
 fn image(device: &MemQueue) -> Result<Stack, Error> {
-    let leaf = Leaf::Mem(Box::new(device.another()));
+    let leaf = Leaf::memory(device.another());
     let mut storage = Blocking::new(leaf, 0).map_err(Error::other)?;
     let options = CreateOptions::new(BLOCKS * BLOCK as u64);
     create(&mut storage, "bench", &options).map_err(node::Error::from)?;
@@ -150,7 +150,7 @@ impl Pair {
     ) -> Result<Pair, Error> {
         let clock = Clock::real();
         let mut core = ReactorCore::new(clock.clone()).map_err(Error::other)?;
-        let leaf = Leaf::Mem(Box::new(shared.device.another()));
+        let leaf = Leaf::memory(shared.device.another());
         core.add_leaf(leaf).map_err(Error::other)?;
         let wake = core.wake();
         let made = core.add_image(|owner, leaves| make(owner, leaves, wake.clone()));

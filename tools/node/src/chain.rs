@@ -73,7 +73,7 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
     let fail = |e: &dyn std::fmt::Display| Error::node(&node, e);
     match spec {
         NodeSpec::Mem(size) => {
-            let leaf = Leaf::Mem(Box::new(MemQueue::new(*size, 512).map_err(|e| fail(&e))?));
+            let leaf = Leaf::memory(MemQueue::new(*size, 512).map_err(|e| fail(&e))?);
             let storage = blocking(leaf, 0, &node)?;
             Ok(Source { kind: Kind::Leaf(storage, Vec::new()), locks: Vec::new(), id: None })
         }

@@ -16,8 +16,8 @@ use crate::transport::Transport;
 
 /// A reactor's queue to one device.
 pub enum Leaf {
-    /// Memory.
-    Mem(Box<MemQueue>),
+    /// Memory, or nothing.
+    Rare(Box<Rare>),
     /// Files and kernel block devices.
     File(Box<RmwQueue<FileQueue>>),
     /// A queue pair of an NVMe controller whose namespaces have 512-byte blocks.
@@ -26,14 +26,77 @@ pub enum Leaf {
     NvmeRmw(Box<RmwQueue<QueuePair<Transport>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
-    /// None: see [`VacantQueue`].
+}
+
+/// Kinds of leaf queues that are rarely there, apart from the others: each kind more of [`Leaf`] costs
+/// every request of all kinds.
+pub enum Rare {
+    /// Memory.
+    Mem(MemQueue),
+    /// See [`VacantQueue`].
     Vacant(VacantQueue),
+}
+
+macro_rules! rare {
+    ($self:expr, $q:ident => $e:expr) => {
+        match $self {
+            Rare::Mem($q) => $e,
+            Rare::Vacant($q) => $e,
+        }
+    };
+}
+
+impl Submit for Rare {
+    fn info(&self, unit: u16) -> Option<&DeviceInfo> {
+        rare!(self, q => q.info(unit))
+    }
+
+    fn room(&self) -> usize {
+        rare!(self, q => q.room())
+    }
+
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        rare!(self, q => q.submit(request))
+    }
+}
+
+impl BlockQueue for Rare {
+    fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        rare!(self, q => q.register(region))
+    }
+
+    fn poll(&mut self, out: &mut Completions) -> usize {
+        rare!(self, q => q.poll(out))
+    }
+
+    fn in_flight(&self) -> usize {
+        rare!(self, q => q.in_flight())
+    }
+
+    fn arm(&mut self) -> HasWork {
+        rare!(self, q => q.arm())
+    }
+}
+
+impl LeafAccess for Rare {
+    fn unit_len(&self, unit: u16) -> u64 {
+        rare!(self, q => q.unit_len(unit))
+    }
+
+    fn set_unit_len(&mut self, unit: u16, len: u64) -> Result<(), Status> {
+        rare!(self, q => q.set_unit_len(unit, len))
+    }
 }
 
 impl Leaf {
     /// What stands where there is no leaf queue.
     pub(crate) fn vacant() -> Leaf {
-        Leaf::Vacant(VacantQueue)
+        Leaf::Rare(Box::new(Rare::Vacant(VacantQueue)))
+    }
+
+    /// Memory as a device.
+    pub fn memory(queue: MemQueue) -> Leaf {
+        Leaf::Rare(Box::new(Rare::Mem(queue)))
     }
 
     /// A queue pair of which `unit` is to be used. `claims`: of all queues to the device.
@@ -62,8 +125,10 @@ impl Leaf {
         below: &mut impl Iterator<Item = &'a Device>,
     ) -> Result<Leaf, String> {
         Ok(match self {
-            Leaf::Mem(q) => Leaf::Mem(Box::new(q.another())),
-            Leaf::Vacant(q) => Leaf::Vacant(*q),
+            Leaf::Rare(q) => match &**q {
+                Rare::Mem(q) => Leaf::memory(q.another()),
+                Rare::Vacant(_) => Leaf::vacant(),
+            },
             Leaf::File(q) => {
                 let queue = q.leaf().another().map_err(|e| e.to_string())?;
                 Leaf::File(Box::new(q.another(queue)?))
@@ -82,7 +147,7 @@ impl Leaf {
             Leaf::Nvme(q) => Some(q.stats()),
             Leaf::NvmeRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
-            Leaf::Mem(_) | Leaf::File(_) | Leaf::Vacant(_) => None,
+            Leaf::Rare(_) | Leaf::File(_) => None,
         }
     }
 }
@@ -90,12 +155,11 @@ impl Leaf {
 macro_rules! each {
     ($self:expr, $q:ident => $e:expr) => {
         match $self {
-            Leaf::Mem($q) => $e,
+            Leaf::Rare($q) => $e,
             Leaf::File($q) => $e,
             Leaf::Nvme($q) => $e,
             Leaf::NvmeRmw($q) => $e,
             Leaf::Stripe($q) => $e,
-            Leaf::Vacant($q) => $e,
         }
     };
 }
