@@ -308,12 +308,13 @@ fn command(op: &Op) -> String {
 
 /// Extents of a map, without places that nobody needs: QEMU says where something would go that is in
 /// no layer, if the rest of its cluster has data; it cannot tell, in a data file, that a cluster of
-/// zeroes has the place 0; and it asks the file system where a data file has holes.
+/// zeroes has the place 0; and where much is mapped that was never written to it asks the file system
+/// for holes in what is data.
 fn extents(map: Value, data_files: bool) -> Result<Vec<Value>> {
     let Value::Array(list) = map else { bail!("map: no list") };
     let mut out: Vec<Value> = Vec::new();
     for mut e in list {
-        if data_files && e["data"] == true {
+        if e["data"] == true && e.get("offset").is_some() {
             e["zero"] = false.into();
             let end = |l: &Value| Some(l["offset"].as_u64()? + l["length"].as_u64()?);
             let goes_on = |l: &&mut Value| {

@@ -193,7 +193,7 @@ pub(crate) fn counted_within(mut command: Command, limit: Duration) -> Result<Ta
         Some(_) if tally.failed > 0 => {}
         Some(_) | None => tally.failed += 1,
     }
-    if tally.passed == 0 {
+    if tally.passed + tally.failed == 0 {
         bail!("no test ran");
     }
     Ok(tally)
