@@ -7,9 +7,11 @@ mod files;
 mod guest;
 mod memory;
 mod mutate;
+mod ring;
 
 pub use files::{bitmaps, compressed, header, refcounts, snapshots, tables, vhd};
 pub use guest::image;
+pub use ring::ring;
 
 /// Bytes of address space that a target may have, libFuzzer's own tables included.
 const ADDRESS_SPACE: u64 = 1 << 30;

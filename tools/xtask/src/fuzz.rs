@@ -14,7 +14,7 @@ use crate::suite::Tally;
 use crate::tools;
 
 /// The targets, where their first inputs are, and how long an input may be.
-const TARGETS: [(&str, &str, u32); 8] = [
+const TARGETS: [(&str, &str, u32); 9] = [
     ("header", "qcow2", 4096),
     ("tables", "qcow2", 128 << 10),
     ("refcounts", "qcow2", 128 << 10),
@@ -23,6 +23,7 @@ const TARGETS: [(&str, &str, u32); 8] = [
     ("compressed", "compressed", 4096),
     ("vhd", "vhd", 64 << 10),
     ("image", "image", 512),
+    ("ring", "ring", 2048),
 ];
 
 /// What the compiler must add for libFuzzer: counters of edges, and hooks of comparisons.
