@@ -90,7 +90,7 @@ impl Reactors {
     pub fn stop(self: Arc<Self>) {
         match Arc::into_inner(self) {
             Some(reactors) => reactors.all.into_iter().for_each(NodeReactor::stop),
-            None => log::error!("reactors run on: images are still served on them"),
+            None => log::debug!("reactors run on, for somebody who still knows them"),
         }
     }
 }

@@ -200,12 +200,13 @@ impl Device {
             String::from_utf8(value).with_context(|| format!("{dir}/{key} is no text"))
         };
         self.frontend = text("frontend")?;
-        if text("frontend-id")?.parse() != Ok(self.id.domid) {
-            bail!("{dir}/frontend-id names another domain");
-        }
+        // First: whatever is wrong with the device, its end must be seen.
         let [theirs, ours] = self.id.tokens();
         store.watch(format!("{}/state", self.frontend), theirs)?;
         store.watch(format!("{dir}/state"), ours)?;
+        if text("frontend-id")?.parse() != Ok(self.id.domid) {
+            bail!("{dir}/frontend-id names another domain");
+        }
         let user = self.id.to_string();
         let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
             Which::Attached(name) => self.shared.images.take(&name, &user)?,

@@ -72,7 +72,7 @@ impl Shared {
 /// The devices of all guests.
 pub(crate) struct Devices {
     shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Devices {
@@ -103,7 +103,8 @@ impl Devices {
         let its = shared.clone();
         let body = move || its.run();
         let thread = std::thread::Builder::new().name("xenstore".to_owned()).spawn(body);
-        Ok(Devices { shared, thread: thread.context("cannot start a thread")? })
+        let thread = Mutex::new(Some(thread.context("cannot start a thread")?));
+        Ok(Devices { shared, thread })
     }
 
     /// What each does.
@@ -126,9 +127,10 @@ impl Devices {
     }
 
     /// Lets go of all rings, which stay as they are for another daemon, and of the images.
-    pub(crate) fn stop(self) {
+    pub(crate) fn stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
-        if self.thread.join().is_err() {
+        let thread = self.thread.lock().take();
+        if thread.is_some_and(|t| t.join().is_err()) {
             log::error!("the xenstore thread panicked");
         }
         let all = std::mem::take(&mut *self.shared.all.lock());

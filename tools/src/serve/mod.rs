@@ -60,7 +60,7 @@ pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
         log::info!("stopping: {signal:?}");
         server.shutdown();
         if let Some(devices) = devices {
-            Arc::into_inner(devices).context("a call is under way")?.stop();
+            devices.stop();
         }
         Ok(())
     });
