@@ -52,7 +52,7 @@ pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
     let allow = config.allow_backing.clone();
     let images = Arc::new(Images::new(reactors.clone(), options, allow));
     let stop = signals.told();
-    let served = start(&config, &images).and_then(|(server, devices)| {
+    let served = start(&config, &images).map(|(server, devices)| {
         tell_manager("READY=1");
         log::info!("ready");
         let signal = stop.recv().context("cannot wait for signals");
@@ -62,7 +62,6 @@ pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
         if let Some(devices) = devices {
             devices.stop();
         }
-        Ok(())
     });
     let closed = images.close_all();
     drop(images);
@@ -82,10 +81,19 @@ fn start(config: &Config, images: &Arc<Images>) -> anyhow::Result<(Server, Optio
         }
     };
     let control = Control { images: images.clone(), devices: devices.clone() };
-    if let Some(dir) = config.control.parent() {
-        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    let listen = || {
+        if let Some(dir) = config.control.parent() {
+            std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        }
+        Server::bind(&config.control, Box::new(control))
+    };
+    match (listen(), devices) {
+        (Ok(server), devices) => Ok((server, devices)),
+        (Err(e), devices) => {
+            devices.inspect(|d| d.stop());
+            Err(e)
+        }
     }
-    Ok((Server::bind(&config.control, Box::new(control))?, devices))
 }
 
 /// Tells systemd, if that started us: sd_notify(3).
