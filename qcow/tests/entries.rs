@@ -454,6 +454,20 @@ fn a_close_leaves_what_no_count_speaks_of() {
     assert_eq!(rig.image().end(), u64::MAX);
 }
 
+/// An entry behind the end of a file, which no refcount knows of: nobody else gets that cluster.
+#[test]
+fn an_uncounted_entry_behind_the_end_stops_allocation() {
+    let (mut leaf, l2) = image(64);
+    let end = (word(&leaf, l2 + 63 * 8) & !COPIED) + CLUSTER;
+    set_word(&mut leaf, l2 + 100 * 8, COPIED | (end + 3 * CLUSTER));
+    leaf.pretend(DEVICE, end);
+    let mut rig = Rig::single(leaf);
+    assert_eq!(rig.call(Op::Read, 100 * CLUSTER, 512, &[]).0, Status::Corrupt);
+    assert_eq!(rig.call(Op::Write, 300 * CLUSTER, 512, &[0xAA; 512]).0, Status::Corrupt);
+    rig.write(63 * CLUSTER, &[5; 512]);
+    assert_eq!(rig.read(63 * CLUSTER, 512), [5; 512]);
+}
+
 /// Tables cut off with the file: an error, not zeroes.
 #[test]
 fn a_file_that_was_cut() {

@@ -238,6 +238,14 @@ impl Shared {
                 at,
                 format_args!("offset {guest:#x} is mapped past the end at {host:#x}"),
             );
+            // What was cut off is counted. What is not would be handed out when the file grows, and
+            // somebody else's bytes show here.
+            let cluster = g.cluster(host);
+            let ours = at == self.top_at() && !self.info.read_only;
+            let grows = ours && cluster < self.alloc.borrow().limit;
+            if grows && !self.alloc.borrow().seems_counted(cluster) {
+                self.miscounted(cluster);
+            }
             return Err(Status::Corrupt);
         }
         Ok(entry)
