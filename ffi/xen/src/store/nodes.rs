@@ -3,11 +3,8 @@
 use nix::errno::Errno;
 
 use super::connection::Failure;
-use super::wire::{bad_path, kind, strings};
+use super::wire::{MAX_LIST, bad_path, kind, strings};
 use super::{Error, Perm, Store, Transaction, describe, explain};
-
-/// Most bytes of a list of names: a guest's quota of nodes allows for much less.
-const LONGEST_LIST: usize = 4 << 20;
 
 /// How often a list is begun anew because it changed in the middle.
 const LIST_TRIES: u32 = 64;
@@ -51,7 +48,8 @@ pub trait Nodes: Talk {
     /// The names of the nodes right below one, of whatever number; `None` if it is not there.
     ///
     /// # Errors
-    /// As all calls.
+    /// As all calls. A store that has no lists in parts (oxenstored, by the kernel's device) refuses one
+    /// that is longer than a message with `ENOSYS`.
     fn directory(&self, path: impl AsRef<[u8]>) -> Result<Option<Vec<Vec<u8>>>, Error> {
         let path = path.as_ref();
         let list = match self.call("list", kind::DIRECTORY, path, b"") {
@@ -158,7 +156,7 @@ fn in_parts<T: Talk + ?Sized>(talk: &T, path: &[u8]) -> Result<Option<Vec<u8>>, 
         }
         generation = now.to_vec();
         list.extend_from_slice(names);
-        if names.is_empty() || list.len() > LONGEST_LIST {
+        if names.is_empty() || list.len() > MAX_LIST {
             return Err(nonsense("list", path));
         }
         // An empty name: behind the last one, or all there is.

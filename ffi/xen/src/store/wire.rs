@@ -10,6 +10,10 @@ pub(crate) const HEADER: usize = 16;
 /// Most bytes behind a header; whoever sends more is cut off.
 pub(crate) const MAX_PAYLOAD: usize = 4096;
 
+/// Most bytes of a list of names: a guest's quota of nodes allows for much less. oxenstored (4.17, seen)
+/// has no lists in parts, and sends long ones on a socket as one message all the same.
+pub(crate) const MAX_LIST: usize = 1 << 20;
+
 /// `XENSTORE_ABS_PATH_MAX`
 pub(crate) const MAX_PATH: usize = 3072;
 
@@ -74,7 +78,8 @@ impl Parser {
         };
         let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| header[4 * i + b]));
         let (kind, req_id, len) = (word(0), word(1), word(3));
-        if len as usize > MAX_PAYLOAD {
+        let most = if kind == kind::DIRECTORY { MAX_LIST } else { MAX_PAYLOAD };
+        if len as usize > most {
             return Err(TooLong(len));
         }
         let Some(payload) = rest.get(..len as usize) else { return Ok(None) };
@@ -188,6 +193,14 @@ mod tests {
         let mut parser = Parser::default();
         parser.push(&encode(2, 1, 0, &[9; 4096]));
         assert_eq!(parser.next().unwrap().unwrap().payload.len(), 4096);
+        let mut list = encode(kind::DIRECTORY, 1, 0, &[]);
+        list[12..].copy_from_slice(&6400u32.to_le_bytes());
+        parser.push(&list);
+        parser.push(&[9; 6400]);
+        assert_eq!(parser.next().unwrap().unwrap().payload.len(), 6400);
+        list[12..].copy_from_slice(&(1u32 << 20 | 1).to_le_bytes());
+        parser.push(&list);
+        assert!(parser.next().is_err());
     }
 
     #[test]
