@@ -71,7 +71,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Demo(demo) => demo::run(&demo),
         Command::Nbd(nbd) => nbd::run(&nbd),
-        Command::Serve(serve) => serve::run(&serve),
+        Command::Serve(serve) => serve::run(&serve, cli.unsafe_noiommu),
         Command::Ctl(ctl) => ctl::run(&ctl),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),

@@ -2,6 +2,7 @@
 //! `polldisk ctl`.
 
 mod config;
+mod confine;
 mod control;
 mod device;
 mod devices;
@@ -37,7 +38,7 @@ pub(crate) struct Serve {
 
 /// Serves until SIGTERM or SIGINT. Guests' rings are then left as they are, drained, for the next
 /// daemon to take up.
-pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
+pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let config = match &serve.config {
         Some(path) => Config::read(path)?,
         None => Config::default(),
@@ -46,13 +47,15 @@ pub(crate) fn run(serve: &Serve) -> anyhow::Result<u8> {
         crate::image::print::line("the configuration is fine")?;
         return Ok(0);
     }
+    confine::drop_capabilities(noiommu)?;
     let signals = crate::signals::Signals::take()?;
     let reactors = Reactors::start(&config.starts()?, Clock::real())?;
     let options = qcow::run::Options { l2_cache: config.l2_cache()?, ..Default::default() };
     let allow = config.allow_backing.clone();
     let images = Arc::new(Images::new(reactors.clone(), options, allow));
     let stop = signals.told();
-    let served = start(&config, &images).map(|(server, devices)| {
+    let served = confine::limit_system_calls().and_then(|()| start(&config, &images));
+    let served = served.map(|(server, devices)| {
         tell_manager("READY=1");
         log::info!("ready");
         let signal = stop.recv().context("cannot wait for signals");

@@ -1,0 +1,138 @@
+//! The daemon without Xen: images that come and go, what is done to them, and what it has given up.
+
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+
+const POLLDISK: &str = env!("CARGO_BIN_EXE_polldisk");
+
+struct Daemon {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    fn start(dir: &Path, config: &str) -> Daemon {
+        let mut file = std::fs::File::create(dir.join("polldisk.toml")).unwrap();
+        writeln!(file, "control = '{}'\nxen = false\n{config}", dir.join("run/ctl").display())
+            .unwrap();
+        let notify = UnixDatagram::bind(dir.join("notify")).unwrap();
+        notify.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        let child = Command::new(POLLDISK)
+            .args(["serve", "--config", "polldisk.toml"])
+            .env("NOTIFY_SOCKET", dir.join("notify"))
+            .current_dir(dir)
+            .spawn()
+            .unwrap();
+        let mut text = [0; 64];
+        let n = notify.recv(&mut text).expect("the daemon says that it is ready");
+        assert_eq!(&text[..n], b"READY=1");
+        Daemon { child, dir: dir.to_owned() }
+    }
+
+    fn ctl(&self, args: &[&str]) -> Output {
+        let socket = self.dir.join("run/ctl");
+        let mut command = Command::new(POLLDISK);
+        command.args(["ctl", "--socket", socket.to_str().unwrap()]).args(args);
+        command.current_dir(&self.dir).output().unwrap()
+    }
+
+    fn fine(&self, args: &[&str]) -> String {
+        let out = self.ctl(args);
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{args:?}: {text}");
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    fn refused(&self, args: &[&str]) -> String {
+        let out = self.ctl(args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        String::from_utf8(out.stderr).unwrap()
+    }
+
+    fn stop(mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+fn create(dir: &Path, args: &[&str]) {
+    let out = Command::new(POLLDISK).args(["image", "create"]).args(args).current_dir(dir).output();
+    assert!(out.unwrap().status.success());
+}
+
+#[test]
+fn images_come_and_go_and_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create(dir, &["a.qcow2", "64M"]);
+    create(dir, &["b.qcow2", "32M"]);
+    let daemon = Daemon::start(dir, "policy = 'adaptive'");
+    daemon.fine(&["attach", "a", "a.qcow2"]);
+    daemon.fine(&["attach", "b", "b.qcow2", "--read-only"]);
+    let list = daemon.fine(&["list"]);
+    assert!(list.contains("image a open") && list.contains("67108864"), "{list}");
+    assert!(daemon.refused(&["attach", "a", "a.qcow2"]).contains("already"));
+    assert!(daemon.refused(&["attach", "c", "a.qcow2"]).contains("in use"));
+    assert!(daemon.refused(&["attach", "c", "none.qcow2"]).contains("No such file"));
+    assert!(daemon.refused(&["resize", "1G"]).contains("which image"));
+    assert!(daemon.refused(&["--image", "z", "resize", "1G"]).contains("no image"));
+    daemon.fine(&["--image", "a", "resize", "96M"]);
+    daemon.fine(&["--image", "a", "snapshot", "over.qcow2"]);
+    assert!(daemon.fine(&["--image", "a", "chain"]).contains("over.qcow2"));
+    daemon.fine(&["--image", "a", "snapshot", "top.qcow2"]);
+    daemon.fine(&["--image", "a", "commit", "1"]);
+    daemon.fine(&["--image", "a", "stream"]);
+    daemon.fine(&["--image", "a", "snapshot-internal", "create", "first"]);
+    let stats = daemon.fine(&["--json", "stats"]);
+    assert!(stats.contains("\"turns\""), "{stats}");
+    daemon.fine(&["detach", "b"]);
+    assert!(daemon.refused(&["detach", "b"]).contains("no image"));
+    // Images that are attached are closed in order.
+    daemon.stop();
+    let check =
+        Command::new(POLLDISK).args(["image", "check", "top.qcow2"]).current_dir(dir).output();
+    assert!(check.unwrap().status.success());
+}
+
+/// No new privileges, few capabilities, a filter of system calls on every thread.
+#[test]
+fn it_gives_up_what_it_does_not_need() {
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path(), &["a.qcow2", "64M"]);
+    let daemon = Daemon::start(dir.path(), "");
+    daemon.fine(&["attach", "a", "a.qcow2"]);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap();
+    let mut seen = 0;
+    for task in tasks {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let value = |key: &str| {
+            let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+            line.trim().to_owned()
+        };
+        assert_eq!((value("Seccomp:"), value("NoNewPrivs:")), ("2".into(), "1".into()), "{status}");
+        let caps = u64::from_str_radix(&value("CapEff:"), 16).unwrap();
+        // CAP_DAC_OVERRIDE and CAP_IPC_LOCK.
+        assert_eq!(caps & !(1 << 1 | 1 << 14), 0, "{status}");
+        seen += 1;
+    }
+    assert!(seen >= 4, "{seen} threads");
+    daemon.stop();
+}
+
+#[test]
+fn the_configuration_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.toml");
+    let check = || {
+        Command::new(POLLDISK).args(["serve", "--check", "--config"]).arg(&file).output().unwrap()
+    };
+    std::fs::write(&file, "policy = 'poll'\n").unwrap();
+    assert!(check().status.success());
+    std::fs::write(&file, "policy = 'pool'\n").unwrap();
+    let out = check();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("policy"));
+}
