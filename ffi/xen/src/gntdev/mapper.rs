@@ -6,8 +6,9 @@
 //! of its pages is used, a little later and with others. A page that is asked for again before that
 //! is still the guest's same page (it cannot take back what is mapped), and is handed out again.
 //!
-//! A guest can make this thread busy, but rings take turns; what it can make us map is bounded by
-//! twice the limit of its ring, and by what all may have together.
+//! A guest can make this thread busy, but rings take turns. What it can make us map is bounded by twice
+//! the limit of its ring, and by what all may have together; so are the ranges, of which a process that
+//! has too many can get no memory at all. What is refused is copied.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,6 +30,8 @@ const BATCH: usize = 64;
 const UNUSED_PAGES: usize = 256;
 /// Or when they have been that for so long, in nanoseconds.
 const UNUSED_NS: u64 = 1_000_000_000;
+/// A ring may have half as many ranges as pages, and so many more.
+const LEAST_RANGES: usize = 16;
 /// How often that is looked at while there are some, in milliseconds.
 const LOOK_MS: u16 = 250;
 /// The same complaint is not repeated for so long, in nanoseconds.
@@ -56,6 +59,16 @@ impl Mapper {
     /// # Errors
     /// If the process has no thread or descriptor left.
     pub fn start(device: Gntdev, most_pages: usize) -> Result<Mapper, Error> {
+        let kernel = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+        let kernel = kernel.and_then(|text| text.trim().parse().ok()).unwrap_or(65_530);
+        Mapper::with(device, most_pages, usize::min(kernel, 1 << 20) / 2)
+    }
+
+    pub(super) fn with(
+        device: Gntdev,
+        most_pages: usize,
+        most_ranges: usize,
+    ) -> Result<Mapper, Error> {
         let wake = Wake::new().map_err(|why| Error::Os { what: "eventfd", why })?;
         let shared = Arc::new(Shared { new: Mutex::default(), stop: AtomicBool::new(false) });
         let mut work = Work {
@@ -65,6 +78,8 @@ impl Mapper {
             rings: Vec::new(),
             mapped: 0,
             most: most_pages,
+            ranges: 0,
+            most_ranges,
             clock: Clock::real(),
             silent_until: 0,
         };
@@ -122,6 +137,9 @@ struct Work {
     rings: Vec<Ring>,
     mapped: usize,
     most: usize,
+    /// The kernel bears so many ranges in a process, and others need some too.
+    ranges: usize,
+    most_ranges: usize,
     clock: Clock,
     silent_until: u64,
 }
@@ -221,6 +239,7 @@ impl Work {
         self.unmap(ring, |_| true);
         debug_assert_eq!((ring.mapped, ring.unused), (0, 0));
         self.mapped -= ring.mapped;
+        self.ranges -= ring.groups.len();
         ring.link.over.store(true, Ordering::Release);
         ring.told();
         true
@@ -274,13 +293,10 @@ impl Work {
 
     /// Maps what can be mapped; all ends are told.
     fn map(&mut self, ring: &mut Ring, grefs: &[u32]) {
-        let room = |all: usize, ring: &Ring, most: usize| {
-            ring.mapped + grefs.len() <= 2 * ring.link.limit as usize && all + grefs.len() <= most
-        };
-        if !room(self.mapped, ring, self.most) {
+        if !self.room(ring, grefs.len()) {
             self.unmap(ring, |_| true);
         }
-        if !room(self.mapped, ring, self.most) {
+        if !self.room(ring, grefs.len()) {
             grefs.iter().for_each(|&gref| ring.refuse(gref));
             return;
         }
@@ -296,6 +312,7 @@ impl Work {
                 ring.mapped += grefs.len();
                 ring.unused += grefs.len();
                 self.mapped += grefs.len();
+                self.ranges += 1;
                 ring.groups.insert(mapping.index(), group);
                 for (i, &gref) in grefs.iter().enumerate() {
                     ring.hand_out(gref, Page::new(&mapping, i));
@@ -312,6 +329,15 @@ impl Work {
                 grefs.iter().for_each(|&gref| ring.refuse(gref));
             }
         }
+    }
+
+    /// Whether so many pages more may be mapped for a ring, as one range.
+    fn room(&self, ring: &Ring, pages: usize) -> bool {
+        let limit = ring.link.limit as usize;
+        ring.mapped + pages <= 2 * limit
+            && ring.groups.len() < limit / 2 + LEAST_RANGES
+            && self.mapped + pages <= self.most
+            && self.ranges < self.most_ranges
     }
 
     /// What the host refuses is said, but not as often as a guest can make it happen.
@@ -342,6 +368,7 @@ impl Work {
             ring.mapped -= group.grefs.len();
             ring.unused -= group.grefs.len();
             self.mapped -= group.grefs.len();
+            self.ranges -= 1;
             // The last to hold the range: it is unmapped here.
         }
     }

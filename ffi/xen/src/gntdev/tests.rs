@@ -308,6 +308,28 @@ fn what_a_guest_can_make_us_map_is_bounded() {
 }
 
 #[test]
+fn ranges_are_bounded_as_well() {
+    let host = Host::new();
+    guest(&host, 200);
+    for (most, expected) in [(1000, 36), (10, 10)] {
+        let mapper = Mapper::with(host.gntdev(), 1000, most).unwrap();
+        let mut pages = mapper.pages(3, 40);
+        // One by one, so that each is a range of its own.
+        let mut one = |gref| {
+            assert!(pages.start_map(gref));
+            ends(&mut pages, 1)[0].page
+        };
+        let numbers: Vec<u32> = (8..47).filter_map(&mut one).collect();
+        assert_eq!((numbers.len(), host.mapped()), (expected, expected));
+        assert_eq!(one(100), None);
+        numbers.into_iter().for_each(|n| pages.unmap(n));
+        pages.settle();
+        assert!(pages.start_map(100));
+        assert!(ends(&mut pages, 1)[0].page.is_some(), "there is room again");
+    }
+}
+
+#[test]
 fn ends_that_nobody_asked_for_are_undone() {
     let host = Host::new();
     guest(&host, 64);
