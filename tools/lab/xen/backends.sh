@@ -1,5 +1,8 @@
-# Backends of the Xen lab; sourced by dom0.sh. BACKEND says which: `qdisk`, QEMU's own, which the
-# toolstack starts for each guest; `polldisk`, the daemon, for which the script is the toolstack.
+# Backends of the Xen lab; sourced by dom0.sh. BACKEND says which:
+#   qdisk     QEMU's own, started by the toolstack (xl) for each guest
+#   qemu      the same, with the lab as the toolstack: it makes domains without disks, writes what
+#             belongs into xenstore, and starts QEMU. So it proves that for the next one
+#   polldisk  the daemon, with the lab as the toolstack
 # A disk is written VDEV=IMAGE (xvda=/images/a.qcow2, xvda=vfio:0000:00:04.0/1).
 
 number() { # VDEV: its number in xenstore
@@ -20,7 +23,7 @@ image() { qemu-img create -q -f qcow2 -o cluster_size=64k /images/$1.qcow2 $2; }
 device_image() {
     d=$(device DISK)
     qemu-img create -q -f qcow2 $d $1
-    if [ $BACKEND = qdisk ]; then echo $d; return; fi
+    if [ $BACKEND != polldisk ]; then echo $d; return; fi
     address=$(cat /sys/class/nvme/$(basename ${d%n1})/address)
     hand_over $address vfio-pci
     echo vfio:$address/1
@@ -56,6 +59,7 @@ start() {
     else
         xl create -q -p $R/$name.cfg
         xl domid $name > $R/$name.id
+        [ $BACKEND = polldisk ] || qemu_start $name
         for d in "$@"; do publish $name ${d%%=*} ${d#*=}; done
         xl unpause $name
     fi
@@ -72,7 +76,8 @@ publish() {
     xenstore-chmod ${f%/*} n$(id $1) r0
     xenstore-write \
         $b/frontend $f $b/frontend-id $(id $1) $b/online 1 $b/removable 1 $b/bootable 1 $b/state 1 \
-        $b/dev $2 $b/type qdisk $b/mode w $b/device-type disk $b/sm-data '' \
+        $b/dev $2 $b/type qdisk $b/mode w $b/device-type disk \
+        $b/params qcow2:$3 $b/discard-enable 1 \
         $b/sm-data/polldisk "{\"node\":\"$node\",\"format\":\"qcow2\"}" \
         $f/backend $b $f/backend-id 0 $f/state 1 $f/virtual-device $n $f/device-type disk
 }
@@ -104,14 +109,26 @@ release() {
         within 30 no_qemu $(id $1)
     else
         for d in $(cat $R/$1.disks); do retract $1 ${d%%=*}; done
+        [ $BACKEND = polldisk ] || qemu_stop $1
     fi
+}
+# QEMU for a guest's disks, as libxl starts it: NAME
+qemu_start() {
+    /usr/libexec/xen-qemu-system-i386 -xen-domid $(id $1) -xen-attach -name $1 -nodefaults -no-user-config \
+        -vnc none -display none -machine xenpv -m 192 < /dev/null > $R/qemu-$1.err 2>&1 &
+    echo $! > $R/$1.qemu
+    within 60 in_state /local/domain/0/device-model/$(id $1) running
+}
+qemu_stop() {
+    kill "$(cat $R/$1.qemu)"
+    within 30 no_qemu $(id $1)
 }
 no_qemu() { ! ps -o args | grep -v grep | grep -q "xen-domid $1 "; }
 
 # The size that a guest sees of a disk that it uses: NAME VDEV BYTES. QEMU has no command for that
 # which xl passes on, so there the lab writes what a backend writes, within what the image has.
 resize() {
-    if [ $BACKEND = qdisk ]; then
+    if [ $BACKEND != polldisk ]; then
         b=$(back $1 $2)
         xenstore-write $b/sectors $(($3 / 512))
         xenstore-write $b/state 4

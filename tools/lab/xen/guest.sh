@@ -109,6 +109,7 @@ churn() {
             sum=$(sha256sum < /tmp/new | cut -d' ' -f1)
             echo "$sum  ./file$i" >> /tmp/sums.$1
             echo "HASH $sum ./file$i"
+            usleep 100000
         done
         touch /tmp/ended
     ) &
