@@ -132,6 +132,31 @@ case_two_guests() {
     judge b $B
 }
 
+# polldisk drives an NVMe device in a dom0 of which Xen, and not its kernel, has the IOMMU. What the
+# kernel wrote polldisk reads, and the other way round; an image on the device, judged by qemu-img.
+case_driver() {
+    noiommu="polldisk --unsafe-noiommu image"
+    d=$(device DISK)
+    a=$(cat /sys/class/nvme/$(basename ${d%n1})/address)
+    dd if=/dev/urandom of=/images/x.raw bs=1M count=24 2>/dev/null
+    truncate -s "$(blockdev --getsize64 $d)" /images/x.raw
+    dd if=/images/x.raw of=$d bs=1M count=24 oflag=direct 2>/dev/null
+    hand_over $a vfio-pci
+    $noiommu compare -f raw -F raw /images/x.raw vfio:$a/1
+    dd if=/dev/urandom of=/images/x.raw bs=1M seek=8 count=8 conv=notrunc 2>/dev/null
+    $noiommu convert -f raw -O raw /images/x.raw vfio:$a/1
+    hand_over $a nvme
+    within 30 device DISK
+    cmp -n $((24 << 20)) /images/x.raw "$(device DISK)"
+    hand_over $a vfio-pci
+    truncate -s 64M /images/x.raw
+    $noiommu convert -f raw -O qcow2 /images/x.raw vfio:$a/1
+    hand_over $a nvme
+    within 30 device DISK
+    qemu-img check -q -f qcow2 "$(device DISK)"
+    qemu-img compare -q -f qcow2 -F raw "$(device DISK)" /images/x.raw
+}
+
 # An image right on an NVMe device, with a PV and a PVH guest: TYPE
 guest_on_device() {
     d=$(device_image 128M)

@@ -46,6 +46,8 @@ device() {
 LIMIT=900
 
 for m in $(cat /modules); do insmod "$m" $(cat "$m.options" 2>/dev/null) || say "FAIL insmod $m"; done
+# For the NVMe driver. A PV dom0 has none.
+echo 32 > /proc/sys/vm/nr_hugepages 2>/dev/null
 mount -t xenfs xenfs /proc/xen
 grep -q control_d /proc/xen/capabilities || say "FAIL boot: not a control domain"
 xenstored -T /run/xenstore.trace --pid-file /run/xen/xenstored.pid || say "FAIL boot: xenstored"
