@@ -69,7 +69,7 @@ done
 keep() {
     to=/images/failed/$1
     mkdir -p $to
-    cp /tmp/log /var/log/xen/* /run/lab/*.err $to 2>/dev/null
+    cp /tmp/log /var/log/xen/* /run/lab/*.err /run/polldisk.err $to 2>/dev/null
     tail -c +$trace /run/xenstore.trace > $to/xenstore.trace
     xenstore-ls -f -p > $to/xenstore
     xl list > $to/domains 2>&1
@@ -77,7 +77,7 @@ keep() {
     dmesg > $to/dmesg
     sync
     tail -30 /tmp/log | sed 's/^/    | /'
-    for f in /var/log/xen/guest-*.log /run/lab/*.err; do
+    for f in /var/log/xen/guest-*.log /run/lab/*.err /run/polldisk.err; do
         [ -s "$f" ] && echo "    $f" && tail -12 "$f" | tr -d '\r' | sed 's/^/    | /'
     done
 }
@@ -98,8 +98,11 @@ run() {
         say "FAIL $1 after $took s, status $rc: $(tail -1 /tmp/log)"
         keep $1
     fi
-    grep '^NOTE ' /tmp/log
     sweep
+    if ! backend_runs; then
+        say "FAIL backend: it ended during $1"
+        backend_start
+    fi
     rm -rf /tmp/* /run/lab/* /var/log/xen/* /images/*.*
 }
 echo "NOTE toolstack ready at $(now) s, $(cat /sys/hypervisor/guest_type), backend $BACKEND"
