@@ -159,26 +159,27 @@ case_driver() {
 
 # An image right on an NVMe device, with a PV and a PVH guest: TYPE
 guest_on_device() {
-    d=$(device_image 128M)
-    start a $1 1 '' "xvda=$d"
+    on=$(device_image 128M)
+    start a $1 1 '' "xvda=$on"
     ask a 60 disk xvda
     ask a 120 make xvda
     ask a 60 check xvda
     off a
-    judge a "$(device_back "$d")"
+    judge a "$(device_back "$on")"
 }
 case_device_pv() { guest_on_device pv; }
 case_device_pvh() { guest_on_device pvh; }
 
-# The backend is killed while a guest writes, three times, and started again: the guest notices nothing.
-case_crash() {
+# The backend goes three times while a guest writes, and is started again: the guest notices nothing
+# but a pause. HOW: the command that ends it
+backend_goes() {
     image a 128M
     start a pv 1 '' xvda=$A
     ask a 60 disk xvda
     ask a 60 churn xvda
     for round in 1 2 3; do
         within 60 has_files a $((round * 5))
-        backend_kill
+        $1
         sleep 1
         backend_start
         within 60 has_files a "$(($(files a) + 3))"
@@ -187,3 +188,5 @@ case_crash() {
     off a
     judge a $A
 }
+case_restart() { backend_goes backend_stop; }
+case_crash() { backend_goes backend_kill; }

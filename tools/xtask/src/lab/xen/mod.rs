@@ -82,7 +82,8 @@ const BOOTS: [Boot; 2] = [
             full("reboot"),
             full("destroy"),
             full("two_guests"),
-            Case { name: "crash", quick: true, backend: Some(Backend::Polldisk) },
+            Case { name: "restart", quick: true, backend: Some(Backend::Polldisk) },
+            Case { name: "crash", quick: false, backend: Some(Backend::Polldisk) },
         ],
     },
     Boot {
@@ -102,7 +103,7 @@ pub(crate) struct Args {
     #[arg(long)]
     full: bool,
     /// Who serves the disks.
-    #[arg(long, value_enum, default_value = "qdisk")]
+    #[arg(long, value_enum, default_value = "polldisk")]
     backend: Backend,
 }
 
