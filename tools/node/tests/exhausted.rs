@@ -19,8 +19,9 @@ fn a_disk_without_memory_gives_everything_back_at_once() {
     let spec = NodeSpec::parse(&format!("model:{}", path.display())).unwrap();
     let open = || Parts::new(open_chain(&spec, &OpenOptions::write(Format::Qcow2)).unwrap());
     let parts = open().unwrap();
-    let regions: Vec<_> =
-        std::iter::from_fn(|| Region::new(4096, PageSize::Small).ok()).take(1024).collect();
+    let regions: Vec<_> = std::iter::from_fn(|| Region::new(4096, PageSize::Small).ok())
+        .take(dma::RegionId::MAX)
+        .collect();
     let options = DiskOptions {
         reactors: vec![Start { cpu: None, policy: Policy::Adaptive }],
         image: qcow::run::Options::default(),

@@ -29,6 +29,9 @@ const LONGEST: usize = 4096;
 /// Until something that the store refused is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// Between two looks at a device that has ended.
+const LOOK: Duration = Duration::from_secs(10);
+
 /// Between two lines about what a guest does wrong, in nanoseconds.
 const SILENT_NS: u64 = 10_000_000_000;
 
@@ -138,6 +141,38 @@ impl Device {
 
     /// The thread's body.
     pub(crate) fn run(mut self, hear: &Receiver<()>) {
+        loop {
+            self.live(hear);
+            if !self.rest(hear) {
+                break;
+            }
+            self = Device::new(self.shared, self.id, self.bell);
+        }
+        for token in self.id.tokens() {
+            let _ = self.shared.store().unwatch(token);
+        }
+    }
+
+    /// When all is over: the toolstack may still ask us to close, and waits for that. Returns whether
+    /// it made the device anew.
+    fn rest(&self, hear: &Receiver<()>) -> bool {
+        while !self.bell.stop.load(Ordering::Acquire) {
+            match self.store().read(self.key("state")) {
+                Ok(None) => return false,
+                Ok(Some(v)) if v == b"1" => return true,
+                Ok(Some(v)) if v == b"5" => self.write(State::Closed, false),
+                Ok(Some(_)) => {}
+                Err(e) => log::debug!("{}: {e}", self.id),
+            }
+            self.tell();
+            // A directory that somebody leaves behind for ever is looked at now and then.
+            let _ = hear.recv_timeout(LOOK);
+        }
+        false
+    }
+
+    /// From the first look at a device to its end.
+    fn live(&mut self, hear: &Receiver<()>) {
         let opened = self.open().and_then(|()| self.take_over());
         match opened {
             Ok(()) => {
@@ -172,9 +207,6 @@ impl Device {
             rings.close();
             self.hand_over();
         }
-        for token in self.id.tokens() {
-            let _ = self.shared.store().unwatch(token);
-        }
         if let Some(image) = self.image.take() {
             self.shared.images.release(image);
         }
@@ -202,7 +234,10 @@ impl Device {
         self.frontend = text("frontend")?;
         // First: whatever is wrong with the device, its end must be seen.
         let [theirs, ours] = self.id.tokens();
+        // Not for a device that was made anew: its frontend may be another.
+        store.unwatch(theirs)?;
         store.watch(format!("{}/state", self.frontend), theirs)?;
+        store.unwatch(ours)?;
         store.watch(format!("{dir}/state"), ours)?;
         if text("frontend-id")?.parse() != Ok(self.id.domid) {
             bail!("{dir}/frontend-id names another domain");

@@ -292,11 +292,20 @@ fn a_guest_comes_works_and_goes() {
         guest.ring.write(0, 0, &[9; 4096]).unwrap();
         guest.ring.push();
         world.toolstack.rm(frontend(7)).unwrap();
-        wait("the end of the device", || {
-            ours.call("list", json!({}))["devices"].as_array().unwrap().is_empty()
-        });
         wait("the end of the image", || {
             ours.call("list", json!({}))["images"].as_array().unwrap().is_empty()
+        });
+        // A toolstack that asks for the end of what has ended is answered.
+        world.reaches(7, "6");
+        let done = world.toolstack.transaction(|tx| {
+            tx.write(format!("{}/online", backend(7)), "0")?;
+            tx.write(format!("{}/state", backend(7)), "5")
+        });
+        done.map_err(|e: xen::store::Error| e.to_string()).unwrap();
+        world.reaches(7, "6");
+        world.toolstack.rm(backend(7)).unwrap();
+        wait("the end of the device", || {
+            ours.call("list", json!({}))["devices"].as_array().unwrap().is_empty()
         });
         assert_eq!(guest.ring.table().mappings(), 0);
         ours.stop();
