@@ -84,6 +84,20 @@ impl Bitmaps {
         Ok(any)
     }
 
+    /// The image was just opened: those for whose bits there was no room are lost. How many.
+    pub(crate) fn look(&mut self, disk: &mut Disk) -> Result<u64, String> {
+        let mut count = 0;
+        if self.all.iter().any(|one| !one.lost) {
+            let meta = ImageMeta::open(disk, "sim", Mode::Read).map_err(|e| e.to_string())?;
+            for one in self.all.iter_mut().filter(|one| !one.lost) {
+                let opened = Bitmap::open(disk, &meta, &one.name);
+                one.lost = opened.is_err_and(|e| e.to_string().contains("not saved"));
+                count += u64::from(one.lost);
+            }
+        }
+        Ok(count)
+    }
+
     /// The image goes below another one, where nothing is recorded any more.
     pub(crate) fn forget(&mut self) {
         self.all.clear();

@@ -39,6 +39,8 @@ pub(crate) struct Outcome {
     /// Lives of images with a data file.
     pub(crate) data_files: u64,
     pub(crate) files: u64,
+    /// Bitmaps for whose bits there was no room.
+    pub(crate) no_place: u64,
     /// Bitmaps that were compared, and that were not saved.
     pub(crate) trusted: u64,
     pub(crate) unsaved: u64,
@@ -276,7 +278,7 @@ impl Run<'_> {
             let mut chain = open(layers, true)?;
             Stack::new(&mut chain, ports).map_err(|e| e.to_string())
         };
-        open().or_else(|e| {
+        let opened = open().or_else(|e| {
             // There may be no room for the bits of bitmaps, which are refused then.
             let here = self.bitmaps.on == layers[0].name;
             if here && no_room(&e) && self.bitmaps.give_up(&mut layers[0].disk.clone())? {
@@ -284,7 +286,13 @@ impl Run<'_> {
             } else {
                 Err(e)
             }
-        })
+        });
+        if opened.is_ok()
+            && let Some(layer) = layers.iter().find(|l| l.name == self.bitmaps.on)
+        {
+            self.outcome.no_place += self.bitmaps.look(&mut layer.disk.clone())?;
+        }
+        opened
     }
 
     fn attach(&mut self, life: &Life, layers: Vec<Layer>) -> Result<Attached, String> {
@@ -471,6 +479,7 @@ impl Outcome {
         self.resizes += other.resizes;
         self.data_files += other.data_files;
         self.files += other.files;
+        self.no_place += other.no_place;
         self.trusted += other.trusted;
         self.unsaved += other.unsaved;
         self.loads += other.loads;
