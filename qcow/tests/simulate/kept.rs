@@ -7,7 +7,7 @@ use std::time::Duration;
 use qcow::check::Repair;
 use qcow::edit::{SnapshotKey, create_snapshot, delete_snapshot};
 use qcow::{ChainReader, Error};
-use sim::{Rng, SECTOR, ident, show};
+use sim::{Disk, Rng, SECTOR, ident, show};
 
 use crate::change::Then;
 use crate::images::{Layer, open};
@@ -145,12 +145,13 @@ impl Run<'_> {
         a: &mut Attached,
         rng: &mut Rng,
     ) -> Result<bool, String> {
-        let top = &mut a.layers[0];
-        // A write that failed for want of space has left something that a power cut may take back:
-        // nobody knows what a snapshot of it holds.
-        if matches!(then, Then::Keep) && top.disk.is_volatile(0, self.plan.disk.size) {
+        // A write that failed for want of space has left something that a power cut may take back, in
+        // this image or one that was the top before: nobody knows what a snapshot of it holds.
+        let vague = |d: &Disk| d.is_volatile(0, d.config().size);
+        if matches!(then, Then::Keep) && a.layers.iter().flat_map(Layer::disks).any(vague) {
             return Ok(false);
         }
+        let top = &mut a.layers[0];
         top.disk.set_power_for(rng.pick(&[u64::MAX, u64::MAX, 0, 1, 5, 9]));
         let came = if matches!(then, Then::Keep) {
             self.last_name += 1;
