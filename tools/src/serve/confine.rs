@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use caps::{CapSet, Capability};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 /// Keeps the capabilities that serving needs. To be called before any thread is started: threads
 /// inherit them. Nothing happens for a user who has none.
@@ -28,7 +31,11 @@ pub(crate) fn drop_capabilities(noiommu: bool) -> anyhow::Result<()> {
 /// From now on no thread of the process can make another system call than these; what is not in the
 /// list fails with EPERM. Nor does anything that is started get more privileges.
 pub(crate) fn limit_system_calls() -> anyhow::Result<()> {
-    let rules: BTreeMap<i64, Vec<_>> = CALLS.iter().map(|&call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<_>> = CALLS.iter().map(|&call| (call, Vec::new())).collect();
+    // Signals go to threads of this process only.
+    let own = u64::from(std::process::id());
+    let own = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, own)?;
+    rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![own])?]);
     let arch = std::env::consts::ARCH.try_into().context("no filter for this processor")?;
     let refused = SeccompAction::Errno(libc::EPERM as u32);
     let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?;
@@ -130,7 +137,6 @@ const CALLS: &[i64] = &[
     libc::SYS_prctl,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    libc::SYS_tgkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_restart_syscall,

@@ -292,7 +292,14 @@ impl Device {
     }
 
     fn hand_over(&self) {
-        if let Err(e) = self.store().write(self.key(HANDED_OVER), "1") {
+        let done = self.store().transaction(|tx| {
+            // A device that was removed does not come back.
+            match tx.read(self.key("state"))? {
+                Some(_) => tx.write(self.key(HANDED_OVER), "1"),
+                None => Ok(()),
+            }
+        });
+        if let Err::<(), StoreError>(e) = done {
             log::warn!("{}: the next daemon will not take its rings up: {e}", self.id);
         }
     }
@@ -476,5 +483,7 @@ fn wanted(text: &str) -> anyhow::Result<Which> {
 }
 
 fn decimal(text: &[u8]) -> Option<u32> {
-    std::str::from_utf8(text).ok()?.parse().ok()
+    // `parse` alone would take a sign.
+    let digits = text.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(text).ok().filter(|_| digits)?.parse().ok()
 }
