@@ -154,8 +154,7 @@ impl Guests {
             }
             None => Sender::Direct(own.events.clone(), local),
         };
-        let most = usize::from(config.large_buffers);
-        let copier = Copier::new(own.copies.clone(), most);
+        let copier = Copier::new(own.copies.clone(), config.most_copies());
         let grants = GuestGrants { domid, copier, pages };
         let ring = RingPages(memory.clone());
         let listener = own.listener.clone();

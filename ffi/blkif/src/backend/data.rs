@@ -30,9 +30,9 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// For `slots` requests, of which those with large buffers have `more` copies together.
-    pub(super) fn new(slots: usize, more: usize) -> Batch {
-        Batch { ops: Vec::with_capacity(slots + more), parts: Vec::with_capacity(slots) }
+    /// For `slots` requests of `copies` copies together.
+    pub(super) fn new(slots: usize, copies: usize) -> Batch {
+        Batch { ops: Vec::with_capacity(copies), parts: Vec::with_capacity(slots) }
     }
 
     #[inline]

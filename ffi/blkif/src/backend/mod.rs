@@ -74,6 +74,13 @@ impl Config {
         }
     }
 
+    /// The most grant copies of one batch: one for each slot, and with large buffers one for each
+    /// segment and page of a list.
+    pub fn most_copies(&self) -> usize {
+        let slots = self.abi.slots(self.order.min(MAX_ORDER)) as usize;
+        slots + usize::from(self.large_buffers) * (self.large_size() / PAGE + INDIRECT_PAGES)
+    }
+
     /// Enough persistent pages for a frontend that fills the ring with the largest requests and
     /// keeps a page for every segment, up to a limit that a full table of grants can bear.
     pub fn usual_persistent_pages(&self) -> u32 {
@@ -229,6 +236,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             return bad("large buffers: at least 1, at most one per slot");
         }
         let large_segments = config.large_size() / PAGE;
+        let most_copies = config.most_copies();
         let bytes = slots * PAGE + large * config.large_size();
         if u32::try_from(bytes).is_err() {
             return bad("buffers of 4 GiB and more");
@@ -255,7 +263,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             next_sweep: 1 << AGE_SHIFT,
             // A slot may be entered again in the moment before its old entry is dropped.
             todo: Vec::with_capacity(2 * slots),
-            batch: Batch::new(slots, large * (large_segments + INDIRECT_PAGES)),
+            batch: Batch::new(slots, most_copies),
             large: (0..config.large_buffers).rev().collect(),
             lists: vec![Segment::default(); large * large_segments].into_boxed_slice(),
             list_pages: vec![[0; INDIRECT_PAGES]; large].into_boxed_slice(),
