@@ -290,6 +290,19 @@ impl Counts {
         Ok(first)
     }
 
+    /// Counts clusters that are in use, whatever stands on disk: nothing yet, or (if one alone refers
+    /// to a cluster) more than that, of references that are gone.
+    pub(super) fn adopt(&mut self, st: &mut dyn Storage, clusters: &[(u64, bool)]) -> Result<()> {
+        for &(cluster, alone) in clusters {
+            self.check_data(cluster)?;
+            let count = self.get(st, cluster)?;
+            if count == 0 || (alone && count > 1) {
+                self.reserved.push(cluster..cluster + 1);
+            }
+        }
+        self.settle(st)
+    }
+
     /// Counts one reference more.
     pub(super) fn raise(&mut self, st: &mut dyn Storage, cluster: u64) -> Result<()> {
         let count = self.get(st, cluster)?;

@@ -201,6 +201,12 @@ impl Image {
         &self.shared.counters
     }
 
+    /// Has changes that are not durable yet noted where they outlive the process. Before anything is
+    /// served.
+    pub fn keep_journal(&mut self, journal: super::Journal) {
+        self.shared.tables.borrow_mut().journal = Some(journal);
+    }
+
     /// Has compressed clusters decompressed by these threads, instead of by the reactor, which `wake`
     /// wakes.
     pub fn use_workers(&mut self, workers: Arc<Workers>, wake: Wake) {

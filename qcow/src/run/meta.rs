@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use super::journal::Journal;
 use super::shared::META;
 use crate::format::{Geometry, RawL2};
 
@@ -33,6 +34,8 @@ pub(super) struct Tables {
     l1_pending: Vec<(usize, u64)>,
     l1_dirty: BTreeSet<usize>,
     slices: BTreeMap<u64, Slice>,
+    /// Changes are noted there, too.
+    pub(super) journal: Option<Journal>,
     geometry: Geometry,
     /// L2 tables being made, by L1 index, and pages being loaded.
     pub(super) making: HashSet<usize>,
@@ -50,6 +53,7 @@ impl Tables {
             l1_pending: Vec::new(),
             l1_dirty: BTreeSet::new(),
             slices: BTreeMap::new(),
+            journal: None,
             making: HashSet::new(),
             loading: HashSet::new(),
             placing: HashSet::new(),
@@ -114,12 +118,17 @@ impl Tables {
         {
             raw.put(entry, 0, &self.geometry);
             s.changed = true;
+            if let Some(journal) = &mut self.journal {
+                let bits = page_bits(&self.geometry) - self.geometry.sub_bits();
+                journal.push((page << bits) + index as u64, raw);
+            }
         }
     }
 
     /// Lets changes into the images: the start of a batch. What they rely on has completed on the
     /// device before this call. Returns the pages whose slices are to be written.
     pub(super) fn seal(&mut self) -> Vec<u64> {
+        self.journal.iter_mut().for_each(Journal::seal);
         for (index, raw) in self.l1_pending.drain(..) {
             self.l1_image[index] = raw;
             self.l1_dirty.insert(index / L1_PART);
@@ -160,6 +169,7 @@ impl Tables {
 
     /// The end of a batch: what it wrote is durable.
     pub(super) fn written(&mut self, pages: &[u64], l1_parts: &[usize]) {
+        self.journal.iter_mut().for_each(Journal::written);
         for page in pages {
             if let Some(s) = self.slices.get_mut(page) {
                 s.dirty = false;

@@ -19,6 +19,7 @@ mod flush;
 mod hits;
 mod image;
 mod io;
+mod journal;
 mod link;
 mod marks;
 mod meta;
@@ -41,6 +42,7 @@ mod zero;
 use crate::atomics;
 
 pub use image::{Counters, Image, Options};
+pub use journal::{Change, Journal};
 pub use satellite::{Reseat, Satellite, Seat, Wakes};
 pub use stack::Stack;
 pub use stream::Progress;

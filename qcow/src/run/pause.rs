@@ -162,7 +162,10 @@ impl Image {
         if !same_top {
             shared.mark.set(Mark::No);
         }
+        // Everything is durable in a pause, so it is empty.
+        let journal = shared.tables.get_mut().journal.take();
         shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));
+        shared.tables.get_mut().journal = journal;
         let mut alloc = Allocator::new(&mut stack.top, device.size);
         if distrusted {
             let _ = alloc.distrust();

@@ -259,7 +259,8 @@ impl Shared {
     /// [`Shared::at_rest`], with no claim.
     pub(super) async fn write_back_if_much(&self, slot: u16) -> Result<(), Status> {
         let slices = self.tables.borrow().slice_count();
-        if slices > super::flush::SLICES_MAX || self.let_go.borrow().is_much() {
+        let noted = self.tables.borrow().journal.as_ref().is_some_and(super::Journal::is_much);
+        if slices > super::flush::SLICES_MAX || noted || self.let_go.borrow().is_much() {
             return self.write_back(slot).await;
         }
         Ok(())

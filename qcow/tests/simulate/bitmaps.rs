@@ -148,7 +148,8 @@ impl Bitmaps {
             let mut bitmap = match Bitmap::open(disk, &meta, name) {
                 Ok(bitmap) => bitmap,
                 Err(e) if e.to_string().contains("not saved") => {
-                    let may = one.lost || (ended == Ended::Cut && !self.durable);
+                    let may =
+                        one.lost || (matches!(ended, Ended::Cut | Ended::Dead) && !self.durable);
                     if !may {
                         return Err(format!("{name} was not saved, without a reason"));
                     }
@@ -161,7 +162,7 @@ impl Bitmaps {
                 return Err(format!("{name} was not saved once, and counts as saved now"));
             }
             trusted += 1;
-            let precise = ended != Ended::Cut && !one.vague;
+            let precise = !matches!(ended, Ended::Cut | Ended::Dead) && !one.vague;
             let mut at = 0;
             while let Some(run) = bitmap
                 .run(disk, at * SECTOR as u64, u64::MAX)

@@ -58,6 +58,11 @@ impl Layer {
         self.map(|disk| disk.frozen(rng))
     }
 
+    /// The image as a process that dies leaves it.
+    pub(crate) fn left(&self, rng: &mut Rng) -> Layer {
+        self.map(|disk| disk.left(rng))
+    }
+
     /// The image on disks that are written to and can lose power.
     pub(crate) fn revived(&self, rng: &mut Rng, trace: &Trace) -> Layer {
         let new = |disk: &Disk| {

@@ -1,8 +1,12 @@
 //! A run: an image on a simulated disk, opened, used and cut off, one life after another.
 
 use block::{Flags, Op, Port, Status, Storage};
+use std::sync::Arc;
+
+use dma::{PageSize, Region};
 use qcow::check::Repair;
-use qcow::run::{Options, Stack};
+use qcow::edit::redo;
+use qcow::run::{Journal, Options, Stack};
 use sim::{Disk, Faults, Guest, GuestOp, Load, Model, Rng, SECTOR, Sabotage, Trace};
 
 use crate::bitmaps::Bitmaps;
@@ -41,6 +45,8 @@ pub(crate) struct Outcome {
     pub(crate) files: u64,
     /// Bitmaps for whose bits there was no room.
     pub(crate) no_place: u64,
+    pub(crate) deaths: u64,
+    pub(crate) redone: u64,
     /// Bitmaps that were compared, and that were not saved.
     pub(crate) trusted: u64,
     pub(crate) unsaved: u64,
@@ -117,6 +123,8 @@ pub(crate) struct Attached {
     /// Clusters that leaked in it when it was opened.
     pub(crate) leaks: u64,
     faults: Faults,
+    /// What is not durable, if the process is to die.
+    journal: Option<Arc<Region>>,
     /// Changes of the image's disks after which their power fails.
     cut_at: u64,
 }
@@ -203,12 +211,34 @@ impl Run<'_> {
             Ended::Clean if a.leaks > 0 || self.hidden || life.is_broken() => Ended::CleanWithLeaks,
             other => other,
         };
+        // What does not fit into a small journal is lost with the process, and only that says so.
+        let changes = a.journal.as_ref().and_then(|region| Journal::read(region));
+        let mut left: Option<Vec<Layer>> = None;
+        let ended = match (ended, changes) {
+            (Ended::Dead, Some(changes)) => {
+                let mut layers: Vec<Layer> = a.layers.iter().map(|l| l.left(rng)).collect();
+                match redo(&mut layers[0].disk, "dead", &changes) {
+                    Ok(()) => {
+                        self.outcome.redone += changes.len() as u64;
+                        self.outcome.deaths += 1;
+                        left = Some(layers);
+                        Ended::Dead
+                    }
+                    // Tables need room; there is more some day. Here the run goes on without.
+                    Err(e) if no_room(&e.to_string()) => Ended::Cut,
+                    Err(e) => return Err(e.to_string()),
+                }
+            }
+            (Ended::Dead, None) => Ended::Cut,
+            (other, _) => other,
+        };
         if ended != Ended::Cut {
             let now = self.model.tick();
             self.model.flushed(now);
         }
         // Also after a clean close: everything is durable then.
-        let layers: Vec<Layer> = a.layers.iter().map(|l| l.frozen(rng)).collect();
+        let layers: Vec<Layer> =
+            left.unwrap_or_else(|| a.layers.iter().map(|l| l.frozen(rng)).collect());
         drop(a);
         if let Some(sectors) = self.resizing.take()
             && open(&layers, false)?.size() == sectors * SECTOR as u64
@@ -226,8 +256,9 @@ impl Run<'_> {
         self.bitmaps.ended(&gone);
         (self.layers, self.leaks, self.held) = (layers, leaks, held);
         self.outcome.lives += 1;
-        self.outcome.cuts += u64::from(ended == Ended::Cut);
-        self.hidden |= ended == Ended::Cut && self.layers[0].disk.config().file;
+        self.outcome.cuts += u64::from(matches!(ended, Ended::Cut | Ended::Dead));
+        self.hidden |=
+            matches!(ended, Ended::Cut | Ended::Dead) && self.layers[0].disk.config().file;
         Ok(())
     }
 
@@ -311,7 +342,12 @@ impl Run<'_> {
         };
         let (stage, begun, leaks) = (Stage::Later, 0, self.leaks);
         let faults = Faults::default();
-        let mut a = Attached { layers, leaves, reactors, stage, begun, leaks, faults, cut_at };
+        let journal = life.dies.map(|bytes| Region::new(bytes, PageSize::Small).expect("memory"));
+        let mut a =
+            Attached { layers, leaves, reactors, stage, begun, leaks, faults, journal, cut_at };
+        if let Some(region) = &a.journal {
+            a.reactors.image().keep_journal(Journal::new(region.clone()));
+        }
         a.set_faults(life.faults);
         Ok(a)
     }
@@ -329,7 +365,7 @@ impl Run<'_> {
             self.outcome.allocated += allocated;
         }
         if matches!(life.end, End::Cut(_) | End::Lost(_)) {
-            return Ok(Ended::Cut);
+            return Ok(if life.dies.is_some() { Ended::Dead } else { Ended::Cut });
         }
         // All that is wrong with the disk ends: now everything must come right.
         a.set_faults(Faults::default());
@@ -392,7 +428,7 @@ impl Run<'_> {
         }
         if a.is_cut() {
             if matches!(life.end, End::Cut(_)) {
-                return Ok(Some(Ended::Cut));
+                return Ok(Some(if life.dies.is_some() { Ended::Dead } else { Ended::Cut }));
             }
             a.layers[0].disks().for_each(Disk::lose);
             a.cut_at = u64::MAX;
@@ -480,6 +516,8 @@ impl Outcome {
         self.data_files += other.data_files;
         self.files += other.files;
         self.no_place += other.no_place;
+        self.deaths += other.deaths;
+        self.redone += other.redone;
         self.trusted += other.trusted;
         self.unsaved += other.unsaved;
         self.loads += other.loads;

@@ -110,7 +110,7 @@ fn seeds() {
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
         "simulate: {} lives ({} in a file, {} with a data file), {} requests ({} failed, {} of them for want of \
-         space), {} clusters allocated, {} pages loaded, {} waits, {} overlays, {} internal \
+         space), {} clusters allocated, {} entries redone after {} deaths, {} pages loaded, {} waits, {} overlays, {} internal \
          snapshots, {} streams, {} commits, \
          {} other sizes; {} power cuts looked at, {} bitmaps found good in them, {} not saved; {} images \
          by qemu-img",
@@ -121,6 +121,8 @@ fn seeds() {
         o.failed,
         o.no_space,
         o.allocated,
+        o.redone,
+        o.deaths,
         o.loads,
         o.parked,
         o.snapshots,
@@ -139,7 +141,17 @@ fn seeds() {
     if count >= 50 {
         // Runs in which nothing happens prove nothing.
         let all = [o.failed, o.no_space, o.allocated, o.loads, o.parked, o.snapshots, o.streams];
-        let later = [o.kept, o.files, o.data_files, o.commits, o.resizes, o.trusted, o.unsaved];
+        let later = [
+            o.kept,
+            o.files,
+            o.deaths,
+            o.redone,
+            o.data_files,
+            o.commits,
+            o.resizes,
+            o.trusted,
+            o.unsaved,
+        ];
         let all = [&all[..], &later].concat();
         assert!(all.iter().all(|&n| n > 0) && o.cuts > count, "too little happened");
         assert!(o.no_place * 50 < o.lives, "{} bitmaps had no room", o.no_place);

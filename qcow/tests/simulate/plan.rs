@@ -95,6 +95,9 @@ pub(crate) struct Life {
     pub(crate) probes: u64,
     /// And our checker looks at it after each change of the disk.
     pub(crate) dense: bool,
+    /// Where the power would fail, the process dies, and what it answered is there: the bytes of its
+    /// journal.
+    pub(crate) dies: Option<usize>,
     /// Leaks are repaired before it begins.
     pub(crate) repair: bool,
     /// The power fails after so many changes of that repair, and it is done again.
@@ -239,6 +242,7 @@ impl Plan {
         if Rng::new(seed ^ FILES).one_in(2) {
             plan.disk.file = true;
         }
+        plan.die(&mut Rng::new(seed ^ 0xdead));
         plan
     }
 
@@ -305,6 +309,14 @@ impl Plan {
             if grows && rng.one_in(2) {
                 self.disk.size += (self.sectors * 256).next_multiple_of(4096);
             }
+        }
+    }
+
+    /// Of some that end by a power cut the process dies instead.
+    fn die(&mut self, rng: &mut Rng) {
+        for life in &mut self.lives {
+            let dies = matches!(life.end, End::Cut(_)) && !self.lazy && rng.one_in(2);
+            life.dies = dies.then(|| rng.pick(&[4096, 64 << 10, 256 << 10]));
         }
     }
 
@@ -385,6 +397,7 @@ impl Plan {
             end: ends[rng.weighted(if last { &[6, 2, 4, 1, 6] } else { &[10, 2, 4, 1, 4] })],
             changes: vec![(changes[rng.weighted(&[6, 1, 2, 2])], rng.below(requests))],
             marks: None,
+            dies: None,
             keeps: None,
             probes: rng.within(0, 3),
             repair: rng.one_in(3),

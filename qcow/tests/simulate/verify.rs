@@ -14,6 +14,8 @@ use crate::kept::verify_kept;
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Ended {
     Cut,
+    /// The process died, and the disks live on.
+    Dead,
     /// It rests: all of it is on disk.
     Rest,
     /// Cleanly, and nothing may leak.
@@ -131,7 +133,8 @@ pub(crate) fn qemu(layer: &mut Layer, ended: Ended) -> Result<bool, String> {
         Err(e) => return Err(format!("qemu-img: {e}")),
     };
     match (out.status.code(), ended) {
-        (Some(0), _) | (Some(3), Ended::Cut | Ended::Rest | Ended::CleanWithLeaks) => Ok(true),
+        (Some(0), _)
+        | (Some(3), Ended::Cut | Ended::Dead | Ended::Rest | Ended::CleanWithLeaks) => Ok(true),
         (code, _) => {
             let text = String::from_utf8_lossy(&out.stderr).into_owned();
             let text = text + &String::from_utf8_lossy(&out.stdout);

@@ -280,6 +280,13 @@ impl Disk {
         Disk::view(config, self.survivor(rng))
     }
 
+    /// The disk when whoever used it has died, to be written to as if no power could fail: see
+    /// [`Disk::after_death`].
+    pub fn left(&self, rng: &mut Rng) -> Disk {
+        let bytes = self.after_death(rng);
+        Disk::view(self.config(), bytes)
+    }
+
     /// Ends the disk: what reads saw last. Of a file as much as it has.
     pub fn take_bytes(self) -> Vec<u8> {
         let mut s = self.state();
@@ -313,6 +320,10 @@ impl State {
             let version = Version { write: number, data: data.clone(), at: from };
             self.cache.entry((at + from) / SECTOR).or_default().push(version);
         }
+    }
+
+    pub(crate) fn now(&self) -> &[u8] {
+        &self.now
     }
 
     pub(crate) fn len(&self) -> u64 {

@@ -41,22 +41,39 @@ impl Disk {
                 }
             }
         }
-        for (n, lane) in s.lanes.iter().enumerate() {
+        s.end_flying(&mut disk, &mut len, |number| odds.lands(number, rng));
+        disk.truncate(len);
+        disk
+    }
+
+    /// What the disk holds when whoever used it has died, and it itself goes on: all that was done,
+    /// and of what was sent and not answered any part.
+    pub fn after_death(&self, rng: &mut Rng) -> Vec<u8> {
+        let s = self.state();
+        let (mut disk, mut len) = (s.now().to_vec(), s.len() as usize);
+        s.end_flying(&mut disk, &mut len, |number| rng.below(100) < number * 37 % 3 * 50);
+        disk.truncate(len);
+        disk
+    }
+}
+
+impl State {
+    /// Does those sectors of what was sent and not answered for whose request `lands` says so.
+    fn end_flying(&self, disk: &mut [u8], len: &mut usize, mut lands: impl FnMut(u64) -> bool) {
+        for (n, lane) in self.lanes.iter().enumerate() {
             for h in lane.held.iter().filter(|h| h.end.is_none()) {
                 let r = &h.request;
-                let valid = s.info.contains(r.offset, r.len) && r.segs_fit();
-                let data = s.contents(n, h, 0, r.len).filter(|_| valid);
+                let valid = self.info.contains(r.offset, r.len) && r.segs_fit();
+                let data = self.contents(n, h, 0, r.len).filter(|_| valid);
                 for (i, bytes) in data.iter().flat_map(|d| d.chunks(SECTOR)).enumerate() {
-                    if odds.lands(h.number, rng) {
+                    if lands(h.number) {
                         let at = r.offset as usize + i * SECTOR;
                         disk[at..at + SECTOR].copy_from_slice(bytes);
-                        len = len.max(at + SECTOR);
+                        *len = (*len).max(at + SECTOR);
                     }
                 }
             }
         }
-        disk.truncate(len);
-        disk
     }
 }
 
