@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 
 use dma::Region;
 
-use crate::abi::{MAX_ORDER, PAGE};
+use crate::Kept;
+use crate::abi::{Abi, Head, MAX_ORDER, PAGE};
 
 /// The pages of a ring. Offsets are in bytes from the first page and come from our own layout
 /// tables, never from the guest; an implementation may panic if one lies outside.
@@ -32,6 +33,32 @@ pub trait RingMemory {
     #[inline]
     fn load32s<const N: usize>(&self, offset: usize) -> [u32; N] {
         core::array::from_fn(|i| self.load32(offset + 4 * i, Ordering::Relaxed))
+    }
+
+    /// A request was taken into a backend's slot: the one in the ring at `at`, of this index. This
+    /// and what follows is for rings whose backend may die: see [`crate::KeptRing`].
+    #[inline]
+    fn keep(&self, _slot: u16, _abi: Abi, _at: usize, _index: u32) {}
+
+    /// It was answered, by the response of this index.
+    #[inline]
+    fn answered(&self, _slot: u16, _index: u32) {}
+
+    /// Responses before this index are going to be seen by the guest.
+    #[inline]
+    fn publishing(&self, _index: u32) {}
+
+    /// What a backend that is gone has left.
+    ///
+    /// # Errors
+    /// If that makes no sense.
+    fn kept(&self) -> Result<Option<Kept>, &'static str> {
+        Ok(None)
+    }
+
+    /// A request that was kept.
+    fn kept_request(&self, _slot: u16, _abi: Abi) -> (Head, [u64; 10]) {
+        unreachable!("nothing is kept here")
     }
 
     /// Stores 32-bit words. `offset` is a multiple of 4.

@@ -8,8 +8,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use block::HasWork;
 
-use crate::RingMemory;
 use crate::abi::{Abi, Head, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, Response};
+use crate::{Kept, RingMemory};
 
 /// The frontend's producer index went backwards or beyond the ring: nothing in the ring can be
 /// believed any more.
@@ -46,15 +46,33 @@ impl<M: RingMemory> BackRing<M> {
     /// # Errors
     /// If more requests wait than the ring holds.
     pub fn attach(memory: M, abi: Abi, order: u8) -> Result<BackRing<M>, Runaway> {
+        BackRing::attach_at(memory, abi, order, None)
+    }
+
+    /// The same where another backend was, which left this.
+    pub(crate) fn attach_at(
+        memory: M,
+        abi: Abi,
+        order: u8,
+        kept: Option<&Kept>,
+    ) -> Result<BackRing<M>, Runaway> {
         let slots = abi.slots(order);
         assert!(memory.bytes() >= abi.slot_at(slots), "ring memory is smaller than its order says");
-        let start = memory.load32(RSP_PROD, Ordering::Acquire);
+        let (cons, start) = match kept {
+            Some(kept) => (kept.req_cons, kept.published),
+            None => {
+                let start = memory.load32(RSP_PROD, Ordering::Acquire);
+                (start, start)
+            }
+        };
+        // Counted by who died before the guest could see it, perhaps.
+        memory.store32(RSP_PROD, start, Ordering::Release);
         let mut ring = BackRing {
             memory,
             abi,
             slots,
             mask: slots - 1,
-            req_cons: start,
+            req_cons: cons,
             rsp_prod: start,
             published: start,
             broken: false,
@@ -116,17 +134,28 @@ impl<M: RingMemory> BackRing<M> {
         self.abi.load_tail(&self.memory, self.req_cons & self.mask)
     }
 
-    /// Takes the next request: from now on its slot may be overwritten by an answer.
+    /// Takes the next request into a slot of the backend's: from now on its place in the ring may be
+    /// overwritten by an answer. A slot takes another request only when the answer to the last one is
+    /// published.
     #[inline]
-    pub fn advance(&mut self) {
+    pub fn take(&mut self, slot: u16) {
+        let at = self.abi.slot_at(self.req_cons & self.mask);
+        self.memory.keep(slot, self.abi, at, self.req_cons);
         self.req_cons = self.req_cons.wrapping_add(1);
     }
 
-    /// Writes an answer; the frontend does not see it before [`BackRing::publish`].
+    /// A request that a backend before this one took.
+    pub(crate) fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
+        self.memory.kept_request(slot, self.abi)
+    }
+
+    /// Writes the answer to the request in a slot; the frontend does not see it before
+    /// [`BackRing::publish`].
     #[inline]
-    pub fn respond(&mut self, response: Response) {
+    pub fn respond(&mut self, slot: u16, response: Response) {
         debug_assert!(self.unanswered() > 0);
         self.abi.store_response(&self.memory, self.rsp_prod & self.mask, response);
+        self.memory.answered(slot, self.rsp_prod);
         self.rsp_prod = self.rsp_prod.wrapping_add(1);
     }
 
@@ -144,6 +173,7 @@ impl<M: RingMemory> BackRing<M> {
         if self.broken {
             return false;
         }
+        self.memory.publishing(self.rsp_prod);
         self.memory.store32(RSP_PROD, self.rsp_prod, Ordering::Release);
         // Either the frontend sees the answers in its last look, or its wish for an event is seen
         // here: a full fence on both sides.
@@ -226,11 +256,11 @@ mod tests {
             // Requests that are taken but not answered still take their slots.
             m.store32(REQ_PROD, start.wrapping_add(10), Ordering::Relaxed);
             for _ in 0..10 {
-                b.advance();
+                b.take(0);
             }
             m.store32(REQ_PROD, start.wrapping_add(33), Ordering::Relaxed);
             assert!(b.waiting().is_err());
-            b.respond(Response { id: 1, operation: 0, status: OKAY });
+            b.respond(0, Response { id: 1, operation: 0, status: OKAY });
             assert_eq!(b.waiting(), Ok(23));
             // Below what was taken already.
             m.store32(REQ_PROD, start.wrapping_add(9), Ordering::Relaxed);
@@ -257,9 +287,9 @@ mod tests {
                 let at = start.wrapping_add(i);
                 m.store32(REQ_PROD, at.wrapping_add(1), Ordering::Relaxed);
                 assert_eq!(b.waiting(), Ok(1));
-                b.advance();
+                b.take(0);
                 let r = Response { id: u64::from(i) << 40 | 7, operation: 1, status: OKAY };
-                b.respond(r);
+                b.respond(0, r);
                 assert_eq!(m.load32(RSP_PROD, Ordering::Relaxed), at);
                 m.store32(RSP_EVENT, at.wrapping_add(1), Ordering::Relaxed);
                 assert!(b.publish(), "the frontend asked for it");

@@ -197,7 +197,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             Some(len) => self.slots[usize::from(index)].len = len,
             None => {
                 self.count_refusal();
-                self.answer(index, ERROR);
+                self.refuse_slot(index, ERROR);
             }
         }
         len.is_some()

@@ -129,6 +129,11 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     slots: Box<[Slot]>,
     /// First of the free slots, which form a list.
     free: u16,
+    /// Slots whose requests a backend before this one took and did not answer: the next one last.
+    left: Vec<u16>,
+    /// The one of them that is taken up now, and the rest of its request.
+    replaying: Option<u16>,
+    tail: [u64; 10],
     stats: Arc<Stats>,
     /// Time of this turn in units of 2^27 ns.
     stamp: u32,
@@ -230,7 +235,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if !matches!(config.sector_size, 512 | 4096) {
             return bad("sector size");
         }
-        let ring = BackRing::attach(memory, config.abi, config.order)?;
+        let kept = memory.kept().map_err(ConnectError::Config)?;
+        let ring = BackRing::attach_at(memory, config.abi, config.order, kept.as_ref())?;
         let (slots, large) = (ring.slots() as usize, usize::from(config.large_buffers));
         if !(1..=slots).contains(&large) {
             return bad("large buffers: at least 1, at most one per slot");
@@ -242,7 +248,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             return bad("buffers of 4 GiB and more");
         }
         let durable = !config.flush && !config.barrier;
-        Ok(Backend {
+        let left = kept.map_or_else(Vec::new, |kept| kept.slots);
+        let mut backend = Backend {
             ring,
             grants,
             events,
@@ -250,11 +257,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             bounce: Region::new_best(bytes)?,
             slots: (1..=slots as u16).map(|next| Slot { next, ..Slot::FREE }).collect(),
             free: 0,
+            work: !left.is_empty(),
+            left: left.into_iter().rev().collect(),
+            replaying: None,
+            tail: [0; 10],
             stats: Arc::default(),
             stamp: 0,
             owner: config.owner,
             gates: 0,
-            work: false,
             armed: false,
             failed: false,
             write_flags: if durable { Flags::FUA } else { Flags::NONE },
@@ -270,7 +280,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             held_no_space: 0,
             held_flushes: 0,
             config,
-        })
+        };
+        if !backend.left.is_empty() {
+            // It may wait for what was answered and never told.
+            backend.events.notify();
+        }
+        Ok(backend)
     }
 
     /// Counters, readable from any thread, also after the backend is gone.
@@ -321,7 +336,16 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
             busy = self.do_todo(disk);
         }
-        if self.gates == 0 {
+        if self.ring.unpublished() > 0 {
+            // Before anything is taken: see [`BackRing::take`].
+            self.publish();
+            busy = true;
+        }
+        if !self.left.is_empty() && self.gates == 0 {
+            self.replay(disk);
+            busy = true;
+        }
+        if self.gates == 0 && self.left.is_empty() {
             match self.ring.waiting() {
                 Ok(0) => {}
                 Ok(waiting) => {
@@ -339,7 +363,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.publish();
             busy = true;
         }
-        self.work = !self.todo.is_empty() || self.pages.pending() > 0;
+        self.work = !self.todo.is_empty() || !self.left.is_empty() || self.pages.pending() > 0;
         busy
     }
 
@@ -376,8 +400,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if !limits.allow(WRITES, head.sector, u64::from(sectors)) {
             return self.refuse_data(head.id, head.operation());
         }
-        self.ring.advance();
         let (index, at) = (self.free, usize::from(self.free) * PAGE);
+        self.ring.take(index);
         let (offset, len) = (head.sector * u64::from(SECTOR), sectors * SECTOR);
         let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;
@@ -446,7 +470,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     #[inline(always)]
     fn respond(&mut self, index: u16, status: i16) {
         let slot = &mut self.slots[usize::from(index)];
-        self.ring.respond(Response { id: slot.id, operation: slot.operation, status });
+        self.ring.respond(index, Response { id: slot.id, operation: slot.operation, status });
         slot.stage = Stage::Free;
         slot.next = self.free;
         self.free = index;
@@ -515,7 +539,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
             slot.next = self.free;
         }
         self.free = index;
-        self.ring.respond(answer);
+        self.ring.respond(index, answer);
     }
 
     #[inline]

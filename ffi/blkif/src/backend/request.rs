@@ -3,9 +3,7 @@
 
 use block::Submit;
 
-use super::{
-    Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, Response, SECTOR, Segment, Slot, Stage,
-};
+use super::{Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, SECTOR, Segment, Slot, Stage};
 use crate::abi::{
     DIRECT_SEGMENTS, DISCARD, EOPNOTSUPP, ERROR, FLUSH_DISKCACHE, INDIRECT, INDIRECT_PAGES, OKAY,
     READ, SEGMENTS_PER_PAGE, WRITE, WRITE_BARRIER,
@@ -54,15 +52,78 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
     }
 
-    /// Answers the next request at once.
+    /// Takes the next request, to be answered without anything being done.
     #[cold]
     fn refuse(&mut self, id: u64, operation: u8, status: i16) {
-        self.ring.advance();
         if status != OKAY {
             self.count_refusal();
-            self.stats.errors.add(1);
         }
-        self.ring.respond(Response { id, operation, status });
+        let index = self.take_next();
+        let slot = &mut self.slots[usize::from(index)];
+        *slot = Slot { id, operation, generation: slot.generation, ..Slot::FREE };
+        self.refuse_slot(index, status);
+    }
+
+    /// Has a request that was taken answered in the next turn: its slot must not take another one
+    /// before its answer is published.
+    pub(super) fn refuse_slot(&mut self, index: u16, status: i16) {
+        self.slots[usize::from(index)].status = status;
+        self.again(index, Stage::Refused);
+    }
+
+    /// Takes the next request of the ring, or of those that a backend before this one has left.
+    fn take_next(&mut self) -> u16 {
+        match self.replaying.take() {
+            Some(slot) => {
+                self.unlink(slot);
+                slot
+            }
+            None => {
+                let index = self.free_slot();
+                self.ring.take(index);
+                index
+            }
+        }
+    }
+
+    /// Takes a slot out of the list of free ones, wherever it stands in it.
+    #[cold]
+    fn unlink(&mut self, slot: u16) {
+        let next = self.slots[usize::from(slot)].next;
+        if self.free == slot {
+            self.free = next;
+        } else if let Some(before) =
+            self.slots.iter_mut().find(|s| s.stage == Stage::Free && s.next == slot)
+        {
+            before.next = next;
+        }
+    }
+
+    /// Takes up requests that a backend before this one has left, as far as there is room. Nothing
+    /// else is taken before all of them are.
+    #[cold]
+    pub(super) fn replay<D: Submit>(&mut self, disk: &mut D) {
+        let limits = self.limits(disk);
+        while let Some(&slot) = self.left.last()
+            && disk.room() > 0
+        {
+            let (head, tail) = self.ring.kept_request(slot);
+            (self.replaying, self.tail) = (Some(slot), tail);
+            let Head { first, id, sector, word } = head;
+            let goes_on = self.take_other(disk, first, id, (sector, word), &limits);
+            // Taken, or left for want of a buffer.
+            if self.replaying.take().is_none() {
+                self.left.pop();
+            }
+            if !goes_on {
+                break;
+            }
+        }
+    }
+
+    /// The rest of the next request.
+    fn next_tail(&self) -> [u64; 10] {
+        if self.replaying.is_some() { self.tail } else { self.ring.tail() }
     }
 
     pub(super) fn count_refusal(&mut self) {
@@ -79,7 +140,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     fn direct_segments(&self, head: Head, count: usize) -> [Segment; DIRECT_SEGMENTS] {
         let mut all = [Segment(head.word); DIRECT_SEGMENTS];
         if count > 1 {
-            for (to, from) in all[1..].iter_mut().zip(self.ring.tail()) {
+            for (to, from) in all[1..].iter_mut().zip(self.next_tail()) {
                 *to = Segment(from);
             }
         }
@@ -90,8 +151,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// large buffers are in use: the request is then left in the ring.
     fn take_slot(&mut self, head: Head, segments: &[Segment], len: u32) -> Option<u16> {
         let large = if segments.len() > 1 { self.large.pop()? } else { NO_BUFFER };
-        self.ring.advance();
-        let index = self.free_slot();
+        let index = self.take_next();
         if large != NO_BUFFER {
             let list = self.list_at(large);
             self.lists[list..list + segments.len()].copy_from_slice(segments);
@@ -152,13 +212,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let pages = count.div_ceil(SEGMENTS_PER_PAGE);
         let mut grefs = [head.indirect_page(); INDIRECT_PAGES];
         if pages > 1 {
-            let tail = self.ring.tail();
+            let tail = self.next_tail();
             for (i, gref) in grefs.iter_mut().skip(1).enumerate() {
                 *gref = (tail[i / 2] >> (32 * (i % 2))) as u32;
             }
         }
-        self.ring.advance();
-        let index = self.free_slot();
+        let index = self.take_next();
         self.list_pages[usize::from(large)] = grefs;
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {

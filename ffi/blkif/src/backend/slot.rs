@@ -34,6 +34,8 @@ pub(super) enum Stage {
     Barrier,
     /// Its answer waits for mappings to end.
     Maps,
+    /// It is refused: its answer waits for the next turn, see [`super::Backend`].
+    Refused,
     /// An empty flush that failed for good: never answered, since every answer that says so would
     /// be reported as success by the guest.
     Held,
@@ -69,7 +71,7 @@ pub(super) struct Slot {
     pub(super) tries: u8,
     /// Pages of segments.
     pub(super) pages: u8,
-    /// The answer that waits in [`Stage::Maps`].
+    /// The answer that waits in [`Stage::Maps`] or [`Stage::Refused`].
     pub(super) status: i16,
     /// Nothing is to be done before this time.
     pub(super) due: u64,

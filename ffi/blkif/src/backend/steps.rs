@@ -99,7 +99,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             Stage::PutFlush => self.put_flush(disk, index),
             Stage::PutDiscard => self.put_discard(disk, index),
             Stage::Barrier => {
-                if self.ring.unanswered() > self.held_flushes + 1 {
+                let before = self.ring.unanswered() - self.left.len() as u32;
+                if before > self.held_flushes + 1 {
                     return false;
                 }
                 self.put_flush(disk, index);
@@ -110,6 +111,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 }
                 let status = slot.status;
                 self.answer(index, status);
+            }
+            Stage::Refused => {
+                // One that is a barrier was never one.
+                let (status, gate) =
+                    (self.slots[usize::from(index)].status, self.gates & GATE_BARRIER);
+                self.answer(index, status);
+                self.gates |= gate;
             }
             stage => unreachable!("a request at {stage:?} was on the list"),
         }

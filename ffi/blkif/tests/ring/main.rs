@@ -7,4 +7,5 @@ mod durable;
 mod events;
 mod grants;
 mod hostile;
+mod kept;
 mod rules;
