@@ -61,17 +61,19 @@ impl<M: RingMemory> KeptRing<M> {
         HEAD + RECORD * abi.slots(order) as usize
     }
 
-    /// A ring with its record, which is begun anew if it is not that of this very ring: `identity`
-    /// tells rings apart (its grants and port). `next`: the index of the next response, where a ring
-    /// begins of which there is no record.
+    /// Whether a record is that of this very ring: `identity` tells rings apart (its grants and port).
+    pub fn is_of(record: &Region, abi: Abi, order: u8, identity: u64) -> bool {
+        record.load64(0, Ordering::Acquire) == MAGIC
+            && record.load64(AT_IDENTITY, Ordering::Relaxed) == identity
+            && record.load32(AT_SLOTS, Ordering::Relaxed) == abi.slots(order)
+    }
+
+    /// A ring with its record, which is begun anew if it is another's: see [`KeptRing::is_of`].
     pub fn new(ring: M, record: Arc<Region>, abi: Abi, order: u8, identity: u64) -> KeptRing<M> {
         let kept = KeptRing { ring, record, slots: abi.slots(order) };
         assert!(kept.record.len() >= KeptRing::<M>::record_bytes(abi, order), "a record's memory");
         let r = &kept.record;
-        let same = r.load64(0, Ordering::Acquire) == MAGIC
-            && r.load64(AT_IDENTITY, Ordering::Relaxed) == identity
-            && r.load32(AT_SLOTS, Ordering::Relaxed) == kept.slots;
-        if !same {
+        if !KeptRing::<M>::is_of(r, abi, order, identity) {
             r.store64(0, 0, Ordering::Release);
             let start = kept.ring.load32(crate::abi::RSP_PROD, Ordering::Acquire);
             r.store64(AT_IDENTITY, identity, Ordering::Relaxed);

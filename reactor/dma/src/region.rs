@@ -192,6 +192,23 @@ impl Region {
         Region::map(fd, offset as i64, len as usize, page, MapFlags::empty())
     }
 
+    /// Maps a file in memory (on tmpfs) of at least `len` bytes, so that what is written outlives the
+    /// process. `len` is a multiple of 4096. Only for a file of ours in a folder that nobody else may
+    /// write to: an access behind its end, were it shortened, would kill the process.
+    ///
+    /// # Errors
+    /// [`Error::Outside`] if it is shorter; [`Error::Os`] if the kernel refuses.
+    #[cfg(not(miri))]
+    pub fn of_file(file: OwnedFd, len: u64) -> Result<Arc<Region>, Error> {
+        let os = |what| move |source| Error::Os { what, len: len as usize, source };
+        let stat = nix::sys::stat::fstat(&file).map_err(os("fstat"))?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if len > size || len == 0 || !len.is_multiple_of(4096) {
+            return Err(Error::Outside { offset: 0, len, size });
+        }
+        Region::map(file, 0, len as usize, PageSize::Small, MapFlags::empty())
+    }
+
     /// As [`Region::new`] with the largest pages that the host has free for it.
     ///
     /// # Errors

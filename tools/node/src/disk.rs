@@ -176,6 +176,15 @@ impl Disk {
         std::iter::once(&self.home).chain(&self.further)
     }
 
+    /// Has changes of a QCOW2 image that are not durable yet noted in memory that outlives the process.
+    /// Before anything is served.
+    ///
+    /// # Errors
+    /// If it is no QCOW2 image.
+    pub fn keep_journal(&self, memory: Arc<Region>) -> Result<(), Error> {
+        self.on_image(move |i, _| i.keep_journal(qcow::run::Journal::new(memory)))
+    }
+
     /// Index of the image in its home reactor's core.
     pub fn image(&self) -> usize {
         self.home.image

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use blkif::grants::{CopyOp, Direction, GrantError, Mapped, Page};
-use blkif::negotiate::{Agreed, Offer};
-use blkif::{Backend, EventChannel, Grants, RingMemory, Stats};
+use blkif::negotiate::{Agreed, Offer, Queue};
+use blkif::{Backend, EventChannel, Grants, KeptRing, RingMemory, Stats};
 use block::{Completion, HasWork, Submit};
 use dma::Region;
 use reactor::Mailbox;
@@ -110,10 +110,11 @@ impl Guests {
         domid: u16,
         agreed: &Agreed,
         offer: &Offer,
+        records: Records<'_>,
     ) -> Result<Rings, Error> {
         let mut rings = Rings { list: Vec::new() };
         for number in 0..agreed.queues.len() {
-            match self.connect_one(door, domid, agreed, offer, number) {
+            match self.connect_one(door, domid, agreed, offer, number, &records) {
                 Ok(ring) => rings.list.push(ring),
                 Err(e) => {
                     rings.close();
@@ -131,6 +132,7 @@ impl Guests {
         agreed: &Agreed,
         offer: &Offer,
         number: usize,
+        records: &Records<'_>,
     ) -> Result<Ring, Error> {
         let at = door.entry(number);
         let own = &self.reactors[at.reactor];
@@ -156,7 +158,14 @@ impl Guests {
         };
         let copier = Copier::new(own.copies.clone(), config.most_copies());
         let grants = GuestGrants { domid, copier, pages };
-        let ring = RingPages(memory.clone());
+        let (abi, order) = (config.abi, config.order);
+        let bytes = KeptRing::<RingPages>::record_bytes(abi, order).next_multiple_of(4096);
+        let record = (records.open)(number, bytes as u64).map_err(|e| of_queue(&e))?;
+        let identity = identity(queue);
+        if records.of_the_dead && !KeptRing::<RingPages>::is_of(&record, abi, order, identity) {
+            return Err(of_queue(&"there is no record of what the daemon that died took from it"));
+        }
+        let ring = KeptRing::new(RingPages(memory.clone()), record, abi, order, identity);
         let listener = own.listener.clone();
         let (mailbox, image) = (at.mailbox.clone(), at.image);
         let added = mailbox.ask(move |core: &mut ReactorCore| {
@@ -174,6 +183,23 @@ impl Guests {
         let (index, stats) = added.map_err(|e| of_queue(&e))?;
         Ok(Ring { mailbox, index, stats, settling, _port: port, _memory: memory })
     }
+}
+
+/// Where the records of a device's rings are.
+pub struct Records<'a> {
+    /// Memory of so many bytes that outlives the process, for the ring of this number.
+    pub open: &'a dyn Fn(usize, u64) -> Result<Arc<Region>, String>,
+    /// Another process served the rings and died: its records must be there.
+    pub of_the_dead: bool,
+}
+
+/// Tells a ring from others of the same device: by its grants and its port.
+fn identity(queue: &Queue) -> u64 {
+    let all = queue.ring_refs.iter().copied().chain([queue.event_channel]);
+    // FNV-1a.
+    all.fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 /// A local port; unbound when it goes.
@@ -247,7 +273,7 @@ impl Rings {
 
 /// A ring of a guest on a reactor.
 pub struct GuestRing {
-    backend: Backend<RingPages, GuestGrants, Sender>,
+    backend: Backend<KeptRing<RingPages>, GuestGrants, Sender>,
     listener: Arc<Listener>,
 }
 

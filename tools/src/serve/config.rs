@@ -13,6 +13,8 @@ use serde::Deserialize;
 pub(crate) struct Config {
     /// The control socket.
     pub(crate) control: PathBuf,
+    /// A folder in memory, for what the next daemon needs if this one dies.
+    pub(crate) state: PathBuf,
     /// Processors to run on, a reactor on each; without any there is one, wherever it is put.
     pub(crate) cores: Vec<usize>,
     /// What a reactor does when idle: `poll` or `adaptive`.
@@ -34,6 +36,7 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             control: "/run/polldisk/control.sock".into(),
+            state: "/run/polldisk/state".into(),
             cores: Vec::new(),
             policy: "adaptive".into(),
             l2_cache: "128M".into(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use blkif::negotiate::{Offer, agree};
 use blkif::{Action, Event, Life, State};
-use node::Rings;
+use node::{Records, Rings};
 use serde_json::{Value, json};
 use xen::store::{Error as StoreError, Nodes, Store};
 
@@ -22,6 +22,10 @@ use super::images::{Image, Wanted};
 /// In our directory, while nobody serves the rings of a guest that is connected: they were left in
 /// order, with all answered that was taken.
 const HANDED_OVER: &str = "polldisk-handed-over";
+
+/// Of rings that nobody knows enough of.
+const DIED: &str = "the daemon that served this guest has died, and its rings cannot be taken up: the \
+                    guest has to be started again";
 
 /// Longest value that is looked at in the backend's directory, in bytes.
 const LONGEST: usize = 4096;
@@ -117,6 +121,8 @@ pub(crate) struct Device {
     rings: Option<Rings>,
     /// [`Action::Remove`] was done.
     over: bool,
+    /// A daemon that died served its rings, and they are not connected to yet.
+    of_the_dead: bool,
     /// Before then nothing more is logged of what the guest does wrong, in nanoseconds.
     silent_until: u64,
 }
@@ -135,6 +141,7 @@ impl Device {
             offer: None,
             rings: None,
             over: false,
+            of_the_dead: false,
             silent_until: 0,
         }
     }
@@ -173,8 +180,7 @@ impl Device {
 
     /// From the first look at a device to its end.
     fn live(&mut self, hear: &Receiver<()>) {
-        let opened = self.open().and_then(|()| self.take_over());
-        match opened {
+        match self.open() {
             Ok(()) => {
                 // Where the guest is by now decides what being ready means: it may be connected to
                 // a daemon that has gone.
@@ -242,13 +248,16 @@ impl Device {
         if text("frontend-id")?.parse() != Ok(self.id.domid) {
             bail!("{dir}/frontend-id names another domain");
         }
+        self.take_over()?;
         let user = self.id.to_string();
         let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
+            Which::Attached(_) if self.of_the_dead => bail!(DIED),
             Which::Attached(name) => self.shared.images.take(&name, &user)?,
             Which::New(wanted) => {
                 // By this, `ctl --image` means it.
                 let name = format!("{}/{}", self.id.domid, self.id.devid);
-                self.shared.images.open_for(wanted.or_named(name), &user)?
+                let wanted = wanted.or_named(name);
+                self.shared.images.open_for(wanted, &user, self.of_the_dead)?
             }
         };
         let mut offer = Offer::new(&image.info());
@@ -268,10 +277,10 @@ impl Device {
         Ok(done?)
     }
 
-    /// A guest that is connected to somebody else's rings is taken up if they were left in order. What
-    /// a daemon that was killed had taken from them, and what it had answered and not written down,
-    /// nobody knows: to go on would lose a guest's data silently.
-    fn take_over(&self) -> anyhow::Result<()> {
+    /// A guest that is connected to somebody else's rings is taken up if they were left in order, or if
+    /// there are records of what a daemon that died had taken from them and not answered, and answered
+    /// and not written down: to go on without would lose a guest's data silently.
+    fn take_over(&mut self) -> anyhow::Result<()> {
         let store = self.store();
         let number = |path: String| -> anyhow::Result<Option<u32>> {
             Ok(store.read(path)?.and_then(|v| decimal(&v)))
@@ -282,13 +291,15 @@ impl Device {
         {
             return Ok(());
         }
-        if store.read(self.key(HANDED_OVER))?.is_none() {
-            bail!(
-                "the daemon that served this guest has died, and its rings cannot be taken up: the \
-                 guest has to be started again"
-            );
+        if store.read(self.key(HANDED_OVER))?.is_some() {
+            return Ok(store.rm(self.key(HANDED_OVER))?);
         }
-        Ok(store.rm(self.key(HANDED_OVER))?)
+        if !self.shared.images.keep.has_record(self.id) {
+            bail!(DIED);
+        }
+        log::warn!("{}: the daemon that served it has died; its rings are taken up", self.id);
+        self.of_the_dead = true;
+        Ok(())
     }
 
     fn hand_over(&self) {
@@ -350,6 +361,7 @@ impl Device {
             Action::WriteSize => self.write(self.life.state(), true),
             Action::Connect => match self.connect() {
                 Ok(rings) => {
+                    self.of_the_dead = false;
                     self.rings = Some(rings);
                     self.event(Event::Connected);
                 }
@@ -367,6 +379,7 @@ impl Device {
                 if let Some(rings) = self.rings.take() {
                     rings.close();
                 }
+                self.shared.images.keep.forget_records(self.id);
                 self.event(Event::Disconnected);
             }
             Action::Report(why) => self.report(why),
@@ -391,7 +404,12 @@ impl Device {
                 None => Ok(agreed),
             }
         })??;
-        Ok(self.shared.guests.connect(&image.door, self.id.domid, &agreed, offer)?)
+        let open = |ring: usize, bytes: u64| {
+            let record = self.shared.images.keep.record(self.id, ring, bytes);
+            record.map_err(|e| format!("{e:#}"))
+        };
+        let records = Records { open: &open, of_the_dead: self.of_the_dead };
+        Ok(self.shared.guests.connect(&image.door, self.id.domid, &agreed, offer, records)?)
     }
 
     /// Writes our state, with all that a frontend reads at it if `keys`.

@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, bail};
 use block::DeviceInfo;
 use node::{Disk, Door, NodeSpec, OpenOptions, Parts, Reactors};
+use qcow::open::Format;
 use reactor::sync::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::keep::{Keep, is_name};
 use crate::args;
 use crate::ctl::Changes;
 
@@ -82,6 +84,7 @@ pub(crate) struct Images {
     reactors: Arc<Reactors>,
     options: qcow::run::Options,
     allow_backing: Vec<PathBuf>,
+    pub(crate) keep: Arc<Keep>,
     all: Mutex<BTreeMap<String, Entry>>,
     /// The home of the next one.
     next: AtomicUsize,
@@ -92,9 +95,10 @@ impl Images {
         reactors: Arc<Reactors>,
         options: qcow::run::Options,
         allow_backing: Vec<PathBuf>,
+        keep: Arc<Keep>,
     ) -> Images {
         let (all, next) = (Mutex::new(BTreeMap::new()), AtomicUsize::new(0));
-        Images { reactors, options, allow_backing, all, next }
+        Images { reactors, options, allow_backing, keep, all, next }
     }
 
     pub(crate) fn reactors(&self) -> &Arc<Reactors> {
@@ -108,9 +112,40 @@ impl Images {
     }
 
     /// Opens an image for a device, and for as long as that uses it.
-    pub(crate) fn open_for(&self, wanted: Wanted, user: &str) -> anyhow::Result<Arc<Image>> {
+    /// `of_the_dead`: a daemon that died served it to a guest that lives, who was told of changes that
+    /// are in its journal only.
+    pub(crate) fn open_for(
+        &self,
+        wanted: Wanted,
+        user: &str,
+        of_the_dead: bool,
+    ) -> anyhow::Result<Arc<Image>> {
         self.begin(wanted.name())?;
+        let redone = if of_the_dead { self.redo(&wanted) } else { Ok(()) };
+        if let Err(e) = redone {
+            self.all.lock().remove(wanted.name());
+            return Err(e);
+        }
         self.open(wanted, Some(user))
+    }
+
+    fn redo(&self, wanted: &Wanted) -> anyhow::Result<()> {
+        let changes = self.keep.changes(wanted.name())?.with_context(|| {
+            format!(
+                "{}: the daemon that died has lost changes that its guest was told of",
+                wanted.node
+            )
+        })?;
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
+        let options =
+            OpenOptions { clock: self.reactors.clock().clone(), ..OpenOptions::write(format) };
+        let mut source = node::open_source(&NodeSpec::parse(&wanted.node)?, &options)?;
+        qcow::edit::redo(&mut source, &wanted.node, &changes)?;
+        log::warn!("{}: {} changes of a daemon that died are put in", wanted.node, changes.len());
+        Ok(())
     }
 
     /// Gives an attached image to a device.
@@ -209,6 +244,9 @@ impl Images {
 
     /// Takes the name.
     fn begin(&self, name: &str) -> anyhow::Result<()> {
+        if !is_name(name) {
+            bail!("image {name:?}: a shorter name is needed, and not none");
+        }
         let mut all = self.all.lock();
         if all.contains_key(name) {
             bail!("there is an image {name:?} already");
@@ -254,11 +292,24 @@ impl Images {
         let count = self.reactors.count();
         let home = self.next.fetch_add(1, Ordering::Relaxed);
         let numbers: Vec<usize> = (0..count).map(|n| (home + n) % count).collect();
-        Ok(Disk::start_on(parts, &self.reactors, &numbers, self.options)?)
+        let disk = Disk::start_on(parts, &self.reactors, &numbers, self.options)?;
+        if format == Format::Qcow2 && !wanted.read_only {
+            let kept = self.keep.journal(wanted.name()).and_then(|j| Ok(disk.keep_journal(j)?));
+            if let Err(e) = kept {
+                if let Err(e) = disk.close() {
+                    log::error!("{e}");
+                }
+                return Err(e);
+            }
+        }
+        Ok(disk)
     }
 
     fn close(&self, image: Arc<Image>) -> anyhow::Result<()> {
         let closed = image.changes.end().close().context("closing it");
+        if closed.is_ok() {
+            self.keep.forget_journal(&image.name);
+        }
         self.all.lock().remove(&image.name);
         closed
     }

@@ -7,6 +7,7 @@ mod control;
 mod device;
 mod devices;
 mod images;
+mod keep;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use config::Config;
 use control::Control;
 use devices::Devices;
 use images::Images;
+use keep::Keep;
 
 /// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
 #[derive(Args)]
@@ -52,7 +54,8 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let reactors = Reactors::start(&config.starts()?, Clock::real())?;
     let options = qcow::run::Options { l2_cache: config.l2_cache()?, ..Default::default() };
     let allow = config.allow_backing.clone();
-    let images = Arc::new(Images::new(reactors.clone(), options, allow));
+    let keep = Arc::new(Keep::new(config.state.clone())?);
+    let images = Arc::new(Images::new(reactors.clone(), options, allow, keep));
     let stop = signals.told();
     let served = confine::limit_system_calls().and_then(|()| start(&config, &images));
     let served = served.map(|(server, devices)| {

@@ -15,6 +15,7 @@ use xen::store::{Nodes, Perm, Store};
 use super::control::Control;
 use super::devices::Devices;
 use super::images::Images;
+use super::keep::Keep;
 use crate::ctl::rpc::Service as _;
 
 const SIZE: u64 = 8 << 20;
@@ -45,7 +46,8 @@ impl World {
     fn serve(&self, reactors: usize, notify: Notify) -> Ours {
         let start = Start { cpu: None, policy: Policy::Adaptive };
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
-        let images = Arc::new(Images::new(reactors.clone(), Default::default(), Vec::new()));
+        let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
+        let images = Arc::new(Images::new(reactors.clone(), Default::default(), Vec::new(), keep));
         let (host, store) = (self.host.clone(), self.store.clone());
         let guests =
             Guests::by(&reactors, notify, || Ok(host.gntdev()), || Ok(host.events())).unwrap();
@@ -360,8 +362,16 @@ fn another_daemon_takes_the_rings_up() {
     assert_eq!(world.state(9).unwrap(), "4");
     assert!(!marked());
     ours.stop();
-    // One that dies leaves no mark: the next one does not touch the rings.
-    world.toolstack.rm(format!("{}/polldisk-handed-over", backend(9))).unwrap();
+    // One that dies leaves no mark, but records of the rings: these are enough.
+    let unmark = || world.toolstack.rm(format!("{}/polldisk-handed-over", backend(9))).unwrap();
+    unmark();
+    let ours = world.serve(1, Notify::Direct);
+    guest.expect(8, 2, 4096);
+    guest.write(16, 3, 4096);
+    ours.stop();
+    // Without them the rings are not touched.
+    unmark();
+    std::fs::remove_dir_all(world.dir.path().join("state")).unwrap();
     let ours = world.serve(1, Notify::Direct);
     let error = format!("/local/domain/0/error/backend/qdisk/9/{DEVID}/error");
     wait("the refusal", || world.read(&error).is_some_and(|e| e.contains("has died")));
