@@ -146,8 +146,8 @@ backend_start() {
     (
         polldisk --unsafe-noiommu serve --config /etc/polldisk.toml >> /run/polldisk.err 2>&1 &
         echo $! > /run/polldisk.pid
-        wait $!
-        echo $? > /run/polldisk.status
+        wait $! && status=0 || status=$?
+        echo $status > /run/polldisk.status
     ) &
     within 30 polldisk ctl list
 }
