@@ -191,9 +191,11 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         if slots.len() as u32 != req_cons.wrapping_sub(published) {
             return Err("the record of a ring contradicts itself");
         }
-        for &slot in &slots {
-            // An answer that nobody saw is none: its index will be another's.
-            self.record.store32(place(slot) + AT_STATE, TAKEN, Ordering::Release);
+        for slot in 0..self.slots as u16 {
+            // An answer that nobody saw is none: its index will be another's. So will that of a request
+            // that was not counted, in whatever slot it is taken next.
+            let state = if slots.contains(&slot) { TAKEN } else { FREE };
+            self.record.store32(place(slot) + AT_STATE, state, Ordering::Release);
         }
         Ok(Some(Kept { req_cons, published, slots }))
     }

@@ -248,6 +248,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             return bad("buffers of 4 GiB and more");
         }
         let durable = !config.flush && !config.barrier;
+        let goes_on = kept.is_some();
         let left = kept.map_or_else(Vec::new, |kept| kept.slots);
         let mut backend = Backend {
             ring,
@@ -281,7 +282,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             held_flushes: 0,
             config,
         };
-        if !backend.left.is_empty() {
+        if goes_on {
             // It may wait for what was answered and never told.
             backend.events.notify();
         }

@@ -152,6 +152,60 @@ fn what_a_dead_backend_took_the_next_one_does() {
     assert!(deaths > 1000 && taken_up > 300 && answered > 10_000, "{deaths} {taken_up} {answered}");
 }
 
+/// A backend dies when it has written a request down and not counted it: it stays in the ring, where the
+/// next one takes it. The one after that finds it once.
+#[test]
+fn a_request_that_was_not_counted() {
+    use std::sync::atomic::Ordering::Relaxed;
+    let mut w = World::new(5);
+    let mut backend = w.backend();
+    for n in 0..3 {
+        w.frontend.write(n, 8 * n, &[1 + n as u8; 4096]).unwrap();
+    }
+    w.frontend.push();
+    backend.poll(&mut w.disk, 1);
+    drop(backend);
+    // As if it had died in the middle of the third, in a slot that the next one gives to another.
+    let (at_cons, place) = (20, |slot: usize| 64 + 128 * slot);
+    assert_eq!(w.record.load32(at_cons, Relaxed), 3);
+    let last = w.record.read_words::<16>(place(2));
+    w.record.write_words(place(9), &last);
+    w.record.store32(place(2) + 120, 0, Relaxed);
+    w.record.store32(at_cons, 2, Relaxed);
+    for _ in 0..4 {
+        let mut backend = w.backend();
+        backend.poll(&mut w.disk, 1);
+    }
+    let mut backend = w.backend();
+    let (mut answers, mut buffer) = (0, vec![0; 4096]);
+    for _ in 0..20 {
+        w.turn(&mut backend, false);
+        while let Some(done) = w.frontend.reap(&mut buffer).unwrap() {
+            assert_eq!(done.status, OKAY);
+            answers += 1;
+        }
+    }
+    assert_eq!(answers, 3);
+}
+
+/// A backend dies between an answer and the event for it.
+#[test]
+fn the_guest_is_told_of_what_was_answered() {
+    let mut w = World::new(5);
+    let mut backend = w.backend();
+    w.frontend.write(0, 0, &[1; 4096]).unwrap();
+    w.frontend.push();
+    for _ in 0..4 {
+        w.turn(&mut backend, false);
+    }
+    drop(backend);
+    let ring =
+        KeptRing::new(w.frontend.ring(), w.record.clone(), w.config.abi, w.config.order, IDENTITY);
+    let event = Signal::default();
+    let next = Backend::new(w.config.clone(), ring, w.frontend.grants(), event.clone()).unwrap();
+    assert_eq!((event.count(), next.drained()), (1, true), "it may not know");
+}
+
 /// A record of another ring is not this one's, and one that makes no sense is refused.
 #[test]
 fn records_that_do_not_fit() {
