@@ -290,13 +290,13 @@ impl Counts {
         Ok(first)
     }
 
-    /// Counts clusters that are in use, whatever stands on disk: nothing yet, or (if one alone refers
-    /// to a cluster) more than that, of references that are gone.
-    pub(super) fn adopt(&mut self, st: &mut dyn Storage, clusters: &[(u64, bool)]) -> Result<()> {
-        for &(cluster, alone) in clusters {
+    /// Counts clusters as in use by one alone, whatever stands on disk: nothing yet, or more than that,
+    /// of references that are gone.
+    pub(super) fn adopt(&mut self, st: &mut dyn Storage, clusters: &[u64]) -> Result<()> {
+        for &cluster in clusters {
             self.check_data(cluster)?;
             let count = self.get(st, cluster)?;
-            if count == 0 || (alone && count > 1) {
+            if count != 1 {
                 self.reserved.push(cluster..cluster + 1);
             }
         }

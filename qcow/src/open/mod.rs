@@ -56,6 +56,28 @@ pub struct ImageMeta {
 }
 
 impl ImageMeta {
+    /// Tells an image from what it becomes when somebody changes it otherwise than by serving it: its
+    /// size, snapshots, backing file, the place of its active tables.
+    pub(crate) fn shape(&self) -> u64 {
+        let h = &self.header;
+        let mut all = Vec::new();
+        for word in [
+            h.size,
+            h.l1_table_offset,
+            u64::from(h.l1_size),
+            h.snapshots_offset,
+            u64::from(h.nb_snapshots),
+            u64::from(h.cluster_bits),
+        ] {
+            all.extend(word.to_be_bytes());
+        }
+        all.extend(h.backing_name.as_deref().unwrap_or_default());
+        // FNV-1a.
+        all.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
+    }
+
     /// Opens one QCOW2 file. `name` is for messages.
     ///
     /// # Errors

@@ -203,7 +203,8 @@ impl Image {
 
     /// Has changes that are not durable yet noted where they outlive the process. Before anything is
     /// served.
-    pub fn keep_journal(&mut self, journal: super::Journal) {
+    pub fn keep_journal(&mut self, mut journal: super::Journal) {
+        journal.bind(self.shared.stack.top.shape);
         self.shared.tables.borrow_mut().journal = Some(journal);
     }
 

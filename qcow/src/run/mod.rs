@@ -42,7 +42,7 @@ mod zero;
 use crate::atomics;
 
 pub use image::{Counters, Image, Options};
-pub use journal::{Change, Journal};
+pub use journal::{Change, Changes, Journal};
 pub use satellite::{Reseat, Satellite, Seat, Wakes};
 pub use stack::Stack;
 pub use stream::Progress;

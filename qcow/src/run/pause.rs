@@ -163,7 +163,13 @@ impl Image {
             shared.mark.set(Mark::No);
         }
         // Everything is durable in a pause, so it is empty.
-        let journal = shared.tables.get_mut().journal.take();
+        let mut journal = shared.tables.get_mut().journal.take();
+        if let Some(journal) = &mut journal {
+            journal.bind(stack.top.shape);
+            if !same_top {
+                journal.disown();
+            }
+        }
         shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));
         shared.tables.get_mut().journal = journal;
         let mut alloc = Allocator::new(&mut stack.top, device.size);

@@ -219,7 +219,7 @@ impl Run<'_> {
                 let mut layers: Vec<Layer> = a.layers.iter().map(|l| l.left(rng)).collect();
                 match redo(&mut layers[0].disk, "dead", &changes) {
                     Ok(()) => {
-                        self.outcome.redone += changes.len() as u64;
+                        self.outcome.redone += changes.list.len() as u64;
                         self.outcome.deaths += 1;
                         left = Some(layers);
                         Ended::Dead
@@ -346,7 +346,7 @@ impl Run<'_> {
         let mut a =
             Attached { layers, leaves, reactors, stage, begun, leaks, faults, journal, cut_at };
         if let Some(region) = &a.journal {
-            a.reactors.image().keep_journal(Journal::new(region.clone()));
+            a.reactors.image().keep_journal(Journal::new(region.clone(), 0));
         }
         a.set_faults(life.faults);
         Ok(a)

@@ -177,12 +177,12 @@ impl Disk {
     }
 
     /// Has changes of a QCOW2 image that are not durable yet noted in memory that outlives the process.
-    /// Before anything is served.
+    /// Before anything is served. `owner` tells the image's file from others.
     ///
     /// # Errors
     /// If it is no QCOW2 image.
-    pub fn keep_journal(&self, memory: Arc<Region>) -> Result<(), Error> {
-        self.on_image(move |i, _| i.keep_journal(qcow::run::Journal::new(memory)))
+    pub fn keep_journal(&self, memory: Arc<Region>, owner: u64) -> Result<(), Error> {
+        self.on_image(move |i, _| i.keep_journal(qcow::run::Journal::new(memory, owner)))
     }
 
     /// Index of the image in its home reactor's core.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use xen::store::{Error as StoreError, Nodes, Store};
 
 use super::devices::Shared;
-use super::images::{Image, Wanted};
+use super::images::{Image, Left, Wanted};
 
 /// In our directory, while nobody serves the rings of a guest that is connected: they were left in
 /// order, with all answered that was taken.
@@ -121,8 +121,9 @@ pub(crate) struct Device {
     rings: Option<Rings>,
     /// [`Action::Remove`] was done.
     over: bool,
-    /// A daemon that died served its rings, and they are not connected to yet.
-    of_the_dead: bool,
+    /// What a daemon that died may have left of its image. [`Left::Needed`] until the rings are
+    /// connected to, which that daemon served.
+    left: Left,
     /// Before then nothing more is logged of what the guest does wrong, in nanoseconds.
     silent_until: u64,
 }
@@ -141,7 +142,7 @@ impl Device {
             offer: None,
             rings: None,
             over: false,
-            of_the_dead: false,
+            left: Left::Nothing,
             silent_until: 0,
         }
     }
@@ -208,13 +209,19 @@ impl Device {
                 Some(wait) => drop(hear.recv_timeout(wait)),
             }
         }
+        let mut had_rings = false;
         // What was taken from the rings is answered, and nothing of the guest is mapped any more.
         if let Some(rings) = self.rings.take() {
             rings.close();
-            self.hand_over();
+            had_rings = true;
         }
         if let Some(image) = self.image.take() {
-            self.shared.images.release(image);
+            let ends = self.bell.stop.load(Ordering::Acquire);
+            let closed = self.shared.images.release(image, ends);
+            // Not before all is on disk. Else the next daemon needs the journal.
+            if had_rings && closed {
+                self.hand_over();
+            }
         }
     }
 
@@ -248,18 +255,22 @@ impl Device {
         if text("frontend-id")?.parse() != Ok(self.id.domid) {
             bail!("{dir}/frontend-id names another domain");
         }
-        self.take_over()?;
+        let handed_over = self.take_over()?;
         let user = self.id.to_string();
         let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
-            Which::Attached(_) if self.of_the_dead => bail!(DIED),
+            Which::Attached(_) if self.left == Left::Needed => bail!(DIED),
             Which::Attached(name) => self.shared.images.take(&name, &user)?,
             Which::New(wanted) => {
                 // By this, `ctl --image` means it.
                 let name = format!("{}/{}", self.id.domid, self.id.devid);
                 let wanted = wanted.or_named(name);
-                self.shared.images.open_for(wanted, &user, self.of_the_dead)?
+                self.shared.images.open_for(wanted, &user, self.left)?
             }
         };
+        if handed_over {
+            // From here on there is a journal, and nothing was served yet.
+            store.rm(self.key(HANDED_OVER))?;
+        }
         let mut offer = Offer::new(&image.info());
         offer.read_only |= !text("mode")?.contains('w');
         if read("discard-enable")?.as_deref() == Some(b"0") {
@@ -279,27 +290,33 @@ impl Device {
 
     /// A guest that is connected to somebody else's rings is taken up if they were left in order, or if
     /// there are records of what a daemon that died had taken from them and not answered, and answered
-    /// and not written down: to go on without would lose a guest's data silently.
-    fn take_over(&mut self) -> anyhow::Result<()> {
+    /// and not written down: to go on without would lose a guest's data silently. Returns whether they
+    /// were left in order.
+    fn take_over(&mut self) -> anyhow::Result<bool> {
         let store = self.store();
         let number = |path: String| -> anyhow::Result<Option<u32>> {
             Ok(store.read(path)?.and_then(|v| decimal(&v)))
         };
-        let connected = Some(State::Connected as u32);
-        if number(self.key("state"))? != connected
-            || number(format!("{}/state", self.frontend))? != connected
-        {
-            return Ok(());
+        let [connected, closing] = [State::Connected, State::Closing].map(|s| Some(s as u32));
+        let own = number(self.key("state"))?;
+        let handed_over = store.read(self.key(HANDED_OVER))?.is_some();
+        if own != connected || number(format!("{}/state", self.frontend))? != connected {
+            // The frontend may begin anew with rings that look like the old ones.
+            self.shared.images.keep.forget_records(self.id);
+            if [connected, closing].contains(&own) && !handed_over {
+                self.left = Left::Perhaps;
+            }
+            return Ok(handed_over);
         }
-        if store.read(self.key(HANDED_OVER))?.is_some() {
-            return Ok(store.rm(self.key(HANDED_OVER))?);
+        if handed_over {
+            return Ok(true);
         }
         if !self.shared.images.keep.has_record(self.id) {
             bail!(DIED);
         }
         log::warn!("{}: the daemon that served it has died; its rings are taken up", self.id);
-        self.of_the_dead = true;
-        Ok(())
+        self.left = Left::Needed;
+        Ok(false)
     }
 
     fn hand_over(&self) {
@@ -361,7 +378,7 @@ impl Device {
             Action::WriteSize => self.write(self.life.state(), true),
             Action::Connect => match self.connect() {
                 Ok(rings) => {
-                    self.of_the_dead = false;
+                    self.left = Left::Nothing;
                     self.rings = Some(rings);
                     self.event(Event::Connected);
                 }
@@ -408,7 +425,7 @@ impl Device {
             let record = self.shared.images.keep.record(self.id, ring, bytes);
             record.map_err(|e| format!("{e:#}"))
         };
-        let records = Records { open: &open, of_the_dead: self.of_the_dead };
+        let records = Records { open: &open, of_the_dead: self.left == Left::Needed };
         Ok(self.shared.guests.connect(&image.door, self.id.domid, &agreed, offer, records)?)
     }
 

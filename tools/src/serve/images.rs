@@ -14,7 +14,7 @@ use reactor::sync::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::keep::{Keep, is_name};
+use super::keep::{Keep, is_name, owner};
 use crate::args;
 use crate::ctl::Changes;
 
@@ -66,6 +66,17 @@ impl Image {
     }
 }
 
+/// What a daemon that died may have left of an image in its journal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Left {
+    /// Nothing that counts.
+    Nothing,
+    /// Its guest has let go of the disk, or is about to: what can be put in is.
+    Perhaps,
+    /// A guest that goes on was told of it: without, the image must not be served.
+    Needed,
+}
+
 /// The state of a name.
 enum Entry {
     /// Somebody opens or closes it.
@@ -108,43 +119,41 @@ impl Images {
     /// Opens an image, to be there until [`Images::detach`].
     pub(crate) fn attach(&self, wanted: Wanted) -> anyhow::Result<()> {
         self.begin(wanted.name())?;
-        self.open(wanted, None).map(drop)
+        self.open(wanted, None, Left::Nothing).map(drop)
     }
 
     /// Opens an image for a device, and for as long as that uses it.
-    /// `of_the_dead`: a daemon that died served it to a guest that lives, who was told of changes that
-    /// are in its journal only.
     pub(crate) fn open_for(
         &self,
         wanted: Wanted,
         user: &str,
-        of_the_dead: bool,
+        left: Left,
     ) -> anyhow::Result<Arc<Image>> {
         self.begin(wanted.name())?;
-        let redone = if of_the_dead { self.redo(&wanted) } else { Ok(()) };
-        if let Err(e) = redone {
-            self.all.lock().remove(wanted.name());
-            return Err(e);
-        }
-        self.open(wanted, Some(user))
+        self.open(wanted, Some(user), left)
     }
 
     fn redo(&self, wanted: &Wanted) -> anyhow::Result<()> {
-        let changes = self.keep.changes(wanted.name())?.with_context(|| {
+        let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
+        if format != Format::Qcow2 || wanted.read_only {
+            return Ok(());
+        }
+        let spec = NodeSpec::parse(&wanted.node)?;
+        let changes = self.keep.changes(wanted.name(), owner(&spec)?)?.with_context(|| {
             format!(
                 "{}: the daemon that died has lost changes that its guest was told of",
                 wanted.node
             )
         })?;
-        if changes.is_empty() {
+        if changes.list.is_empty() {
             return Ok(());
         }
-        let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
         let options =
             OpenOptions { clock: self.reactors.clock().clone(), ..OpenOptions::write(format) };
-        let mut source = node::open_source(&NodeSpec::parse(&wanted.node)?, &options)?;
+        let mut source = node::open_source(&spec, &options)?;
         qcow::edit::redo(&mut source, &wanted.node, &changes)?;
-        log::warn!("{}: {} changes of a daemon that died are put in", wanted.node, changes.len());
+        let count = changes.list.len();
+        log::warn!("{}: {count} changes of a daemon that died are put in", wanted.node);
         Ok(())
     }
 
@@ -163,12 +172,16 @@ impl Images {
         }
     }
 
-    /// A device is done with its image.
-    pub(crate) fn release(&self, image: Arc<Image>) {
+    /// A device is done with its image, `for_all` if the daemon ends. Returns whether all that is
+    /// closed by this is on disk.
+    pub(crate) fn release(&self, image: Arc<Image>, for_all: bool) -> bool {
         let name = image.name.clone();
         drop(image);
         let gone = match self.all.lock().get_mut(&name) {
             Some(entry @ Entry::Open { passing: true, .. }) => {
+                Some(std::mem::replace(entry, Entry::Busy))
+            }
+            Some(entry @ Entry::Open { .. }) if for_all => {
                 Some(std::mem::replace(entry, Entry::Busy))
             }
             Some(Entry::Open { user, .. }) => {
@@ -178,10 +191,12 @@ impl Images {
             _ => None,
         };
         if let Some(Entry::Open { image, .. }) = gone
-            && let Err(e) = self.close(image)
+            && let Err(e) = self.close(image, for_all)
         {
             log::error!("{name}: {e:#}");
+            return false;
         }
+        true
     }
 
     /// Closes an image that no device uses.
@@ -198,7 +213,7 @@ impl Images {
             }
         };
         match entry {
-            Entry::Open { image, .. } => self.close(image),
+            Entry::Open { image, .. } => self.close(image, false),
             Entry::Busy => Ok(()),
         }
     }
@@ -256,9 +271,17 @@ impl Images {
     }
 
     /// Opens an image whose name was taken.
-    fn open(&self, wanted: Wanted, user: Option<&str>) -> anyhow::Result<Arc<Image>> {
+    fn open(&self, wanted: Wanted, user: Option<&str>, left: Left) -> anyhow::Result<Arc<Image>> {
         let name = wanted.name().to_owned();
-        match self.start(&wanted) {
+        let redone = match left {
+            Left::Nothing => Ok(()),
+            Left::Needed => self.redo(&wanted),
+            Left::Perhaps => self.redo(&wanted).or_else(|e| {
+                log::warn!("{name}: {e:#}");
+                Ok(())
+            }),
+        };
+        match redone.and_then(|()| self.start(&wanted)) {
             Ok(disk) => {
                 let (door, info) = (disk.door(), disk.info().clone());
                 let clock = self.reactors.clock().clone();
@@ -288,13 +311,19 @@ impl Images {
             clock: self.reactors.clock().clone(),
             ..OpenOptions::read(format)
         };
-        let parts = Parts::on(node::open_chain(&spec, &options)?, &self.reactors)?;
+        let (chain, owner) = (node::open_chain(&spec, &options)?, owner(&spec)?);
+        if !wanted.read_only {
+            // Before anything in it changes.
+            self.keep.forget_others(wanted.name(), owner)?;
+        }
+        let parts = Parts::on(chain, &self.reactors)?;
         let count = self.reactors.count();
         let home = self.next.fetch_add(1, Ordering::Relaxed);
         let numbers: Vec<usize> = (0..count).map(|n| (home + n) % count).collect();
         let disk = Disk::start_on(parts, &self.reactors, &numbers, self.options)?;
         if format == Format::Qcow2 && !wanted.read_only {
-            let kept = self.keep.journal(wanted.name()).and_then(|j| Ok(disk.keep_journal(j)?));
+            let kept =
+                self.keep.journal(wanted.name()).and_then(|j| Ok(disk.keep_journal(j, owner)?));
             if let Err(e) = kept {
                 if let Err(e) = disk.close() {
                     log::error!("{e}");
@@ -305,9 +334,10 @@ impl Images {
         Ok(disk)
     }
 
-    fn close(&self, image: Arc<Image>) -> anyhow::Result<()> {
+    /// `goes_on`: another daemon will serve its guest, who must know that nothing is missing.
+    fn close(&self, image: Arc<Image>, goes_on: bool) -> anyhow::Result<()> {
         let closed = image.changes.end().close().context("closing it");
-        if closed.is_ok() {
+        if closed.is_ok() && !goes_on {
             self.keep.forget_journal(&image.name);
         }
         self.all.lock().remove(&image.name);

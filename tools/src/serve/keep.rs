@@ -2,13 +2,15 @@
 //! Files in a folder of memory (on /run), which the next daemon reads.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
 use dma::Region;
-use qcow::run::{Change, Journal};
+use node::NodeSpec;
+use qcow::run::{Changes, Journal};
 
 use super::device::Id;
 
@@ -75,13 +77,32 @@ impl Keep {
         (0..16).for_each(|ring| self.remove(&record(id, ring)));
     }
 
-    /// What a daemon that died has left of an image: changes that are not on disk. `None`: it lost some.
-    pub(crate) fn changes(&self, image: &str) -> anyhow::Result<Option<Vec<Change>>> {
+    /// What a daemon that died has left of an image in this file: changes that are not on disk. `None`:
+    /// it lost some, or nothing is known of it.
+    pub(crate) fn changes(&self, image: &str, owner: u64) -> anyhow::Result<Option<Changes>> {
         let name = journal(image);
         if !self.dir.join(&name).exists() {
-            return Ok(Some(Vec::new()));
+            return Ok(None);
         }
-        Ok(Journal::read(&*self.map(&name, JOURNAL)?))
+        let changes = Journal::read(&*self.map(&name, JOURNAL)?);
+        Ok(changes.filter(|c| [0, owner].contains(&c.owner)))
+    }
+
+    /// An image file is going to be changed: what daemons that died have left of it by other names is
+    /// outdated.
+    pub(crate) fn forget_others(&self, image: &str, owner: u64) -> anyhow::Result<()> {
+        let mine = journal(image);
+        for entry in std::fs::read_dir(&self.dir)? {
+            let Ok(name) = entry?.file_name().into_string() else { continue };
+            if name.starts_with("image-")
+                && name != mine
+                && Journal::owner(&*self.map(&name, JOURNAL)?) == Some(owner)
+            {
+                log::warn!("{name}: its image is opened by another name now");
+                self.remove(&name);
+            }
+        }
+        Ok(())
     }
 
     /// The journal of an image that is going to be served.
@@ -93,6 +114,19 @@ impl Keep {
     pub(crate) fn forget_journal(&self, image: &str) {
         self.remove(&journal(image));
     }
+}
+
+/// Tells an image's file from others, also from one that takes its name later. Not 0.
+pub(crate) fn owner(spec: &NodeSpec) -> anyhow::Result<u64> {
+    let mut hash = DefaultHasher::new();
+    match spec {
+        NodeSpec::File(path) => {
+            let m = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+            (m.dev(), m.ino(), m.rdev(), m.created().ok()).hash(&mut hash);
+        }
+        other => other.to_string().hash(&mut hash),
+    }
+    Ok(hash.finish() | 1)
 }
 
 fn record(id: Id, ring: usize) -> String {
