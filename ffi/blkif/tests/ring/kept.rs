@@ -40,7 +40,7 @@ impl World {
         let bytes = KeptRing::<RegionRing>::record_bytes(abi, order);
         let record = Region::new(bytes.next_multiple_of(4096), PageSize::Small).unwrap();
         let mut disk = Disk::new(DISK);
-        disk.shuffle = Some(Rng(seed * 3 | 1));
+        disk.shuffle = Some(Rng((seed * 3) | 1));
         World { frontend, config, record, disk, now: 1, rng }
     }
 
@@ -224,7 +224,7 @@ fn records_that_do_not_fit() {
     let state = 64 + 120;
     assert_eq!(w.record.load32(state, std::sync::atomic::Ordering::Relaxed), 1);
     w.record.store32(state, 0, std::sync::atomic::Ordering::Relaxed);
-    let refused = make(IDENTITY).err().expect("a request without a slot").to_string();
+    let refused = make(IDENTITY).map(drop).expect_err("a request without a slot").to_string();
     assert!(refused.contains("contradicts itself"), "{refused}");
     let ring = w.frontend.ring();
     let index = ring.load32(REQ_PROD, std::sync::atomic::Ordering::Relaxed);
