@@ -20,7 +20,7 @@ use crate::ctl::{self, Changes};
 use crate::output::usage;
 
 /// How long clients may take to finish what they asked for.
-const DRAIN: Duration = Duration::from_secs(10);
+pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 
 /// Serve one image over NBD on a unix socket until SIGTERM or SIGINT.
 #[derive(Args)]
@@ -140,18 +140,11 @@ fn serve(
     size: Option<Arc<AtomicU64>>,
     stop: &Receiver<Signal>,
 ) -> anyhow::Result<()> {
-    let extents = ExtentSource::new(door.clone())?;
-    let door = door.clone();
     let export = ::nbd::Export {
         name: nbd.export.clone(),
-        description: spec.to_string(),
         read_only: nbd.read_only || nbd.snapshot.is_some(),
-        info: info.clone(),
         size,
-        attach: Box::new(move |depth, regions| {
-            door.open(depth, regions).map_err(|e| e.to_string())
-        }),
-        extents: Box::new(Extents(extents)),
+        ..export(spec.to_string(), door, info)?
     };
     let server = ::nbd::Server::bind(&nbd.socket, export)?;
     let mut out = std::io::stdout();
@@ -164,6 +157,26 @@ fn serve(
         log::warn!("{left} clients still had requests in flight after {DRAIN:?}");
     }
     Ok(())
+}
+
+/// The default export of a running image, writable if the image is.
+pub(crate) fn export(
+    description: String,
+    door: &Door,
+    info: &DeviceInfo,
+) -> anyhow::Result<::nbd::Export> {
+    let (extents, door) = (ExtentSource::new(door.clone())?, door.clone());
+    Ok(::nbd::Export {
+        name: String::new(),
+        description,
+        read_only: false,
+        info: info.clone(),
+        size: None,
+        attach: Box::new(move |depth, regions| {
+            door.open(depth, regions).map_err(|e| e.to_string())
+        }),
+        extents: Box::new(Extents(extents)),
+    })
 }
 
 struct Extents(ExtentSource);

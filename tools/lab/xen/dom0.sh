@@ -17,6 +17,8 @@ ln -s /run /var/run
 ln -s /run/lock /var/lock
 # QEMU looks for its data relative to where it is itself.
 mv /bin/xen-qemu-system-i386 /usr/libexec/
+mkdir -p /usr/lib/xen-4.17/bin
+mv /bin/libxl-save-helper /usr/lib/xen-4.17/bin/
 mv /etc/keymap /usr/share/qemu/keymaps/en-us
 mv /etc/xl.conf /etc/xen/xl.conf
 for tool in chmod exists list ls read rm watch write; do ln -s xenstore /bin/xenstore-$tool; done
@@ -64,6 +66,7 @@ done
 . /guests.sh
 . /backends.sh
 . /cases.sh
+. /save.sh
 
 # What is worth reading after a failure.
 keep() {

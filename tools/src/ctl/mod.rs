@@ -68,8 +68,12 @@ enum What {
         /// Do not write to it.
         #[arg(short, long)]
         read_only: bool,
+        /// Serve it over NBD too, on this socket, as for a guest's firmware, which reads an emulated
+        /// disk.
+        #[arg(long, value_name = "PATH")]
+        nbd: Option<PathBuf>,
     },
-    /// Have the daemon close an image that no guest uses.
+    /// Have the daemon close an image that no guest and no NBD client uses.
     Detach {
         /// Its name.
         name: String,
@@ -172,9 +176,12 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
     let mut client = Client::connect(&ctl.socket)?;
     let here = |path: &PathBuf| std::path::absolute(path).context("no current directory");
     let (method, mut params, pace) = match &ctl.what {
-        What::Attach { name, node, format, read_only } => {
-            let node = absolute(node)?;
-            let wanted = json!({"name": name, "node": node, "format": format.name(), "read-only": read_only});
+        What::Attach { name, node, format, read_only, nbd } => {
+            let (node, nbd) = (absolute(node)?, nbd.as_ref().map(here).transpose()?);
+            let wanted = json!({
+                "name": name, "node": node, "format": format.name(), "read-only": read_only,
+                "nbd": nbd,
+            });
             ("attach", wanted, None)
         }
         What::Detach { name } => ("detach", json!({"name": name}), None),
@@ -266,7 +273,11 @@ fn print_daemon(result: &Value) -> anyhow::Result<()> {
         let size = image["virtual-size"].as_u64().unwrap_or(0);
         let (name, state, node) = (text("name"), text("state"), text("node"));
         let (format, user) = (text("format"), text("used-by"));
-        line(&format!("image {name} {state} {node} {format} {size} used by {user}"))?;
+        let nbd = match (image["nbd"].as_str(), image["nbd-clients"].as_u64()) {
+            (Some(path), Some(n)) => format!(", on {path} by {n} NBD clients"),
+            _ => String::new(),
+        };
+        line(&format!("image {name} {state} {node} {format} {size} used by {user}{nbd}"))?;
     }
     for (n, reactor) in list("reactors").iter().enumerate() {
         let busy = reactor["busy-ns"].as_f64().unwrap_or(0.0);

@@ -16,7 +16,7 @@ use node::{Records, Rings};
 use serde_json::{Value, json};
 use xen::store::{Error as StoreError, Nodes, Store};
 
-use super::devices::Shared;
+use super::devices::{Shared, by_script};
 use super::images::{Image, Left, Wanted};
 
 /// In our directory, while nobody serves the rings of a guest that is connected: they were left in
@@ -32,6 +32,10 @@ const LONGEST: usize = 4096;
 
 /// Until something that the store refused is tried again.
 const RETRY: Duration = Duration::from_millis(500);
+
+/// How long an image may still be in use by the guest's former domain: a toolstack makes the next one as
+/// soon as that has closed its device. libxl waits 10 s for a device.
+const PATIENCE_NS: u64 = 5_000_000_000;
 
 /// Between two looks at a device that has ended.
 const LOOK: Duration = Duration::from_secs(10);
@@ -190,7 +194,13 @@ impl Device {
                 }
                 self.event(Event::Ready);
             }
-            Err(e) => self.report(&format!("{e:#}")),
+            Err(e) => {
+                self.report(&format!("{e:#}"));
+                // The script tells the user, and is not run before that.
+                if matches!(by_script(&self.store(), &self.dir), Ok(true)) {
+                    self.write(State::InitWait, false);
+                }
+            }
         }
         while !self.over && !self.bell.stop.load(Ordering::Acquire) {
             let again = match self.look() {
@@ -256,17 +266,12 @@ impl Device {
             bail!("{dir}/frontend-id names another domain");
         }
         let handed_over = self.take_over()?;
-        let user = self.id.to_string();
-        let image = match wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)? {
-            Which::Attached(_) if self.left == Left::Needed => bail!(DIED),
-            Which::Attached(name) => self.shared.images.take(&name, &user)?,
-            Which::New(wanted) => {
-                // By this, `ctl --image` means it.
-                let name = format!("{}/{}", self.id.domid, self.id.devid);
-                let wanted = wanted.or_named(name);
-                self.shared.images.open_for(wanted, &user, self.left)?
-            }
+        let scripted = by_script(&store, &dir)?;
+        let which = match scripted {
+            true => targeted(&text("params")?)?,
+            false => wanted(&text("sm-data/polldisk").or_else(|_| text("qemu-params"))?)?,
         };
+        let image = self.take(which)?;
         if handed_over {
             // From here on there is a journal, and nothing was served yet.
             store.rm(self.key(HANDED_OVER))?;
@@ -276,16 +281,48 @@ impl Device {
         if read("discard-enable")?.as_deref() == Some(b"0") {
             offer.discard = None;
         }
-        self.image = Some(image);
+        self.image = Some(image.clone());
         let done = store.transaction(|tx| {
             for (key, value) in offer.transport_keys().into_iter().chain(offer.device_keys()) {
                 tx.write(self.key(key), value)?;
+            }
+            // libxl has the emulated disk of an HVM guest read this.
+            if let (true, Some(nbd)) = (scripted, image.nbd()) {
+                tx.write(self.key("physical-device-path"), format!("nbd:unix:{}", nbd.display()))?;
             }
             // The toolstack waits for this.
             tx.write(self.key("hotplug-status"), "connected")
         });
         self.offer = Some(offer);
         Ok(done?)
+    }
+
+    /// The image, which the guest that had it before may have to the end of its life.
+    fn take(&self, which: Which) -> anyhow::Result<Arc<Image>> {
+        let (images, user) = (&self.shared.images, self.id.to_string());
+        let clock = images.reactors().clock();
+        let late = clock.now() + PATIENCE_NS;
+        loop {
+            let taken = match which.clone() {
+                Which::Attached(_) if self.left == Left::Needed => bail!(DIED),
+                Which::Attached(name) => images.take(&name, &user),
+                Which::New(wanted) => {
+                    // By this, `ctl --image` means it.
+                    let name = format!("{}/{}", self.id.domid, self.id.devid);
+                    images.open_for(wanted.or_named(name), &user, self.left)
+                }
+            };
+            match taken {
+                // So say the locks of files, and `Images` of what it has itself.
+                Err(e) if format!("{e:#}").contains("in use") && clock.now() < late => {
+                    if self.bell.stop.load(Ordering::Acquire) {
+                        return Err(e);
+                    }
+                    std::thread::sleep(RETRY);
+                }
+                done => return done,
+            }
+        }
     }
 
     /// A guest that is connected to somebody else's rings is taken up if they were left in order, or if
@@ -499,7 +536,7 @@ fn ring(stats: &blkif::Stats) -> Value {
 }
 
 /// Which image a device wants.
-#[derive(PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 enum Which {
     /// One that `polldisk ctl attach` has opened.
     Attached(String),
@@ -515,6 +552,14 @@ fn wanted(text: &str) -> anyhow::Result<Which> {
     }
     let wanted = serde_json::from_str(text).context("what image is wanted")?;
     Ok(Which::New(wanted))
+}
+
+/// What libxl passes on as the target of a disk: the same, or a node, which holds a QCOW2 image.
+fn targeted(target: &str) -> anyhow::Result<Which> {
+    match target.contains(['/', ':']) && !target.starts_with('{') {
+        true => Ok(Which::New(Wanted::qcow2(target))),
+        false => wanted(target),
+    }
 }
 
 fn decimal(text: &[u8]) -> Option<u32> {

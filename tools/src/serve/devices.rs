@@ -18,6 +18,9 @@ use super::images::Images;
 /// How a device of ours begins its `qemu-params`.
 pub(crate) const PREFIX: &str = "polldisk:";
 
+/// How the hotplug script of a device of ours is called, which xl is told of.
+const SCRIPT: &str = "/block-polldisk";
+
 /// The watch on all backends of our kind.
 const ALL: u64 = 0;
 
@@ -271,7 +274,7 @@ impl Shared {
         if !new && !left {
             return Ok(false);
         }
-        if read("sm-data/polldisk")?.is_some() {
+        if read("sm-data/polldisk")?.is_some() || by_script(&store, &dir)? {
             return Ok(true);
         }
         let params = read("qemu-params")?.unwrap_or_default();
@@ -282,4 +285,11 @@ impl Shared {
     fn bury(&self) {
         self.all.lock().retain(|_, (_, thread)| !thread.is_finished());
     }
+}
+
+/// Whether the toolstack is libxl, which says by the name of a script whose device it is. It runs that
+/// script when the device is in state 2, and takes what that says.
+pub(crate) fn by_script(store: &Store, dir: &str) -> Result<bool, StoreError> {
+    let script = store.read(format!("{dir}/script"))?;
+    Ok(script.is_some_and(|name| name.ends_with(SCRIPT.as_bytes())))
 }

@@ -2,7 +2,7 @@
 //! whose xenstore entry says which image they want.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::keep::{Keep, is_name, owner};
 use crate::args;
 use crate::ctl::Changes;
+use crate::nbd::DRAIN;
 
 /// An image as somebody asks for it.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
@@ -31,6 +32,8 @@ pub(crate) struct Wanted {
     format: String,
     #[serde(default)]
     read_only: bool,
+    /// A socket on which it is served over NBD as well.
+    nbd: Option<PathBuf>,
 }
 
 fn qcow2() -> String {
@@ -38,6 +41,12 @@ fn qcow2() -> String {
 }
 
 impl Wanted {
+    /// A QCOW2 image for reading and writing.
+    pub(crate) fn qcow2(node: &str) -> Wanted {
+        let (node, format) = (node.to_owned(), qcow2());
+        Wanted { name: None, node, format, read_only: false, nbd: None }
+    }
+
     /// The same, with this name if it has none.
     pub(crate) fn or_named(mut self, name: String) -> Wanted {
         self.name.get_or_insert(name);
@@ -59,6 +68,11 @@ pub(crate) struct Image {
 }
 
 impl Image {
+    /// The socket on which it is served over NBD.
+    pub(crate) fn nbd(&self) -> Option<&Path> {
+        self.wanted.nbd.as_deref()
+    }
+
     /// What it is like, its size as it is by now.
     pub(crate) fn info(&self) -> DeviceInfo {
         let size = self.changes.size().load(Ordering::Relaxed);
@@ -87,6 +101,7 @@ enum Entry {
         user: Option<String>,
         /// It goes when that device does.
         passing: bool,
+        nbd: Option<::nbd::Server>,
     },
 }
 
@@ -190,8 +205,8 @@ impl Images {
             }
             _ => None,
         };
-        if let Some(Entry::Open { image, .. }) = gone
-            && let Err(e) = self.close(image, for_all)
+        if let Some(Entry::Open { image, nbd, .. }) = gone
+            && let Err(e) = self.close(image, nbd, for_all)
         {
             log::error!("{name}: {e:#}");
             return false;
@@ -199,8 +214,13 @@ impl Images {
         true
     }
 
-    /// Closes an image that no device uses.
+    /// Closes an image that neither a device nor an NBD client uses.
     pub(crate) fn detach(&self, name: &str) -> anyhow::Result<()> {
+        self.remove(name, false)
+    }
+
+    /// Closes an image that no device uses; NBD clients are cut off only if `cut`.
+    fn remove(&self, name: &str, cut: bool) -> anyhow::Result<()> {
         let entry = {
             let mut all = self.all.lock();
             match all.get_mut(name) {
@@ -209,11 +229,14 @@ impl Images {
                 Some(Entry::Open { user: Some(user), .. }) => {
                     bail!("image {name:?} is in use by {user}")
                 }
+                Some(Entry::Open { nbd, .. }) if !cut && clients(nbd).is_some_and(|n| n > 0) => {
+                    bail!("image {name:?} is in use by an NBD client")
+                }
                 Some(entry) => std::mem::replace(entry, Entry::Busy),
             }
         };
         match entry {
-            Entry::Open { image, .. } => self.close(image, false),
+            Entry::Open { image, nbd, .. } => self.close(image, nbd, false),
             Entry::Busy => Ok(()),
         }
     }
@@ -224,7 +247,7 @@ impl Images {
         loop {
             let name = self.all.lock().keys().next().cloned();
             let Some(name) = name else { return first };
-            let closed = self.detach(&name);
+            let closed = self.remove(&name, true);
             if first.is_ok() {
                 first = closed;
             }
@@ -244,7 +267,7 @@ impl Images {
     pub(crate) fn list(&self) -> Value {
         let one = |(name, entry): (&String, &Entry)| match entry {
             Entry::Busy => json!({"name": name, "state": "busy"}),
-            Entry::Open { image, user, .. } => json!({
+            Entry::Open { image, user, nbd, .. } => json!({
                 "name": name,
                 "state": "open",
                 "node": image.wanted.node,
@@ -252,6 +275,8 @@ impl Images {
                 "read-only": image.wanted.read_only,
                 "virtual-size": image.info().size,
                 "used-by": user,
+                "nbd": image.wanted.nbd,
+                "nbd-clients": clients(nbd),
             }),
         };
         self.all.lock().iter().map(one).collect()
@@ -281,22 +306,46 @@ impl Images {
                 Ok(())
             }),
         };
-        match redone.and_then(|()| self.start(&wanted)) {
-            Ok(disk) => {
-                let (door, info) = (disk.door(), disk.info().clone());
-                let clock = self.reactors.clock().clone();
-                let changes = Changes::new(disk, clock, self.allow_backing.clone());
-                let image = Arc::new(Image { name: name.clone(), wanted, door, changes, info });
-                let entry = Entry::Open {
-                    image: image.clone(),
-                    user: user.map(str::to_owned),
-                    passing: user.is_some(),
-                };
-                self.all.lock().insert(name, entry);
+        let opened =
+            redone.and_then(|()| self.start(&wanted)).and_then(|disk| self.serve(wanted, disk));
+        let mut all = self.all.lock();
+        match opened {
+            Ok((image, nbd)) => {
+                let (user, passing) = (user.map(str::to_owned), user.is_some());
+                all.insert(name, Entry::Open { image: image.clone(), user, passing, nbd });
                 Ok(image)
             }
             Err(e) => {
-                self.all.lock().remove(&name);
+                all.remove(&name);
+                Err(e)
+            }
+        }
+    }
+
+    /// All that belongs to an image that runs.
+    fn serve(
+        &self,
+        wanted: Wanted,
+        disk: Disk,
+    ) -> anyhow::Result<(Arc<Image>, Option<::nbd::Server>)> {
+        let (door, info) = (disk.door(), disk.info().clone());
+        let changes = Changes::new(disk, self.reactors.clock().clone(), self.allow_backing.clone());
+        let listen = |path: &PathBuf| {
+            let export = ::nbd::Export {
+                size: Some(changes.size()),
+                ..crate::nbd::export(wanted.node.clone(), &door, &info)?
+            };
+            anyhow::Ok(::nbd::Server::bind(path, export)?)
+        };
+        match wanted.nbd.as_ref().map(listen).transpose() {
+            Ok(nbd) => {
+                let name = wanted.name().to_owned();
+                Ok((Arc::new(Image { name, wanted, door, changes, info }), nbd))
+            }
+            Err(e) => {
+                if let Err(e) = changes.end().close() {
+                    log::error!("{}: {e}", wanted.name());
+                }
                 Err(e)
             }
         }
@@ -335,7 +384,16 @@ impl Images {
     }
 
     /// `goes_on`: another daemon will serve its guest, who must know that nothing is missing.
-    fn close(&self, image: Arc<Image>, goes_on: bool) -> anyhow::Result<()> {
+    fn close(
+        &self,
+        image: Arc<Image>,
+        nbd: Option<::nbd::Server>,
+        goes_on: bool,
+    ) -> anyhow::Result<()> {
+        let left = nbd.map_or(0, |server| server.shutdown(DRAIN));
+        if left > 0 {
+            log::warn!("{}: {left} NBD clients had requests in flight after {DRAIN:?}", image.name);
+        }
         let closed = image.changes.end().close().context("closing it");
         if closed.is_ok() && !goes_on {
             self.keep.forget_journal(&image.name);
@@ -343,4 +401,9 @@ impl Images {
         self.all.lock().remove(&image.name);
         closed
     }
+}
+
+/// How many NBD clients there are, where there can be some.
+fn clients(nbd: &Option<::nbd::Server>) -> Option<usize> {
+    nbd.as_ref().map(|server| server.connections().len())
 }

@@ -18,6 +18,8 @@ use super::images::Images;
 use super::keep::Keep;
 use crate::ctl::rpc::Service as _;
 
+mod nbd;
+
 const SIZE: u64 = 8 << 20;
 const DEVID: u32 = 51712;
 
@@ -508,14 +510,15 @@ fn images_by_name_and_one_user_each() {
     guest.expect(0, 0, 512);
     // Others are refused, and are told why.
     let error = |domid: u16| format!("/local/domain/0/error/backend/qdisk/{domid}/{DEVID}/error");
-    for (domid, wanted, why) in [
+    let wrong = [
         (2, "disk".to_owned(), "in use by vbd 1/51712"),
         (3, "none".to_owned(), "no image"),
         (4, node(&path), "in use by another process"),
         (5, node(Path::new("/no/such/file")), "No such file"),
         (6, "{\"node\": 5}".to_owned(), "what image"),
-    ] {
-        world.plug(domid, "w", &wanted);
+    ];
+    wrong.iter().for_each(|(domid, wanted, _)| world.plug(*domid, "w", wanted));
+    for (domid, _, why) in wrong {
         wait(why, || world.read(&error(domid)).is_some());
         let said = world.read(&error(domid)).unwrap();
         assert!(said.contains(why), "{said}");

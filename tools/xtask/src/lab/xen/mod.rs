@@ -82,6 +82,7 @@ const BOOTS: [Boot; 2] = [
             full("reboot"),
             full("destroy"),
             full("two_guests"),
+            full("save"),
             Case { name: "restart", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "crash", quick: false, backend: Some(Backend::Polldisk) },
         ],

@@ -15,6 +15,7 @@ const DOM0: &str = include_str!("../../../../lab/xen/dom0.sh");
 const CASES: &str = include_str!("../../../../lab/xen/cases.sh");
 const GUESTS: &str = include_str!("../../../../lab/xen/guests.sh");
 const BACKENDS: &str = include_str!("../../../../lab/xen/backends.sh");
+const SAVE: &str = include_str!("../../../../lab/xen/save.sh");
 const GUEST: &str = include_str!("../../../../lab/xen/guest.sh");
 
 /// The release of Xen. Its tools must be of the same one.
@@ -40,7 +41,8 @@ const VFIO_DRIVERS: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
 const GUEST_DRIVERS: [&str; 3] = ["xen-blkfront", "crc32c_generic", "ext4"];
 
 /// The programs of Xen's tools that dom0 runs.
-const XEN_TOOLS: [&str; 5] = ["xl", "xenstored", "xenconsoled", "xen-init-dom0", "lsevtchn"];
+const XEN_TOOLS: [&str; 6] =
+    ["xl", "libxl-save-helper", "xenstored", "xenconsoled", "xen-init-dom0", "lsevtchn"];
 
 /// Everything of a boot, as files.
 pub(super) struct Parts {
@@ -95,6 +97,7 @@ impl Parts {
         let vfio_module;
         let mut files: Vec<(&str, &[u8])> = vec![
             ("cases.sh", CASES.as_bytes()),
+            ("save.sh", SAVE.as_bytes()),
             ("guests.sh", GUESTS.as_bytes()),
             ("backends.sh", BACKENDS.as_bytes()),
             ("etc/keymap", &keymap),
