@@ -168,8 +168,11 @@ backend_stop() {
 sweep() {
     for d in $(xenstore-list /local/domain); do [ "$d" = 0 ] || xl destroy "$d"; done > /dev/null 2>&1
     killall -q -9 xl xen-qemu-system-i386
-    for d in $(xenstore-list /local/domain/0/backend/qdisk 2>/dev/null); do
-        xenstore-rm /local/domain/0/backend/qdisk/$d
+    [ ! -e $R/xl-daemon.pid ] || kill -9 "$(cat $R/xl-daemon.pid)"
+    for k in qdisk vbd; do
+        for d in $(xenstore-list /local/domain/0/backend/$k 2>/dev/null); do
+            xenstore-rm /local/domain/0/backend/$k/$d
+        done
     done
     umount /mnt 2>/dev/null
 }

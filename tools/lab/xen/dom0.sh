@@ -67,6 +67,8 @@ done
 . /backends.sh
 . /cases.sh
 . /save.sh
+. /xl.sh
+. /hvm.sh
 
 # What is worth reading after a failure.
 keep() {

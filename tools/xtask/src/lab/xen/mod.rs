@@ -85,6 +85,8 @@ const BOOTS: [Boot; 2] = [
             full("save"),
             Case { name: "restart", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "crash", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "xl", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "hvm", quick: false, backend: Some(Backend::Polldisk) },
         ],
     },
     Boot {

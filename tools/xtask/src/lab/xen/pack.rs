@@ -15,6 +15,9 @@ const DOM0: &str = include_str!("../../../../lab/xen/dom0.sh");
 const CASES: &str = include_str!("../../../../lab/xen/cases.sh");
 const GUESTS: &str = include_str!("../../../../lab/xen/guests.sh");
 const BACKENDS: &str = include_str!("../../../../lab/xen/backends.sh");
+const XL: &str = include_str!("../../../../lab/xen/xl.sh");
+const HVM: &str = include_str!("../../../../lab/xen/hvm.sh");
+const SCRIPT: &str = include_str!("../../../../xen/block-polldisk");
 const SAVE: &str = include_str!("../../../../lab/xen/save.sh");
 const GUEST: &str = include_str!("../../../../lab/xen/guest.sh");
 
@@ -54,6 +57,8 @@ pub(super) struct Parts {
     pub(super) kernel: PathBuf,
     /// The packages' folder.
     root: PathBuf,
+    /// The boot loader of the guests that have firmware.
+    boot_loader: PathBuf,
     /// The guests' kernel and initramfs.
     guest: (PathBuf, Vec<u8>),
 }
@@ -65,6 +70,8 @@ impl Parts {
         let machine = Machine::with_kernel("kernel-dom0", "linux-image-amd64")?;
         let small = Machine::prepare()?;
         let root = tools::unpack("xen", packages)?;
+        let boot_loader = tools::unpack("extlinux", || Ok(vec!["extlinux".to_owned()]))?;
+        let boot_loader = boot_loader.join("usr/bin/extlinux");
         let xen = folder.join("xen");
         let packed = root.join(format!("boot/xen-{XEN}-amd64.gz"));
         fs::write(&xen, unpacked("gzip", &["-dc"], &packed)?)?;
@@ -76,7 +83,7 @@ impl Parts {
         let files: Vec<_> = files.iter().map(|(n, b)| (n.as_str(), b.as_slice())).collect();
         let initramfs = small.initramfs(GUEST, &GUEST_DRIVERS, &files)?;
         let guest = (small.kernel().to_owned(), initramfs);
-        Ok(Parts { machine, xen, kernel, root, guest })
+        Ok(Parts { machine, xen, kernel, root, boot_loader, guest })
     }
 
     /// dom0's initramfs. `ours` are our programs; with `vfio`, a device can be driven without an IOMMU.
@@ -85,23 +92,30 @@ impl Parts {
         let mut programs: Vec<PathBuf> = XEN_TOOLS.iter().map(|name| bin.join(name)).collect();
         programs.push(self.root.join("usr/bin/xenstore"));
         programs.push(self.root.join("usr/libexec/xen-qemu-system-i386"));
-        programs.extend(["qemu-img", "e2fsck"].map(|name| tools::find(name).unwrap_or_default()));
+        programs.push(self.boot_loader.clone());
+        programs.extend(
+            ["qemu-img", "mke2fs", "e2fsck"].map(|name| tools::find(name).unwrap_or_default()),
+        );
         programs.extend_from_slice(ours);
         let programs = guest::programs_from(&programs, &self.root)?;
-        let keymap = ["usr/share/qemu/keymaps/en-us"; 2];
-        let keymap = [self.root.as_path(), Path::new("/")].into_iter().zip(keymap);
-        let keymap = keymap.map(|(root, path)| root.join(path)).find(|path| path.is_file());
-        let keymap = fs::read(keymap.context("no keymap of QEMU")?)?;
+        let keymap = self.shared("qemu/keymaps/en-us")?;
+        let seabios = self.shared("seabios/bios-256k.bin")?;
+        let hvmloader = fs::read(self.root.join(format!("usr/lib/xen-{XEN}/boot/hvmloader")))?;
         let xl = fs::read(self.root.join("etc/xen/xl.conf"))?;
         let kernel = fs::read(&self.guest.0)?;
         let vfio_module;
         let mut files: Vec<(&str, &[u8])> = vec![
             ("cases.sh", CASES.as_bytes()),
             ("save.sh", SAVE.as_bytes()),
+            ("xl.sh", XL.as_bytes()),
+            ("hvm.sh", HVM.as_bytes()),
+            ("block-polldisk", SCRIPT.as_bytes()),
             ("guests.sh", GUESTS.as_bytes()),
             ("backends.sh", BACKENDS.as_bytes()),
             ("etc/keymap", &keymap),
             ("etc/xl.conf", &xl),
+            ("hvmloader", &hvmloader),
+            ("seabios", &seabios),
             ("guest.kernel", &kernel),
             ("guest.initramfs", &self.guest.1),
         ];
@@ -114,6 +128,15 @@ impl Parts {
             files.push(("lib/vfio.ko.options", b"enable_unsafe_noiommu_mode=1"));
         }
         self.machine.initramfs(DOM0, &drivers, &files)
+    }
+
+    /// A file of `/usr/share`, unpacked or installed.
+    fn shared(&self, path: &str) -> Result<Vec<u8>> {
+        let path = Path::new("usr/share").join(path);
+        let mut places =
+            [self.root.as_path(), Path::new("/")].map(|root| root.join(&path)).into_iter();
+        let found = places.find(|place| place.is_file());
+        Ok(fs::read(found.with_context(|| format!("no {}", path.display()))?)?)
     }
 }
 
