@@ -9,7 +9,7 @@ thread_local! {
 
 /// Allocations (and reallocations) that the calling thread has made since it began, if the
 /// process runs on [`CountingAllocator`].
-pub(crate) fn count() -> u64 {
+pub fn allocations() -> u64 {
     COUNT.try_with(Cell::get).unwrap_or(0)
 }
 

@@ -29,7 +29,7 @@ impl Counters {
     pub fn start_untrapped() -> Counters {
         Counters {
             syscalls: None,
-            allocations: alloc::count(),
+            allocations: alloc::allocations(),
             locks: reactor::sync::locks_taken(),
         }
     }
@@ -38,7 +38,7 @@ impl Counters {
     pub fn finish(start: Counters) -> Counters {
         let done = Counters {
             syscalls: start.syscalls.and_then(|n| Some(trap::count()? - n)),
-            allocations: alloc::count() - start.allocations,
+            allocations: alloc::allocations() - start.allocations,
             locks: reactor::sync::locks_taken() - start.locks,
         };
         if start.syscalls.is_some() {

@@ -35,7 +35,7 @@ mod stamp;
 mod trap;
 mod usage;
 
-pub use alloc::CountingAllocator;
+pub use alloc::{CountingAllocator, allocations};
 pub use latency::Latency;
 pub use usage::Usage;
 

@@ -230,6 +230,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         self.frontends.get_mut(index)?.as_mut().map(|a| &mut a.frontend)
     }
 
+    /// All frontends.
+    pub fn frontends(&self) -> impl Iterator<Item = &F> {
+        self.frontends.iter().flatten().map(|a| &a.frontend)
+    }
+
     /// How many frontends are attached.
     pub fn frontend_count(&mut self) -> usize {
         self.frontends.iter().flatten().count()

@@ -4,6 +4,8 @@
 //! Implementations belong to one ring (one frontend domain) and are called on the reactor. What
 //! costs a system call may happen only where it is said to.
 
+use std::sync::Arc;
+
 use dma::Region;
 
 /// A granted page that is mapped: a number below [`Page::LIMIT`] that the implementation chose,
@@ -71,11 +73,20 @@ pub struct GrantError(pub i32);
 
 /// Access to the pages that one domain grants.
 pub trait Grants {
-    /// Carries out all copies of a turn in one call and sets each one's status.
+    /// Says which region is the local one of all copies. Called once, before there are any.
+    fn attach(&mut self, local: &Arc<Region>);
+
+    /// Hands over all copies of a turn, to be carried out together with those of other rings. They
+    /// may be taken out of `ops`, for an empty vector with as much room.
+    fn start_copies(&mut self, ops: &mut Vec<CopyOp>);
+
+    /// The end of the copies that were started: back in `ops`, each with its status. Called once
+    /// for each [`Grants::start_copies`], in the next turn. Whichever ring asks first has all that
+    /// were started carried out, by one call.
     ///
     /// # Errors
     /// If the call failed as a whole.
-    fn copy(&mut self, local: &Region, ops: &mut [CopyOp]) -> Result<(), GrantError>;
+    fn end_copies(&mut self, ops: &mut Vec<CopyOp>) -> Result<(), GrantError>;
 
     /// Asks for a page to be mapped, readable and writable, by somebody else than the reactor.
     /// Returns false if it cannot be done now; else [`Grants::next_mapped`] tells the end, within

@@ -107,6 +107,7 @@ impl GrantTable {
 pub struct LocalGrants {
     table: Arc<GrantTable>,
     guest: Arc<Region>,
+    local: Option<Arc<Region>>,
     started: Vec<u32>,
     /// The reference that each page was mapped by, to unmap it.
     refs: Box<[u32]>,
@@ -119,6 +120,7 @@ impl LocalGrants {
         LocalGrants {
             table,
             guest,
+            local: None,
             started: Vec::with_capacity(MAPS),
             refs: vec![UNMAPPED; pages].into_boxed_slice(),
         }
@@ -144,7 +146,14 @@ impl LocalGrants {
 }
 
 impl Grants for LocalGrants {
-    fn copy(&mut self, local: &Region, ops: &mut [CopyOp]) -> Result<(), GrantError> {
+    fn attach(&mut self, local: &Arc<Region>) {
+        self.local = Some(local.clone());
+    }
+
+    fn start_copies(&mut self, _ops: &mut Vec<CopyOp>) {}
+
+    fn end_copies(&mut self, ops: &mut Vec<CopyOp>) -> Result<(), GrantError> {
+        let local = self.local.as_deref().expect("a backend says first where its buffers are");
         for op in ops {
             op.status = self.copy_one(local, op);
         }
@@ -239,7 +248,8 @@ mod tests {
         table.grant(9, 0, false);
         table.grant(10, 2, false);
         let mut g = LocalGrants::new(table.clone(), guest.clone());
-        let mut ops = [
+        g.attach(&local);
+        let mut ops = vec![
             op(8, 0, 1024, Direction::FromGuest),
             op(9, 512, 1024, Direction::ToGuest),
             op(8, 0, 512, Direction::ToGuest),
@@ -248,8 +258,9 @@ mod tests {
             op(11, 0, 512, Direction::FromGuest),
             op(u32::MAX, 0, 512, Direction::FromGuest),
         ];
-        g.copy(&local, &mut ops).unwrap();
-        assert_eq!(ops.map(|o| o.status), [0, 0, -8, -10, -3, -3, -3]);
+        g.end_copies(&mut ops).unwrap();
+        let statuses: Vec<i16> = ops.iter().map(|o| o.status).collect();
+        assert_eq!(statuses, [0, 0, -8, -10, -3, -3, -3]);
         let mut back = [0; 1536];
         guest.read(512, &mut back);
         assert!(back[..1024].iter().all(|&b| b == 7) && back[1024..].iter().all(|&b| b == 0));
@@ -272,8 +283,9 @@ mod tests {
         assert_eq!(table.mappings(), 0);
         // The page is gone for copies too.
         let local = Region::new(PAGE, dma::PageSize::Small).unwrap();
-        let mut ops = [op(8, 0, 512, Direction::FromGuest)];
-        g.copy(&local, &mut ops).unwrap();
+        g.attach(&local);
+        let mut ops = vec![op(8, 0, 512, Direction::FromGuest)];
+        g.end_copies(&mut ops).unwrap();
         assert_eq!(ops[0].status, GNTST_BAD_GNTREF);
     }
 

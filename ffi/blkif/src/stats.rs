@@ -75,8 +75,8 @@ pub struct Stats {
     pub page_hits: Counter,
     /// Segments and pages of segments that were copied by the hypervisor instead.
     pub page_misses: Counter,
-    /// Calls of [`crate::Grants::copy`].
-    pub copy_calls: Counter,
+    /// Turns whose copies were started: [`crate::Grants::start_copies`].
+    pub copy_batches: Counter,
     /// Copies in them.
     pub copy_ops: Counter,
     /// Copies in them that failed.

@@ -4,19 +4,22 @@
 //!
 //! Control path, but for the calls that a [`Backend`] makes on its reactor.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use blkif::grants::{CopyOp, Direction, GrantError, Mapped, Page};
+use blkif::grants::{CopyOp, GrantError, Mapped, Page};
 use blkif::negotiate::{Agreed, Offer, Queue};
 use blkif::{Backend, EventChannel, Grants, KeptRing, RingMemory, Stats};
 use block::{Completion, HasWork, Submit};
 use dma::Region;
 use reactor::Mailbox;
 use xen::evtchn::{Bell, Events, Listener, Notifier};
-use xen::gntdev::{Copier, Copy, Gntdev, Mapper, Mapping, Pages, Settling};
+use xen::gntdev::{Gntdev, Mapper, Mapping, Pages, Settling};
 
+use crate::copies::{Copies, Share};
 use crate::{Door, Error, Frontend, ReactorCore, Reactors};
 
 /// Pages that all guests together may have mapped for good. A domain of Xen has handles for twice as
@@ -156,8 +159,7 @@ impl Guests {
             }
             None => Sender::Direct(own.events.clone(), local),
         };
-        let copier = Copier::new(own.copies.clone(), config.most_copies());
-        let grants = GuestGrants { domid, copier, pages };
+        let device = own.copies.clone();
         let (abi, order) = (config.abi, config.order);
         let bytes = KeptRing::<RingPages>::record_bytes(abi, order).next_multiple_of(4096);
         let record = (records.open)(number, bytes as u64).map_err(|e| of_queue(&e))?;
@@ -170,12 +172,20 @@ impl Guests {
         let (mailbox, image) = (at.mailbox.clone(), at.image);
         let added = mailbox.ask(move |core: &mut ReactorCore| {
             let mut stats = None;
+            // All rings of a reactor have these in common.
+            let copies = core.frontends().find_map(|f| match f {
+                Frontend::Guest(guest) => Some(guest.copies.clone()),
+                _ => None,
+            });
+            let copies = copies.unwrap_or_else(|| Copies::new(device));
             let index = core.add_frontend(image, |owner, _| {
                 let config = blkif::Config { owner, ..config };
+                let share = Share::new(copies.clone(), domid, config.most_copies());
+                let grants = GuestGrants { share, pages };
                 let backend = Backend::new(config, ring, grants, bell);
                 let backend = backend.map_err(|e| e.to_string())?;
                 stats = Some(backend.stats());
-                Ok(Frontend::Guest(Box::new(GuestRing { backend, listener })))
+                Ok(Frontend::Guest(Box::new(GuestRing { backend, listener, copies })))
             })?;
             stats.map(|s| (index, s)).ok_or_else(|| "no ring was made".to_owned())
         });
@@ -275,6 +285,7 @@ impl Rings {
 pub struct GuestRing {
     backend: Backend<KeptRing<RingPages>, GuestGrants, Sender>,
     listener: Arc<Listener>,
+    copies: Rc<RefCell<Copies>>,
 }
 
 impl block::Frontend for GuestRing {
@@ -347,30 +358,21 @@ impl RingMemory for RingPages {
 /// The pages that a guest grants.
 #[derive(Debug)]
 struct GuestGrants {
-    domid: u16,
-    copier: Copier,
+    share: Share,
     pages: Pages,
 }
 
 impl Grants for GuestGrants {
-    fn copy(&mut self, local: &Region, ops: &mut [CopyOp]) -> Result<(), GrantError> {
-        let copies = ops.iter().map(|op| Copy {
-            domid: self.domid,
-            gref: op.gref,
-            offset: op.offset,
-            len: op.len,
-            region: local,
-            local: op.local as usize,
-            direction: match op.direction {
-                Direction::FromGuest => xen::gntdev::Direction::FromGuest,
-                Direction::ToGuest => xen::gntdev::Direction::ToGuest,
-            },
-        });
-        let statuses = self.copier.copy(copies).map_err(|e| GrantError(e as i32))?;
-        for (op, status) in ops.iter_mut().zip(statuses) {
-            op.status = status;
-        }
-        Ok(())
+    fn attach(&mut self, local: &Arc<Region>) {
+        self.share.attach(local);
+    }
+
+    fn start_copies(&mut self, ops: &mut Vec<CopyOp>) {
+        self.share.start(ops);
+    }
+
+    fn end_copies(&mut self, ops: &mut Vec<CopyOp>) -> Result<(), GrantError> {
+        self.share.end(ops)
     }
 
     #[inline]

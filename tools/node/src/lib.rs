@@ -22,6 +22,7 @@ mod disk;
 mod door;
 mod extents;
 mod frontend;
+mod copies;
 mod guests;
 mod host;
 mod image;

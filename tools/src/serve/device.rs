@@ -528,7 +528,7 @@ fn ring(stats: &blkif::Stats) -> Value {
         "written-bytes": stats.written_bytes.get(),
         "page-hits": stats.page_hits.get(),
         "page-misses": stats.page_misses.get(),
-        "copy-calls": stats.copy_calls.get(),
+        "copy-batches": stats.copy_batches.get(),
         "events": stats.events.get(),
         "errors": stats.errors.get(),
         "bad-requests": stats.bad_requests.get(),

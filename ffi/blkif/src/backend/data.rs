@@ -1,5 +1,5 @@
 //! Moving a request's bytes between the guest's pages and its own buffer: at once where pages are
-//! mapped for good, else by grant copy, all requests of a turn in one call.
+//! mapped for good, else by grant copy, all requests of a turn, and all rings of a reactor, in one call.
 
 use block::Submit;
 
@@ -203,12 +203,18 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         len.is_some()
     }
 
-    /// Carries out the copies of this turn and goes on with their requests.
+    /// Starts the copies of this turn.
     #[inline(never)]
-    pub(super) fn run_batch<D: Submit>(&mut self, disk: &mut D) {
-        self.stats.copy_calls.add(1);
+    pub(super) fn start_batch(&mut self) {
+        self.stats.copy_batches.add(1);
         self.stats.copy_ops.add(self.batch.ops.len() as u64);
-        let whole = self.grants.copy(&self.bounce, &mut self.batch.ops);
+        self.grants.start_copies(&mut self.batch.ops);
+    }
+
+    /// Ends the copies of the last turn, and goes on with their requests.
+    #[inline(never)]
+    pub(super) fn end_batch<D: Submit>(&mut self, disk: &mut D) {
+        let whole = self.grants.end_copies(&mut self.batch.ops);
         for i in 0..self.batch.parts.len() {
             let part = self.batch.parts[i];
             let ops = part.first as usize..(part.first + part.count) as usize;
@@ -242,7 +248,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                     if self.slots[usize::from(index)].operation == READ {
                         self.put_data(disk, index);
                     } else {
-                        // The data comes with the batch of the next turn.
+                        // Its data comes with the batch of this turn.
                         self.again(index, Stage::Gather);
                     }
                 }

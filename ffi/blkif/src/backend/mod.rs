@@ -282,6 +282,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             held_flushes: 0,
             config,
         };
+        backend.grants.attach(&backend.bounce);
         if goes_on {
             // It may wait for what was answered and never told.
             backend.events.notify();
@@ -334,8 +335,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.sweep();
         }
         let mut busy = false;
+        if !self.batch.is_empty() {
+            // First, as it may bring more to do.
+            self.end_batch(disk);
+            busy = true;
+        }
         if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
-            busy = self.do_todo(disk);
+            busy |= self.do_todo(disk);
         }
         if self.ring.unpublished() > 0 {
             // Before anything is taken: see [`BackRing::take`].
@@ -357,14 +363,17 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             }
         }
         if !self.batch.is_empty() {
-            self.run_batch(disk);
+            self.start_batch();
             busy = true;
         }
         if self.ring.unpublished() > 0 {
             self.publish();
             busy = true;
         }
-        self.work = !self.todo.is_empty() || !self.left.is_empty() || self.pages.pending() > 0;
+        self.work = !self.todo.is_empty()
+            || !self.batch.is_empty()
+            || !self.left.is_empty()
+            || self.pages.pending() > 0;
         busy
     }
 

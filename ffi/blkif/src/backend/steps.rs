@@ -171,7 +171,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             (Stage::AtData, Status::Ok) => {
                 self.got_space(index);
                 if self.slots[usize::from(index)].operation == READ {
-                    self.scatter(index);
+                    // In the turn: until then the copies of the last one are not at their end.
+                    self.again(index, Stage::Scatter);
                 } else {
                     self.answer(index, OKAY);
                 }

@@ -180,26 +180,41 @@ pub(crate) struct Knobs {
 /// Grants that can fail, and that map late.
 pub(crate) struct TestGrants {
     inner: LocalGrants,
+    copies: Vec<CopyOp>,
     pub(crate) knobs: Rc<RefCell<Knobs>>,
 }
 
 impl TestGrants {
     pub(crate) fn new(inner: LocalGrants) -> TestGrants {
-        TestGrants { inner, knobs: Rc::default() }
+        TestGrants { inner, copies: Vec::new(), knobs: Rc::default() }
     }
 }
 
 impl Grants for TestGrants {
-    fn copy(&mut self, local: &Region, ops: &mut [CopyOp]) -> Result<(), GrantError> {
+    fn attach(&mut self, local: &Arc<Region>) {
+        self.inner.attach(local);
+    }
+
+    /// Takes them, as one that has them carried out with others does.
+    fn start_copies(&mut self, ops: &mut Vec<CopyOp>) {
+        assert!(self.copies.is_empty() && !ops.is_empty());
+        std::mem::swap(&mut self.copies, ops);
+    }
+
+    fn end_copies(&mut self, ops: &mut Vec<CopyOp>) -> Result<(), GrantError> {
+        assert!(ops.is_empty() && !self.copies.is_empty());
+        std::mem::swap(&mut self.copies, ops);
         let mut knobs = self.knobs.borrow_mut();
         if knobs.call_fails {
             return Err(GrantError(14));
         }
-        let Some(fault) = &mut knobs.fault else { return self.inner.copy(local, ops) };
-        for op in ops {
-            op.status = fault(op);
-            if op.status == GNTST_OKAY {
-                self.inner.copy(local, std::slice::from_mut(op))?;
+        self.inner.end_copies(ops)?;
+        if let Some(fault) = &mut knobs.fault {
+            for op in ops {
+                op.status = match fault(op) {
+                    GNTST_OKAY => op.status,
+                    status => status,
+                };
             }
         }
         Ok(())

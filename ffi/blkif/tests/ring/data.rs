@@ -194,7 +194,7 @@ fn a_disk_without_room_leaves_requests_in_the_ring() {
 }
 
 #[test]
-fn copies_of_a_turn_go_in_one_call() {
+fn copies_of_a_turn_go_in_one_batch() {
     let mut p = Pair::new(setup(Abi::NATIVE, 0, false));
     for i in 0..16 {
         p.frontend.write(i, i * 64, &[1; 4096 * 3]).unwrap();
@@ -203,9 +203,10 @@ fn copies_of_a_turn_go_in_one_call() {
     p.frontend.push();
     let stats = p.backend.stats();
     p.turn();
-    assert_eq!((stats.copy_calls.get(), stats.copy_ops.get()), (1, 48));
+    assert_eq!((stats.copy_batches.get(), stats.copy_ops.get()), (1, 48));
     p.turn();
-    assert_eq!((stats.copy_calls.get(), stats.copy_ops.get()), (2, 96));
+    assert_eq!((stats.copy_batches.get(), stats.copy_ops.get()), (2, 96));
+    p.turn();
     let mut n = 0;
     while p.reap().is_some() {
         n += 1;
@@ -217,15 +218,15 @@ fn copies_of_a_turn_go_in_one_call() {
     }
     p.frontend.push();
     p.turn();
-    assert_eq!((stats.copy_calls.get(), stats.copy_ops.get()), (3, 96 + 16));
+    assert_eq!((stats.copy_batches.get(), stats.copy_ops.get()), (3, 96 + 16));
     p.turn();
-    assert_eq!((stats.copy_calls.get(), stats.copy_ops.get()), (4, 96 + 16 + 512));
+    assert_eq!((stats.copy_batches.get(), stats.copy_ops.get()), (4, 96 + 16 + 512));
     assert!(p.run().iter().all(|d| d.status == OKAY));
-    assert_eq!(stats.copy_calls.get(), 4);
+    assert_eq!(stats.copy_batches.get(), 4);
 }
 
 #[test]
-fn warm_persistent_grants_need_no_copy_call() {
+fn warm_persistent_grants_need_no_copies() {
     let mut p = Pair::new(setup(Abi::NATIVE, 0, true));
     let stats = p.backend.stats();
     let round = |p: &mut Pair| {
@@ -240,13 +241,13 @@ fn warm_persistent_grants_need_no_copy_call() {
     };
     round(&mut p);
     round(&mut p);
-    assert!(stats.copy_calls.get() > 0 && stats.pages_mapped.get() > 0);
+    assert!(stats.copy_batches.get() > 0 && stats.pages_mapped.get() > 0);
     let (calls, misses, hits) =
-        (stats.copy_calls.get(), stats.page_misses.get(), stats.page_hits.get());
+        (stats.copy_batches.get(), stats.page_misses.get(), stats.page_hits.get());
     for _ in 0..10 {
         round(&mut p);
     }
-    assert_eq!((stats.copy_calls.get(), stats.page_misses.get()), (calls, misses));
+    assert_eq!((stats.copy_batches.get(), stats.page_misses.get()), (calls, misses));
     // 11 reads, 11 short writes, 10 of 32 pages and a list.
     assert_eq!(stats.page_hits.get() - hits, 10 * (22 + 330));
     assert_eq!(p.frontend.table().mappings(), stats.pages_mapped.get());

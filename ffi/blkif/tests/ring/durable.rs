@@ -65,6 +65,7 @@ fn a_flush_goes_before_its_data() {
     r.put(flush(1), &[]);
     r.put(write(2, 0), &[]);
     r.turn();
+    r.turn();
     assert_eq!(block::BlockQueue::in_flight(&r.disk), 2);
 }
 
@@ -250,6 +251,7 @@ fn waiting_for_space_ends_when_that_is_configured() {
     let mut r = raw(|c| c.no_space_timeout = Some(5_000_000_000));
     r.disk.fail(|s| (s.op == Op::Write).then_some(Status::NoSpace));
     r.put(write(1, 0), &[]);
+    r.turn();
     r.wait(4_900_000_000);
     assert!(r.answers().is_empty());
     r.wait(200_000_000);
@@ -258,6 +260,7 @@ fn waiting_for_space_ends_when_that_is_configured() {
     assert_eq!(r.one(read(2, 0), &[]).1, OKAY);
     // The next one waits anew.
     r.put(write(3, 0), &[]);
+    r.turn();
     r.wait(4_900_000_000);
     assert!(r.answers().is_empty());
     r.wait(200_000_000);

@@ -76,7 +76,7 @@ fn a_page_that_is_bad_is_not_asked_for_again_because_another_is_paged_out() {
                 },
             ));
         assert_eq!(r.one(Head::direct(WRITE, 2, 1, 0, full(0)), &[full(1)]).1, ERROR);
-        assert_eq!(r.backend.stats().copy_calls.get(), 1);
+        assert_eq!(r.backend.stats().copy_batches.get(), 1);
     }
 }
 
@@ -113,7 +113,7 @@ fn a_page_that_is_paged_out_is_asked_for_again() {
         }
         let all = r.answers();
         assert_eq!((all.len(), all[0].status), (1, ERROR));
-        assert!(r.backend.stats().copy_calls.get() < 250);
+        assert!(r.backend.stats().copy_batches.get() < 250);
         // The slot is as good as new.
         r.knobs.borrow_mut().fault = None;
         assert_eq!(r.one(head, &tail).1, OKAY);

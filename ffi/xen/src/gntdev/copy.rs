@@ -90,13 +90,19 @@ pub struct Copier {
 }
 
 impl Copier {
-    /// With room for `most` copies at a time. More are done as well, but memory is taken for them.
-    pub fn new(device: Gntdev, most: usize) -> Copier {
-        Copier { device, raw: Vec::with_capacity(most) }
+    /// Without room: see [`Copier::reserve`].
+    pub fn new(device: Gntdev) -> Copier {
+        Copier { device, raw: Vec::new() }
     }
 
-    /// Carries out copies, of any rings and guests, by one system call. Returns how each ended: one
-    /// of the `GNTST_` values, 0 for fine, in their order. Without copies there is no call.
+    /// Makes room for `most` copies at a time. More are done as well, but memory is taken for them.
+    pub fn reserve(&mut self, most: usize) {
+        self.raw.clear();
+        self.raw.reserve(most);
+    }
+
+    /// Carries out copies, of any rings and guests, by one system call. Without copies there is no
+    /// call.
     ///
     /// # Errors
     /// If the call failed as a whole: then nothing is known of any.
@@ -107,11 +113,15 @@ impl Copier {
     pub fn copy<'a>(
         &mut self,
         copies: impl IntoIterator<Item = Copy<'a>>,
-    ) -> Result<impl ExactSizeIterator<Item = i16> + '_, Errno> {
+    ) -> Result<(), Errno> {
         self.raw.clear();
         self.raw.extend(copies.into_iter().map(|c| c.segment()));
-        self.run()?;
-        Ok(self.raw.iter().map(|s| s.status))
+        self.run()
+    }
+
+    /// How each of the last copies ended: one of the `GNTST_` values, 0 for fine, in their order.
+    pub fn statuses(&self) -> impl ExactSizeIterator<Item = i16> {
+        self.raw.iter().map(|s| s.status)
     }
 
     /// The regions in `raw` live: `copy`'s caller borrows them all the while.
