@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use dma::Region;
 
 use crate::RingMemory;
-use crate::abi::{Abi, Head, SLOTS};
+use crate::abi::{Abi, Head};
 
 /// Bytes of the head and of a record.
 const HEAD: usize = 64;
@@ -27,7 +27,8 @@ const AT_SLOTS: usize = 16;
 const AT_REQ_CONS: usize = 20;
 const AT_PUBLISHED: usize = 24;
 
-// Within a record, behind the request's bytes.
+// Within a record, behind the request's head, whose words are those of the 64-bit layout.
+const AT_TAIL: usize = 32;
 const AT_REQUEST_INDEX: usize = 112;
 const AT_RESPONSE_INDEX: usize = 116;
 const AT_STATE: usize = 120;
@@ -97,32 +98,9 @@ fn place(slot: u16) -> usize {
     HEAD + RECORD * usize::from(slot)
 }
 
-/// A record's request, as if it stood in the first slot of a ring.
-struct View<'a>(&'a Region, usize);
-
-impl RingMemory for View<'_> {
-    fn bytes(&self) -> usize {
-        SLOTS + AT_REQUEST_INDEX
-    }
-
-    fn load32(&self, offset: usize, order: Ordering) -> u32 {
-        self.0.load32(self.1 + offset - SLOTS, order)
-    }
-
-    fn store32(&self, offset: usize, value: u32, order: Ordering) {
-        self.0.store32(self.1 + offset - SLOTS, value, order);
-    }
-
-    fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
-        self.0.read_words(self.1 + offset - SLOTS)
-    }
-
-    fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]) {
-        self.0.write_words(self.1 + offset - SLOTS, words);
-    }
-}
-
 impl<M: RingMemory> RingMemory for KeptRing<M> {
+    const KEEPS: bool = true;
+
     #[inline]
     fn bytes(&self) -> usize {
         self.ring.bytes()
@@ -149,15 +127,12 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     }
 
     #[inline]
-    fn keep(&self, slot: u16, abi: Abi, at: usize, index: u32) {
+    fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
         let to = place(slot);
-        match abi {
-            Abi::X86_64 => self.record.write_words(to, &self.ring.load64s::<14>(at)),
-            Abi::X86_32 => {
-                for (i, word) in self.ring.load32s::<27>(at).into_iter().enumerate() {
-                    self.record.store32(to + 4 * i, word, Ordering::Relaxed);
-                }
-            }
+        let Head { first, id, sector, word } = head;
+        self.record.write_words(to, &[u64::from(first), id, sector, word]);
+        if let Some(tail) = tail {
+            self.record.write_words(to + AT_TAIL, &tail);
         }
         self.record.store32(to + AT_REQUEST_INDEX, index, Ordering::Relaxed);
         self.record.store32(to + AT_STATE, TAKEN, Ordering::Release);
@@ -200,8 +175,9 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         Ok(Some(Kept { req_cons, published, slots }))
     }
 
-    fn kept_request(&self, slot: u16, abi: Abi) -> (Head, [u64; 10]) {
-        let view = View(&self.record, place(slot));
-        (abi.load_head(&view, 0), abi.load_tail(&view, 0))
+    fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
+        let at = place(slot);
+        let [first, id, sector, word] = self.record.read_words(at);
+        (Head { first: first as u32, id, sector, word }, self.record.read_words(at + AT_TAIL))
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use dma::Region;
 
 use crate::Kept;
-use crate::abi::{Abi, Head, MAX_ORDER, PAGE};
+use crate::abi::{Head, MAX_ORDER, PAGE};
 
 /// The pages of a ring. Offsets are in bytes from the first page and come from our own layout
 /// tables, never from the guest; an implementation may panic if one lies outside.
@@ -35,10 +35,14 @@ pub trait RingMemory {
         core::array::from_fn(|i| self.load32(offset + 4 * i, Ordering::Relaxed))
     }
 
-    /// A request was taken into a backend's slot: the one in the ring at `at`, of this index. This
-    /// and what follows is for rings whose backend may die: see [`crate::KeptRing`].
+    /// Whether requests are kept for whoever comes after a backend that dies: see
+    /// [`crate::KeptRing`], which this and what follows is for.
+    const KEEPS: bool = false;
+
+    /// The request of this index was taken into a backend's slot. Without a tail it has one segment
+    /// at most.
     #[inline]
-    fn keep(&self, _slot: u16, _abi: Abi, _at: usize, _index: u32) {}
+    fn keep(&self, _slot: u16, _index: u32, _head: Head, _tail: Option<[u64; 10]>) {}
 
     /// It was answered, by the response of this index.
     #[inline]
@@ -57,7 +61,7 @@ pub trait RingMemory {
     }
 
     /// A request that was kept.
-    fn kept_request(&self, _slot: u16, _abi: Abi) -> (Head, [u64; 10]) {
+    fn kept_request(&self, _slot: u16) -> (Head, [u64; 10]) {
         unreachable!("nothing is kept here")
     }
 

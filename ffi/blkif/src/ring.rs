@@ -134,19 +134,21 @@ impl<M: RingMemory> BackRing<M> {
         self.abi.load_tail(&self.memory, self.req_cons & self.mask)
     }
 
-    /// Takes the next request into a slot of the backend's: from now on its place in the ring may be
-    /// overwritten by an answer. A slot takes another request only when the answer to the last one is
-    /// published.
+    /// Takes the next request, whose head this is, into a slot of the backend's: from now on its place
+    /// in the ring may be overwritten by an answer. A slot takes another request only when the answer
+    /// to the last one is published. `long`: there is more to it than its head.
     #[inline]
-    pub fn take(&mut self, slot: u16) {
-        let at = self.abi.slot_at(self.req_cons & self.mask);
-        self.memory.keep(slot, self.abi, at, self.req_cons);
+    pub fn take(&mut self, slot: u16, head: Head, long: bool) {
+        if M::KEEPS {
+            let tail = if long { Some(self.tail()) } else { None };
+            self.memory.keep(slot, self.req_cons, head, tail);
+        }
         self.req_cons = self.req_cons.wrapping_add(1);
     }
 
     /// A request that a backend before this one took.
     pub(crate) fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
-        self.memory.kept_request(slot, self.abi)
+        self.memory.kept_request(slot)
     }
 
     /// Writes the answer to the request in a slot; the frontend does not see it before
@@ -256,7 +258,7 @@ mod tests {
             // Requests that are taken but not answered still take their slots.
             m.store32(REQ_PROD, start.wrapping_add(10), Ordering::Relaxed);
             for _ in 0..10 {
-                b.take(0);
+                b.take(0, Head::direct(0, 1, 0, 0, 0), false);
             }
             m.store32(REQ_PROD, start.wrapping_add(33), Ordering::Relaxed);
             assert!(b.waiting().is_err());
@@ -287,7 +289,7 @@ mod tests {
                 let at = start.wrapping_add(i);
                 m.store32(REQ_PROD, at.wrapping_add(1), Ordering::Relaxed);
                 assert_eq!(b.waiting(), Ok(1));
-                b.take(0);
+                b.take(0, Head::direct(0, 1, 0, 0, 0), false);
                 let r = Response { id: u64::from(i) << 40 | 7, operation: 1, status: OKAY };
                 b.respond(0, r);
                 assert_eq!(m.load32(RSP_PROD, Ordering::Relaxed), at);

@@ -405,13 +405,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     ) {
         let segment = Segment(head.word);
         let Some(sectors) = segment.sectors() else {
-            return self.refuse_data(head.id, head.operation());
+            return self.refuse_data(head, head.operation());
         };
         if !limits.allow(WRITES, head.sector, u64::from(sectors)) {
-            return self.refuse_data(head.id, head.operation());
+            return self.refuse_data(head, head.operation());
         }
         let (index, at) = (self.free, usize::from(self.free) * PAGE);
-        self.ring.take(index);
+        self.ring.take(index, head, false);
         let (offset, len) = (head.sector * u64::from(SECTOR), sectors * SECTOR);
         let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;

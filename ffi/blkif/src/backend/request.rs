@@ -46,7 +46,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             WRITE_BARRIER if self.config.barrier => self.take_flush(disk, head, limits),
             DISCARD if self.config.discard => self.take_discard(disk, head, limits),
             operation => {
-                self.refuse(head.id, operation, EOPNOTSUPP);
+                self.refuse(head, operation, EOPNOTSUPP);
                 true
             }
         }
@@ -54,13 +54,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     /// Takes the next request, to be answered without anything being done.
     #[cold]
-    fn refuse(&mut self, id: u64, operation: u8, status: i16) {
+    fn refuse(&mut self, head: Head, operation: u8, status: i16) {
         if status != OKAY {
             self.count_refusal();
         }
-        let index = self.take_next();
+        let index = self.take_next(head);
         let slot = &mut self.slots[usize::from(index)];
-        *slot = Slot { id, operation, generation: slot.generation, ..Slot::FREE };
+        let (id, generation) = (head.id, slot.generation);
+        *slot = Slot { id, operation, generation, ..Slot::FREE };
         self.refuse_slot(index, status);
     }
 
@@ -72,7 +73,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     /// Takes the next request of the ring, or of those that a backend before this one has left.
-    fn take_next(&mut self) -> u16 {
+    fn take_next(&mut self, head: Head) -> u16 {
         match self.replaying.take() {
             Some(slot) => {
                 self.unlink(slot);
@@ -80,7 +81,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             }
             None => {
                 let index = self.free_slot();
-                self.ring.take(index);
+                self.ring.take(index, head, true);
                 index
             }
         }
@@ -132,8 +133,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     #[cold]
-    pub(super) fn refuse_data(&mut self, id: u64, operation: u8) {
-        self.refuse(id, operation, ERROR);
+    pub(super) fn refuse_data(&mut self, head: Head, operation: u8) {
+        self.refuse(head, operation, ERROR);
     }
 
     /// Copies the segments in the slot, of which there are `count`.
@@ -151,7 +152,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// large buffers are in use: the request is then left in the ring.
     fn take_slot(&mut self, head: Head, segments: &[Segment], len: u32) -> Option<u16> {
         let large = if segments.len() > 1 { self.large.pop()? } else { NO_BUFFER };
-        let index = self.take_next();
+        let index = self.take_next(head);
         if large != NO_BUFFER {
             let list = self.list_at(large);
             self.lists[list..list + segments.len()].copy_from_slice(segments);
@@ -179,7 +180,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             .then(|| data_len(&segments[..count], write, head.sector, limits))
             .flatten();
         let Some(len) = len else {
-            self.refuse_data(head.id, head.operation());
+            self.refuse_data(head, head.operation());
             return true;
         };
         let Some(index) = self.take_slot(head, &segments[..count], len) else { return false };
@@ -197,7 +198,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let (operation, count) = (head.second(), usize::from(head.indirect_segments()));
         let (most, write) = (usize::from(self.config.max_indirect_segments), operation == WRITE);
         if most == 0 {
-            self.refuse(head.id, operation, EOPNOTSUPP);
+            self.refuse(head, operation, EOPNOTSUPP);
             return true;
         }
         // The rest is checked when the segments are there.
@@ -205,7 +206,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             && (1..=most).contains(&count)
             && limits.allow(write, head.sector, 0);
         if !possible {
-            self.refuse_data(head.id, operation);
+            self.refuse_data(head, operation);
             return true;
         }
         let Some(large) = self.large.pop() else { return false };
@@ -217,7 +218,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 *gref = (tail[i / 2] >> (32 * (i % 2))) as u32;
             }
         }
-        let index = self.take_next();
+        let index = self.take_next(head);
         self.list_pages[usize::from(large)] = grefs;
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
@@ -252,7 +253,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             _ => None,
         };
         let Some(len) = len else {
-            self.refuse_data(head.id, operation);
+            self.refuse_data(head, operation);
             return true;
         };
         let Some(index) = self.take_slot(head, &segments[..count], len) else { return false };
@@ -278,7 +279,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     fn take_discard<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
         let (sector, count) = (head.sector, head.word);
         if !(Limits { align: 0, ..limits }).allow(true, sector, count) {
-            self.refuse_data(head.id, DISCARD);
+            self.refuse_data(head, DISCARD);
             return true;
         }
         self.stats.discards.add(1);
@@ -296,7 +297,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 slot.mark = end;
                 self.put_discard(disk, index);
             }
-            _ => self.refuse(head.id, DISCARD, OKAY),
+            _ => self.refuse(head, DISCARD, OKAY),
         }
         true
     }

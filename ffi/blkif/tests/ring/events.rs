@@ -215,9 +215,9 @@ fn one_of_two_always_notices() {
                 ended.store(2 * round + 1, Ordering::Release);
                 wait(&start, 2 * round + 2);
                 assert_eq!(ring.waiting(), Ok(1));
-                let id = ring.head().id;
-                ring.take(0);
-                ring.respond(0, Response { id, operation: READ, status: OKAY });
+                let head = ring.head();
+                ring.take(0, head, false);
+                ring.respond(0, Response { id: head.id, operation: READ, status: OKAY });
                 told.store(ring.publish(), Ordering::Relaxed);
                 ended.store(2 * round + 2, Ordering::Release);
             }
