@@ -17,12 +17,12 @@
 mod admin;
 mod chain;
 mod control;
+mod copies;
 mod device;
 mod disk;
 mod door;
 mod extents;
 mod frontend;
-mod copies;
 mod guests;
 mod host;
 mod image;

@@ -110,10 +110,7 @@ impl Copier {
     /// # Panics
     /// If a range lies outside its region.
     #[inline]
-    pub fn copy<'a>(
-        &mut self,
-        copies: impl IntoIterator<Item = Copy<'a>>,
-    ) -> Result<(), Errno> {
+    pub fn copy<'a>(&mut self, copies: impl IntoIterator<Item = Copy<'a>>) -> Result<(), Errno> {
         self.raw.clear();
         self.raw.extend(copies.into_iter().map(|c| c.segment()));
         self.run()

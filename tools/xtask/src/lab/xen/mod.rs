@@ -84,7 +84,7 @@ const BOOTS: [Boot; 2] = [
             full("two_guests"),
             full("save"),
             Case { name: "restart", quick: true, backend: Some(Backend::Polldisk) },
-            Case { name: "crash", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "crash", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "xl", quick: false, backend: Some(Backend::Polldisk) },
             Case { name: "hvm", quick: false, backend: Some(Backend::Polldisk) },
         ],
