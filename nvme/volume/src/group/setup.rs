@@ -1,0 +1,164 @@
+//! Making a group on devices, and taking it away again.
+
+use block::Storage;
+
+use super::{Device, Group, Prepared, encode};
+use crate::error::{Error, Result, refused};
+use crate::id::Id;
+use crate::label::{Area, Label, SECTOR};
+use crate::mda::MetadataArea;
+use crate::model::{Author, Pv, Vg, check_name};
+use crate::text::Node;
+
+/// Bytes of a metadata area that suffice for a thousand volumes, twice.
+pub const DEFAULT_METADATA: u64 = 16 << 20;
+/// Where the metadata area begins: behind the first page, as LVM's tools put it.
+const METADATA: u64 = 4096;
+/// Extents begin at a multiple of this.
+const ALIGN: u64 = 1 << 20;
+
+/// What a new group shall be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewGroup {
+    /// Its name.
+    pub name: String,
+    /// The system ID of this host, if it has one: others will leave the group alone.
+    pub system_id: Option<String>,
+    /// Bytes of an extent: a power of two, at least 4096.
+    pub extent: u64,
+    /// Bytes of a metadata area, at least; [`DEFAULT_METADATA`].
+    pub metadata: u64,
+}
+
+impl<S: Storage> Group<S> {
+    /// Makes a group of all these devices. A device that already has one is refused; anything else
+    /// on them is lost.
+    ///
+    /// # Errors
+    /// If a device is in a group, too small, or fails; if the name is no name.
+    pub fn create(storages: Vec<S>, new: &NewGroup, author: &Author) -> Result<Group<S>> {
+        check_name("", &new.name)?;
+        if !new.extent.is_power_of_two() || new.extent < 4096 || new.extent / SECTOR > 1 << 31 {
+            return refused(format!("extents of {} bytes", new.extent));
+        }
+        let start =
+            METADATA.checked_add(new.metadata).and_then(|end| end.checked_next_multiple_of(ALIGN));
+        let Some(start) = start else {
+            return refused(format!("metadata areas of {} bytes", new.metadata));
+        };
+        let (mut pvs, mut devices) = (Vec::new(), Vec::new());
+        for (number, mut storage) in storages.into_iter().enumerate() {
+            check_free(&mut storage)?;
+            let id = random()?;
+            let size = storage.len();
+            let count = size.saturating_sub(start) / new.extent;
+            if count == 0 || count > u64::from(u32::MAX) {
+                return refused(format!("a device of {size} bytes, extents of {}", new.extent));
+            }
+            let area = Area { offset: METADATA, size: start - METADATA };
+            let (data, metadata) = (vec![Area { offset: start, size: 0 }], vec![area]);
+            let label = Label { id, device_size: size, data, metadata, used: true, sector: 1 };
+            pvs.push(Pv {
+                key: format!("pv{number}"),
+                id,
+                status: vec!["ALLOCATABLE".to_owned()],
+                flags: Vec::new(),
+                tags: Vec::new(),
+                pe_start: start / SECTOR,
+                pe_count: count,
+                extra: vec![
+                    // A hint for people; LVM's tools look at the identity.
+                    Node::text("device", "[unknown]"),
+                    Node::int("dev_size", size / SECTOR),
+                ],
+            });
+            devices.push(Device { storage, label, areas: vec![MetadataArea::empty(area)] });
+        }
+        let vg = Vg {
+            name: new.name.clone(),
+            id: random()?,
+            seqno: 1,
+            system_id: new.system_id.clone(),
+            status: ["RESIZEABLE", "READ", "WRITE"].map(str::to_owned).to_vec(),
+            flags: Vec::new(),
+            tags: Vec::new(),
+            extent_size: new.extent / SECTOR,
+            pvs,
+            lvs: Vec::new(),
+            extra: ["max_lv", "max_pv", "metadata_copies"].map(|key| Node::int(key, 0)).to_vec(),
+        };
+        vg.check()?;
+        let text = encode(&vg, author, "created")?;
+        let mut group = Group { vg, devices, failed: false };
+        group.usable()?;
+        group.label()?;
+        // As any change: the first header is the commit point.
+        let mut places = Vec::new();
+        for (d, device) in group.devices.iter_mut().enumerate() {
+            let place = device.areas[0].next(&text)?;
+            device.areas[0].put(&mut device.storage, &place, &text)?;
+            places.push((d, 0, place));
+        }
+        let prepared = Prepared { vg: group.vg.clone(), places };
+        group.vg.seqno = 0;
+        group.commit(prepared)?;
+        Ok(group)
+    }
+
+    /// Makes the devices physical volumes without a group.
+    fn label(&mut self) -> Result<()> {
+        // Headers before labels: what an old label led to must not be found by the new one.
+        for device in &mut self.devices {
+            device.areas[0].write(&mut device.storage)?;
+        }
+        self.devices.iter_mut().try_for_each(Device::flush)?;
+        for device in &mut self.devices {
+            device.label.write(&mut device.storage)?;
+        }
+        self.devices.iter_mut().try_for_each(Device::flush)
+    }
+
+    /// Removes the group and its labels, and gives the devices back.
+    ///
+    /// # Errors
+    /// If it has volumes; if a device fails.
+    pub fn remove(mut self) -> Result<Vec<S>> {
+        self.usable()?;
+        if !self.vg.lvs.is_empty() {
+            return refused(format!("group {} has volumes", self.vg.name));
+        }
+        // The group is there as long as one header says so, and gone when none does: only then labels
+        // go, so that it never lacks a device.
+        for device in &mut self.devices {
+            for area in device.areas.iter_mut().filter(|area| !area.ignored) {
+                area.live = None;
+                area.write(&mut device.storage)?;
+            }
+        }
+        self.devices.iter_mut().try_for_each(Device::flush)?;
+        for device in &mut self.devices {
+            Label::wipe(&mut device.storage)?;
+        }
+        self.devices.iter_mut().try_for_each(Device::flush)?;
+        Ok(self.into_devices())
+    }
+}
+
+/// A device has no group, or one that was not made to the end.
+fn check_free(storage: &mut dyn Storage) -> Result<()> {
+    let Some(label) = Label::read(storage)? else { return Ok(()) };
+    for &area in &label.metadata {
+        if MetadataArea::read(storage, area)?.live.is_some() {
+            return refused(format!("device {} is in a volume group", label.id));
+        }
+    }
+    // Without an area of its own it may still be in a group that others describe.
+    match label.used && label.metadata.is_empty() {
+        true => refused(format!("device {} is in a volume group", label.id)),
+        false => Ok(()),
+    }
+}
+
+fn random() -> Result<Id> {
+    Id::random().map_err(|error| Error::Refused(format!("no random numbers: {error}")))
+}

@@ -1,0 +1,107 @@
+//! [`View`]: a volume seen as [`Storage`], for the control path.
+
+use block::{Status, Storage, StorageError};
+
+use crate::group::Device;
+use crate::map::{Extent, Map};
+
+/// A volume as storage. Its size is fixed; it holds the group's devices as long as it is.
+#[derive(Debug)]
+pub struct View<'a, S> {
+    map: Map,
+    devices: &'a mut [Device<S>],
+}
+
+impl<'a, S: Storage> View<'a, S> {
+    pub(crate) fn new(map: Map, devices: &'a mut [Device<S>]) -> View<'a, S> {
+        View { map, devices }
+    }
+
+    /// Calls `each` with the extents of a range: the device, where on it, and which bytes of the
+    /// range. `past` is how it ends where the range goes on past the volume.
+    fn each(
+        &mut self,
+        (what, offset, len): (&'static str, u64, u64),
+        past: Status,
+        mut each: impl FnMut(&mut S, u64, std::ops::Range<u64>) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let failed = |status| StorageError { what, offset, len, status, detail: 0 };
+        let mut at = 0;
+        while at < len {
+            let place = offset.checked_add(at).and_then(|byte| self.map.find(byte));
+            let Some(Extent { pv, offset, len: run }) = place else { return Err(failed(past)) };
+            let run = run.min(len - at);
+            each(&mut self.devices[pv].storage, offset, at..at + run)?;
+            at += run;
+        }
+        Ok(())
+    }
+
+    /// A range is inside the volume: nothing of it is done otherwise.
+    fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), StorageError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.map.len() => Ok(()),
+            _ => Err(StorageError { what, offset, len, status: Status::NoSpace, detail: 0 }),
+        }
+    }
+}
+
+impl<S: Storage> Storage for View<'_, S> {
+    fn len(&self) -> u64 {
+        self.map.len()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.map.len()
+    }
+
+    fn read_only(&self) -> bool {
+        self.devices.iter().any(|device| device.storage.read_only())
+    }
+
+    fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        let range = ("read", offset, into.len() as u64);
+        self.each(range, Status::Invalid, |storage, at, part| {
+            storage.read_at(at, &mut into[part.start as usize..part.end as usize])
+        })
+    }
+
+    fn will_read(&mut self, offset: u64, len: u64) {
+        // A hint: what goes on past the end is left out.
+        let _ = self.each(("read", offset, len), Status::Invalid, |storage, at, part| {
+            storage.will_read(at, part.end - part.start);
+            Ok(())
+        });
+    }
+
+    fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        let range = ("write", offset, from.len() as u64);
+        self.check(range.0, range.1, range.2)?;
+        self.each(range, Status::NoSpace, |storage, at, part| {
+            storage.write_at(at, &from[part.start as usize..part.end as usize])
+        })
+    }
+
+    fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
+        let range = ("write of zeroes", offset, len);
+        self.check(range.0, range.1, range.2)?;
+        self.each(range, Status::NoSpace, |storage, at, part| {
+            storage.write_zeroes_at(at, part.end - part.start)
+        })
+    }
+
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        let _ = self.each(("discard", offset, len), Status::Invalid, |storage, at, part| {
+            storage.discard_at(at, part.end - part.start);
+            Ok(())
+        });
+    }
+
+    fn flush(&mut self) -> Result<(), StorageError> {
+        self.devices.iter_mut().try_for_each(|device| device.storage.flush())
+    }
+
+    fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {
+        Ok(())
+    }
+}
