@@ -9,12 +9,14 @@ use crate::map::{Extent, Map};
 #[derive(Debug)]
 pub struct View<'a, S> {
     map: Map,
+    /// The volume has a flag that it may only be read.
+    read_only: bool,
     devices: &'a mut [Device<S>],
 }
 
 impl<'a, S: Storage> View<'a, S> {
-    pub(crate) fn new(map: Map, devices: &'a mut [Device<S>]) -> View<'a, S> {
-        View { map, devices }
+    pub(crate) fn new(map: Map, read_only: bool, devices: &'a mut [Device<S>]) -> View<'a, S> {
+        View { map, read_only, devices }
     }
 
     /// Calls `each` with the extents of a range: the device, where on it, and which bytes of the
@@ -37,12 +39,14 @@ impl<'a, S: Storage> View<'a, S> {
         Ok(())
     }
 
-    /// A range is inside the volume: nothing of it is done otherwise.
+    /// A range is inside the volume and may be written: nothing of it is done otherwise.
     fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), StorageError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.map.len() => Ok(()),
-            _ => Err(StorageError { what, offset, len, status: Status::NoSpace, detail: 0 }),
-        }
+        let status = match offset.checked_add(len) {
+            _ if self.read_only => Status::ReadOnly,
+            Some(end) if end <= self.map.len() => return Ok(()),
+            _ => Status::NoSpace,
+        };
+        Err(StorageError { what, offset, len, status, detail: 0 })
     }
 }
 
@@ -56,7 +60,7 @@ impl<S: Storage> Storage for View<'_, S> {
     }
 
     fn read_only(&self) -> bool {
-        self.devices.iter().any(|device| device.storage.read_only())
+        self.read_only || self.devices.iter().any(|device| device.storage.read_only())
     }
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
@@ -91,6 +95,9 @@ impl<S: Storage> Storage for View<'_, S> {
     }
 
     fn discard_at(&mut self, offset: u64, len: u64) {
+        if self.read_only {
+            return;
+        }
         let _ = self.each(("discard", offset, len), Status::Invalid, |storage, at, part| {
             storage.discard_at(at, part.end - part.start);
             Ok(())

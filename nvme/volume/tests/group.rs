@@ -231,7 +231,7 @@ fn what_is_not_ours_is_refused_and_not_written_to() {
             t.replace("format =", "lock_type = \"sanlock\"\nformat =")
         }),
         ("`historical`", &|t| t.replace("logical_volumes {", "historical {}\nlogical_volumes {")),
-        ("status EXPORTED", &|t| t.replace("\"WRITE\"]", "\"WRITE\", \"EXPORTED\"]")),
+        ("status EXPORTED", &|t| t.replace("\"READ\"]", "\"READ\", \"EXPORTED\"]")),
         ("used twice", &|t| {
             let at = t.find("a {\nid").unwrap();
             let end = t[at..].find("}\n}\n").unwrap() + at + 4;

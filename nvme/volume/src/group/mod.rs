@@ -82,7 +82,8 @@ impl<S: Storage> Group<S> {
     /// If there is no such volume.
     pub fn volume(&mut self, name: &str) -> Result<View<'_, S>> {
         let map = self.map(name)?;
-        Ok(View::new(map, &mut self.devices))
+        let read_only = !self.vg.lv(name)?.writable();
+        Ok(View::new(map, read_only, &mut self.devices))
     }
 
     /// The devices, given back, in the order of [`Vg::pvs`].

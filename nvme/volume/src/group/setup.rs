@@ -7,7 +7,7 @@ use crate::error::{Error, Result, refused};
 use crate::id::Id;
 use crate::label::{Area, Label, SECTOR};
 use crate::mda::MetadataArea;
-use crate::model::{Author, Pv, Vg, check_name};
+use crate::model::{Author, Pv, Vg, WRITE_LOCKED, check_name};
 use crate::text::Node;
 
 /// Bytes of a metadata area that suffice for a thousand volumes, twice.
@@ -74,13 +74,17 @@ impl<S: Storage> Group<S> {
             });
             devices.push(Device { storage, label, areas: vec![MetadataArea::empty(area)] });
         }
+        let (status, flags): (&[&str], &[&str]) = match new.system_id {
+            None => (&["RESIZEABLE", "READ", "WRITE"], &[]),
+            Some(_) => (&["RESIZEABLE", "READ"], &[WRITE_LOCKED]),
+        };
         let vg = Vg {
             name: new.name.clone(),
             id: random()?,
             seqno: 1,
             system_id: new.system_id.clone(),
-            status: ["RESIZEABLE", "READ", "WRITE"].map(str::to_owned).to_vec(),
-            flags: Vec::new(),
+            status: status.iter().map(|flag| (*flag).to_owned()).collect(),
+            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
             tags: Vec::new(),
             extent_size: new.extent / SECTOR,
             pvs,

@@ -77,7 +77,7 @@ impl Vg {
             return corrupt("metadata: the volume group has an impossible name");
         }
         known("a volume group", &self.status, &["RESIZEABLE", "READ", "WRITE"])?;
-        if !self.status.iter().any(|flag| flag == "WRITE") {
+        if !self.writable() {
             return unsupported("a volume group that may only be read is");
         }
         if self.extent_size < 2 || !self.extent_size.is_multiple_of(2) {

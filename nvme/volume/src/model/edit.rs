@@ -1,7 +1,7 @@
 //! Changes of a group, in memory. [`crate::Group`] makes them durable, all or none.
 
 use super::check::{check_name, check_tag};
-use super::{Author, Lv, Vg};
+use super::{Author, Lv, Vg, WRITE_LOCKED};
 use crate::error::{Error, Result, refused};
 use crate::id::Id;
 use crate::text::Node;
@@ -47,12 +47,17 @@ impl Vg {
             return refused(format!("stripes of {size} sectors"));
         }
         let count = self.whole(extents.max(1), stripes)?;
+        // As the group has it, so do its volumes.
+        let (status, flags): (&[&str], &[&str]) = match self.system_id {
+            None => (&["READ", "WRITE", "VISIBLE"], &[]),
+            Some(_) => (&["READ", "VISIBLE"], &[WRITE_LOCKED]),
+        };
         let text = |flag: &&str| (*flag).to_owned();
         let mut lv = Lv {
             name: name.to_owned(),
             id,
-            status: ["READ", "WRITE", "VISIBLE"].iter().map(text).collect(),
-            flags: Vec::new(),
+            status: status.iter().map(text).collect(),
+            flags: flags.iter().map(text).collect(),
             tags: Vec::new(),
             segments: Vec::new(),
             extra: vec![

@@ -148,6 +148,11 @@ impl Lv {
         self.segments.iter().map(|segment| segment.count).sum()
     }
 
+    /// Whether it may be written to.
+    pub fn writable(&self) -> bool {
+        writable(&self.status, &self.flags)
+    }
+
     /// Whether it is a volume of its own, and no part of something that is not known here.
     pub fn visible(&self) -> bool {
         self.status.iter().any(|flag| flag == "VISIBLE")
@@ -161,7 +166,20 @@ impl Pv {
     }
 }
 
+/// The flag that stands for `WRITE` where a system ID or a lock manager is: tools that are too old
+/// to know those then take the group as one to be read only.
+pub(crate) const WRITE_LOCKED: &str = "WRITE_LOCKED";
+
+fn writable(status: &[String], flags: &[String]) -> bool {
+    status.iter().any(|flag| flag == "WRITE") || flags.iter().any(|flag| flag == WRITE_LOCKED)
+}
+
 impl Vg {
+    /// Whether it may be changed.
+    pub fn writable(&self) -> bool {
+        writable(&self.status, &self.flags)
+    }
+
     /// The volume of this name.
     ///
     /// # Errors
