@@ -48,7 +48,8 @@ impl Storage for Bytes {
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
-        self.0.sync_data().map_err(|_| Bytes::failed("flush", 0, 0))
+        // The tools read through the same page cache.
+        Ok(())
     }
 
     fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {
@@ -317,8 +318,8 @@ fn what_the_tools_make_is_changed_here_and_there_in_turns() {
     lvm.run("lvcreate -y -an -Zn -Wn -l 1 -n odd -r 256 --alloc anywhere -k y -M y --minor 77 vg");
     lvm.run("lvcreate -y -an -Zn -Wn -l 1 -n ro -p r vg");
     lvm.agree(lvm.open().vg());
-    let mut wraps = 0;
-    for round in 0..12 {
+    let (mut rounds, mut at) = (0, 0);
+    for round in 0..8 {
         let mut group = lvm.open();
         group
             .change(&author(), "round", |vg| {
@@ -334,11 +335,11 @@ fn what_the_tools_make_is_changed_here_and_there_in_turns() {
             .unwrap();
         let vg = group.vg().clone();
         lvm.agree(&vg);
-        for device in &mut group.into_devices() {
-            let area = volume::Label::read(device).unwrap().unwrap().metadata[0];
-            let live = volume::MetadataArea::read(device, area).unwrap().live.unwrap();
-            wraps += u32::from(live.offset + live.size > area.size);
-        }
+        let device = &mut group.into_devices()[0];
+        let area = volume::Label::read(device).unwrap().unwrap().metadata[0];
+        let live = volume::MetadataArea::read(device, area).unwrap().live.unwrap();
+        rounds += u32::from(live.offset < at);
+        at = live.offset;
         // What we do not know is as it was.
         let odd = lvm
             .rows("lvs -o lv_read_ahead,lv_allocation_policy,lv_minor,lv_skip_activation vg/odd");
@@ -359,7 +360,7 @@ fn what_the_tools_make_is_changed_here_and_there_in_turns() {
             group.change(&author(), "back", back).unwrap();
         }
     }
-    assert!(wraps > 0, "the ring was never gone round");
+    assert!(rounds > 0, "the ring was never gone round");
 }
 
 #[test]

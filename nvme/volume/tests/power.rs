@@ -139,7 +139,7 @@ fn run(seed: u64, devices: usize, sabotage: Sabotage) -> (u32, u32, u32) {
 #[test]
 fn a_cut_leaves_the_old_or_the_new_state() {
     let (mut old, mut new) = (0, 0);
-    for seed in 0..4 {
+    for seed in 0..2 {
         for devices in [1, 2, 3] {
             let (o, n, bad) = run(seed * 3 + devices as u64, devices, Sabotage::None);
             assert_eq!(bad, 0, "seed {seed}, {devices} devices");
@@ -147,13 +147,13 @@ fn a_cut_leaves_the_old_or_the_new_state() {
             new += n;
         }
     }
-    assert!(old > 200 && new > 200, "{old} {new}");
+    assert!(old > 80 && new > 80, "{old} {new}");
 }
 
 #[test]
 fn a_device_that_lies_about_flushes_is_found_out() {
     // So this test can fail: without flushes headers come before their texts.
-    let bad: u32 = (0..5).map(|seed| run(seed, 1, Sabotage::DropFlushes).2).sum();
+    let bad: u32 = (0..3).map(|seed| run(seed, 1, Sabotage::DropFlushes).2).sum();
     assert!(bad > 0);
 }
 
@@ -161,7 +161,7 @@ fn a_device_that_lies_about_flushes_is_found_out() {
 fn making_and_removing_a_group_is_cut() {
     let mut rng = Rng::new(9);
     let (mut none, mut whole) = (0, 0);
-    for round in 0..400_u64 {
+    for round in 0..200_u64 {
         let devices = rng.within(1, 3);
         let disks: Vec<Disk> = (0..devices).map(|_| disk(Vec::new(), true)).collect();
         let made = round % 2 == 0;
@@ -188,7 +188,7 @@ fn making_and_removing_a_group_is_cut() {
             Err(error) => panic!("round {round}: {error}"),
         }
     }
-    assert!(none > 50 && whole > 50, "{none} {whole}");
+    assert!(none > 25 && whole > 25, "{none} {whole}");
 }
 
 #[test]

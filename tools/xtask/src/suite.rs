@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{fuzz, gates, layers, matrix, real_input, simulate, tidy};
+use crate::{fuzz, gates, layers, matrix, real_input, simulate, tidy, tools};
 
 /// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -158,7 +158,13 @@ fn miri() -> Result<Tally> {
 fn cargo_test() -> Result<Tally> {
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
-    counted(command)
+    let lvm = tools::need(&["lvm"]);
+    let mut tally = counted(command)?;
+    if let Err(missing) = lvm {
+        println!("skipped: volume groups judged by LVM2: {missing}");
+        tally.skipped += 1;
+    }
+    Ok(tally)
 }
 
 /// Runs tests; their output is shown and counted.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -23,6 +23,7 @@ const PACKAGES: [(&str, &str); 14] = [
     ("e2fsck", "e2fsprogs"),
     ("resize2fs", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
+    ("lvm", "lvm2"),
     ("valgrind", "valgrind"),
     ("make", "make"),
     ("gcc", "gcc"),
