@@ -389,3 +389,61 @@ fn a_thousand_volumes_fit_and_a_change_is_quick() {
     let g = reopen(g);
     assert_eq!(g.vg().lvs.len(), 1000);
 }
+
+#[test]
+fn hostile_texts_are_refused_or_kept_as_they_are() {
+    let mut vg = group(4, 64 << 20).vg().clone();
+    let four = Shape { stripes: 4, stripe_size: 128 };
+    vg.create_lv(id(1), "a", 3, Shape::LINEAR, &author()).unwrap();
+    vg.create_lv(id(2), "b", 8, four, &author()).unwrap();
+    vg.extend_lv("a", 2).unwrap();
+    vg.tag_lv("a", "x").unwrap();
+    let text = vg.write(&author(), "x");
+    let words = [
+        "0",
+        "1",
+        "-1",
+        "4294967295",
+        "4294967296",
+        "9223372036854775807",
+        "{",
+        "}",
+        "[]",
+        "\"\"",
+        "=",
+        "\"pv3\"",
+        "\"a\"",
+        "a",
+        "#",
+        "1.5",
+        "\n",
+        "segment_count",
+        "extent_count",
+    ];
+    let (mut rng, mut taken) = (sim::Rng::new(4), 0);
+    for round in 0..20_000 {
+        let mut parts: Vec<&str> = text.split_inclusive([' ', '\n', ',']).collect();
+        for _ in 0..rng.within(1, 3) {
+            let at = rng.below(parts.len() as u64) as usize;
+            match rng.below(3) {
+                0 => parts[at] = words[rng.below(words.len() as u64) as usize],
+                1 => drop(parts.remove(at)),
+                _ => {
+                    let other = rng.below(parts.len() as u64) as usize;
+                    parts.swap(at, other);
+                }
+            }
+        }
+        let Ok(read) = Vg::read(parts.concat().as_bytes()) else { continue };
+        taken += 1;
+        let again = Vg::read(read.write(&author(), "y").as_bytes()).unwrap();
+        assert_eq!(again, read, "round {round}");
+        // And it can be used.
+        let mut used = read;
+        let _ = used.grow_lv("a", 1).and_then(|_| used.extend_lv("b", 4));
+        if used.create_lv(id(9), "new", 2, Shape::LINEAR, &author()).is_ok() {
+            Vg::read(used.write(&author(), "z").as_bytes()).unwrap();
+        }
+    }
+    assert!((100..19_000).contains(&taken), "{taken}");
+}
