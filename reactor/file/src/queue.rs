@@ -15,6 +15,7 @@ use block::{
     Status, Submit, Tag,
 };
 use dma::{Buf, Pool, Region};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::kernel::{Io, Kernel};
 use crate::memory::Vecs;
@@ -160,8 +161,10 @@ impl FileQueue {
     pub fn close_unit(&mut self, unit: u16) -> Result<(), Error> {
         self.end_ahead(unit);
         let u = self.units.get_mut(usize::from(unit)).ok_or(Error::Kind)?;
-        let nothing = File::open("/dev/null").map_err(Error::os("open /dev/null"))?;
-        u.file = Arc::new(nothing);
+        // Not opened by a name: the daemon's reactors may not do that.
+        let nothing = memfd_create(c"nothing", MFdFlags::MFD_CLOEXEC);
+        let nothing = nothing.map_err(|e| Error::os("memfd_create")(e.into()))?;
+        u.file = Arc::new(nothing.into());
         (u.info.size, u.info.read_only, u.len) = (0, true, 0);
         Ok(())
     }

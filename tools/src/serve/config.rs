@@ -77,7 +77,8 @@ impl Config {
         Ok(config)
     }
 
-    fn policy(&self) -> anyhow::Result<Policy> {
+    /// What reactors do when idle.
+    pub(crate) fn policy(&self) -> anyhow::Result<Policy> {
         self.policy.parse().map_err(|e| anyhow::anyhow!("policy: {e}"))
     }
 

@@ -22,6 +22,7 @@ use xen::store::Store;
 
 use crate::ctl::Server;
 use config::Config;
+use confine::Mode;
 use control::Control;
 use devices::Devices;
 use images::Images;
@@ -57,7 +58,9 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let keep = Arc::new(Keep::new(config.state.clone())?);
     let images = Arc::new(Images::new(reactors.clone(), options, allow, keep));
     let stop = signals.told();
-    let served = confine::limit_system_calls().and_then(|()| start(&config, &images));
+    let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
+    let limited = confine::limit_system_calls(mode, &reactors);
+    let served = limited.and_then(|()| start(&config, &images));
     let served = served.map(|(server, devices)| {
         tell_manager("READY=1");
         log::info!("ready");
