@@ -21,6 +21,7 @@ use crate::ctl::rpc::Service as _;
 mod copies;
 mod many;
 mod nbd;
+mod waiting;
 
 const SIZE: u64 = 8 << 20;
 const DEVID: u32 = 51712;
@@ -48,7 +49,11 @@ impl World {
     }
 
     fn serve(&self, reactors: usize, notify: Notify) -> Ours {
-        let start = Start { cpu: None, policy: Policy::Adaptive };
+        self.serve_by(Policy::Adaptive, reactors, notify)
+    }
+
+    fn serve_by(&self, policy: Policy, reactors: usize, notify: Notify) -> Ours {
+        let start = Start { cpu: None, policy };
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
         let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
         let images = Arc::new(Images::new(reactors.clone(), Default::default(), Vec::new(), keep));
@@ -559,30 +564,6 @@ fn a_guest_sees_another_size() {
     assert_eq!(world.read(&format!("{}/sectors", backend(1))).unwrap(), "32768");
     guest.write(2 * SIZE / 512 - 8, 3, 4096);
     guest.expect(2 * SIZE / 512 - 8, 3, 4096);
-    ours.stop();
-}
-
-/// With a guest that does nothing reactors sleep, and wake up when it asks for something.
-#[test]
-fn an_idle_guest_costs_next_to_nothing() {
-    let world = World::new();
-    let ours = world.serve(2, Notify::Thread);
-    world.plug(1, "w", &node(&world.image("a")));
-    let mut guest = Guest::start(&world, 1, SETUP);
-    guest.write(0, 1, 4096);
-    std::thread::sleep(Duration::from_millis(300));
-    let before = ours.call("stats", json!({}))["reactors"].clone();
-    std::thread::sleep(Duration::from_secs(2));
-    let after = ours.call("stats", json!({}))["reactors"].clone();
-    for n in 0..2 {
-        let rise = |key: &str| after[n][key].as_u64().unwrap() - before[n][key].as_u64().unwrap();
-        // Ten looks a second, each of 50 us of spinning: 0.05 %.
-        assert!((10..60).contains(&rise("sleeps")), "reactor {n} slept {} times", rise("sleeps"));
-        assert!(rise("turns") < 60_000, "reactor {n} turned {} times", rise("turns"));
-    }
-    let events = world.host.calls().event_calls;
-    guest.expect(0, 1, 4096);
-    assert!(world.host.calls().event_calls > events, "it was woken by an event");
     ours.stop();
 }
 
