@@ -137,11 +137,11 @@ resize() {
     fi
 }
 
-# The daemon. Its flag is for an NVMe device: dom0's kernel has no IOMMU.
+# The daemon. Its flag is for an NVMe device: dom0's kernel has no IOMMU. LINES of its configuration may follow.
 backend_start() {
     [ $BACKEND = polldisk ] || return 0
     mkdir -p /run/polldisk
-    echo 'backend = "qdisk"' > /etc/polldisk.toml
+    printf '%s\n' 'backend = "qdisk"' "$@" > /etc/polldisk.toml
     rm -f /run/polldisk.status
     (
         polldisk --unsafe-noiommu serve --config /etc/polldisk.toml >> /run/polldisk.err 2>&1 &

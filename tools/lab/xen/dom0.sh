@@ -2,6 +2,7 @@
 # First process of the Xen lab's dom0. The kernel command line says backend=KIND cases=NAME:NAME:...
 # Each case is a function case_NAME; it fails when a command in it fails. Lines for the harness:
 #   LAB ok NAME SECONDS / LAB FAIL NAME / LAB skipped NAME: WHY     one per case
+#   LAB NOTE TEXT                                                   a figure, to be shown
 #   LAB DONE                                                        the end
 # What a failed case leaves goes to /images/failed/NAME, where the harness finds it.
 /bin/busybox --install -s /bin
@@ -66,6 +67,7 @@ done
 . /guests.sh
 . /backends.sh
 . /cases.sh
+. /calls.sh
 . /save.sh
 . /xl.sh
 . /hvm.sh

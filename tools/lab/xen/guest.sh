@@ -122,6 +122,19 @@ churned() {
     umount /mnt
     check $1
 }
+# Reads and writes a disk past the cache, at most eight requests at a time, and says how many requests that
+# were: VDEV BLOCKS-OF-EACH
+load() {
+    [ -e /tmp/load ] || random of=/tmp/load bs=4k count=1000
+    before=$(answered $1)
+    for i in 0 1 2 3; do
+        dd if=/dev/$1 of=/dev/null bs=4k skip=$((i * 1000)) count=$2 iflag=direct 2>/dev/null &
+        dd if=/tmp/load of=/dev/$1 bs=4k seek=$((i * 1000)) count=$2 oflag=direct conv=notrunc 2>/dev/null &
+    done
+    wait
+    echo "REQUESTS $(($(answered $1) - before))"
+}
+answered() { awk '{ print $1 + $5 }' /sys/block/$1/stat; }
 
 echo "@up $(uname -r)"
 while read -r number commands; do

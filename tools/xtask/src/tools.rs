@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 15] = [
+const PACKAGES: [(&str, &str); 16] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -27,6 +27,7 @@ const PACKAGES: [(&str, &str); 15] = [
     ("valgrind", "valgrind"),
     ("make", "make"),
     ("gcc", "gcc"),
+    ("strace", "strace"),
     ("xz", "xz-utils"),
 ];
 

@@ -174,6 +174,7 @@ impl<'a> Judge<'a> {
         let known = self.open.iter().position(|case| *case == name);
         match (word, known) {
             ("QMP", _) => return Some(rest),
+            ("NOTE", _) => say(&format!("lab: {rest}")),
             ("DONE", _) => self.done = true,
             ("ok", Some(at)) => {
                 self.open.swap_remove(at);

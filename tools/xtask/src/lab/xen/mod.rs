@@ -83,6 +83,7 @@ const BOOTS: [Boot; 2] = [
             full("destroy"),
             full("two_guests"),
             full("save"),
+            full("calls"),
             Case { name: "restart", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "crash", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "xl", quick: false, backend: Some(Backend::Polldisk) },
@@ -92,7 +93,13 @@ const BOOTS: [Boot; 2] = [
     Boot {
         name: "a PVH dom0",
         dom0: Dom0::Pvh,
-        cases: &[full("interfaces"), full("driver"), full("device_pv"), full("device_pvh")],
+        cases: &[
+            full("interfaces"),
+            full("driver"),
+            full("device_pv"),
+            full("device_pvh"),
+            full("device_calls"),
+        ],
     },
 ];
 

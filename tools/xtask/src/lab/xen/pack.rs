@@ -13,6 +13,7 @@ use crate::tools;
 
 const DOM0: &str = include_str!("../../../../lab/xen/dom0.sh");
 const CASES: &str = include_str!("../../../../lab/xen/cases.sh");
+const CALLS: &str = include_str!("../../../../lab/xen/calls.sh");
 const GUESTS: &str = include_str!("../../../../lab/xen/guests.sh");
 const BACKENDS: &str = include_str!("../../../../lab/xen/backends.sh");
 const XL: &str = include_str!("../../../../lab/xen/xl.sh");
@@ -66,7 +67,7 @@ pub(super) struct Parts {
 impl Parts {
     /// Finds, fetches and makes everything; what is made goes into `folder`.
     pub(super) fn prepare(folder: &Path) -> Result<Parts> {
-        tools::need(&["mke2fs", "e2fsck", "resize2fs", "qemu-img", "xz"])?;
+        tools::need(&["mke2fs", "e2fsck", "resize2fs", "qemu-img", "strace", "xz"])?;
         let machine = Machine::with_kernel("kernel-dom0", "linux-image-amd64")?;
         let small = Machine::prepare()?;
         let root = tools::unpack("xen", packages)?;
@@ -94,7 +95,8 @@ impl Parts {
         programs.push(self.root.join("usr/libexec/xen-qemu-system-i386"));
         programs.push(self.boot_loader.clone());
         programs.extend(
-            ["qemu-img", "mke2fs", "e2fsck"].map(|name| tools::find(name).unwrap_or_default()),
+            ["qemu-img", "mke2fs", "e2fsck", "strace"]
+                .map(|name| tools::find(name).unwrap_or_default()),
         );
         programs.extend_from_slice(ours);
         let programs = guest::programs_from(&programs, &self.root)?;
@@ -110,6 +112,7 @@ impl Parts {
             ("xl.sh", XL.as_bytes()),
             ("hvm.sh", HVM.as_bytes()),
             ("block-polldisk", SCRIPT.as_bytes()),
+            ("calls.sh", CALLS.as_bytes()),
             ("guests.sh", GUESTS.as_bytes()),
             ("backends.sh", BACKENDS.as_bytes()),
             ("etc/keymap", &keymap),
