@@ -32,7 +32,7 @@ pub enum Event {
     Frontend(Option<u32>),
     /// [`Action::Connect`] is done.
     Connected,
-    /// [`Action::Connect`] failed; nothing of it is left.
+    /// [`Action::Connect`] failed; nothing of it is left, and whoever tried has reported why.
     ConnectFailed,
     /// [`Action::Disconnect`] is done.
     Disconnected,
@@ -42,6 +42,8 @@ pub enum Event {
     AskedToClose,
     /// The size of the disk has changed.
     Resized,
+    /// A ring was given up, since the guest broke the protocol.
+    Broken,
 }
 
 /// What is to be done.
@@ -120,7 +122,9 @@ impl Life {
             Event::Ready => self.ready = true,
             Event::Online(online) => self.online = online,
             Event::Frontend(state) => {
-                self.refused &= state == self.frontend;
+                // From 3 to 4 it goes on with the rings that it has.
+                let same = state == self.frontend || (self.frontend, state) == (Some(3), Some(4));
+                self.refused &= same;
                 self.frontend = state;
             }
             Event::Connected if self.link == Link::GoingUp => {
@@ -131,7 +135,7 @@ impl Life {
             }
             Event::ConnectFailed if self.link == Link::GoingUp => {
                 self.link = Link::Down;
-                self.refuse("cannot connect to the frontend", actions);
+                self.refuse(None, actions);
             }
             Event::Disconnected if self.link == Link::GoingDown => self.link = Link::Down,
             // Of no connection that is under way.
@@ -144,6 +148,12 @@ impl Life {
             Event::Resized => {
                 if self.link == Link::Up {
                     actions.push(Action::WriteSize);
+                }
+            }
+            Event::Broken => {
+                if self.link == Link::Up {
+                    self.stop(actions);
+                    self.refuse(Some("the guest broke its ring"), actions);
                 }
             }
         }
@@ -173,10 +183,10 @@ impl Life {
         self.link == Link::Down
     }
 
-    fn refuse(&mut self, why: &'static str, actions: &mut Vec<Action>) {
+    fn refuse(&mut self, why: Option<&'static str>, actions: &mut Vec<Action>) {
         if !self.refused {
             self.refused = true;
-            actions.push(Action::Report(why));
+            actions.extend(why.map(Action::Report));
         }
         self.write(State::Closing, actions);
     }
@@ -228,7 +238,7 @@ impl Life {
                 }
             }
             Some(_) => {
-                self.refuse("the frontend's state is no XenbusState", actions);
+                self.refuse(Some("the frontend's state is no XenbusState"), actions);
                 self.down(actions);
             }
         }
@@ -252,7 +262,8 @@ impl Default for Life {
 mod tests {
     use super::Action::{Connect, Disconnect, Remove, Report, Stop, Write, WriteSize};
     use super::Event::{
-        AskedToClose, ConnectFailed, Connected, Disconnected, Frontend, Online, Ready, Resized,
+        AskedToClose, Broken, ConnectFailed, Connected, Disconnected, Frontend, Online, Ready,
+        Resized,
     };
     use super::*;
 
@@ -268,6 +279,8 @@ mod tests {
         (Connected, &[Write(State::Connected)]),
         (fe(4), &[]),
     ];
+
+    const BROKEN: &[Action] = &[Stop, Report("the guest broke its ring"), Write(State::Closing)];
 
     fn play(name: &str, steps: &[&[Step]]) -> Life {
         let mut life = Life::new();
@@ -373,15 +386,35 @@ mod tests {
                 &[&[
                     (Ready, &[Write(State::InitWait)]),
                     (fe(3), &[Connect]),
-                    (
-                        ConnectFailed,
-                        &[Report("cannot connect to the frontend"), Write(State::Closing)],
-                    ),
+                    (ConnectFailed, &[Write(State::Closing)]),
                     (fe(3), &[]),
                     (fe(6), &[Write(State::Closed)]),
                     (fe(1), &[Write(State::InitWait)]),
                     (fe(3), &[Connect]),
                 ]],
+            ),
+            (
+                "a ring that is broken",
+                &[
+                    UP,
+                    &[
+                        (Broken, BROKEN),
+                        (Broken, &[]),
+                        (fe(4), &[]),
+                        (fe(5), &[]),
+                        (fe(6), &[Disconnect]),
+                        (Broken, &[]),
+                        (Disconnected, &[Write(State::Closed)]),
+                        (fe(1), &[Write(State::InitWait)]),
+                        (fe(3), &[Connect]),
+                        (Connected, &[Write(State::Connected)]),
+                        (Broken, BROKEN),
+                        (fe(4), &[]),
+                        // A new ring at once.
+                        (fe(3), &[Disconnect]),
+                        (Disconnected, &[Connect]),
+                    ],
+                ],
             ),
             (
                 "unplug by the toolstack",

@@ -275,6 +275,11 @@ impl Rings {
         }
     }
 
+    /// Whether one was given up, since the guest broke the protocol.
+    pub fn broken(&self) -> bool {
+        self.stats().any(|stats| stats.ring_stops.get() > 0)
+    }
+
     /// Counters of each.
     pub fn stats(&self) -> impl Iterator<Item = &Stats> {
         self.list.iter().map(|r| &*r.stats)

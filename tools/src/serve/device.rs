@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -39,6 +39,9 @@ const PATIENCE_NS: u64 = 5_000_000_000;
 
 /// Between two looks at a device that has ended.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// Between two looks whether a ring was given up, which nobody tells of.
+const LOOK_AT_RINGS: Duration = Duration::from_secs(5);
 
 /// Between two lines about what a guest does wrong, in nanoseconds.
 const SILENT_NS: u64 = 10_000_000_000;
@@ -206,7 +209,10 @@ impl Device {
             let again = match self.look() {
                 Ok(()) => None,
                 Err(e) => {
-                    log::warn!("{}: {e}", self.id);
+                    // A guest can change its state as fast as it likes, and be always quicker.
+                    if self.may_log() {
+                        log::warn!("{}: {e}", self.id);
+                    }
                     Some(RETRY)
                 }
             };
@@ -215,7 +221,7 @@ impl Device {
                 break;
             }
             match again {
-                None => drop(hear.recv()),
+                None => self.wait(hear),
                 Some(wait) => drop(hear.recv_timeout(wait)),
             }
         }
@@ -233,6 +239,16 @@ impl Device {
                 self.hand_over();
             }
         }
+    }
+
+    /// Waits until something has changed.
+    fn wait(&self, hear: &Receiver<()>) {
+        while hear.recv_timeout(LOOK_AT_RINGS) == Err(RecvTimeoutError::Timeout) && !self.broken() {
+        }
+    }
+
+    fn broken(&self) -> bool {
+        self.rings.as_ref().is_some_and(Rings::broken)
     }
 
     fn store(&self) -> Arc<Store> {
@@ -384,6 +400,9 @@ impl Device {
         if self.bell.resized.swap(false, Ordering::AcqRel) {
             self.resized();
         }
+        if self.broken() {
+            self.event(Event::Broken);
+        }
         let there = seen.own.is_some();
         self.event(Event::Online(seen.online && there));
         if seen.own == Some(State::Closing as u32) && self.life.state() != State::Closing {
@@ -484,13 +503,20 @@ impl Device {
         }
     }
 
+    /// Whether a line about what the guest does may be logged: it can do it as fast as it likes.
+    fn may_log(&mut self) -> bool {
+        let now = self.shared.images.reactors().clock().now();
+        let may = now >= self.silent_until;
+        if may {
+            self.silent_until = now + SILENT_NS;
+        }
+        may
+    }
+
     /// Writes an error where the toolstack looks for it.
     fn report(&mut self, why: &str) {
-        // A guest may do the same wrong thing as fast as it likes.
-        let now = self.shared.images.reactors().clock().now();
-        if now >= self.silent_until {
+        if self.may_log() {
             log::error!("{}: {why}", self.id);
-            self.silent_until = now + SILENT_NS;
         }
         let path = self.shared.error_of(&self.dir);
         let done = self.store().transaction(|tx| {

@@ -18,6 +18,7 @@ use super::images::Images;
 use super::keep::Keep;
 use crate::ctl::rpc::Service as _;
 
+mod broken;
 mod copies;
 mod many;
 mod nbd;
