@@ -71,6 +71,7 @@ done
 . /save.sh
 . /xl.sh
 . /hvm.sh
+. /rogue.sh
 
 # What is worth reading after a failure.
 keep() {

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # First process of a guest in the Xen lab. Loads the disk driver with the options of the command line
-# (blkfront=a=1,b=2) and then does what dom0 writes to its console: lines "NUMBER COMMANDS". Says
+# (blkfront=a=1,b=2; not at all if they are "none") and then does what dom0 writes to its console: lines "NUMBER COMMANDS". Says
 #   @up                      ready
 #   @end NUMBER STATUS       after each command
 #   HASH SUM NAME            a file that must be on the disk, with its SHA-256
@@ -16,7 +16,10 @@ for word in $(cat /proc/cmdline); do
     case $word in blkfront=*) options=$(echo "${word#blkfront=}" | tr , ' ') ;; esac
 done
 for m in $(cat /modules); do
-    case $m in *blkfront*) insmod $m $options ;; *) insmod $m ;; esac || echo "@bad insmod $m"
+    case $m in
+        *blkfront*) [ "$options" = none ] || insmod $m $options ;;
+        *) insmod $m ;;
+    esac || echo "@bad insmod $m"
 done
 
 # Waits for a disk: VDEV
@@ -97,12 +100,12 @@ check() {
     umount /check
     quiet
 }
-# Writes files, one after the other, and says each that was forced to the disk: VDEV
+# Writes files, one after the other, and says each that was forced to the disk: VDEV [MOST]
 churn() {
     LD_LIBRARY_PATH=/lib /bin/mke2fs -q -t ext4 /dev/$1
     mount -t ext4 /dev/$1 /mnt
     (
-        for i in $(seq 400); do
+        for i in $(seq ${2:-400}); do
             [ -e /tmp/enough ] && break
             random of=/tmp/new bs=4k count=$((i % 37 + 1))
             dd if=/tmp/new of=/mnt/file$i bs=64k conv=fsync 2>/dev/null || { echo "@bad file$i"; break; }

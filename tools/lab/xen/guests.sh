@@ -4,7 +4,8 @@ R=/run/lab
 
 log() { echo /var/log/xen/guest-$1.log; }
 id() { cat $R/$1.id; }
-# The configuration of a guest: NAME TYPE VCPUS OPTIONS (of the guest's disk driver, "a=1,b=2" or "").
+# The configuration of a guest: NAME TYPE VCPUS OPTIONS (of the guest's disk driver, "a=1,b=2" or "";
+# "none": no driver).
 config() {
     cat > $R/$1.cfg <<END
 name = "$1"

@@ -1,5 +1,5 @@
-//! What a guest does with grants and event channels, by dom0 for itself: pages by
-//! `/dev/xen/gntalloc`, ports by `/dev/xen/evtchn`.
+//! What a guest does with grants and event channels: pages by `/dev/xen/gntalloc`, ports by
+//! `/dev/xen/evtchn`. Used by `loopback` in dom0 for itself, and by `rogue` in a guest.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, Read, Result, Write};
@@ -16,11 +16,13 @@ const ALLOC_GREF: u32 = 0x0018_4705;
 const WRITABLE: u16 = 1;
 /// `IOCTL_EVTCHN_BIND_UNBOUND_PORT`
 const BIND_UNBOUND_PORT: u32 = 0x0004_4502;
+/// `IOCTL_EVTCHN_UNBIND`
+const UNBIND: u32 = 0x0004_4503;
 /// `IOCTL_EVTCHN_NOTIFY`
 const NOTIFY: u32 = 0x0004_4504;
 
-/// The domain that all of it is for.
-pub(crate) const SELF: u16 = 0;
+/// Domain 0.
+pub(crate) const DOM0: u16 = 0;
 
 fn open(place: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(place)
@@ -43,11 +45,12 @@ pub(crate) struct Granted {
 }
 
 impl Granted {
-    pub(crate) fn new(pages: usize, writable: bool) -> Result<Granted> {
+    /// Pages that a domain may read, and write if they are `writable`.
+    pub(crate) fn new(domid: u16, pages: usize, writable: bool) -> Result<Granted> {
         let file = open("/dev/xen/gntalloc")?;
         let flags = if writable { WRITABLE } else { 0 };
         let mut words = vec![0; 6 + pages];
-        words[0] = u32::from(SELF) | u32::from(flags) << 16;
+        words[0] = u32::from(domid) | u32::from(flags) << 16;
         words[1] = pages as u32;
         call(&file, ALLOC_GREF, &mut words)?;
         let index = i64::from(words[2]) | i64::from(words[3]) << 32;
@@ -76,7 +79,28 @@ impl Granted {
         // SAFETY: as above.
         unsafe { self.at(byte).write_volatile(value) }
     }
+
+    /// The first byte of a word, which is a multiple of 4: so that the word lies in the mapping.
+    fn word(&self, byte: usize) -> *mut u32 {
+        assert!(byte.is_multiple_of(4));
+        self.at(byte).cast()
+    }
+
+    pub(crate) fn load32(&self, byte: usize) -> u32 {
+        // SAFETY: an aligned word of the mapping, as `word` has checked.
+        unsafe { self.word(byte).read_volatile() }
+    }
+
+    pub(crate) fn store32(&self, byte: usize, value: u32) {
+        // SAFETY: as above.
+        unsafe { self.word(byte).write_volatile(value) }
+    }
 }
+
+// SAFETY: the mapping belongs to the process; each access is one volatile load or store.
+unsafe impl Send for Granted {}
+// SAFETY: as above; what threads and other domains write at the same time is never behind a reference.
+unsafe impl Sync for Granted {}
 
 impl Drop for Granted {
     fn drop(&mut self) {
@@ -93,8 +117,13 @@ impl Ports {
         open("/dev/xen/evtchn").map(Ports)
     }
 
-    pub(crate) fn alloc(&self) -> Result<u32> {
-        call(&self.0, BIND_UNBOUND_PORT, &mut [SELF.into()])
+    /// A port that a domain may bind to.
+    pub(crate) fn alloc(&self, domid: u16) -> Result<u32> {
+        call(&self.0, BIND_UNBOUND_PORT, &mut [domid.into()])
+    }
+
+    pub(crate) fn close(&self, port: u32) -> Result<()> {
+        call(&self.0, UNBIND, &mut [port]).map(drop)
     }
 
     pub(crate) fn notify(&self, port: u32) -> Result<()> {

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dma::{PageSize, Region};
-use guest::{Granted, Ports, SELF};
+use guest::{DOM0, Granted, Ports};
 use reactor::Wake;
 use xen::evtchn::{Events, Listener, Notifier};
 use xen::gntdev::{Copier, Copy, Direction, Gntdev, MapError, Mapped, Mapper, Pages};
@@ -113,8 +113,8 @@ fn store(store: Store) -> Outcome {
 
 fn events() -> Outcome {
     let (ports, events) = (Ports::new()?, Events::open()?);
-    let port = ports.alloc()?;
-    let local = events.bind(SELF, port)?;
+    let port = ports.alloc(DOM0)?;
+    let local = events.bind(DOM0, port)?;
     let pending = || -> Result<Vec<u32>, xen::Error> {
         let mut all = [0; 16];
         for _ in 0..1000 {
@@ -135,20 +135,22 @@ fn events() -> Outcome {
     events.unmask(&[local])?;
     events.notify(local)?;
     hold!(ports.fired(1000));
-    hold!(events.bind(SELF, port).is_err());
+    hold!(events.bind(DOM0, port).is_err());
     events.unbind(local)?;
     hold!(events.notify(local).is_err());
     // Again, as after a restart.
-    let local = events.bind(SELF, port)?;
+    let local = events.bind(DOM0, port)?;
     events.notify(local)?;
     hold!(ports.fired(1000));
+    ports.close(port)?;
+    hold!(events.bind(DOM0, port).is_err());
     Ok(())
 }
 
 fn helpers() -> Outcome {
     let (ports, events) = (Ports::new()?, Events::open()?);
-    let port = ports.alloc()?;
-    let local = events.bind(SELF, port)?;
+    let port = ports.alloc(DOM0)?;
+    let local = events.bind(DOM0, port)?;
     let wake = Wake::new()?;
     let listener = Listener::start(events.clone(), wake.clone())?;
     let notifier = Notifier::start(Some(Duration::from_millis(1)), None)?;
@@ -170,44 +172,44 @@ fn helpers() -> Outcome {
 fn mapping() -> Outcome {
     let device = Gntdev::open()?;
     for pages in [1, 4, 16] {
-        let granted = Granted::new(pages, true)?;
-        let mapping = device.map(SELF, &granted.grefs)?;
+        let granted = Granted::new(DOM0, pages, true)?;
+        let mapping = device.map(DOM0, &granted.grefs)?;
         for page in 0..pages {
             let at = page * PAGE + 8 * page;
-            granted.set(at, 0x42);
+            granted.store32(at, 0x42);
             hold!(mapping.load32(at, Ordering::Acquire) == 0x42);
             mapping.store64s(at + 8, &[0x5152_5354_5556_5758, 1]);
-            hold!(granted.get(at + 8) == 0x58 && granted.get(at + 15) == 0x51);
+            hold!(granted.load32(at + 8) == 0x5556_5758 && granted.get(at + 15) == 0x51);
         }
         drop(mapping);
         // And once more.
-        hold!(device.map(SELF, &granted.grefs)?.load32(0, Ordering::Relaxed) == 0x42);
+        hold!(device.map(DOM0, &granted.grefs)?.load32(0, Ordering::Relaxed) == 0x42);
     }
     Ok(())
 }
 
 fn bad_references() -> Outcome {
     let device = Gntdev::open()?;
-    let granted = Granted::new(4, true)?;
-    let read_only = Granted::new(1, false)?;
+    let granted = Granted::new(DOM0, 4, true)?;
+    let read_only = Granted::new(DOM0, 1, false)?;
     let g = &granted.grefs;
     for bad in [1_000_000, u32::MAX, read_only.grefs[0]] {
-        let tried = device.map(SELF, &[g[0], bad, g[1]]);
+        let tried = device.map(DOM0, &[g[0], bad, g[1]]);
         hold!(matches!(tried, Err(MapError::Grant)));
     }
     hold!(matches!(device.map(999, g), Err(MapError::Grant)));
     // Nothing of that is left.
-    device.map(SELF, g)?;
+    device.map(DOM0, g)?;
     Ok(())
 }
 
 fn copies() -> Outcome {
     let mut copier = Copier::new(Gntdev::open()?);
-    let granted = Granted::new(40, true)?;
-    let read_only = Granted::new(1, false)?;
+    let granted = Granted::new(DOM0, 40, true)?;
+    let read_only = Granted::new(DOM0, 1, false)?;
     let region = Region::new(42 * PAGE, PageSize::Small)?;
     let copy = |gref, offset, len, local, direction| Copy {
-        domid: SELF,
+        domid: DOM0,
         gref,
         offset,
         len,
@@ -261,9 +263,9 @@ fn ends(pages: &mut Pages, count: usize) -> Result<Vec<Mapped>, Box<dyn Error>> 
 
 fn mapper() -> Outcome {
     let mapper = Mapper::start(Gntdev::open()?, 1000)?;
-    let granted = Granted::new(100, true)?;
+    let granted = Granted::new(DOM0, 100, true)?;
     let region = Region::new(PAGE, PageSize::Small)?;
-    let mut pages = mapper.pages(SELF, 128);
+    let mut pages = mapper.pages(DOM0, 128);
     for round in 0..3u8 {
         let bad = [1_000_000, 1_000_001];
         for &gref in granted.grefs.iter().chain(&bad) {

@@ -88,6 +88,9 @@ const BOOTS: [Boot; 2] = [
             Case { name: "crash", quick: true, backend: Some(Backend::Polldisk) },
             Case { name: "xl", quick: false, backend: Some(Backend::Polldisk) },
             Case { name: "hvm", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "rogue_keys", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "rogue_ring", quick: false, backend: Some(Backend::Polldisk) },
+            Case { name: "rogue_storms", quick: false, backend: Some(Backend::Polldisk) },
         ],
     },
     Boot {
@@ -148,8 +151,8 @@ fn run(args: &Args) -> Result<Tally> {
     say("lab: Xen, preparing");
     let folder = crate::cache().join("lab-xen");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let parts = Parts::prepare(&folder)?;
-    let examples = suite::build(&["--package", "xen", "--example", "loopback"])?.join("examples");
+    let examples = suite::build(&["--package", "xen", "--examples"])?.join("examples");
+    let parts = Parts::prepare(&folder, examples.join("rogue"))?;
     let mut total = Tally::default();
     for boot in &BOOTS {
         let cases = args.chosen(boot);

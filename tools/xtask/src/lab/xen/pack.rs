@@ -14,6 +14,7 @@ use crate::tools;
 const DOM0: &str = include_str!("../../../../lab/xen/dom0.sh");
 const CASES: &str = include_str!("../../../../lab/xen/cases.sh");
 const CALLS: &str = include_str!("../../../../lab/xen/calls.sh");
+const ROGUE: &str = include_str!("../../../../lab/xen/rogue.sh");
 const GUESTS: &str = include_str!("../../../../lab/xen/guests.sh");
 const BACKENDS: &str = include_str!("../../../../lab/xen/backends.sh");
 const XL: &str = include_str!("../../../../lab/xen/xl.sh");
@@ -42,7 +43,8 @@ const DOM0_DRIVERS: [&str; 9] = [
 const VFIO_DRIVERS: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
 
 /// The guests' disk driver is loaded by their first process, with the options of the case.
-const GUEST_DRIVERS: [&str; 3] = ["xen-blkfront", "crc32c_generic", "ext4"];
+const GUEST_DRIVERS: [&str; 5] =
+    ["xen-blkfront", "xen-evtchn", "xen-gntalloc", "crc32c_generic", "ext4"];
 
 /// The programs of Xen's tools that dom0 runs.
 const XEN_TOOLS: [&str; 6] =
@@ -65,8 +67,9 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Finds, fetches and makes everything; what is made goes into `folder`.
-    pub(super) fn prepare(folder: &Path) -> Result<Parts> {
+    /// Finds, fetches and makes everything; what is made goes into `folder`. `rogue` is the program of
+    /// the guest that is hostile.
+    pub(super) fn prepare(folder: &Path, rogue: PathBuf) -> Result<Parts> {
         tools::need(&["mke2fs", "e2fsck", "resize2fs", "qemu-img", "strace", "xz"])?;
         let machine = Machine::with_kernel("kernel-dom0", "linux-image-amd64")?;
         let small = Machine::prepare()?;
@@ -78,8 +81,9 @@ impl Parts {
         fs::write(&xen, unpacked("gzip", &["-dc"], &packed)?)?;
         let kernel = folder.join("vmlinux");
         fs::write(&kernel, vmlinux(machine.kernel(), folder)?)?;
-        let tools =
-            ["mke2fs", "e2fsck", "resize2fs"].map(|name| tools::find(name).unwrap_or_default());
+        let tools = ["mke2fs", "e2fsck", "resize2fs"];
+        let mut tools: Vec<_> = tools.map(|name| tools::find(name).unwrap_or_default()).into();
+        tools.push(rogue);
         let files = guest::programs(&tools)?;
         let files: Vec<_> = files.iter().map(|(n, b)| (n.as_str(), b.as_slice())).collect();
         let initramfs = small.initramfs(GUEST, &GUEST_DRIVERS, &files)?;
@@ -113,6 +117,7 @@ impl Parts {
             ("hvm.sh", HVM.as_bytes()),
             ("block-polldisk", SCRIPT.as_bytes()),
             ("calls.sh", CALLS.as_bytes()),
+            ("rogue.sh", ROGUE.as_bytes()),
             ("guests.sh", GUESTS.as_bytes()),
             ("backends.sh", BACKENDS.as_bytes()),
             ("etc/keymap", &keymap),
