@@ -58,7 +58,7 @@ fn what_is_wrong_changes_nothing() {
     let three = Shape { stripes: 3, stripe_size: 128 };
     let odd = Shape { stripes: 2, stripe_size: 100 };
     type Edit<'a> = &'a dyn Fn(&mut Vg) -> volume::Result<()>;
-    let edits: [Edit; 14] = [
+    let edits: [Edit; 17] = [
         &|vg| vg.create_lv(id(2), "a", 1, Shape::LINEAR, &author()),
         &|vg| vg.create_lv(id(1), "b", 1, Shape::LINEAR, &author()),
         &|vg| vg.create_lv(id(2), "-b", 1, Shape::LINEAR, &author()),
@@ -72,6 +72,18 @@ fn what_is_wrong_changes_nothing() {
         &|vg| vg.extend_lv("a", u64::MAX),
         &|vg| vg.tag_lv("a", "with space"),
         &|vg| vg.remove_lv("b"),
+        &|vg| {
+            vg.extent_size *= 2;
+            Ok(())
+        },
+        &|vg| {
+            vg.pvs[1].pe_count -= 1;
+            Ok(())
+        },
+        &|vg| {
+            vg.id = id(9);
+            Ok(())
+        },
         &|vg| {
             // Nobody who edits the state by hand puts an extent into two volumes.
             vg.create_lv(id(2), "b", 1, Shape::LINEAR, &author())?;
@@ -356,7 +368,15 @@ fn two_at_once_are_noticed() {
     let first = b.prepare(&author(), "1", |vg| vg.tag_lv("b", "one")).unwrap();
     b.change(&author(), "2", |vg| vg.tag_lv("b", "two")).unwrap();
     assert!(b.commit(first).is_err());
-    assert_eq!(reopen(b).vg().lvs[0].tags, ["two"]);
+    let mut b = reopen(b);
+    assert_eq!(b.vg().lvs[0].tags, ["two"]);
+    // Nor one whose texts another has taken the place of, nor one of another group.
+    let first = b.prepare(&author(), "1", |vg| vg.tag_lv("b", "three")).unwrap();
+    let other = group(2, 64 << 20).prepare(&author(), "o", |_| Ok(())).unwrap();
+    let second = b.prepare(&author(), "2", |vg| vg.tag_lv("b", "a-longer-four")).unwrap();
+    assert!(b.commit(first).is_err() && b.commit(other).is_err());
+    b.commit(second).unwrap();
+    assert_eq!(reopen(b).vg().lvs[0].tags, ["two", "a-longer-four"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod open;
 mod setup;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use block::Storage;
 
@@ -43,6 +44,8 @@ pub struct Group<S> {
     vg: Vg,
     /// In the order of [`Vg::pvs`].
     devices: Vec<Device<S>>,
+    /// Whose texts lie beside the ones in force: those of the change that was prepared last.
+    latest: Arc<()>,
     /// A commit did not end well: what is in force on disk is not known.
     failed: bool,
 }
@@ -53,6 +56,8 @@ pub struct Prepared {
     vg: Vg,
     /// For each area that is written to: device, area, where the text is.
     places: Vec<(usize, usize, Place)>,
+    /// [`Group::latest`] when the texts were written.
+    token: Arc<()>,
 }
 
 impl Prepared {
@@ -123,8 +128,8 @@ impl<S: Storage> Group<S> {
             (a.id, a.pe_start, a.pe_count) == (b.id, b.pe_start, b.pe_count)
         };
         let pvs = vg.pvs.len() == self.vg.pvs.len() && vg.pvs.iter().zip(&self.vg.pvs).all(same);
-        if !pvs || vg.id != self.vg.id {
-            return refused("the devices of a group cannot be changed here");
+        if !pvs || vg.id != self.vg.id || vg.extent_size != self.vg.extent_size {
+            return refused("the devices and extents of a group cannot be changed here");
         }
         vg.seqno = match self.vg.seqno.checked_add(1) {
             Some(seqno) => seqno,
@@ -143,23 +148,26 @@ impl<S: Storage> Group<S> {
         if places.is_empty() {
             return refused("the group has no metadata area that is in use");
         }
+        // They take the place of the texts of a change that was prepared before.
+        self.latest = Arc::default();
         for (d, a, place) in &places {
             let device = &mut self.devices[*d];
             device.areas[*a].put(&mut device.storage, place, &text)?;
         }
-        Ok(Prepared { vg, places })
+        Ok(Prepared { vg, places, token: Arc::clone(&self.latest) })
     }
 
-    /// Puts a change in force. Returns the extents that no volume has any more.
+    /// Puts a change in force, the one that was prepared last. Returns the extents that no volume has
+    /// any more.
     ///
     /// # Errors
-    /// If a device fails. Unless it was the first flush, the state in force is not known then, and the
-    /// group has to be opened again.
+    /// If another change was prepared since. If a device fails: unless it was the first flush, the
+    /// state in force is not known then, and the group has to be opened again.
     pub fn commit(&mut self, prepared: Prepared) -> Result<Vec<Run>> {
         self.usable()?;
-        let Prepared { vg, places } = prepared;
-        if self.vg.seqno.checked_add(1) != Some(vg.seqno) {
-            return refused("the group has changed since this change was prepared");
+        let Prepared { vg, places, token } = prepared;
+        if !Arc::ptr_eq(&token, &self.latest) {
+            return refused("another change was prepared since this one: its texts are gone");
         }
         // All devices: they also hold what was written for this change.
         self.devices.iter_mut().try_for_each(Device::flush)?;

@@ -1,5 +1,7 @@
 //! Opening a group: which of the copies of its metadata counts, and what has to be repaired.
 
+use std::sync::Arc;
+
 use block::Storage;
 
 use super::{Device, Group};
@@ -155,7 +157,7 @@ impl<S: Storage> Group<S> {
         if let Some((_, label, _)) = found.first() {
             return refused(format!("device {} is not of group {}", label.id, vg.name));
         }
-        let mut group = Group { vg, devices, failed: false };
+        let mut group = Group { vg, devices, latest: Arc::default(), failed: false };
         if group.usable().is_ok() {
             text.push(0);
             group.settle(&stale, &text)?;

@@ -1,5 +1,7 @@
 //! Making a group on devices, and taking it away again.
 
+use std::sync::Arc;
+
 use block::Storage;
 
 use super::{Device, Group, Prepared, encode};
@@ -93,7 +95,7 @@ impl<S: Storage> Group<S> {
         };
         vg.check()?;
         let text = encode(&vg, author, "created")?;
-        let mut group = Group { vg, devices, failed: false };
+        let mut group = Group { vg, devices, latest: Arc::default(), failed: false };
         group.usable()?;
         group.label()?;
         // As any change: the first header is the commit point.
@@ -103,8 +105,8 @@ impl<S: Storage> Group<S> {
             device.areas[0].put(&mut device.storage, &place, &text)?;
             places.push((d, 0, place));
         }
-        let prepared = Prepared { vg: group.vg.clone(), places };
-        group.vg.seqno = 0;
+        let (vg, token) = (group.vg.clone(), Arc::clone(&group.latest));
+        let prepared = Prepared { vg, places, token };
         group.commit(prepared)?;
         Ok(group)
     }

@@ -17,11 +17,27 @@ pub(crate) struct Memory {
     size: u64,
     changes: Rc<Cell<u64>>,
     discarded: Rc<Cell<u64>>,
+    fault: Rc<Cell<Option<Fault>>>,
+}
+
+/// One change or flush that will fail.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    /// After so many that succeed.
+    pub(crate) after: u64,
+    /// It was done nevertheless.
+    pub(crate) done: bool,
 }
 
 impl Memory {
     pub(crate) fn new(size: u64) -> Memory {
-        Memory { pages: Rc::default(), size, changes: Rc::default(), discarded: Rc::default() }
+        Memory {
+            pages: Rc::default(),
+            size,
+            changes: Rc::default(),
+            discarded: Rc::default(),
+            fault: Rc::default(),
+        }
     }
 
     /// How many writes there were.
@@ -38,6 +54,24 @@ impl Memory {
     pub(crate) fn deep(&self) -> Memory {
         let pages = Rc::new(RefCell::new(self.pages.borrow().clone()));
         Memory { pages, ..Memory::new(self.size) }
+    }
+
+    /// Something will fail, once. `None`: not any more.
+    pub(crate) fn set_fault(&self, fault: Option<Fault>) {
+        self.fault.set(fault);
+    }
+
+    /// Whether it did.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.fault.get().is_none()
+    }
+
+    /// Counts a change or flush; whether it fails, and is done nevertheless.
+    fn fails(&self) -> Option<bool> {
+        let fault = self.fault.get()?;
+        let left = fault.after.checked_sub(1);
+        self.fault.set(left.map(|after| Fault { after, ..fault }));
+        left.is_none().then_some(fault.done)
     }
 
     fn inside(&self, what: &'static str, offset: u64, len: usize) -> Result<(), StorageError> {
@@ -81,6 +115,11 @@ impl Storage for Memory {
     fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), StorageError> {
         self.inside("write", offset, from.len())?;
         self.changes.set(self.changes.get() + 1);
+        let fails = self.fails();
+        let failed = failed("write", offset, from.len());
+        if fails == Some(false) {
+            return Err(failed);
+        }
         let mut pages = self.pages.borrow_mut();
         let mut at = 0;
         while at < from.len() {
@@ -90,7 +129,7 @@ impl Storage for Memory {
             bytes[within..within + run].copy_from_slice(&from[at..at + run]);
             at += run;
         }
-        Ok(())
+        if fails.is_some() { Err(failed) } else { Ok(()) }
     }
 
     fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
@@ -102,12 +141,16 @@ impl Storage for Memory {
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
-        Ok(())
+        if self.fails().is_some() { Err(failed("flush", 0, 0)) } else { Ok(()) }
     }
 
     fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {
         Ok(())
     }
+}
+
+fn failed(what: &'static str, offset: u64, len: usize) -> StorageError {
+    StorageError { what, offset, len: len as u64, status: Status::Medium, detail: 0 }
 }
 
 fn split(at: u64) -> (u64, usize) {
