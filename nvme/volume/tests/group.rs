@@ -391,6 +391,31 @@ fn a_group_is_removed_and_its_devices_are_free_again() {
 }
 
 #[test]
+fn what_a_device_was_before_is_gone() {
+    const SIZE: u64 = 64 << 20;
+    let mut m = Memory::new(SIZE);
+    let start = 17 << 20;
+    m.write_at(0, &vec![0xee; start]).unwrap();
+    m.write_at(SIZE - (1 << 20), &vec![0xee; 1 << 20]).unwrap();
+    let mut m = Group::create(vec![m], &new_group(), &author()).unwrap().into_devices().remove(0);
+    let mut bytes = vec![0; SIZE as usize];
+    m.read_at(0, &mut bytes).unwrap();
+    assert!(!bytes.contains(&0xee));
+    // It may be in a group whose metadata others have.
+    let mut m = m.deep();
+    let label = Label::read(&mut m).unwrap().unwrap();
+    let ignored = MetadataArea { ignored: true, ..MetadataArea::empty(label.metadata[0]) };
+    ignored.write(&mut m).unwrap();
+    let error = Group::create(vec![m.clone()], &new_group(), &author()).unwrap_err().to_string();
+    assert!(error.contains("is in a volume group"), "{error}");
+    Label { metadata: Vec::new(), ..label.clone() }.write(&mut m).unwrap();
+    assert!(Group::create(vec![m.clone()], &new_group(), &author()).is_err());
+    // Not if the label says that it is in none.
+    Label { used: false, ..label }.write(&mut m).unwrap();
+    Group::create(vec![m], &new_group(), &author()).unwrap();
+}
+
+#[test]
 fn a_thousand_volumes_fit_and_a_change_is_quick() {
     let mut g = group(1, 17 << 30);
     g.change(&author(), "many", |vg| {

@@ -3,7 +3,7 @@
 
 use block::Storage;
 use sim::{Disk, DiskConfig, Rng, Sabotage, Trace};
-use volume::{Author, Error, Group, Id, NewGroup, Shape, Vg, probe};
+use volume::{Area, Author, Error, Group, Id, Label, MetadataArea, NewGroup, Shape, Vg, probe};
 
 const SIZE: u64 = 3 << 19;
 const US: Option<&str> = Some("me");
@@ -161,9 +161,19 @@ fn a_device_that_lies_about_flushes_is_found_out() {
 fn making_and_removing_a_group_is_cut() {
     let mut rng = Rng::new(9);
     let (mut none, mut whole) = (0, 0);
-    for round in 0..200_u64 {
+    // A physical volume of others, in no group, with another area at the same place.
+    let mut other = disk(Vec::new(), false);
+    let area = Area { offset: 4096, size: 8192 };
+    MetadataArea::empty(area).write(&mut other).unwrap();
+    let (data, metadata) = (vec![Area { offset: 1 << 20, size: 0 }], vec![area]);
+    let id = Id::from_noise([1; 32]);
+    let label = Label { id, device_size: SIZE, data, metadata, used: false, sector: 1 };
+    label.write(&mut other).unwrap();
+    let other = other.take_bytes();
+    for round in 0..150_u64 {
         let devices = rng.within(1, 3);
-        let disks: Vec<Disk> = (0..devices).map(|_| disk(Vec::new(), true)).collect();
+        let bytes = |n: u64| if n == round / 2 % 4 { other.clone() } else { Vec::new() };
+        let disks: Vec<Disk> = (0..devices).map(|n| disk(bytes(n), true)).collect();
         let made = round % 2 == 0;
         if made {
             disks.iter().for_each(|disk| disk.set_power_for(rng.below(9)));

@@ -18,6 +18,8 @@ pub const DEFAULT_METADATA: u64 = 16 << 20;
 const METADATA: u64 = 4096;
 /// Extents begin at a multiple of this.
 const ALIGN: u64 = 1 << 20;
+/// So many bytes at a device's end are emptied: partition tables and RAIDs have copies there.
+const TAIL: u64 = 1 << 20;
 
 /// What a new group shall be.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -34,7 +36,8 @@ pub struct NewGroup {
 
 impl<S: Storage> Group<S> {
     /// Makes a group of all these devices. A device that already has one is refused; anything else
-    /// on them is lost.
+    /// on them is lost, and what other tools know it by (at the begin and the end) is emptied: whether
+    /// that is wanted has to be asked before.
     ///
     /// # Errors
     /// If a device is in a group, too small, or fails; if the name is no name.
@@ -111,12 +114,22 @@ impl<S: Storage> Group<S> {
         Ok(group)
     }
 
-    /// Makes the devices physical volumes without a group.
+    /// Makes the devices physical volumes without a group, and nothing else that they may have been.
     fn label(&mut self) -> Result<()> {
-        // Headers before labels: what an old label led to must not be found by the new one.
+        // First of all no old label: it must lead neither to a new header nor to none.
         for device in &mut self.devices {
-            device.areas[0].write(&mut device.storage)?;
+            Label::wipe(&mut device.storage)?;
         }
+        self.devices.iter_mut().try_for_each(Device::flush)?;
+        for Device { storage, label, areas } in &mut self.devices {
+            let (start, size) = (label.data[0].offset, label.device_size);
+            let tail = size.saturating_sub(TAIL).max(start);
+            for (offset, len) in [(0, start), (tail, size - tail)] {
+                storage.write_zeroes_at(offset, len).map_err(Error::io("what was there before"))?;
+            }
+            areas[0].write(storage)?;
+        }
+        // Headers before labels: a new label must not lead to what is no header.
         self.devices.iter_mut().try_for_each(Device::flush)?;
         for device in &mut self.devices {
             device.label.write(&mut device.storage)?;
@@ -153,13 +166,16 @@ impl<S: Storage> Group<S> {
 /// A device has no group, or one that was not made to the end.
 fn check_free(storage: &mut dyn Storage) -> Result<()> {
     let Some(label) = Label::read(storage)? else { return Ok(()) };
+    let mut silent = true;
     for &area in &label.metadata {
-        if MetadataArea::read(storage, area)?.live.is_some() {
+        let area = MetadataArea::read(storage, area)?;
+        if area.live.is_some() {
             return refused(format!("device {} is in a volume group", label.id));
         }
+        silent &= area.ignored;
     }
-    // Without an area of its own it may still be in a group that others describe.
-    match label.used && label.metadata.is_empty() {
+    // Without an area in use it may still be in a group that others describe.
+    match label.used && silent {
         true => refused(format!("device {} is in a volume group", label.id)),
         false => Ok(()),
     }

@@ -133,7 +133,18 @@ impl Storage for Memory {
     }
 
     fn write_zeroes_at(&mut self, offset: u64, len: u64) -> Result<(), StorageError> {
-        self.write_at(offset, &vec![0; len as usize])
+        self.inside("write of zeroes", offset, len as usize)?;
+        // Whole pages of zeroes are not kept.
+        let whole =
+            offset.next_multiple_of(PAGE as u64)..(offset + len) / PAGE as u64 * PAGE as u64;
+        if whole.is_empty() {
+            return self.write_at(offset, &vec![0; len as usize]);
+        }
+        self.write_at(offset, &vec![0; (whole.start - offset) as usize])?;
+        self.write_at(whole.end, &vec![0; (offset + len - whole.end) as usize])?;
+        let pages = split(whole.start).0..split(whole.end).0;
+        self.pages.borrow_mut().retain(|page, _| !pages.contains(page));
+        Ok(())
     }
 
     fn discard_at(&mut self, _offset: u64, len: u64) {
