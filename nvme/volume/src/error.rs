@@ -69,17 +69,33 @@ impl Error {
     }
 }
 
+/// Longest message, in characters.
+const MESSAGE: usize = 400;
+
+/// A message as it may be shown: what it quotes may come from a disk.
+pub(crate) fn plain(text: &str) -> String {
+    let mut plain = String::new();
+    for c in text.chars().take(MESSAGE) {
+        if c == ' ' || c.is_ascii_graphic() || c.is_alphanumeric() {
+            plain.push(c);
+        } else {
+            plain.extend(c.escape_default());
+        }
+    }
+    plain
+}
+
 /// Damage, in full.
-pub(crate) fn corrupt<T>(text: impl Into<String>) -> Result<T> {
-    Err(Error::Corrupt(text.into()))
+pub(crate) fn corrupt<T>(text: impl AsRef<str>) -> Result<T> {
+    Err(Error::Corrupt(plain(text.as_ref())))
 }
 
 /// A refusal, in full.
-pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
-    Err(Error::Refused(text.into()))
+pub(crate) fn refused<T>(text: impl AsRef<str>) -> Result<T> {
+    Err(Error::Refused(plain(text.as_ref())))
 }
 
 /// Something that is not done here, as the subject of "… not supported here".
-pub(crate) fn unsupported<T>(text: impl Into<String>) -> Result<T> {
-    Err(Error::Unsupported(text.into()))
+pub(crate) fn unsupported<T>(text: impl AsRef<str>) -> Result<T> {
+    Err(Error::Unsupported(plain(text.as_ref())))
 }

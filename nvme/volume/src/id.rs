@@ -51,7 +51,7 @@ impl Id {
         let plain: Vec<u8> = text.bytes().filter(|&c| c != b'-').collect();
         match <[u8; LEN]>::try_from(plain) {
             Ok(raw) => Id::from_raw(raw),
-            Err(_) => corrupt(format!("`{}` is not an identity", text.escape_debug())),
+            Err(_) => corrupt(format!("`{text}` is not an identity")),
         }
     }
 

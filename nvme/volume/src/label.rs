@@ -11,6 +11,8 @@ use crate::id::Id;
 pub(crate) const SECTOR: u64 = 512;
 /// The label is in one of so many sectors at the front.
 const SCANNED: usize = 4;
+/// All of them.
+pub(crate) const HEAD: Area = Area { offset: 0, size: SCANNED as u64 * SECTOR };
 const MAGIC: &[u8; 8] = b"LABELONE";
 const KIND: &[u8; 8] = b"LVM2 001";
 /// Where the physical volume's header begins in a label that we write.
@@ -64,7 +66,7 @@ impl Label {
         for (number, sector) in head.chunks_exact(SECTOR as usize).enumerate() {
             if sector.starts_with(MAGIC) {
                 let label = Label::parse(sector, number as u64)?;
-                label.check(st.capacity())?;
+                label.check(st.len())?;
                 return Ok(Some(label));
             }
         }
@@ -117,7 +119,7 @@ impl Label {
         if self.data.len() != 1 {
             return unsupported(format!("{} data areas on one device are", self.data.len()));
         }
-        let mut taken = vec![Area { offset: 0, size: SCANNED as u64 * SECTOR }];
+        let mut taken = vec![HEAD];
         for area in &self.metadata {
             let Some(end) = area.end().filter(|&end| end <= len) else {
                 return corrupt("a metadata area lies past the end of the device");

@@ -215,6 +215,33 @@ fn the_newest_copy_counts_and_the_others_are_repaired() {
 }
 
 #[test]
+fn devices_that_may_only_be_read_are_not_written_to() {
+    let devices = group(2, 64 << 20).into_devices();
+    let old = devices[1].deep();
+    let mut g = Group::open(devices, Some("me")).unwrap();
+    g.change(&author(), "a", |vg| vg.create_lv(id(1), "a", 1, Shape::LINEAR, &author())).unwrap();
+    let vg = g.vg().clone();
+    let some = [g.into_devices().remove(0), old];
+    let before: Vec<u64> = some.iter().map(Memory::changes).collect();
+    for locked in 0..2 {
+        let open = || {
+            let mut devices = some.to_vec();
+            devices[locked] = devices[locked].to_read();
+            Group::open(devices, Some("me")).unwrap()
+        };
+        let mut g = open();
+        assert_eq!(*g.vg(), vg);
+        assert!(g.volume("a").unwrap().read_only());
+        assert!(g.change(&author(), "b", |vg| vg.remove_lv("a")).is_err());
+        assert!(g.remove().is_err());
+    }
+    assert!(some.iter().map(Memory::changes).eq(before));
+    let fresh = Memory::new(64 << 20);
+    assert!(Group::create(vec![fresh.to_read()], &new_group(), &author()).is_err());
+    assert_eq!(fresh.changes(), 0);
+}
+
+#[test]
 fn what_is_not_ours_is_refused_and_not_written_to() {
     let mut g = group(2, 64 << 20);
     g.change(&author(), "a", |vg| vg.create_lv(id(1), "a", 2, Shape::LINEAR, &author())).unwrap();
@@ -223,19 +250,22 @@ fn what_is_not_ours_is_refused_and_not_written_to() {
     let untouched = |devices: &[Memory], ours: Option<&str>, word: &str| {
         let watch: Vec<_> = devices.iter().map(|m| m.changes()).collect();
         let error = Group::open(devices.to_vec(), ours).unwrap_err().to_string();
-        assert!(error.contains(word), "{error} has no `{word}`");
+        assert!(error.contains(word) && error.len() < 500, "{error} has no `{word}`");
         assert!(devices.iter().zip(watch).all(|(m, count)| m.changes() == count), "{word}");
     };
     untouched(&devices, Some("you"), "belongs to the system `me`");
     untouched(&devices, None, "belongs to the system `me`");
     untouched(&devices[..1], Some("me"), "is missing");
     untouched(&[devices[0].clone(), devices[1].clone(), devices[1].clone()], Some("me"), "not of");
+    let short = [devices[0].clone(), devices[1].shorter(60 << 20)];
+    untouched(&short, Some("me"), "smaller than its extents");
+    untouched(&[devices[0].clone(), devices[1].shorter(16 << 20)], Some("me"), "past the end");
     let other = group(1, 64 << 20).into_devices().remove(0);
     untouched(&[devices[0].clone(), devices[1].clone(), other], Some("me"), "different groups");
     assert!(Group::create(devices.clone(), &new_group(), &author()).is_err());
     // What a newer state may hold.
     type Spoil<'a> = (&'a str, &'a dyn Fn(String) -> String);
-    let spoilers: [Spoil; 9] = [
+    let spoilers: [Spoil; 13] = [
         ("type `mirror`", &|t| t.replace("\"striped\"", "\"mirror\"")),
         ("type `thin-pool`", &|t| t.replace("\"striped\"", "\"thin-pool\"")),
         ("status LOCKED", &|t| t.replace("\"VISIBLE\"", "\"VISIBLE\", \"LOCKED\"")),
@@ -253,6 +283,13 @@ fn what_is_not_ours_is_refused_and_not_written_to() {
         }),
         ("outside its device", &|t| {
             t.replace("\"pv1\", 0", "\"pv1\", 1000").replace("\"pv0\", 0", "\"pv0\", 1000")
+        }),
+        ("extents in its metadata", &|t| t.replace("pe_start = 34816", "pe_start = 16")),
+        ("extents in its metadata", &|t| t.replace("pe_start = 34816", "pe_start = 2")),
+        ("smaller than its extents", &|t| t.replace("pe_count = 11", "pe_count = 12")),
+        // No more of the disk's text than can be shown.
+        ("type `\\u{1b}[2Jxxx", &|t| {
+            t.replace("\"striped\"", &format!("\"\u{1b}[2J{}\"", "x".repeat(1 << 20)))
         }),
         ("line 1", &|t| t.replacen('{', "= {", 1)),
     ];

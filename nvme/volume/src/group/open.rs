@@ -5,8 +5,8 @@ use std::sync::Arc;
 use block::Storage;
 
 use super::{Device, Group};
-use crate::error::{Error, Result, corrupt, refused};
-use crate::label::{Label, SECTOR};
+use crate::error::{Error, Result, corrupt, plain, refused};
+use crate::label::{HEAD, Label, SECTOR};
 use crate::mda::MetadataArea;
 use crate::model::Vg;
 
@@ -122,7 +122,7 @@ impl<S: Storage> Group<S> {
             };
         };
         if let Some(owner) = vg.system_id.as_ref().filter(|owner| Some(owner.as_str()) != ours) {
-            let (group, owner) = (vg.name.clone(), owner.clone());
+            let (group, owner) = (vg.name.clone(), plain(owner));
             return Err(Error::Foreign { group, owner, ours: ours.unwrap_or_default().to_owned() });
         }
         let mut devices = Vec::new();
@@ -138,12 +138,12 @@ impl<S: Storage> Group<S> {
             let (storage, label, copies) = found.swap_remove(at);
             let start = pv.pe_start * SECTOR;
             let size = pv.pe_count * vg.extent_bytes();
-            if start + size > storage.capacity() {
+            if start + size > storage.len() {
                 return corrupt(format!("device {} is smaller than its extents", pv.key));
             }
             let hit =
                 |area: &crate::Area| area.offset < start + size && start < area.offset + area.size;
-            if label.metadata.iter().any(hit) {
+            if label.metadata.iter().chain([&HEAD]).any(hit) {
                 return corrupt(format!("device {} has extents in its metadata", pv.key));
             }
             for (a, copy) in copies.iter().enumerate() {

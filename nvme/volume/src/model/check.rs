@@ -36,7 +36,7 @@ fn of_name(text: &str) -> bool {
 /// If not; the message says why.
 pub fn check_name(group: &str, name: &str) -> Result<()> {
     if !of_name(name) {
-        return refused(format!("`{}` is no name for a volume", name.escape_debug()));
+        return refused(format!("`{name}` is no name for a volume"));
     }
     let kept = PREFIXES.iter().find(|part| name.starts_with(**part));
     if let Some(part) = kept.or(PARTS.iter().find(|part| name.contains(**part))) {
@@ -59,7 +59,7 @@ pub fn check_tag(tag: &str) -> Result<()> {
     if plain && !tag.is_empty() && tag.len() <= TAG && !tag.starts_with('-') {
         return Ok(());
     }
-    refused(format!("`{}` is no tag", tag.escape_debug()))
+    refused(format!("`{tag}` is no tag"))
 }
 
 /// All flags are among the known ones.

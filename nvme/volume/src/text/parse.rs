@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::{Body, Node, Value};
-use crate::error::{Error, Result};
+use crate::error::{Result, corrupt};
 
 /// Most nodes and values in one text.
 pub const MAX_NODES: usize = 1 << 20;
@@ -40,7 +40,7 @@ struct Parser<'a> {
 
 impl Parser<'_> {
     fn wrong<T>(&self, what: &str) -> Result<T> {
-        Err(Error::Corrupt(format!("metadata, line {}: {what}", self.line)))
+        corrupt(format!("metadata, line {}: {what}", self.line))
     }
 
     /// Counts one more thing that takes memory.

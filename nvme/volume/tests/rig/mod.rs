@@ -18,6 +18,7 @@ pub(crate) struct Memory {
     changes: Rc<Cell<u64>>,
     discarded: Rc<Cell<u64>>,
     fault: Rc<Cell<Option<Fault>>>,
+    read_only: bool,
 }
 
 /// One change or flush that will fail.
@@ -37,6 +38,7 @@ impl Memory {
             changes: Rc::default(),
             discarded: Rc::default(),
             fault: Rc::default(),
+            read_only: false,
         }
     }
 
@@ -74,6 +76,16 @@ impl Memory {
         left.is_none().then_some(fault.done)
     }
 
+    /// The same device, which may only be read.
+    pub(crate) fn to_read(&self) -> Memory {
+        Memory { read_only: true, ..self.clone() }
+    }
+
+    /// A device of its own with the first bytes of this one.
+    pub(crate) fn shorter(&self, size: u64) -> Memory {
+        Memory { size, ..self.deep() }
+    }
+
     fn inside(&self, what: &'static str, offset: u64, len: usize) -> Result<(), StorageError> {
         let len = len as u64;
         match offset.checked_add(len) {
@@ -89,11 +101,12 @@ impl Storage for Memory {
     }
 
     fn capacity(&self) -> u64 {
-        self.size
+        // As of a file, which could grow.
+        1 << 50
     }
 
     fn read_only(&self) -> bool {
-        false
+        self.read_only
     }
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
