@@ -261,6 +261,12 @@ fn what_is_not_ours_is_refused_and_not_written_to() {
     untouched(&short, Some("me"), "smaller than its extents");
     untouched(&[devices[0].clone(), devices[1].shorter(16 << 20)], Some("me"), "past the end");
     let other = group(1, 64 << 20).into_devices().remove(0);
+    // Nobody can say which one counts.
+    let mut two = vg.clone();
+    two.lvs[0].tags.push("other".to_owned());
+    let mut twice = [devices[0].deep(), devices[1].deep()];
+    rig::put(&mut twice[1], &[two.write(&author(), "x").as_bytes(), &[0]].concat());
+    untouched(&twice, Some("me"), "two states");
     untouched(&[devices[0].clone(), devices[1].clone(), other], Some("me"), "different groups");
     assert!(Group::create(devices.clone(), &new_group(), &author()).is_err());
     // What a newer state may hold.

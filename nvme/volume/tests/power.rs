@@ -25,7 +25,6 @@ fn author() -> Author {
 }
 
 fn new_group() -> NewGroup {
-    // The smallest area, so that texts of some size go round the ring.
     NewGroup { name: "vg".into(), system_id: Some("me".into()), extent: 4096, metadata: 4096 }
 }
 
@@ -57,6 +56,27 @@ fn edit(vg: &mut Vg, rng: &mut Rng) -> volume::Result<()> {
     }
 }
 
+/// Makes the metadata areas smaller, and puts the text near the ring's end, at no sector: so that the
+/// next ones go round it.
+fn shrink(images: &mut [Vec<u8>], rng: &mut Rng) {
+    const SECTORS: u64 = 90;
+    for bytes in images {
+        let mut disk = disk(std::mem::take(bytes), false);
+        let mut label = Label::read(&mut disk).unwrap().unwrap();
+        let mut area = MetadataArea::read(&mut disk, label.metadata[0]).unwrap();
+        let mut text = area.text(&mut disk).unwrap().unwrap();
+        text.push(0);
+        area.area.size = SECTORS * 512;
+        let place = area.live.as_mut().unwrap();
+        place.offset = (SECTORS - rng.within(1, 30)) * 512 + rng.below(512);
+        area.put(&mut disk, &area.live.unwrap(), &text).unwrap();
+        area.write(&mut disk).unwrap();
+        label.metadata = vec![area.area];
+        label.write(&mut disk).unwrap();
+        *bytes = disk.take_bytes();
+    }
+}
+
 /// What an operation leaves when the power of all devices fails after so many changes of each.
 fn cut(disks: &[Disk], rng: &mut Rng) -> Vec<Vec<u8>> {
     disks.iter().map(|disk| disk.survivor(rng)).collect()
@@ -77,6 +97,22 @@ fn settled(group: Group<Disk>, rng: &mut Rng) -> Vg {
     vg
 }
 
+/// Opens the group, which may have to be repaired, and cuts that too. Returns what is left, and which
+/// state was seen.
+fn cut_opening(
+    images: &[Vec<u8>],
+    sabotage: Sabotage,
+    rng: &mut Rng,
+) -> (Vec<Vec<u8>>, Option<Vg>) {
+    let disks: Vec<Disk> = images.iter().map(|b| disk(b.clone(), true)).collect();
+    for disk in &disks {
+        disk.set_sabotage(sabotage);
+        disk.set_power_for(rng.below(4));
+    }
+    let seen = Group::open(disks.clone(), US).ok().map(|group| group.vg().clone());
+    (cut(&disks, rng), seen)
+}
+
 /// Runs a chain of changes; each is cut at every write. Returns how often old and new were left, and
 /// how often neither was.
 fn run(seed: u64, devices: usize, sabotage: Sabotage) -> (u32, u32, u32) {
@@ -85,13 +121,14 @@ fn run(seed: u64, devices: usize, sabotage: Sabotage) -> (u32, u32, u32) {
     let fresh = (0..devices).map(|_| disk(Vec::new(), true)).collect();
     let group = Group::create(fresh, &new_group(), &author()).unwrap();
     let mut images = cut(&group.into_devices(), &mut rng);
+    shrink(&mut images, &mut rng);
     for _ in 0..6 {
         let (was, fork) = (open(&images).unwrap().vg().clone(), rng.fork());
         // Nothing has failed: what is there in the end is the next state.
         let mut group = open(&images).unwrap();
         match group.change(&author(), "change", |vg| edit(vg, &mut fork.clone())) {
             Ok(_) => {}
-            Err(Error::NoSpace { .. } | Error::Refused(_)) => continue,
+            Err(Error::NoSpace { .. } | Error::Refused(_) | Error::MetadataFull { .. }) => continue,
             Err(error) => panic!("{error}"),
         }
         let want = settled(group, &mut rng);
@@ -110,8 +147,10 @@ fn run(seed: u64, devices: usize, sabotage: Sabotage) -> (u32, u32, u32) {
                 let again = group.change(&author(), "again", |_| Ok(()));
                 assert!(again.is_err());
             }
-            let left = cut(&disks, &mut rng);
+            let (left, seen) = cut_opening(&cut(&disks, &mut rng), sabotage, &mut rng);
             match open(&left) {
+                // What was in force once stays so.
+                Ok(after) if seen.is_some_and(|seen| seen != *after.vg()) => bad += 1,
                 Ok(after) if *after.vg() == want => {
                     new += 1;
                     settled(after, &mut rng);
