@@ -104,7 +104,8 @@ impl<S: Storage> Group<S> {
     ///
     /// # Errors
     /// If devices are missing, too many, damaged or failing; if the group is another host's; if it
-    /// holds what is not done here. Then nothing has been written.
+    /// holds what is not done here. Then nothing has been written. If a repair fails, or has no room:
+    /// the state in force is as before.
     pub fn open(storages: Vec<S>, ours: Option<&str>) -> Result<Group<S>> {
         let mut best = Best::default();
         let mut found = Vec::new();

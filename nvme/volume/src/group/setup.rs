@@ -134,6 +134,11 @@ impl<S: Storage> Group<S> {
         for device in &mut self.devices {
             device.label.write(&mut device.storage)?;
         }
+        for Device { storage, label, .. } in &mut self.devices {
+            if Label::read(storage)?.as_ref() != Some(label) {
+                return refused("two of the devices are one: its label is the other's");
+            }
+        }
         self.devices.iter_mut().try_for_each(Device::flush)
     }
 

@@ -69,12 +69,13 @@ impl Vg {
             }
             push(lv, places, taken, size);
             depth -= taken;
-        }
-        if lv.segments.len() > MAX_SEGMENTS {
-            let name = format!("{}/{}", self.name, lv.name);
-            return refused(format!(
-                "{name} would have more than {MAX_SEGMENTS} segments: free space is in small parts"
-            ));
+            // Not only at the end: there may be a hundred thousand free runs.
+            if lv.segments.len() > MAX_SEGMENTS {
+                let name = format!("{}/{}", self.name, lv.name);
+                return refused(format!(
+                    "{name} would have more than {MAX_SEGMENTS} segments: free space is in small parts"
+                ));
+            }
         }
         Ok(())
     }
