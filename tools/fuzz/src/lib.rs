@@ -4,12 +4,14 @@
 #![forbid(unsafe_code)]
 
 mod files;
+mod group;
 mod guest;
 mod memory;
 mod mutate;
 mod ring;
 
 pub use files::{bitmaps, compressed, header, refcounts, snapshots, tables, vhd};
+pub use group::group;
 pub use guest::image;
 pub use ring::ring;
 

@@ -14,7 +14,7 @@ use crate::suite::Tally;
 use crate::tools;
 
 /// The targets, where their first inputs are, and how long an input may be.
-const TARGETS: [(&str, &str, u32); 9] = [
+const TARGETS: [(&str, &str, u32); 10] = [
     ("header", "qcow2", 4096),
     ("tables", "qcow2", 128 << 10),
     ("refcounts", "qcow2", 128 << 10),
@@ -24,6 +24,7 @@ const TARGETS: [(&str, &str, u32); 9] = [
     ("vhd", "vhd", 64 << 10),
     ("image", "image", 512),
     ("ring", "ring", 2048),
+    ("group", "group", 8192),
 ];
 
 /// What the compiler must add for libFuzzer: counters of edges, and hooks of comparisons.
