@@ -247,6 +247,33 @@ fn devices_that_may_only_be_read_are_not_written_to() {
 }
 
 #[test]
+fn an_area_that_is_not_in_use_is_neither_read_nor_written_to() {
+    let mut g = group(2, 64 << 20);
+    g.change(&author(), "a", |vg| vg.create_lv(id(1), "a", 1, Shape::LINEAR, &author())).unwrap();
+    let vg = g.vg().clone();
+    let mut devices = g.into_devices();
+    // The header that is not in use leads to a newer text, with another volume.
+    let mut newer = vg.clone();
+    newer.seqno += 7;
+    newer.lvs[0].name = "b".to_owned();
+    rig::put(&mut devices[1], &[newer.write(&author(), "x").as_bytes(), &[0]].concat());
+    let place = Label::read(&mut devices[1]).unwrap().unwrap().metadata[0];
+    let mut area = MetadataArea::read(&mut devices[1], place).unwrap();
+    area.ignored = true;
+    area.write(&mut devices[1]).unwrap();
+    let (watch, before) = (devices[1].clone(), devices[1].changes());
+    let mut g = Group::open(devices, Some("me")).unwrap();
+    assert_eq!(*g.vg(), vg);
+    g.change(&author(), "t", |vg| vg.tag_lv("a", "t")).unwrap();
+    g.change(&author(), "r", |vg| vg.remove_lv("a")).unwrap();
+    assert_eq!(watch.changes(), before);
+    assert_eq!(probe(&mut watch.clone()).unwrap().unwrap().group, None);
+    // The group is gone with its other device; this one loses its label alone.
+    g.remove().unwrap();
+    assert_eq!(watch.changes(), before + 1);
+}
+
+#[test]
 fn what_is_not_ours_is_refused_and_not_written_to() {
     let mut g = group(2, 64 << 20);
     g.change(&author(), "a", |vg| vg.create_lv(id(1), "a", 2, Shape::LINEAR, &author())).unwrap();
@@ -351,6 +378,9 @@ fn texts_go_round_the_ring_and_never_over_the_one_in_force() {
     }
     assert!(wrapped > 10);
     assert!(matches!(area.next(&[b'x'; 6000]), Err(Error::MetadataFull { .. })));
+    // Whole sectors do not go round such an area.
+    let odd = MetadataArea::empty(Area { offset: 4096, size: 13 * 512 + 100 });
+    assert!(odd.next(b"text").is_err());
 }
 
 #[test]

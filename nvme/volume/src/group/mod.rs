@@ -145,9 +145,6 @@ impl<S: Storage> Group<S> {
                 places.push((d, a, area.next(&text)?));
             }
         }
-        if places.is_empty() {
-            return refused("the group has no metadata area that is in use");
-        }
         // They take the place of the texts of a change that was prepared before.
         self.latest = Arc::default();
         for (d, a, place) in &places {
