@@ -115,6 +115,7 @@ impl<S: Storage> Group<S> {
     }
 
     /// Makes the devices physical volumes without a group, and nothing else that they may have been.
+    /// The labels are durable with the next flush, that of the commit.
     fn label(&mut self) -> Result<()> {
         // First of all no old label: it must lead neither to a new header nor to none.
         for device in &mut self.devices {
@@ -139,7 +140,7 @@ impl<S: Storage> Group<S> {
                 return refused("two of the devices are one: its label is the other's");
             }
         }
-        self.devices.iter_mut().try_for_each(Device::flush)
+        Ok(())
     }
 
     /// Removes the group and its labels, and gives the devices back.
