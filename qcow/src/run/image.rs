@@ -127,7 +127,7 @@ pub struct Image {
 
 impl Image {
     /// Attaches an opened stack; `owner` as the reactor gave it. The image's own memory is
-    /// registered with the leaves.
+    /// registered with the leaves that it lies on.
     ///
     /// # Errors
     /// If memory is short or a leaf cannot reach it.
@@ -169,9 +169,7 @@ impl Image {
         .map_err(|e| e.to_string())?;
         for region in shared.own_regions() {
             shared.register(&region);
-            for leaf in leaves.iter_mut() {
-                leaf.register(&region)?;
-            }
+            shared.stack.register(leaves, &region)?;
         }
         let tasks = Tasks::new(count, |slot| serve(shared.clone(), slot as u16));
         Ok(Image {
@@ -383,10 +381,8 @@ impl Image {
     fn learn_regions<L: BlockQueue>(&self, leaves: &mut [L], link: &Link) {
         while let Some(region) = link.take_region() {
             self.shared.register(&region);
-            for leaf in leaves.iter_mut() {
-                if let Err(e) = leaf.register(&region) {
-                    log::error!("memory of another reactor's requests cannot be reached: {e}");
-                }
+            if let Err(e) = self.shared.stack.register(leaves, &region) {
+                log::error!("memory of another reactor's requests cannot be reached: {e}");
             }
         }
     }

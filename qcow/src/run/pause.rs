@@ -116,6 +116,10 @@ impl Image {
         }
         let max_transfer = look_at_leaves(&mut stack.layers, leaves)?;
         let old = &self.shared;
+        // Some may have come since a leaf was shown to the image.
+        for region in old.regions() {
+            stack.register(leaves, &region)?;
+        }
         if max_transfer < old.info.max_transfer {
             return Err("a device takes less at a time than those so far".to_owned());
         }

@@ -1,6 +1,9 @@
 //! [`Stack`]: an opened image with its backing files, as the datapath needs it.
 
-use block::{Port, Storage};
+use std::sync::Arc;
+
+use block::{BlockQueue, Port, Storage};
+use dma::Region;
 
 use crate::bitmaps::{Tracked, prepare};
 use crate::format::{Compression, Geometry, RefcountBlock, decode_refcount_table_entry};
@@ -79,6 +82,24 @@ impl StackLayer {
 }
 
 impl Stack {
+    /// Has the leaf queues that it lies on, and no others, learn of memory.
+    ///
+    /// # Errors
+    /// If one cannot reach it.
+    pub(super) fn register<L: BlockQueue>(
+        &self,
+        leaves: &mut [L],
+        region: &Arc<Region>,
+    ) -> Result<(), String> {
+        // A queue that has learnt of it already does nothing.
+        for port in self.layers.iter().flat_map(|l| [l.port, l.data_port()]) {
+            if let Some(leaf) = leaves.get_mut(usize::from(port.leaf)) {
+                leaf.register(region)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes what the datapath needs (the tables, above all) out of an opened chain, whose files
     /// (each layer's, followed by its external data file if it has one) lie at `ports`, those of the
     /// layer that is written to first, and prepares the image for writing if it was opened for that.
