@@ -184,7 +184,8 @@ impl Rig {
             Disk::start(parts, DiskOptions { reactors: vec![start], image }, clock.clone())?;
         let wake = ask(&disk, |core| core.wake())?;
         let guest = Guest::new(ORDER, served.blocks, Kick { signal: Signal::default(), wake })?;
-        let (ring, grants) = (guest.ring().ring(), guest.ring().grants());
+        let ring = guest.ring().kept_ring().map_err(Error::other)?;
+        let grants = guest.ring().grants();
         let image = disk.image();
         let added = ask(&disk, move |core: &mut ReactorCore| {
             let mut stats = None;

@@ -253,7 +253,8 @@ pub(crate) fn add_ring(
     image: usize,
     guest: &Guest,
 ) -> Result<usize, Error> {
-    let (ring, grants) = (guest.ring().ring(), guest.ring().grants());
+    let ring = guest.ring().kept_ring().map_err(Error::other)?;
+    let grants = guest.ring().grants();
     let added = core.add_frontend(image, |owner, _| {
         let mut config = Config::new(owner, Abi::X86_64, ORDER);
         config.persistent_pages = config.usual_persistent_pages();

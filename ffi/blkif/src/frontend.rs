@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use dma::Region;
+use dma::{PageSize, Region};
 
 use crate::abi::{
     Abi, DIRECT_SEGMENTS, DISCARD, FLUSH_DISKCACHE, Head, INDIRECT_PAGES, MAX_ORDER, PAGE, READ,
@@ -17,7 +17,7 @@ use crate::abi::{
     WRITE_BARRIER,
 };
 use crate::local::{GrantTable, LocalGrants, RESERVED_GRANTS};
-use crate::{EventChannel, RegionRing, RingMemory, notify};
+use crate::{EventChannel, KeptRing, RegionRing, RingMemory, notify};
 
 /// Sectors in a page.
 const PER_PAGE: u32 = PAGE as u32 / SECTOR;
@@ -228,6 +228,17 @@ impl<E: EventChannel> Frontend<E> {
     /// The ring's pages, for the backend.
     pub fn ring(&self) -> RegionRing {
         self.memory.clone()
+    }
+
+    /// The ring's memory, for a backend whose requests are kept as those of guests are: see
+    /// [`KeptRing`].
+    ///
+    /// # Errors
+    /// If there is no memory for that.
+    pub fn kept_ring(&self) -> Result<KeptRing<RegionRing>, dma::Error> {
+        let bytes = KeptRing::<RegionRing>::record_bytes(self.setup.abi, self.setup.order);
+        let record = Region::new(bytes, PageSize::Small)?;
+        Ok(KeptRing::new(self.ring(), record, self.setup.abi, self.setup.order, 0))
     }
 
     /// A way to the granted pages, for the backend.

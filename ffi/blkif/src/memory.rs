@@ -44,6 +44,10 @@ pub trait RingMemory {
     #[inline]
     fn keep(&self, _slot: u16, _index: u32, _head: Head, _tail: Option<[u64; 10]>) {}
 
+    /// Requests before this index were taken. Before one of them is answered.
+    #[inline]
+    fn counted(&self, _index: u32) {}
+
     /// It was answered, by the response of this index.
     #[inline]
     fn answered(&self, _slot: u16, _index: u32) {}

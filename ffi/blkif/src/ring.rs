@@ -146,6 +146,12 @@ impl<M: RingMemory> BackRing<M> {
         self.req_cons = self.req_cons.wrapping_add(1);
     }
 
+    /// All that was taken up to now counts as taken also for whoever comes after this backend.
+    #[inline]
+    pub fn count_taken(&self) {
+        self.memory.counted(self.req_cons);
+    }
+
     /// A request that a backend before this one took.
     pub(crate) fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
         self.memory.kept_request(slot)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blkif::{Backend, LocalGrants, RegionRing, Signal};
+use blkif::{Backend, KeptRing, LocalGrants, RegionRing, Signal};
 use block::{Completion, HasWork, Submit};
 use dma::Region;
 use reactor::PortalFrontend;
@@ -10,7 +10,7 @@ use reactor::PortalFrontend;
 use crate::guests::GuestRing;
 
 /// A blkif ring whose frontend lives in this process.
-pub type Ring = Backend<RegionRing, LocalGrants, Signal>;
+pub type Ring = Backend<KeptRing<RegionRing>, LocalGrants, Signal>;
 
 /// A source of requests.
 pub enum Frontend {

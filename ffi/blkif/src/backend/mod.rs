@@ -394,6 +394,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 }
             }
         }
+        // Before any of them can be answered: that is done in other turns.
+        self.ring.count_taken();
     }
 
     #[inline(always)]
