@@ -14,7 +14,10 @@ pub use metadata::MetadataSet;
 pub use names::{BackingRef, FileId, Format, HostFile, Role, allowed_host_file};
 pub(crate) use tables::{read_snapshots, read_word_table};
 
+use std::hash::Hasher as _;
+
 use block::Storage;
+use fnv::FnvHasher;
 
 use crate::check;
 use crate::edit::check_l1;
@@ -60,7 +63,7 @@ impl ImageMeta {
     /// size, snapshots, backing file, the place of its active tables.
     pub(crate) fn shape(&self) -> u64 {
         let h = &self.header;
-        let mut all = Vec::new();
+        let mut hasher = FnvHasher::default();
         for word in [
             h.size,
             h.l1_table_offset,
@@ -69,13 +72,10 @@ impl ImageMeta {
             u64::from(h.nb_snapshots),
             u64::from(h.cluster_bits),
         ] {
-            all.extend(word.to_be_bytes());
+            hasher.write(&word.to_be_bytes());
         }
-        all.extend(h.backing_name.as_deref().unwrap_or_default());
-        // FNV-1a.
-        all.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        })
+        hasher.write(h.backing_name.as_deref().unwrap_or_default());
+        hasher.finish()
     }
 
     /// Opens one QCOW2 file. `name` is for messages.

@@ -221,7 +221,7 @@ fn wait_for_lock(
     }
     match taken {
         Ok(lock) => Ok(Some(lock)),
-        Err(e @ LockError::InUse(_)) => Err(Error::node(node, e)),
+        Err(e @ LockError::InUse(_)) => Err(Error::in_use(node, e)),
         Err(LockError::Os(e)) => {
             log::warn!("{node}: the file system does no locking ({e}); nothing keeps others out");
             Ok(None)

@@ -5,6 +5,7 @@
 //! Control path, but for the calls that a [`Backend`] makes on its reactor.
 
 use std::cell::RefCell;
+use std::hash::Hasher as _;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +16,7 @@ use blkif::negotiate::{Agreed, Offer, Queue};
 use blkif::{Backend, EventChannel, Grants, KeptRing, RingMemory, Stats};
 use block::{Completion, HasWork, Submit};
 use dma::Region;
+use fnv::FnvHasher;
 use reactor::Mailbox;
 use xen::evtchn::{Bell, Events, Listener, Notifier};
 use xen::gntdev::{Gntdev, Mapper, Mapping, Pages, Settling};
@@ -205,11 +207,11 @@ pub struct Records<'a> {
 
 /// Tells a ring from others of the same device: by its grants and its port.
 fn identity(queue: &Queue) -> u64 {
-    let all = queue.ring_refs.iter().copied().chain([queue.event_channel]);
-    // FNV-1a.
-    all.fold(0xcbf2_9ce4_8422_2325, |hash, word| {
-        (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let mut hasher = FnvHasher::default();
+    for word in queue.ring_refs.iter().chain([&queue.event_channel]) {
+        hasher.write(&word.to_be_bytes());
+    }
+    hasher.finish()
 }
 
 /// A local port; unbound when it goes.

@@ -84,6 +84,14 @@ pub enum Error {
         /// What went wrong.
         why: String,
     },
+    /// Somebody else uses the node in a way that excludes this one; he may let go of it.
+    #[error("{node}: {why}")]
+    InUse {
+        /// The node.
+        node: String,
+        /// By whom, as far as that is known.
+        why: String,
+    },
     /// The image on it.
     #[error(transparent)]
     Image(#[from] qcow::Error),
@@ -95,5 +103,9 @@ pub enum Error {
 impl Error {
     pub(crate) fn node(node: impl Into<String>, why: impl ToString) -> Error {
         Error::Node { node: node.into(), why: why.to_string() }
+    }
+
+    pub(crate) fn in_use(node: impl Into<String>, why: impl ToString) -> Error {
+        Error::InUse { node: node.into(), why: why.to_string() }
     }
 }

@@ -254,7 +254,6 @@ pub(crate) fn open(
     clock: Clock,
 ) -> Result<(Leaf, u16, Device), Error> {
     let node = spec.to_string();
-    let fail = |e: &dyn std::fmt::Display| Error::node(&node, e);
     let mut remotes = REMOTES.lock();
     remotes.retain(|(_, remote)| remote.strong_count() > 0);
     let known = remotes.iter().find(|(socket, _)| *socket == spec.socket);
@@ -266,14 +265,14 @@ pub(crate) fn open(
             remote
         }
     };
-    match remote.queue(spec.nsid, writable) {
+    match remote.queue(&node, spec.nsid, writable) {
         Ok((leaf, unit)) => {
             let lease = Lease { remote: Some(remote), nsid: spec.nsid, writable };
             Ok((leaf, unit, Device::Remote(lease)))
         }
-        Err(why) => {
+        Err(e) => {
             end(remote)?;
-            Err(fail(&why))
+            Err(e)
         }
     }
 }
@@ -304,12 +303,12 @@ fn start(spec: &RemoteSpec, node: &str, clock: Clock) -> Result<Remote, Error> {
 
 impl Remote {
     /// A queue to a namespace, the unit in it; notes the use.
-    fn queue(&self, nsid: u32, writable: bool) -> Result<(Leaf, u16), String> {
+    fn queue(&self, node: &str, nsid: u32, writable: bool) -> Result<(Leaf, u16), Error> {
         let mut uses = self.uses.lock();
         if uses.iter().any(|&(n, w)| n == nsid && (w || writable)) {
-            return Err(format!("namespace {nsid} is in use"));
+            return Err(Error::in_use(node, format!("namespace {nsid} is in use")));
         }
-        let queue = self.another_queue(nsid)?;
+        let queue = self.another_queue(nsid).map_err(|why| Error::node(node, why))?;
         uses.push((nsid, writable));
         Ok(queue)
     }

@@ -312,7 +312,7 @@ impl Drives {
         let nsid = lease.spec.nsid;
         if drive.uses.iter().any(|&(n, w)| n == nsid && (w || lease.writable)) {
             let why = "the namespace is in use by this process already, and one of the two writes";
-            return Err(Error::node(lease.spec.to_string(), why));
+            return Err(Error::in_use(lease.spec.to_string(), why));
         }
         drive.uses.push((nsid, lease.writable));
         lease.open = true;

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use xen::store::{Error as StoreError, Nodes, Store};
 
 use super::devices::{Shared, by_script};
-use super::images::{Image, Left, Wanted};
+use super::images::{Image, Left, Wanted, is_in_use};
 
 /// In our directory, while nobody serves the rings of a guest that is connected: they were left in
 /// order, with all answered that was taken.
@@ -329,8 +329,7 @@ impl Device {
                 }
             };
             match taken {
-                // So say the locks of files, and `Images` of what it has itself.
-                Err(e) if format!("{e:#}").contains("in use") && clock.now() < late => {
+                Err(e) if is_in_use(&e) && clock.now() < late => {
                     if self.bell.stop.load(Ordering::Acquire) {
                         return Err(e);
                     }

@@ -80,6 +80,16 @@ impl Image {
     }
 }
 
+/// An image that somebody else has, who may let go of it.
+#[derive(Debug, thiserror::Error)]
+#[error("image {0:?} is in use by {1}")]
+struct InUse(String, String);
+
+/// Whether an image could not be had because somebody else has it.
+pub(crate) fn is_in_use(e: &anyhow::Error) -> bool {
+    e.is::<InUse>() || matches!(e.downcast_ref(), Some(node::Error::InUse { .. }))
+}
+
 /// What a daemon that died may have left of an image in its journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Left {
@@ -176,7 +186,7 @@ impl Images {
     pub(crate) fn take(&self, name: &str, user: &str) -> anyhow::Result<Arc<Image>> {
         match self.all.lock().get_mut(name) {
             Some(Entry::Open { user: Some(other), .. }) => {
-                bail!("image {name:?} is in use by {other}")
+                bail!(InUse(name.to_owned(), other.clone()))
             }
             Some(Entry::Open { image, user: free, .. }) => {
                 *free = Some(user.to_owned());
@@ -227,10 +237,10 @@ impl Images {
                 None => bail!("there is no image {name:?}"),
                 Some(Entry::Busy) => bail!("image {name:?} is being opened or closed"),
                 Some(Entry::Open { user: Some(user), .. }) => {
-                    bail!("image {name:?} is in use by {user}")
+                    bail!(InUse(name.to_owned(), user.clone()))
                 }
                 Some(Entry::Open { nbd, .. }) if !cut && clients(nbd).is_some_and(|n| n > 0) => {
-                    bail!("image {name:?} is in use by an NBD client")
+                    bail!(InUse(name.to_owned(), "an NBD client".to_owned()))
                 }
                 Some(entry) => std::mem::replace(entry, Entry::Busy),
             }
@@ -371,8 +381,8 @@ impl Images {
         let numbers: Vec<usize> = (0..count).map(|n| (home + n) % count).collect();
         let disk = Disk::start_on(parts, &self.reactors, &numbers, self.options)?;
         if format == Format::Qcow2 && !wanted.read_only {
-            let kept =
-                self.keep.journal(wanted.name()).and_then(|j| Ok(disk.keep_journal(j, owner)?));
+            let journal = self.keep.journal(wanted.name(), owner);
+            let kept = journal.and_then(|j| Ok(disk.keep_journal(j, owner)?));
             if let Err(e) = kept {
                 if let Err(e) = disk.close() {
                     log::error!("{e}");

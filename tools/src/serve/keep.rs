@@ -1,18 +1,26 @@
 //! [`Keep`]: what outlives a daemon that dies: the records of guests' rings, and journals of images.
 //! Files in a folder of memory (on /run), which the next daemon reads.
 
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::Hasher as _;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use dma::Region;
+use fnv::FnvHasher;
+use nix::fcntl::{FallocateFlags, fallocate};
 use node::NodeSpec;
 use qcow::run::{Changes, Journal};
+use reactor::sync::Mutex;
 
 use super::device::Id;
+
+/// How names of journals begin.
+const IMAGE: &str = "image-";
 
 /// Bytes of an image's journal: 8,190 changes, half of them at a time.
 const JOURNAL: u64 = 256 << 10;
@@ -23,6 +31,9 @@ const LONGEST: usize = 100;
 /// See the module's text.
 pub(crate) struct Keep {
     dir: PathBuf,
+    /// Whose the journals are, by the names of their files. Of one whose image lies in another file by
+    /// now, whose it was.
+    owners: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Keep {
@@ -30,7 +41,20 @@ impl Keep {
     pub(crate) fn new(dir: PathBuf) -> anyhow::Result<Keep> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
         made.with_context(|| dir.display().to_string())?;
-        Ok(Keep { dir })
+        let keep = Keep { dir, owners: Mutex::new(BTreeMap::new()) };
+        for entry in std::fs::read_dir(&keep.dir)? {
+            let Ok(name) = entry?.file_name().into_string() else { continue };
+            if name.starts_with(IMAGE)
+                && let Some(owner) = keep.owner(&name)?
+            {
+                keep.owners.lock().insert(name, owner);
+            }
+        }
+        Ok(keep)
+    }
+
+    fn owner(&self, name: &str) -> anyhow::Result<Option<u64>> {
+        Ok(Journal::owner(&*self.map(name, JOURNAL)?))
     }
 
     fn map(&self, name: &str, bytes: u64) -> anyhow::Result<Arc<Region>> {
@@ -44,9 +68,9 @@ impl Keep {
                 .truncate(false)
                 .mode(0o600)
                 .open(&path)?;
-            if file.metadata()?.len() < bytes {
-                file.set_len(bytes)?;
-            }
+            // All of it: a page that the file system cannot give later would end the process.
+            let all = i64::try_from(bytes).context("too many bytes")?;
+            fallocate(&file, FallocateFlags::empty(), 0, all).context("no memory is left there")?;
             Ok(Region::of_file(file.into(), bytes)?)
         };
         open().with_context(|| path.display().to_string())
@@ -92,41 +116,49 @@ impl Keep {
     /// outdated.
     pub(crate) fn forget_others(&self, image: &str, owner: u64) -> anyhow::Result<()> {
         let mine = journal(image);
-        for entry in std::fs::read_dir(&self.dir)? {
-            let Ok(name) = entry?.file_name().into_string() else { continue };
-            if name.starts_with("image-")
-                && name != mine
-                && Journal::owner(&*self.map(&name, JOURNAL)?) == Some(owner)
-            {
+        let mut owners = self.owners.lock();
+        let others = owners.iter().filter(|&(name, &of)| of == owner && *name != mine);
+        let others: Vec<String> = others.map(|(name, _)| name.clone()).collect();
+        for name in others {
+            if self.owner(&name)? == Some(owner) {
                 log::warn!("{name}: its image is opened by another name now");
                 self.remove(&name);
             }
+            owners.remove(&name);
         }
         Ok(())
     }
 
-    /// The journal of an image that is going to be served.
-    pub(crate) fn journal(&self, image: &str) -> anyhow::Result<Arc<Region>> {
-        self.map(&journal(image), JOURNAL)
+    /// The journal of an image in this file that is going to be served.
+    pub(crate) fn journal(&self, image: &str, owner: u64) -> anyhow::Result<Arc<Region>> {
+        let name = journal(image);
+        let memory = self.map(&name, JOURNAL)?;
+        self.owners.lock().insert(name, owner);
+        Ok(memory)
     }
 
     /// An image was closed in order.
     pub(crate) fn forget_journal(&self, image: &str) {
-        self.remove(&journal(image));
+        let name = journal(image);
+        self.remove(&name);
+        self.owners.lock().remove(&name);
     }
 }
 
 /// Tells an image's file from others, also from one that takes its name later. Not 0.
 pub(crate) fn owner(spec: &NodeSpec) -> anyhow::Result<u64> {
-    let mut hash = DefaultHasher::new();
-    match spec {
+    let what = match spec {
         NodeSpec::File(path) => {
             let m = std::fs::metadata(path).with_context(|| path.display().to_string())?;
-            (m.dev(), m.ino(), m.rdev(), m.created().ok()).hash(&mut hash);
+            let born = m.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+            format!("{} {} {} {born:?}", m.dev(), m.ino(), m.rdev())
         }
-        other => other.to_string().hash(&mut hash),
-    }
-    Ok(hash.finish() | 1)
+        other => other.to_string(),
+    };
+    // Not a hash of `std`, which may be another in the next version of the daemon.
+    let mut hasher = FnvHasher::default();
+    hasher.write(what.as_bytes());
+    Ok(hasher.finish() | 1)
 }
 
 fn record(id: Id, ring: usize) -> String {
@@ -135,7 +167,7 @@ fn record(id: Id, ring: usize) -> String {
 
 /// Letters and digits as they are, all else by its code: two names never give the same.
 fn journal(image: &str) -> String {
-    let mut name = "image-".to_owned();
+    let mut name = IMAGE.to_owned();
     for byte in image.bytes() {
         match byte.is_ascii_alphanumeric() {
             true => name.push(byte.into()),
@@ -147,5 +179,5 @@ fn journal(image: &str) -> String {
 
 /// Whether an image may have this name: a file is named after it.
 pub(crate) fn is_name(image: &str) -> bool {
-    (1..=LONGEST).contains(&journal(image).len().saturating_sub(6))
+    (1..=LONGEST).contains(&journal(image).len().saturating_sub(IMAGE.len()))
 }
