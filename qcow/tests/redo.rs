@@ -5,7 +5,7 @@ mod rig;
 
 use std::sync::Arc;
 
-use block::Blocking;
+use block::{Blocking, Op, Status};
 use dma::{PageSize, Region};
 use qcow::create::CreateOptions;
 use qcow::edit::redo;
@@ -130,6 +130,28 @@ fn not_into_an_image_with_a_new_snapshot() {
         changes.list.clear();
         put_in(leaf, &changes).1.unwrap();
     }
+}
+
+/// Parts of a cluster that a snapshot shares read as zeroes; it stays shared.
+#[test]
+fn zeroes_in_what_a_snapshot_shares() {
+    let options =
+        CreateOptions { cluster_size: 4 * CLUSTER, extended_l2: true, ..CreateOptions::new(DISK) };
+    let mut rig = Rig::single(fresh(DEVICE, 7, &options));
+    rig.write(0, &[1; 8 * CLUSTER as usize]);
+    let leaf = snapshot(rig.close().remove(0), "kept");
+    let (leaf, changes) = until_death(leaf, |rig| {
+        let zeroes = rig.call(Op::WriteZeroes, CLUSTER, CLUSTER, &[]);
+        assert_eq!(zeroes.0, Status::Ok);
+        rig.write(4 * CLUSTER, &[2; CLUSTER as usize]);
+    });
+    assert_eq!(changes.list.len(), 2);
+    let (leaf, done) = put_in(leaf, &changes);
+    done.unwrap();
+    let (leaf, bytes) = contents(leaf);
+    assert_eq!([0, 1, 2, 4, 5].map(|n| bytes[n * CLUSTER as usize]), [1, 0, 1, 2, 1]);
+    let kept = read_offline(&leaf.data(), None, Some("kept"));
+    assert!(kept[..8 * CLUSTER as usize].iter().all(|&byte| byte == 1));
 }
 
 /// What others have made of a journal's entries gives errors, and nothing worse.

@@ -46,8 +46,7 @@ pub fn redo(st: &mut dyn Storage, name: &str, changes: &Changes) -> Result<()> {
         if !all.is_empty() && !same {
             return Err(changed(tx));
         }
-        check_places(tx, st, &last, &all)?;
-        let used: Vec<u64> = all.iter().flat_map(|&(_, entry)| tx.clusters_of(entry)).collect();
+        let used = check_places(tx, st, &last, &all)?;
         // First all of them: no table may take such a cluster for a free one.
         tx.counts.adopt(st, &used)?;
         for (guest, entry) in all {
@@ -65,25 +64,28 @@ fn changed(tx: &Tx) -> crate::Error {
     )
 }
 
-/// Refuses places that are, or may be, somebody else's by now.
+/// Refuses places that are, or may be, somebody else's by now. Answers the clusters that the others are
+/// in.
 fn check_places(
     tx: &mut Tx,
     st: &mut dyn Storage,
     last: &BTreeMap<u64, RawL2>,
     all: &[(u64, L2Entry)],
-) -> Result<()> {
+) -> Result<Vec<u64>> {
     let g = tx.geometry();
     let mut places: BTreeMap<u64, u64> = BTreeMap::new();
     let (len, mut counted) = (st.len(), false);
     for &(guest, entry) in all {
-        // A running image changes no entry to what is shared.
+        let before = tx.entry(st, guest)?.host_cluster();
+        // A running image changes no entry to what is shared; of one that is, subclusters may read as
+        // zeroes now.
         let host = match (entry, entry.host_cluster()) {
             _ if g.data_file() => continue,
-            (L2Entry::Compressed { .. }, _) | (_, Some((_, false))) => return Err(changed(tx)),
-            (_, None) => continue,
+            (L2Entry::Compressed { .. }, _) => return Err(changed(tx)),
+            (_, place @ Some((_, false))) if place != before => return Err(changed(tx)),
+            (_, None | Some((_, false))) => continue,
             (_, Some((host, true))) => host,
         };
-        let before = tx.entry(st, guest)?.host_cluster();
         let shared = before.is_some_and(|(place, copied)| place == host && !copied);
         if shared || host >= len || places.insert(host, guest).is_some() {
             return Err(changed(tx));
@@ -91,10 +93,8 @@ fn check_places(
         counted |= tx.counts.get(st, g.cluster(host))? > 0;
     }
     // Whoever refers to a cluster has counted it before.
-    if !counted {
-        return Ok(());
-    }
-    for index in 0..tx.meta.l1.len() {
+    let tables = if counted { tx.meta.l1.len() } else { 0 };
+    for index in 0..tables {
         let Some(words) = tx.words(st, index)? else { continue };
         let (n, first) = (g.l2_entries(), (index * g.l2_entries()) as u64);
         let other = |i: usize| {
@@ -107,7 +107,7 @@ fn check_places(
             return Err(changed(tx));
         }
     }
-    Ok(())
+    Ok(places.into_keys().map(|host| g.cluster(host)).collect())
 }
 
 fn place(raw: RawL2, g: &Geometry) -> Option<u64> {
