@@ -489,3 +489,17 @@ fn sequential_writes_cost_little_more_than_their_data() {
         }
     }
 }
+
+/// A reactor may have hundreds of leaf queues, of as many images.
+#[test]
+fn an_image_is_known_to_the_leaves_that_it_lies_on_only() {
+    let leaf = fresh(DEVICE, 5, &CreateOptions::new(4 << 20));
+    let (stack, mut leaves) = rig::open_stack(vec![leaf], &[Format::Qcow2], true).unwrap();
+    leaves.push(LogQueue::new(DEVICE, 1));
+    let mut rig = Rig::attach(stack, leaves, Options::default());
+    // The frontend's memory, as nobody said on which leaves the image stands.
+    assert_eq!(rig.leaf(1).registered, 1);
+    assert!(rig.leaf(0).registered > 1);
+    rig.write(0, &[7; 4096]);
+    assert_eq!(rig.read(0, 4096), [7; 4096]);
+}

@@ -69,6 +69,8 @@ pub(crate) struct LogQueue {
     pub(crate) slow_reads: bool,
     /// Requests that are taken at a time.
     pub(crate) depth: usize,
+    /// Times that memory was made known.
+    pub(crate) registered: u64,
     /// Requests carried out or failed so far, and the good ones among them by kind.
     pub(crate) requests: u64,
     pub(crate) writes: u64,
@@ -99,6 +101,7 @@ impl LogQueue {
             base: Vec::new(),
             log: Vec::new(),
             logging: false,
+            registered: 0,
             fail: None,
             fail_at: None,
             no_space_from: u64::MAX,
@@ -374,6 +377,7 @@ impl Submit for LogQueue {
 
 impl BlockQueue for LogQueue {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.registered += 1;
         self.inner.register(region)
     }
 

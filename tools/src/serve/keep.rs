@@ -181,3 +181,45 @@ fn journal(image: &str) -> String {
 pub(crate) fn is_name(image: &str) -> bool {
     (1..=LONGEST).contains(&journal(image).len().saturating_sub(IMAGE.len()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_goes_when_its_image_is_opened_by_another_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let keep = Keep::new(dir.path().to_owned()).unwrap();
+        let make = |keep: &Keep, name: &str, owner| {
+            Journal::new(keep.journal(name, owner).unwrap(), owner);
+        };
+        make(&keep, "a", 1);
+        make(&keep, "b/2", 3);
+        // Also for the next daemon, which did not make them.
+        let keep = Keep::new(dir.path().to_owned()).unwrap();
+        make(&keep, "c", 3);
+        keep.forget_others("c", 3).unwrap();
+        let is_there = |name: &str, owner| keep.changes(name, owner).unwrap().is_some();
+        assert!(is_there("a", 1) && is_there("c", 3) && !is_there("b/2", 3));
+        // Another's is not read.
+        assert!(!is_there("a", 3));
+        keep.forget_journal("a");
+        assert!(!is_there("a", 1));
+    }
+
+    #[test]
+    fn what_is_mapped_is_there_to_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let keep = Keep::new(dir.path().to_owned()).unwrap();
+        let id = Id { domid: 3, devid: 51712 };
+        keep.journal("a", 1).unwrap();
+        keep.record(id, 0, 8192).unwrap();
+        for entry in std::fs::read_dir(dir.path()).unwrap() {
+            let file = entry.unwrap().metadata().unwrap();
+            assert!(file.len() > 0 && file.blocks() * 512 >= file.len(), "a page may be missing");
+        }
+        assert!(keep.has_record(id));
+        keep.forget_records(id);
+        assert!(!keep.has_record(id));
+    }
+}
