@@ -1,5 +1,5 @@
 //! `cargo xtask lab xen`: Xen with a Debian dom0 under emulation, and guests whose own disk driver
-//! talks to a backend in dom0. The cases are shell functions in tools/lab/xen/cases.sh.
+//! talks to a backend in dom0. The cases are shell functions in the files of tools/lab/xen.
 
 mod pack;
 
@@ -26,6 +26,13 @@ const IMAGES: u64 = 2 << 30;
 
 /// The size of the device that holds one image.
 const DISK: u64 = 64 << 20;
+
+/// The emulated processor: nested paging for PVH; SSE4.2 and POPCNT for x86-64-v2; no RDTSCP, which
+/// TCG's SVM does wrong. TCG must be forced to offer a TSC that may be trusted: else Xen has each RDTSC of
+/// a PVH dom0 trap, and under load the emulator mixes the two up: dom0 dies of a triple fault right after
+/// an RDTSC, or with registers of Xen's as its own.
+const CPU: &str = "qemu64,+svm,+npt,-rdtscp,+pdpe1gb,+rdrand,+rdseed,+ssse3,+sse4.1,+sse4.2,+popcnt,\
+                   +invtsc,x-force-features=on";
 
 /// Who serves the guests' disks.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -215,8 +222,7 @@ fn run_boot(
     };
     let mut qemu = parts.machine.bare_emulator();
     qemu.args(["-machine", "q35", "-smp", "2", "-m", "3072"])
-        // Nested paging for PVH; SSE4.2 and POPCNT for x86-64-v2; no RDTSCP, which TCG's SVM does wrong.
-        .args(["-cpu", "qemu64,+svm,+npt,-rdtscp,+pdpe1gb,+rdrand,+rdseed,+ssse3,+sse4.1,+sse4.2,+popcnt"])
+        .args(["-cpu", CPU])
         .arg("-kernel")
         .arg(&parts.xen)
         .args(["-append", &format!("console=com1 com1=115200,8n1 dom0_mem=1024M,max:1024M dom0_max_vcpus=1 sched=credit2 {hypervisor}")])
