@@ -20,7 +20,7 @@ count() {
     echo $! > $to.pid
     for t in "$@"; do within 20 traced $t; done
 }
-traced() { ! grep -q '^TracerPid:[^0-9]*0$' /proc/*/task/$1/status; }
+traced() { grep -q '^TracerPid:[^0-9]*[1-9]' /proc/*/task/$1/status; }
 # Afterwards $R/calls has "NAME NUMBER" for each call.
 counted() { # NAME
     pid=$(cat $R/calls.$1.pid)
@@ -38,6 +38,8 @@ how_many() {
 }
 # GROUP IS MOST
 few() { [ $2 -le $3 ] || { echo "$mode: $2 calls of $1, at most $3"; cat $R/calls; return 1; }; }
+# There is no way without these, so that none means that nothing was counted: GROUP IS
+some() { [ $2 -gt 0 ] || { echo "$mode: no calls of $1"; cat $R/calls; return 1; }; }
 
 # One line of the table: what was called for a load of the guest, for how many `requests`: MODE.
 # Afterwards $R/calls has what the reactor did (QEMU: all of its threads).
@@ -80,15 +82,20 @@ modes() {
             most=0
             [ $1 = nvme ] || most=$requests
             few io_uring_enter "$(how_many io_uring_enter)" $most
+            [ $most = 0 ] || some io_uring_enter "$(how_many io_uring_enter)"
             # A batch of copies, and an event, have at least one request.
             most=0
             [ $2 = persistent ] || most=$((most + requests))
             [ $notify != direct ] || most=$((most + requests))
             few ioctl "$(how_many ioctl)" $most
-            # A notifier that sleeps is woken. Before it sleeps itself a reactor lets ports fire again.
+            [ $most = 0 ] || some ioctl "$(how_many ioctl)"
+            # Who sends the events, if not the reactor.
+            [ $notify = direct ] || some 'other threads' $others
+            # A notifier that sleeps is woken. A reactor that is going to sleep lets ports fire again that have
+            # fired, one perhaps before; then it may find something to do, and not sleep.
             most=0
             [ $notify != thread ] || most=$requests
-            [ $policy = poll ] || most=$((most + $(how_many 'poll restart_syscall') + 1))
+            [ $policy = poll ] || most=$((most + requests + 1))
             few write "$(how_many write)" $most
             [ $policy = adaptive ] || few 'sleeping' "$(how_many 'poll read restart_syscall')" 0
         done
@@ -106,6 +113,7 @@ calls_of() {
         # Clusters for all that is read and written.
         ask $it 300 load xvda 500
         if [ $BACKEND = polldisk ]; then modes $1 $grants; else measure "$1, $grants, $BACKEND"; fi
+        ask $it 60 quiet
         off $it
     done
     # As it was for the other cases.

@@ -31,7 +31,7 @@ const DISK: u64 = 64 << 20;
 /// TCG's SVM does wrong. TCG must be forced to offer a TSC that may be trusted: else Xen has each RDTSC of
 /// a PVH dom0 trap, and under load the emulator mixes the two up: dom0 dies of a triple fault right after
 /// an RDTSC, or with registers of Xen's as its own.
-const CPU: &str = "qemu64,+svm,+npt,-rdtscp,+pdpe1gb,+rdrand,+rdseed,+ssse3,+sse4.1,+sse4.2,+popcnt,\
+const CPU: &str = "qemu64,+svm,+npt,-rdtscp,+pdpe1gb,+rdrand,+ssse3,+sse4.1,+sse4.2,+popcnt,\
                    +invtsc,x-force-features=on";
 
 /// Who serves the guests' disks.
