@@ -39,6 +39,8 @@ rogue_begins() {
     rss=$(figure VmRSS) threads=$(figure Threads) descriptors=$(figure descriptors) lines=$(figure lines)
     start a pv 1 '' xvda=$A
     ask a 60 disk xvda
+    # Else none could be found missing either.
+    [ $(figure grants) -gt 0 ] || { echo 'the pages of a guest are not among the mappings'; return 1; }
     ask a 60 churn xvda 3000
     start r pv 1 none xvda=$B
     began=$(now)
