@@ -21,11 +21,15 @@ pub enum Clock {
 }
 
 impl Clock {
-    /// The real clock; takes 10 ms to measure the counter's rate.
+    /// The real clock; the first one takes 10 ms, in which the counter's rate is measured.
     pub fn real() -> Clock {
         #[cfg(target_arch = "x86_64")]
-        if let Some(clock) = Clock::calibrate() {
-            return clock;
+        {
+            static RATE: std::sync::OnceLock<Option<Rate>> = std::sync::OnceLock::new();
+            if let Some(Rate { scale, ticks }) = *RATE.get_or_init(rate) {
+                // Of a while ago: no processor whose counter is a little behind can see a time before 0.
+                return Clock::Tsc { zero: tsc().wrapping_sub(ticks), scale };
+            }
         }
         Clock::Monotonic(instant())
     }
@@ -56,22 +60,31 @@ impl Clock {
             Clock::Monotonic(_) | Clock::Virtual(_) => None,
         }
     }
+}
 
-    #[cfg(target_arch = "x86_64")]
-    fn calibrate() -> Option<Clock> {
-        // The kernel uses the TSC as its clock source only where it found it stable.
-        let source = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
-        if !std::fs::read_to_string(source).ok()?.split_whitespace().any(|s| s == "tsc") {
-            return None;
-        }
-        let (c0, t0) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
-        std::thread::sleep(std::time::Duration::from_millis(10));
-        let (c1, t1) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
-        let (nanos, ticks) = ((t1 - t0).as_nanos(), u128::from(c1.wrapping_sub(c0)));
-        let scale = u64::try_from((nanos << 32).checked_div(ticks)?).ok()?;
-        // Of 10 ms ago: no processor whose counter is a little behind can see a time before 0.
-        Some(Clock::Tsc { zero: c0, scale })
+/// How fast the time stamp counter runs, as it was measured.
+#[cfg(target_arch = "x86_64")]
+struct Rate {
+    /// See [`Clock::Tsc`].
+    scale: u64,
+    /// Of the measurement.
+    ticks: u64,
+}
+
+/// `None` if the counter cannot be used.
+#[cfg(target_arch = "x86_64")]
+fn rate() -> Option<Rate> {
+    // The kernel uses the TSC as its clock source only where it found it stable.
+    let source = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
+    if !std::fs::read_to_string(source).ok()?.split_whitespace().any(|s| s == "tsc") {
+        return None;
     }
+    let (c0, t0) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
+    std::thread::sleep(std::time::Duration::from_millis(10));
+    let (c1, t1) = least_disturbed((0..TRIES).map(|_| (tsc(), instant(), tsc())))?;
+    let (nanos, ticks) = ((t1 - t0).as_nanos(), c1.wrapping_sub(c0));
+    let scale = u64::try_from((nanos << 32).checked_div(u128::from(ticks))?).ok()?;
+    Some(Rate { scale, ticks })
 }
 
 /// How often counter and clock are read together.
@@ -115,6 +128,14 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(40));
         let (ours, kernels) = (clock.now() - a, t.elapsed().as_nanos() as u64);
         assert!(ours.abs_diff(kernels) < kernels / 10, "{ours} against {kernels}");
+    }
+
+    #[test]
+    fn each_clock_begins_when_it_is_made() {
+        let first = Clock::real();
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        let (old, new) = (first.now(), Clock::real().now());
+        assert!(old >= new + 40_000_000 && new < 20_000_000_000, "{old}, {new}");
     }
 
     #[test]
