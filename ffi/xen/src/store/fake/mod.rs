@@ -9,7 +9,7 @@
 mod session;
 mod tree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use reactor::sync::Mutex;
 
@@ -28,10 +29,26 @@ use tree::{Change, Tree};
 /// A client that does not read is cut off when so much waits for it.
 const MOST_OUTPUT: usize = 1 << 20;
 
+/// What `epoll` says of what is no client.
+const WAKE: u64 = 0;
+const LISTENER: u64 = 1;
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    session: Session,
+    /// Whether it is waited for that the stream takes more.
+    full: bool,
+}
+
 #[derive(Debug)]
 struct State {
     tree: Tree,
-    clients: BTreeMap<u64, (Arc<UnixStream>, Session)>,
+    clients: BTreeMap<u64, Client>,
+    /// Those that were told of a change and were not sent that.
+    told: BTreeSet<u64>,
+    /// Waits for all streams, at a cost that does not grow with their number.
+    epoll: Arc<Epoll>,
     next: u64,
     listener: Option<UnixListener>,
     /// State of the generator that chops, if it does.
@@ -44,6 +61,7 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     wake: EventFd,
+    epoll: Arc<Epoll>,
 }
 
 /// The stand-in; it serves until it is dropped, which its clients see as the daemon's death.
@@ -70,18 +88,27 @@ impl Daemon {
     }
 
     fn with(listener: Option<UnixListener>) -> Daemon {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let wake = wake.expect("a test has descriptors left");
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("a test has descriptors");
+        let readable = |of| EpollEvent::new(EpollFlags::EPOLLIN, of);
+        epoll.add(&wake, readable(WAKE)).expect("a descriptor of ours");
+        if let Some(listener) = &listener {
+            epoll.add(listener, readable(LISTENER)).expect("a descriptor of ours");
+        }
+        let epoll = Arc::new(epoll);
         let state = State {
             tree: Tree::new(),
             clients: BTreeMap::new(),
-            next: 0,
+            told: BTreeSet::new(),
+            epoll: epoll.clone(),
+            next: LISTENER,
             listener,
             chop: None,
             frozen: false,
             stop: false,
         };
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let wake = wake.expect("a test has descriptors left");
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake });
+        let shared = Arc::new(Shared { state: Mutex::new(state), wake, epoll });
         let its = shared.clone();
         let thread = std::thread::spawn(move || its.serve());
         Daemon { shared, thread: Some(thread) }
@@ -135,6 +162,7 @@ impl Drop for Daemon {
 
 impl Shared {
     fn serve(&self) {
+        let mut events = [EpollEvent::empty(); 64];
         loop {
             let mut state = self.state.lock();
             if state.stop {
@@ -142,28 +170,19 @@ impl Shared {
                 state.listener = None;
                 return;
             }
-            let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
-            // Copies, so that nothing is borrowed while it waits.
-            let (mut streams, mut listener) = (Vec::new(), None);
-            if !state.frozen {
-                for (&id, (stream, session)) in &state.clients {
-                    let out = !session.output.is_empty();
-                    let out = if out { PollFlags::POLLOUT } else { PollFlags::empty() };
-                    streams.push((id, stream.clone(), PollFlags::POLLIN | out));
-                }
-                let copy = |l: &UnixListener| l.try_clone().expect("a test has descriptors left");
-                listener = state.listener.as_ref().map(copy);
-            }
+            let frozen = state.frozen;
             drop(state);
-            fds.extend(streams.iter().map(|(_, s, flags)| PollFd::new(s.as_fd(), *flags)));
-            fds.extend(listener.iter().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)));
-            let _ = poll(&mut fds, PollTimeout::NONE);
+            if frozen {
+                let mut fds = [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+                let _ = poll(&mut fds, PollTimeout::NONE);
+                let _ = self.wake.read();
+                continue;
+            }
+            let count = self.epoll.wait(&mut events, EpollTimeout::NONE).unwrap_or(0);
             let _ = self.wake.read();
-            let ready = streams.iter().zip(&fds[1..]).filter(|(_, fd)| fd.any() == Some(true));
-            let ready: Vec<u64> = ready.map(|((id, _, _), _)| *id).collect();
             let mut state = self.state.lock();
             if !state.frozen {
-                state.turn(&ready);
+                state.turn(events[..count].iter().map(EpollEvent::data));
             }
         }
     }
@@ -173,7 +192,10 @@ impl State {
     fn add(&mut self, stream: UnixStream, domid: u16) {
         stream.set_nonblocking(true).expect("a socket");
         self.next += 1;
-        self.clients.insert(self.next, (Arc::new(stream), Session::new(domid)));
+        let readable = EpollEvent::new(EpollFlags::EPOLLIN, self.next);
+        self.epoll.add(&stream, readable).expect("a socket");
+        let client = Client { stream, session: Session::new(domid), full: false };
+        self.clients.insert(self.next, client);
     }
 
     fn random(&mut self, n: u64) -> Option<u64> {
@@ -182,27 +204,33 @@ impl State {
         Some((*seed >> 33) % n)
     }
 
-    fn turn(&mut self, ready: &[u64]) {
+    fn turn(&mut self, ready: impl Iterator<Item = u64>) {
         while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
             self.add(stream, 0);
         }
-        for &id in ready {
+        for id in ready.filter(|&id| id > LISTENER) {
             if !self.serve_one(id) {
+                self.clients.remove(&id);
+            }
+        }
+        while let Some(id) = self.told.pop_first() {
+            if !self.send(id) {
                 self.clients.remove(&id);
             }
         }
     }
 
-    /// Reads and writes what a client has and takes; false if it is to be cut off.
+    /// Reads what a client has, and sends what it takes; false if it is to be cut off.
     fn serve_one(&mut self, id: u64) -> bool {
-        let piece = self.random(40).map_or(1 << 16, |n| 1 + n as usize);
-        let mut buffer = vec![0; piece];
+        let piece = self.random(40).map_or(1 << 13, |n| 1 + n as usize);
+        let mut buffer = [0; 1 << 13];
         let mut fired = Vec::new();
-        let Some((stream, session)) = self.clients.get_mut(&id) else { return false };
-        match (&**stream).read(&mut buffer) {
+        let Some(client) = self.clients.get_mut(&id) else { return false };
+        match (&client.stream).read(&mut buffer[..piece]) {
             Ok(0) => return false,
             Ok(n) => {
-                if session.take(&buffer[..n], &mut self.tree, &mut fired).is_err() {
+                let taken = client.session.take(&buffer[..n], &mut self.tree, &mut fired);
+                if taken.is_err() {
                     return false;
                 }
             }
@@ -210,11 +238,19 @@ impl State {
             Err(_) => return false,
         }
         self.tell(&fired);
+        self.told.remove(&id);
+        self.send(id)
+    }
+
+    /// Sends what a client takes; false if it is to be cut off.
+    fn send(&mut self, id: u64) -> bool {
         let piece = self.random(40).map_or(usize::MAX, |n| 1 + n as usize);
-        let Some((stream, session)) = self.clients.get_mut(&id) else { return false };
+        let Some(Client { stream, session, full }) = self.clients.get_mut(&id) else {
+            return false;
+        };
         while !session.output.is_empty() {
             let (first, _) = session.output.as_slices();
-            match (&**stream).write(&first[..first.len().min(piece)]) {
+            match (&*stream).write(&first[..first.len().min(piece)]) {
                 Ok(n) => drop(session.output.drain(..n)),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => return false,
@@ -225,13 +261,21 @@ impl State {
                 break;
             }
         }
+        if *full == session.output.is_empty() {
+            *full = !*full;
+            let out = if *full { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
+            let mut event = EpollEvent::new(EpollFlags::EPOLLIN | out, id);
+            self.epoll.modify(&*stream, &mut event).expect("a socket that was added");
+        }
         session.output.len() <= MOST_OUTPUT
     }
 
     fn tell(&mut self, changes: &[Change]) {
         for change in changes {
-            for (_, session) in self.clients.values_mut() {
-                session.changed(change);
+            for (&id, client) in &mut self.clients {
+                if client.session.changed(change) {
+                    self.told.insert(id);
+                }
             }
         }
     }

@@ -104,11 +104,12 @@ impl Session {
         self.send(15, 0, 0, &payload);
     }
 
-    /// Tells of a change, to those watches that it concerns.
-    pub(super) fn changed(&mut self, change: &Change) {
-        if !may_read(&change.perms, self.domid) {
-            return;
+    /// Tells of a change, to those watches that it concerns. Returns whether there are some.
+    pub(super) fn changed(&mut self, change: &Change) -> bool {
+        if self.watches.is_empty() || !may_read(&change.perms, self.domid) {
+            return false;
         }
+        let before = self.output.len();
         for i in 0..self.watches.len() {
             let watched = &self.watches[i].path;
             let under = || {
@@ -120,6 +121,7 @@ impl Session {
                 self.event(i, &change.path);
             }
         }
+        self.output.len() > before
     }
 
     /// A path as it was sent, made absolute; and how much was put before it.

@@ -1,6 +1,7 @@
 //! The nodes of the stand-in: values, permissions, transactions that meet. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
@@ -18,7 +19,8 @@ pub(super) const MOST: usize = 4096;
 struct Node {
     value: Vec<u8>,
     perms: Vec<Perm>,
-    children: BTreeSet<Vec<u8>>,
+    /// Shared with copies of the node: a directory may have many.
+    children: Arc<BTreeSet<Vec<u8>>>,
     /// Changes with each change of the node or of the set of its children.
     generation: u64,
 }
@@ -29,7 +31,12 @@ impl Node {
     }
 
     fn size(&self) -> usize {
-        self.value.len() + self.list().len() + 4 * self.perms.len()
+        let list: usize = self.children.iter().map(|c| c.len() + 1).sum();
+        self.value.len() + list + 4 * self.perms.len()
+    }
+
+    fn owner(&self) -> u16 {
+        self.perms[0].domid
     }
 }
 
@@ -46,6 +53,8 @@ pub(super) struct Change {
 #[derive(Debug)]
 pub(super) struct Tree {
     nodes: BTreeMap<Vec<u8>, Node>,
+    /// How many of them each domain owns.
+    owned: HashMap<u16, usize>,
     generation: u64,
 }
 
@@ -114,21 +123,24 @@ impl Tree {
         let root = Node {
             value: Vec::new(),
             perms: vec![Perm::none(0)],
-            children: BTreeSet::new(),
+            children: Arc::default(),
             generation: 1,
         };
-        Tree { nodes: BTreeMap::from([(b"/".to_vec(), root)]), generation: 1 }
+        let nodes = BTreeMap::from([(b"/".to_vec(), root)]);
+        Tree { nodes, owned: HashMap::from([(0, 1)]), generation: 1 }
     }
 
     fn set(&mut self, path: Vec<u8>, node: Option<Node>) {
         self.generation += 1;
-        match node {
+        let old = match node {
             Some(node) => {
-                self.nodes.insert(path, Node { generation: self.generation, ..node });
+                *self.owned.entry(node.owner()).or_default() += 1;
+                self.nodes.insert(path, Node { generation: self.generation, ..node })
             }
-            None => {
-                self.nodes.remove(&path);
-            }
+            None => self.nodes.remove(&path),
+        };
+        if let Some(old) = old {
+            *self.owned.entry(old.owner()).or_default() -= 1;
         }
     }
 
@@ -263,16 +275,16 @@ impl View<'_> {
         let mut perms = node.perms.clone();
         if self.domid != 0 {
             perms[0].domid = self.domid;
-            let own = |n: &&Node| n.perms[0].domid == self.domid;
-            if self.tree.nodes.values().filter(own).count() + missing.len() > MOST_NODES {
+            let own = self.tree.owned.get(&self.domid).copied().unwrap_or(0);
+            if own + missing.len() > MOST_NODES {
                 return Err(Errno::ENOSPC);
             }
         }
         while let Some(path) = missing.pop() {
-            node.children.insert(name(&path).to_vec());
+            Arc::make_mut(&mut node.children).insert(name(&path).to_vec());
             self.set(&above, Some(node));
             let value = if missing.is_empty() { value.to_vec() } else { Vec::new() };
-            node = Node { value, perms: perms.clone(), children: BTreeSet::new(), generation: 0 };
+            node = Node { value, perms: perms.clone(), children: Arc::default(), generation: 0 };
             above = path;
         }
         self.check_size(&node)?;
@@ -290,7 +302,7 @@ impl View<'_> {
         };
         let mut whole = vec![(path.to_vec(), node.clone())];
         while let Some((path_of, of)) = whole.pop() {
-            for child in &of.children {
+            for child in of.children.iter() {
                 let child = below(&path_of, child);
                 if let Some(node) = self.get(&child) {
                     self.fire(&child, true, node.perms.clone());
@@ -300,7 +312,7 @@ impl View<'_> {
             self.set(&path_of, None);
         }
         if let Some(mut above) = self.get(&up) {
-            above.children.remove(name(path));
+            Arc::make_mut(&mut above.children).remove(name(path));
             self.set(&up, Some(above));
         }
         self.fire(path, false, node.perms);
