@@ -171,7 +171,8 @@ impl Image {
             shared.register(&region);
             shared.stack.register(leaves, &region)?;
         }
-        let tasks = Tasks::new(count, |slot| serve(shared.clone(), slot as u16));
+        let of = shared.clone();
+        let tasks = Tasks::new(count, move |slot| serve(of.clone(), slot as u16));
         Ok(Image {
             hits,
             free: (0..slots).rev().collect(),

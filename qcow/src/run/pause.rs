@@ -198,7 +198,8 @@ impl Image {
         shared.info = info;
         shared.common.turn_version();
         let shared = self.shared.clone();
-        self.tasks = Tasks::new(shared.slots(), |slot| serve(shared.clone(), slot as u16));
+        let of = shared.clone();
+        self.tasks = Tasks::new(shared.slots(), move |slot| serve(of.clone(), slot as u16));
         Ok(())
     }
 

@@ -286,6 +286,12 @@ impl Satellite {
         }
     }
 
+    /// Whether nothing is under way, as nearly always when the reactor wakes up or goes to sleep. It
+    /// may have hundreds of images, and should not look at all slots of each for that.
+    fn idle(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
     #[cold]
     fn announce_new(&mut self) {
         self.epoch = match std::mem::take(&mut self.quiet) {
@@ -293,7 +299,7 @@ impl Satellite {
             false => self.common.epoch.get(),
         };
         let stamps = self.slots.iter().zip(0..).map(|(s, at)| (s.epoch, at));
-        let (stamp, at) = stamps.min().unwrap_or((QUIET, 0));
+        let (stamp, at) = if self.idle() { None } else { stamps.min() }.unwrap_or((QUIET, 0));
         self.oldest = at;
         self.announced = stamp.min(self.epoch);
         self.link.0.announced.announce(self.announced);
@@ -454,7 +460,7 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         if self.link.0.has_reply() || !self.refused.is_empty() || ending {
             return HasWork::Yes;
         }
-        if !self.quiet && self.slots.iter().all(|s| s.epoch == QUIET) {
+        if !self.quiet && (self.idle() || self.slots.iter().all(|s| s.epoch == QUIET)) {
             self.quiet = true;
             self.link.0.announced.quiet();
         }

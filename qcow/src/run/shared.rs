@@ -221,7 +221,8 @@ impl Shared {
             ready: RefCell::new(VecDeque::with_capacity(slots)),
             finished: RefCell::new(VecDeque::with_capacity(slots)),
             meta: RefCell::new(Pool::new(META_BUFS, META as u32)?),
-            data: RefCell::new(Pool::new(data_bufs, cluster as u32)?),
+            // Many images never use them, and a host has many.
+            data: RefCell::new(Pool::new_lazy(data_bufs, cluster as u32)?),
             zeroes: Region::new_best(cluster.max(META))?,
             regions: RefCell::new((0..RegionId::MAX).map(|_| Weak::new()).collect()),
         }))

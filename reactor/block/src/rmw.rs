@@ -58,8 +58,10 @@ pub struct RmwQueue<Q> {
     lane: Lane,
     units: Vec<Unit>,
     regions: Box<[Option<Arc<Region>>]>,
-    pool: Pool,
-    slots: Box<[Slot]>,
+    /// Made when the first edge needs a buffer: few queues ever have one.
+    pool: Option<Pool>,
+    /// Those that were ever used; the room for all is there from the start.
+    slots: Vec<Slot>,
     free: Vec<u16>,
     /// Slots of which some part could not go on.
     blocked: VecDeque<u16>,
@@ -78,18 +80,16 @@ impl<Q: BlockQueue> RmwQueue<Q> {
     /// device.
     ///
     /// # Errors
-    /// If there is no memory for the buffers, if a block is larger than 4 KiB, or if more queues
-    /// would share the claims than they were made for.
-    pub fn new(mut leaf: Q, claims: &Arc<Claims>) -> Result<RmwQueue<Q>, String> {
-        let pool = Pool::new(BUFFERS, BLOCK_MAX).map_err(|e| e.to_string())?;
-        leaf.register(pool.region())?;
+    /// If a block is larger than 4 KiB, or if more queues would share the claims than they were made
+    /// for.
+    pub fn new(leaf: Q, claims: &Arc<Claims>) -> Result<RmwQueue<Q>, String> {
         let mut queue = RmwQueue {
             leaf,
             lane: claims.join().ok_or("too many queues share a device")?,
             units: Vec::new(),
             regions: vec![None; RegionId::MAX].into_boxed_slice(),
-            pool,
-            slots: (0..WRITES).map(|_| Slot::new()).collect(),
+            pool: None,
+            slots: Vec::with_capacity(WRITES),
             free: (0..WRITES as u16).rev().collect(),
             blocked: VecDeque::with_capacity(WRITES),
             finished: VecDeque::with_capacity(WRITES),
@@ -294,7 +294,15 @@ impl<Q: BlockQueue> RmwQueue<Q> {
         let reads_only = s.op == Op::Read;
         let claim = 2 * usize::from(slot) + n;
         if s.edges[n].step == Step::Buffer {
-            let Some(buf) = self.pool.take() else { return false };
+            if self.pool.is_none() {
+                self.pool = make_pool(&mut self.leaf);
+            }
+            let Some(pool) = &mut self.pool else {
+                s.fail(Status::Medium, 0);
+                s.edges[n].step = Step::Done;
+                return true;
+            };
+            let Some(buf) = pool.take() else { return false };
             s.edges[n].buf = Some(buf);
             s.edges[n].step = if reads_only { Step::Read } else { Step::Claim };
         }
@@ -372,8 +380,8 @@ impl<Q: BlockQueue> RmwQueue<Q> {
                 }
             } else {
                 e.step = Step::Done;
-                if let Some(buf) = e.buf.take() {
-                    self.pool.give(buf);
+                if let (Some(buf), Some(pool)) = (e.buf.take(), &mut self.pool) {
+                    pool.give(buf);
                 }
                 self.lane.release(2 * usize::from(slot) + n);
             }
@@ -392,8 +400,8 @@ impl<Q: BlockQueue> RmwQueue<Q> {
     fn copy(&mut self, slot: u16, n: usize) {
         let s = &self.slots[usize::from(slot)];
         let e = &s.edges[n];
-        let Some(buf) = &e.buf else { return };
-        let bounce = self.pool.region();
+        let (Some(buf), Some(pool)) = (&e.buf, &self.pool) else { return };
+        let bounce = pool.region();
         let mut at = buf.seg().offset() as usize + e.from as usize;
         if s.op == Op::WriteZeroes {
             bounce.zero(at, e.len as usize);
@@ -432,6 +440,14 @@ impl<Q: BlockQueue> RmwQueue<Q> {
     }
 }
 
+/// Takes memory for edges, if there is any that the leaf can reach.
+#[cold]
+fn make_pool<Q: BlockQueue>(leaf: &mut Q) -> Option<Pool> {
+    let pool = Pool::new(BUFFERS, BLOCK_MAX).ok()?;
+    leaf.register(pool.region()).ok()?;
+    Some(pool)
+}
+
 /// The tag of a leaf request: which slot's, which use of it, what for.
 fn own_tag(slot: u16, generation: u32, part: u32) -> Tag {
     Tag::new(OWNER, slot, generation << 3 | part)
@@ -455,6 +471,10 @@ impl<Q: BlockQueue> Submit for RmwQueue<Q> {
             return Ok(());
         }
         let slot = self.free.pop().ok_or(Full)?;
+        // Never grows: those that were never used lie below the others in `free`, in their order.
+        if usize::from(slot) == self.slots.len() {
+            self.slots.push(Slot::new());
+        }
         self.take(slot, request);
         Ok(())
     }

@@ -30,6 +30,12 @@ impl Buf {
     }
 }
 
+fn bytes(count: u32, size: u32) -> Result<usize, Error> {
+    assert!(size.is_multiple_of(512) && size > 0, "a pool buffer is whole sectors");
+    let bytes = (size as usize).checked_mul(count.max(1) as usize);
+    bytes.ok_or(Error::Length(usize::MAX))
+}
+
 /// Equal buffers cut from a region of their own.
 #[derive(Debug)]
 pub struct Pool {
@@ -45,10 +51,19 @@ impl Pool {
     /// # Errors
     /// If the memory cannot be had.
     pub fn new(count: u32, size: u32) -> Result<Pool, Error> {
-        assert!(size.is_multiple_of(512) && size > 0, "a pool buffer is whole sectors");
-        let bytes = (size as usize).checked_mul(count.max(1) as usize);
-        let region = Region::new_best(bytes.ok_or(Error::Length(usize::MAX))?)?;
-        Ok(Pool { region, size, free: (0..count).rev().collect(), count })
+        Ok(Pool::on(Region::new_best(bytes(count, size)?)?, count, size))
+    }
+
+    /// The same in memory that is taken as buffers are first used: see [`Region::new_lazy`].
+    ///
+    /// # Errors
+    /// As [`Pool::new`].
+    pub fn new_lazy(count: u32, size: u32) -> Result<Pool, Error> {
+        Ok(Pool::on(Region::new_lazy(bytes(count, size)?)?, count, size))
+    }
+
+    fn on(region: Arc<Region>, count: u32, size: u32) -> Pool {
+        Pool { region, size, free: (0..count).rev().collect(), count }
     }
 
     /// The memory that the buffers are cut from, to be registered with the queues they go to.

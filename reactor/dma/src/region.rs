@@ -130,6 +130,7 @@ pub struct Region {
     len: usize,
     page: PageSize,
     fd: OwnedFd,
+    lazy: bool,
 }
 
 // SAFETY: the mapping is valid for the life of the value (the file's length is sealed; where a page
@@ -146,14 +147,34 @@ impl Region {
     /// # Errors
     /// What the kernel says, e.g. that there are not enough huge pages.
     pub fn new(len: usize, page: PageSize) -> Result<Arc<Region>, Error> {
+        Region::of_pages(len, page, false)
+    }
+
+    fn of_pages(len: usize, page: PageSize, lazy: bool) -> Result<Arc<Region>, Error> {
         let size = page.bytes();
         let len = len.checked_next_multiple_of(size).filter(|&l| l > 0 && l <= isize::MAX as usize);
         let len = len.ok_or(Error::Length(len.unwrap_or(0)))?;
         #[cfg(not(miri))]
-        let flags = MapFlags::MAP_POPULATE;
+        let flags = if lazy { MapFlags::empty() } else { MapFlags::MAP_POPULATE };
         #[cfg(miri)]
         let flags = MapFlags::empty();
-        Region::map(memory(len, page)?, 0, len, page, flags)
+        Region::map(memory(len, page)?, 0, len, page, flags, lazy)
+    }
+
+    /// As [`Region::new_best`] for what may never be used: a page is taken when it is first touched,
+    /// or a device that needs to know where it is is told of the region. Huge pages are set aside at
+    /// once; where the host has no ordinary page left when one is needed, that ends the process as it
+    /// does with other memory.
+    ///
+    /// # Errors
+    /// As [`Region::new_best`].
+    pub fn new_lazy(len: usize) -> Result<Arc<Region>, Error> {
+        Region::best(len, true)
+    }
+
+    /// Whether it was made by [`Region::new_lazy`]: it is not to be made resident for a favour.
+    pub fn is_lazy(&self) -> bool {
+        self.lazy
     }
 
     /// Maps `[offset, offset + len)` of memory that another process made and passed a descriptor of.
@@ -189,7 +210,7 @@ impl Region {
         let (Some(_), true) = (end, whole) else {
             return Err(Error::Outside { offset, len, size });
         };
-        Region::map(fd, offset as i64, len as usize, page, MapFlags::empty())
+        Region::map(fd, offset as i64, len as usize, page, MapFlags::empty(), false)
     }
 
     /// Maps a file in memory (on tmpfs) of at least `len` bytes, so that what is written outlives the
@@ -206,7 +227,7 @@ impl Region {
         if len > size || len == 0 || !len.is_multiple_of(4096) {
             return Err(Error::Outside { offset: 0, len, size });
         }
-        Region::map(file, 0, len as usize, PageSize::Small, MapFlags::empty())
+        Region::map(file, 0, len as usize, PageSize::Small, MapFlags::empty(), false)
     }
 
     /// As [`Region::new`] with the largest pages that the host has free for it.
@@ -214,10 +235,14 @@ impl Region {
     /// # Errors
     /// Only if not even ordinary pages can be had.
     pub fn new_best(len: usize) -> Result<Arc<Region>, Error> {
+        Region::best(len, false)
+    }
+
+    fn best(len: usize, lazy: bool) -> Result<Arc<Region>, Error> {
         for page in [PageSize::Huge1G, PageSize::Huge2M] {
             // A page that would stay more than half empty is a waste of a scarce thing.
             if len >= page.bytes() / 2
-                && let Ok(region) = Region::new(len, page)
+                && let Ok(region) = Region::of_pages(len, page, lazy)
             {
                 return Ok(region);
             }
@@ -229,7 +254,7 @@ impl Region {
                  sysctl vm.nr_hugepages=512)"
             );
         });
-        Region::new(len, PageSize::Small)
+        Region::of_pages(len, PageSize::Small, lazy)
     }
 
     fn map(
@@ -238,6 +263,7 @@ impl Region {
         len: usize,
         page: PageSize,
         flags: MapFlags,
+        lazy: bool,
     ) -> Result<Arc<Region>, Error> {
         let id = RegionId::take()?;
         assert!(len >= MIN_LEN, "a region has whole pages");
@@ -264,7 +290,7 @@ impl Region {
             )
         };
         match mapped {
-            Ok(base) => Ok(Arc::new(Region { id, base: base.cast(), len, page, fd })),
+            Ok(base) => Ok(Arc::new(Region { id, base: base.cast(), len, page, fd, lazy })),
             Err(source) => {
                 id.give_back();
                 Err(Error::Os { what: "mmap", len, source })
@@ -466,6 +492,21 @@ mod tests {
         let mut last = [0];
         region.read(region.len() - 1, &mut last);
         assert_eq!(last, [7]);
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn a_lazy_region_takes_pages_when_they_are_touched() {
+        let blocks = |r: &Region| nix::sys::stat::fstat(r.fd()).unwrap().st_blocks;
+        let (lazy, other) =
+            (Region::new_lazy(64 << 10).unwrap(), Region::new_best(64 << 10).unwrap());
+        assert!(lazy.is_lazy() && !other.is_lazy());
+        assert_eq!((blocks(&lazy), blocks(&other)), (0, 128));
+        lazy.write(5000, &[7]);
+        assert_eq!(blocks(&lazy), 8);
+        let mut read = [1; 2];
+        lazy.read(5000, &mut read);
+        assert_eq!(read, [7, 0]);
     }
 
     #[test]

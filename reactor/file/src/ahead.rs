@@ -77,7 +77,7 @@ impl FileQueue {
 
     #[cold]
     fn ask_ahead(&mut self, unit: u16, offset: u64, len: u64) {
-        let Some(slot) = self.free.pop() else {
+        let Some(slot) = self.take_slot() else {
             if let Some(ahead) = &mut self.units[usize::from(unit)].ahead {
                 ahead.busy = false;
             }

@@ -45,7 +45,8 @@ enum Via {
 pub(crate) struct Kernel {
     // First, so that it is dropped (and has waited) before the memory that the kernel uses.
     via: Via,
-    vecs: Box<[Vecs]>,
+    /// Those of slots that were ever used. The room for all is there from the start, so none moves.
+    vecs: Vec<Vecs>,
     busy: Box<[bool]>,
     memory: Memory,
 }
@@ -68,7 +69,7 @@ impl Kernel {
         };
         Ok(Kernel {
             via,
-            vecs: vec![Vecs::EMPTY; usize::from(depth)].into_boxed_slice(),
+            vecs: Vec::with_capacity(usize::from(depth)),
             busy: vec![false; usize::from(depth)].into_boxed_slice(),
             memory: Memory::new(),
         })
@@ -97,7 +98,16 @@ impl Kernel {
     pub(crate) fn data(&mut self, slot: u16) -> (&Memory, &mut Vecs) {
         let slot = usize::from(slot);
         assert!(!self.busy[slot], "the kernel is reading this slot's list");
+        self.make_list(slot);
         (&self.memory, &mut self.vecs[slot])
+    }
+
+    /// Makes the list of a slot that is used for the first time; `busy` is as long as there is room.
+    #[inline(always)]
+    fn make_list(&mut self, slot: usize) {
+        while slot >= self.vecs.len() {
+            self.vecs.push(Vecs::EMPTY);
+        }
     }
 
     /// Queues a request for the data in the slot's list. Nothing is sent before [`Kernel::send`].
@@ -106,10 +116,12 @@ impl Kernel {
         let at = usize::from(slot);
         assert!(!self.busy[at], "one request per slot at a time");
         self.busy[at] = true;
+        self.make_list(at);
         let start = Start { file, io, offset, vecs: &self.vecs[at] };
         match &mut self.via {
-            // SAFETY: the list lies in a box that lives longer than the ring, and `busy` keeps
-            // everyone off it; what it names is held by the table, which only grows.
+            // SAFETY: the list lies in a `Vec` that lives longer than the ring and never takes more
+            // memory than at first, so it does not move, and `busy` keeps everyone off it; what it
+            // names is held by the table, which only grows.
             Via::Uring(ring) => unsafe { ring.push(u32::from(slot), &start) },
             // SAFETY: as above.
             Via::Aio(aio) => unsafe { aio.push(slot, &start) },

@@ -18,6 +18,7 @@
 
 mod ahead;
 mod aio;
+mod bounce;
 mod helper;
 mod kernel;
 mod lock;

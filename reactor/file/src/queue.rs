@@ -14,20 +14,16 @@ use block::{
     BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op, Request,
     Status, Submit, Tag,
 };
-use dma::{Buf, Pool, Region};
+use dma::{Buf, Region};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::bounce::Bounces;
 use crate::kernel::{Io, Kernel};
-use crate::memory::Vecs;
 use crate::unit::{MAX_TRANSFER, Unit};
 use crate::{Engine, Error, os};
 
 /// How many requests may be in flight.
 const DEPTH: u16 = 512;
-
-/// How many requests may be bounced at a time. Bouncing is for the rare frontend or device whose
-/// alignments do not match, so a few buffers are enough to keep the device busy.
-const BOUNCES: u32 = 8;
 
 /// How often a request that the kernel says to try again is tried again.
 const TRIES: u8 = 16;
@@ -51,7 +47,26 @@ pub(crate) struct Slot {
     /// What is left of the range.
     pub(crate) offset: u64,
     pub(crate) len: u64,
-    bounce: Option<Bounce>,
+    bounce: Option<Buf>,
+}
+
+impl Slot {
+    fn new() -> Slot {
+        Slot {
+            tag: Tag::new(0, 0, 0),
+            op: Op::Flush,
+            unit: 0,
+            step: Step::Flush,
+            keep: false,
+            flush_after: false,
+            tries: 0,
+            status: Status::Ok,
+            detail: 0,
+            offset: 0,
+            len: 0,
+            bounce: None,
+        }
+    }
 }
 
 /// What the kernel is doing for a slot.
@@ -67,13 +82,6 @@ pub(crate) enum Step {
     Flush,
 }
 
-/// A borrowed buffer, and the list of the memory that it stands for.
-#[derive(Debug)]
-struct Bounce {
-    buf: Buf,
-    real: Vecs,
-}
-
 /// The leaf queue of one reactor to any number of files and kernel block devices; a unit is a file.
 ///
 /// Dropping it waits until the kernel is done with every request that it was given.
@@ -81,14 +89,15 @@ pub struct FileQueue {
     // Dropped first: waits for the kernel.
     pub(crate) kernel: Kernel,
     pub(crate) units: Vec<Unit>,
-    pub(crate) slots: Box<[Slot]>,
+    /// Those that were ever used; the room for all is there from the start.
+    pub(crate) slots: Vec<Slot>,
     pub(crate) free: Vec<u16>,
     /// Ended and not handed out.
     pub(crate) done: VecDeque<u16>,
     /// Waiting for a bounce buffer.
     waiting: VecDeque<u16>,
     /// Made when the first request needs one: few queues ever do, and it is large.
-    bounces: Option<Pool>,
+    bounces: Option<Box<Bounces>>,
     /// Slots kept for what is nobody's request: one for each file that gets its space ahead.
     pub(crate) reserved: usize,
 }
@@ -100,24 +109,10 @@ impl FileQueue {
     /// If the kernel does not have or not allow the engine.
     pub fn new(engine: Engine) -> Result<FileQueue, Error> {
         os::survive_file_size_limit();
-        let slot = |_| Slot {
-            tag: Tag::new(0, 0, 0),
-            op: Op::Flush,
-            unit: 0,
-            step: Step::Flush,
-            keep: false,
-            flush_after: false,
-            tries: 0,
-            status: Status::Ok,
-            detail: 0,
-            offset: 0,
-            len: 0,
-            bounce: None,
-        };
         Ok(FileQueue {
             kernel: Kernel::new(engine, DEPTH)?,
             units: Vec::new(),
-            slots: (0..DEPTH).map(slot).collect(),
+            slots: Vec::with_capacity(DEPTH.into()),
             free: (0..DEPTH).rev().collect(),
             done: VecDeque::with_capacity(DEPTH.into()),
             waiting: VecDeque::with_capacity(DEPTH.into()),
@@ -188,6 +183,17 @@ impl FileQueue {
     #[cfg(test)]
     pub(crate) fn cripple(&mut self) {
         self.kernel.cripple();
+    }
+
+    /// A free slot.
+    #[inline(always)]
+    pub(crate) fn take_slot(&mut self) -> Option<u16> {
+        let slot = self.free.pop()?;
+        // Never grows: those that were never used lie below the others in `free`, in their order.
+        if usize::from(slot) == self.slots.len() {
+            self.slots.push(Slot::new());
+        }
+        Some(slot)
     }
 
     /// Checks a request and starts it, or says how it ended.
@@ -277,28 +283,28 @@ impl FileQueue {
             }
         }
         while let Some(&slot) = self.waiting.front() {
-            let Some(pool) = &mut self.bounces else { return };
-            let Some(buf) = pool.take() else { return };
+            let Some(bounces) = &mut self.bounces else { return };
+            let Some(buf) = bounces.pool.take() else { return };
             self.waiting.pop_front();
             let s = &mut self.slots[usize::from(slot)];
             let (memory, vecs) = self.kernel.data(slot);
-            let real = *vecs;
+            bounces.stand_for(&buf, vecs);
             if s.op == Op::Write {
-                memory.gather(&real, pool.region(), buf.seg().offset() as usize);
+                memory.gather(vecs, bounces.pool.region(), buf.seg().offset() as usize);
             }
             let whole = buf.head(s.len as u32).expect("a bounce buffer holds the longest request");
             assert!(memory.resolve(&[whole], vecs), "the bounce pool is registered");
-            s.bounce = Some(Bounce { buf, real });
+            s.bounce = Some(buf);
             self.start(slot);
         }
     }
 
     /// Takes memory for bounce buffers; false if there is none.
     fn make_bounces(&mut self) -> bool {
-        match Pool::new(BOUNCES, MAX_TRANSFER) {
-            Ok(pool) => {
-                self.kernel.register(pool.region(), false);
-                self.bounces = Some(pool);
+        match Bounces::new() {
+            Ok(bounces) => {
+                self.kernel.register(bounces.pool.region(), false);
+                self.bounces = Some(Box::new(bounces));
                 true
             }
             Err(e) => {
@@ -430,14 +436,15 @@ impl FileQueue {
     #[inline]
     fn finish(&mut self, slot: u16, status: Status, detail: u16) -> Completion {
         let s = &mut self.slots[usize::from(slot)];
-        if let Some(bounce) = s.bounce.take()
-            && let Some(pool) = &mut self.bounces
+        if let Some(buf) = s.bounce.take()
+            && let Some(bounces) = &mut self.bounces
         {
             if s.op == Op::Read && status.is_ok() {
                 let (memory, _) = self.kernel.data(slot);
-                memory.scatter(pool.region(), bounce.buf.seg().offset() as usize, &bounce.real);
+                let (from, at) = (bounces.pool.region(), buf.seg().offset() as usize);
+                memory.scatter(from, at, bounces.of(&buf));
             }
-            pool.give(bounce.buf);
+            bounces.pool.give(buf);
         }
         self.free.push(slot);
         Completion { tag: s.tag, status, detail }
@@ -480,7 +487,7 @@ impl Submit for FileQueue {
         if self.room() == 0 {
             return Err(Full);
         }
-        let slot = self.free.pop().ok_or(Full)?;
+        let slot = self.take_slot().ok_or(Full)?;
         let s = &mut self.slots[usize::from(slot)];
         s.tag = request.tag;
         s.op = request.op;
@@ -538,7 +545,7 @@ impl BlockQueue for FileQueue {
     fn arm(&mut self) -> HasWork {
         // One that waits for a bounce buffer can go on only after a completion, unless one is free.
         let bounce = !self.waiting.is_empty()
-            && self.bounces.as_ref().is_none_or(|pool| pool.available() > 0);
+            && self.bounces.as_ref().is_none_or(|b| b.pool.available() > 0);
         if bounce || !self.done.is_empty() || self.kernel.arm() {
             HasWork::Yes
         } else {

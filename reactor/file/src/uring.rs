@@ -59,11 +59,12 @@ impl Uring {
     }
 
     /// Has the kernel pin a region's pages once, which otherwise it does for each request. Not more
-    /// than a favour: the memory may be more than a process may lock, or of a kind that cannot be.
+    /// than a favour: the memory may be more than a process may lock, or of a kind that cannot be, or
+    /// such that it is better not resident.
     pub(crate) fn pin(&mut self, region: &Arc<Region>) {
         let at = region.id().index();
         let Some(pinned) = self.pinned.get_mut(at) else { return };
-        if *pinned || !self.allowance.take(region.len()) {
+        if *pinned || region.is_lazy() || !self.allowance.take(region.len()) {
             return;
         }
         let all = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: region.len() };

@@ -41,6 +41,8 @@ struct Late {
     todo: VecDeque<Todo>,
     done: VecDeque<Completion>,
     depth: usize,
+    /// Whether it can reach more memory.
+    takes_more: bool,
     /// Each poll does some of what is to do by chance; without it only `step` does.
     random: Option<Random>,
     seen: Vec<(Tag, Op, bool)>,
@@ -65,6 +67,7 @@ impl Late {
             todo: VecDeque::new(),
             done: VecDeque::new(),
             depth: 64,
+            takes_more: true,
             random: random.map(Random),
             seen: Vec::new(),
         }
@@ -123,6 +126,9 @@ impl Submit for Late {
 
 impl BlockQueue for Late {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        if !self.takes_more {
+            return Err("no more memory".to_owned());
+        }
         self.regions[region.id().index()] = Some(region.clone());
         Ok(())
     }
@@ -437,6 +443,25 @@ fn whole_blocks_go_through_as_they_are() {
     assert_eq!(seen.len(), 4);
     assert_eq!(seen[0].0, Tag::new(1, 1, 77), "a read keeps its tag");
     assert_eq!((seen[2].1, seen[2].2), (Op::Write, true));
+    assert!(q.pool.is_none() && q.slots.len() < 4, "what is not used takes no memory");
+}
+
+#[test]
+fn without_memory_for_an_edge_the_request_fails_and_others_go_on() {
+    let disk = disk(1 << 20);
+    let data = Region::new(64 << 10, PageSize::Small).unwrap();
+    let mut q = queue(Late::new(&disk, Some(5)), &Claims::new(1), &data);
+    q.leaf.takes_more = false;
+    let seg = [data.seg(0, 8192).unwrap()];
+    for (op, offset) in [(Op::Write, 512), (Op::Read, 512), (Op::Write, 4096)] {
+        q.submit(&request(offset as u16, op, offset, 8192, &seg)).unwrap();
+        let expected = if offset == 512 { Status::Medium } else { Status::Ok };
+        let done = drain(&mut q);
+        assert_eq!((done.len(), done[0].status, q.in_flight()), (1, expected, 0));
+    }
+    q.leaf.takes_more = true;
+    q.submit(&request(1, Op::Write, 512, 8192, &seg)).unwrap();
+    assert_eq!(drain(&mut q)[0].status, Status::Ok);
 }
 
 #[test]
