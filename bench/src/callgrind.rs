@@ -1,12 +1,14 @@
 //! Counting instructions: runs a scenario of [`crate::path`] in a child process under callgrind
 //! and attributes what was collected to the layers of the path.
 //!
-//! Instructions are attributed by source file, so that inlined code counts where it was written;
-//! what was inlined from the standard library counts for the function that it stands in.
+//! An instruction counts for the function that it was written in, however that was inlined; if that is
+//! one of the standard library or of the vocabulary that all share (`dma`, `block`), for the layer that
+//! called it. What prepares a data copy counts as the copy.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::Error;
 use crate::path::Scenario;
@@ -16,7 +18,7 @@ use crate::path::Scenario;
 pub struct Profile {
     /// By layer, the data copy left out.
     pub layers: BTreeMap<String, u64>,
-    /// In the data copy's own function.
+    /// Of the data copy, with what it checks.
     pub copy: u64,
     /// Of all these, atomic read-modify-writes.
     pub atomics: u64,
@@ -29,37 +31,84 @@ impl Profile {
     }
 }
 
-/// The function that copies data; the only one that may be left out.
-const COPY: &str = "copy_bytes";
+/// The functions that copy data; the only ones that may be left out, with what they check.
+const COPIES: [&str; 6] = ["copy_bytes", "copy", "copy_to", "copy_from", "read", "write"];
+const COPIES_IN: &str = "reactor/dma/src/access.rs";
 
 /// Where each layer's sources are, the most special first.
-const LAYERS: [(&str, &str); 11] = [
+const LAYERS: [(&str, &str); 9] = [
     ("ffi/blkif/src", "blkif"),
     ("qcow/src", "qcow"),
     ("nvme/model/src", "device registers"),
     ("nvme/spec/src", "nvme"),
     ("nvme/src", "nvme"),
-    ("reactor/dma/src", "dma"),
-    ("reactor/block/src", "block"),
     ("reactor/file/src", "file"),
-    ("reactor/src", "reactor"),
     ("tools/node/src", "node"),
     ("bench/src", "bench"),
+    ("reactor/src", "reactor"),
 ];
+/// The same of what layers share: counts for them only if no other called.
+const SHARED: [(&str, &str); 2] = [("reactor/dma/src", "dma"), ("reactor/block/src", "block")];
 
-/// The same by the crate's name in a function's.
-const CRATES: [(&str, &str); 10] = [
-    ("blkif::", "blkif"),
-    ("qcow::", "qcow"),
-    ("nvme_model::", "device registers"),
-    ("nvme_spec::", "nvme"),
-    ("nvme::", "nvme"),
-    ("dma::", "dma"),
-    ("block::", "block"),
-    ("reactor::", "reactor"),
-    ("node::", "node"),
-    ("bench::", "bench"),
-];
+/// A function that an instruction stands in, and the file that it is written in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Frame {
+    function: String,
+    file: String,
+}
+
+/// The functions that each instruction stands in, the innermost first, by address.
+fn frames(program: &Path, addresses: &[u64]) -> Result<HashMap<u64, Vec<Frame>>, Error> {
+    let failed = |e| Error::other(format!("cannot run addr2line ({e}); install binutils"));
+    let mut child = Command::new("addr2line")
+        .args(["-a", "-f", "-i", "-C", "-e"])
+        .arg(program)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let text: String = addresses.iter().map(|at| format!("{at:x}\n")).collect();
+    let mut stdin = child.stdin.take().ok_or_else(|| Error::other("no pipe to addr2line"))?;
+    // From a thread: it answers while it is asked.
+    let asking = std::thread::spawn(move || stdin.write_all(text.as_bytes()));
+    let out = child.wait_with_output().map_err(failed)?;
+    asking.join().map_err(|_| Error::other("asking addr2line"))?.map_err(failed)?;
+    Ok(parse_frames(&String::from_utf8_lossy(&out.stdout)))
+}
+
+fn parse_frames(text: &str) -> HashMap<u64, Vec<Frame>> {
+    let mut all: HashMap<u64, Vec<Frame>> = HashMap::new();
+    let mut lines = text.lines();
+    let mut at = 0;
+    while let Some(line) = lines.next() {
+        if let Some(address) = line.strip_prefix("0x") {
+            at = u64::from_str_radix(address.trim(), 16).unwrap_or(0);
+        } else {
+            let file = lines.next().unwrap_or_default().to_owned();
+            all.entry(at).or_default().push(Frame { function: line.to_owned(), file });
+        }
+    }
+    all
+}
+
+/// Whether a function is one of those that copy data.
+fn is_copy(frame: &Frame) -> bool {
+    let name = frame.function.rsplit("::").next().unwrap_or_default();
+    frame.file.contains(COPIES_IN) && COPIES.contains(&name)
+}
+
+/// The layer that an instruction counts for; `None`: the copy.
+fn layer(frames: &[Frame]) -> Option<&'static str> {
+    if frames.iter().any(is_copy) {
+        return None;
+    }
+    let of = |table: &[(&str, &'static str)]| {
+        frames.iter().find_map(|frame| {
+            table.iter().find(|(dir, _)| frame.file.contains(dir)).map(|(_, layer)| *layer)
+        })
+    };
+    Some(of(&LAYERS).or_else(|| of(&SHARED)).unwrap_or("other"))
+}
 
 /// Where in a program its atomic read-modify-writes are: addresses of instructions with a lock
 /// prefix, and of exchanges with memory, which lock by themselves.
@@ -126,7 +175,9 @@ pub fn profile(
         return Err(Error::other(format!("{} under valgrind: {text}", scenario.name())));
     }
     let text = std::fs::read_to_string(&out).map_err(Error::other)?;
-    let profile = parse(&text, program, atomics);
+    let costs = parse(&text, program);
+    let addresses: Vec<u64> = costs.keys().flatten().copied().collect();
+    let profile = attribute(&costs, &frames(program, &addresses)?, atomics);
     if profile.total() < 50 {
         return Err(Error::other(format!(
             "{}: only {} instructions were collected in {}: not measured",
@@ -138,24 +189,18 @@ pub fn profile(
     Ok(profile)
 }
 
-/// Sums up a callgrind profile ("Callgrind Format Specification") with absolute positions of
-/// instruction and line.
-fn parse(text: &str, program: &Path, atomics: &Atomics) -> Profile {
-    let (mut files, mut functions, mut objects) = (HashMap::new(), HashMap::new(), HashMap::new());
-    let (mut file, mut function, mut ours) = (String::new(), String::new(), false);
-    let mut profile = Profile::default();
-    let mut skip = false;
+/// Costs by address in the program, and of what is outside of it (`None`), from a callgrind profile
+/// ("Callgrind Format Specification") with absolute positions of instruction and line.
+fn parse(text: &str, program: &Path) -> BTreeMap<Option<u64>, u64> {
+    let (mut objects, mut ours, mut skip) = (HashMap::new(), false, false);
+    let mut costs = BTreeMap::new();
     for line in text.lines() {
         if let Some((key, value)) = line.split_once('=')
             && key.chars().all(|c| c.is_ascii_lowercase())
         {
             match key {
-                "fl" | "fi" | "fe" => file = name(&mut files, value),
-                "fn" => function = name(&mut functions, value),
                 "ob" => ours = Path::new(&name(&mut objects, value)) == program,
                 "cob" => drop(name(&mut objects, value)),
-                "cfn" => drop(name(&mut functions, value)),
-                "cfi" | "cfl" => drop(name(&mut files, value)),
                 // The next line is what the callee cost, which is counted there.
                 "calls" => skip = true,
                 _ => {}
@@ -169,13 +214,25 @@ fn parse(text: &str, program: &Path, atomics: &Atomics) -> Profile {
         let mut words = line.split_whitespace();
         let at = words.next().and_then(|n| u64::from_str_radix(n, 16).ok());
         let cost = words.nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-        if ours && at.is_some_and(|at| atomics.0.contains(&at)) {
+        *costs.entry(at.filter(|_| ours)).or_default() += cost;
+    }
+    costs
+}
+
+fn attribute(
+    costs: &BTreeMap<Option<u64>, u64>,
+    frames: &HashMap<u64, Vec<Frame>>,
+    atomics: &Atomics,
+) -> Profile {
+    let mut profile = Profile::default();
+    for (&at, &cost) in costs {
+        if at.is_some_and(|at| atomics.0.contains(&at)) {
             profile.atomics += cost;
         }
-        if function.contains(COPY) {
-            profile.copy += cost;
-        } else {
-            *profile.layers.entry(layer(&file, &function).to_owned()).or_default() += cost;
+        let stands_in = at.and_then(|at| frames.get(&at)).map_or(&[][..], Vec::as_slice);
+        match layer(stands_in) {
+            Some(layer) => *profile.layers.entry(layer.to_owned()).or_default() += cost,
+            None => profile.copy += cost,
         }
     }
     profile
@@ -191,15 +248,6 @@ fn name(known: &mut HashMap<String, String>, value: &str) -> String {
     known.get(id).cloned().unwrap_or_default()
 }
 
-fn layer(file: &str, function: &str) -> &'static str {
-    let by_file = LAYERS.iter().find(|(dir, _)| file.contains(dir)).map(|(_, l)| *l);
-    let by_function = || {
-        let first = |c: &&(&str, &str)| function.find(c.0);
-        CRATES.iter().filter(|c| first(c).is_some()).min_by_key(first).map(|(_, l)| *l)
-    };
-    by_file.or_else(by_function).unwrap_or("other")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,11 +260,8 @@ ob=(1) /x/polldisk
 fl=(1) /x/reactor/src/core.rs
 fn=(1) bench::path::measured_turn
 0x4010 10 5
-fi=(2) /x/qcow/src/map.rs
 0x4020 13 7
-fi=(3) /rustc/library/core/src/num.rs
 0x4030 12 2
-cfi=(2)
 cob=(2) /lib/libc.so
 cfn=(2) dma::access::copy_bytes
 calls=3 0x5000 12
@@ -228,14 +273,40 @@ fn=(3) memcpy
 0x4020 1 3
 totals: 2016
 ";
+        let frames = parse_frames(
+            "\
+0x0000000000004010
+reactor::core::Core<L,I,F>::turn
+/x/reactor/src/core.rs:305
+0x0000000000004020
+core::num::<impl u32>::wrapping_add
+/rustc/5980/library/core/src/num/uint_macros.rs:2457
+dma::access::Entry<_>::read_words
+/x/reactor/dma/src/access.rs:322
+blkif::ring::BackRing<M>::head
+/x/ffi/blkif/src/ring.rs:123
+reactor::core::Core<L,I,F>::turn
+/x/reactor/src/core.rs:305
+0x0000000000004030
+dma::region::Region::len
+/x/reactor/dma/src/region.rs:12
+0x0000000000005000
+dma::region::Region::at
+/x/reactor/dma/src/region.rs:330
+dma::access::copy
+/x/reactor/dma/src/access.rs:78
+blkif::backend::Backend<M,G,E>::complete
+/x/ffi/blkif/src/backend/mod.rs:579
+",
+        );
         let atomics = Atomics::parse(
             "  4020:\tlock xadd %rax,(%rdx)\n  4010:\txchg %ax,%ax\n  5000:\txchg %rax,(%rdi)\n",
         );
-        let p = parse(text, Path::new("/x/polldisk"), &atomics);
+        let p = attribute(&parse(text, Path::new("/x/polldisk")), &frames, &atomics);
         assert_eq!(p.copy, 999);
         assert_eq!(p.layers["reactor"], 5);
-        assert_eq!(p.layers["qcow"], 7);
-        assert_eq!(p.layers["bench"], 2);
+        assert_eq!(p.layers["blkif"], 7);
+        assert_eq!((p.layers["dma"], p.layers["other"]), (2, 3));
         assert_eq!(p.total(), 17);
         assert_eq!(p.atomics, 7 + 999, "of the program only, each as often as it ran");
     }

@@ -34,7 +34,7 @@ impl<D: Doorbell> SubmissionRing<D> {
     #[inline(always)]
     pub(crate) fn push(&mut self, sqe: Sqe) {
         let words: [u64; SQE_SIZE / 8] = zerocopy::transmute!(sqe);
-        self.entries.write_words(self.tail, &words.map(u64::from_le));
+        self.entries.at(self.tail).write_words(&words.map(u64::from_le));
         self.tail = (self.tail + 1) & self.entries.mask();
     }
 
@@ -101,7 +101,7 @@ impl<D: Doorbell> CompletionRing<D> {
     /// The fresh entry at the head, if there is one: one 32-bit load.
     #[inline(always)]
     pub(crate) fn peek(&self) -> Option<LastDword> {
-        let dword = self.entries.load32::<LAST_DWORD>(self.head, Ordering::Relaxed);
+        let dword = self.entries.at(self.head).load32::<LAST_DWORD>(Ordering::Relaxed);
         if dword & PHASE != self.phase {
             return None;
         }
@@ -111,7 +111,7 @@ impl<D: Doorbell> CompletionRing<D> {
 
     /// Dword 0 of the entry at the head, after [`CompletionRing::peek`] found it fresh.
     pub(crate) fn result(&self) -> u32 {
-        self.entries.load32::<0>(self.head, Ordering::Relaxed)
+        self.entries.at(self.head).load32::<0>(Ordering::Relaxed)
     }
 
     /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].

@@ -84,22 +84,29 @@ impl Abi {
         1 << room.ilog2()
     }
 
-    /// Where slot `index` (below [`Abi::slots`]) begins.
+    /// Where a slot begins; `index` is below [`Abi::slots`].
     #[inline]
     pub fn slot_at(self, index: u32) -> usize {
         SLOTS + index as usize * self.slot_size()
     }
 
-    /// Loads what every operation needs of a slot: each byte once.
+    /// Where the slot of a ring's index begins.
+    #[inline]
+    fn slot_of<M: RingMemory>(self, memory: &M, index: u32) -> usize {
+        self.slot_at(index & memory.mask())
+    }
+
+    /// Loads what every operation needs of a slot: each byte once. Here and below `index` is one of
+    /// the ring's, and is cut to it.
     #[inline(always)]
     pub(crate) fn load_head<M: RingMemory>(self, memory: &M, index: u32) -> Head {
-        let at = self.slot_at(index);
         match self {
             Abi::X86_64 => {
-                let [first, id, sector, word] = memory.load64s::<4>(at);
+                let [first, id, sector, word] = memory.load_slot::<4>(index);
                 Head { first: first as u32, id, sector, word }
             }
             Abi::X86_32 => {
+                let at = self.slot_of(memory, index);
                 let [first, i0, i1, s0, s1, w0, w1] = memory.load32s::<7>(at);
                 Head { first, id: join(i0, i1), sector: join(s0, s1), word: join(w0, w1) }
             }
@@ -109,7 +116,7 @@ impl Abi {
     /// Loads the ten 64-bit words of a slot that follow the head: each byte once.
     #[inline]
     pub(crate) fn load_tail<M: RingMemory>(self, memory: &M, index: u32) -> [u64; 10] {
-        let at = self.slot_at(index);
+        let at = self.slot_of(memory, index);
         match self {
             Abi::X86_64 => memory.load64s::<10>(at + 32),
             Abi::X86_32 => {
@@ -122,25 +129,27 @@ impl Abi {
     /// Writes a response over slot `index`: id, operation and status; padding becomes zero.
     #[inline]
     pub(crate) fn store_response<M: RingMemory>(self, memory: &M, index: u32, r: Response) {
-        let at = self.slot_at(index);
         let end = u32::from(r.operation) | u32::from(r.status as u16) << 16;
         match self {
-            Abi::X86_64 => memory.store64s(at, &[r.id, u64::from(end)]),
-            Abi::X86_32 => memory.store32s(at, &[r.id as u32, (r.id >> 32) as u32, end]),
+            Abi::X86_64 => memory.store_slot(index, &[r.id, u64::from(end)]),
+            Abi::X86_32 => {
+                let at = self.slot_of(memory, index);
+                memory.store32s(at, &[r.id as u32, (r.id >> 32) as u32, end]);
+            }
         }
     }
 
     /// Loads a response: what a frontend does.
     #[inline]
     pub fn load_response<M: RingMemory>(self, memory: &M, index: u32) -> Response {
-        let [i0, i1, end] = memory.load32s::<3>(self.slot_at(index));
+        let [i0, i1, end] = memory.load32s::<3>(self.slot_of(memory, index));
         Response { id: join(i0, i1), operation: end as u8, status: (end >> 16) as i16 }
     }
 
     /// Writes a request's head and the words that follow it (at most ten): what a frontend does.
     #[inline]
     pub fn store_request<M: RingMemory>(self, memory: &M, index: u32, head: Head, tail: &[u64]) {
-        let at = self.slot_at(index);
+        let at = self.slot_of(memory, index);
         let halves = |w: u64| (w as u32, (w >> 32) as u32);
         let after = match self {
             Abi::X86_64 => {
@@ -251,6 +260,12 @@ impl Segment {
     pub fn sectors(self) -> Option<u32> {
         (self.first() <= self.last() && self.last() < PAGE as u32 / SECTOR)
             .then(|| self.last() - self.first() + 1)
+    }
+
+    /// Whether it is a whole page.
+    #[inline]
+    pub fn is_page(self) -> bool {
+        (self.0 >> 32) as u16 == (PAGE as u16 / SECTOR as u16 - 1) << 8
     }
 
     /// Where in the page it begins, in bytes. For a segment that [`Segment::sectors`] accepted.
@@ -376,6 +391,7 @@ mod tests {
                     }
                     None => assert!(first > last || last > 7),
                 }
+                assert_eq!(s.is_page(), (first, last) == (0, 7));
             }
         }
     }

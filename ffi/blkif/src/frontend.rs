@@ -148,7 +148,6 @@ pub struct Frontend<E> {
     region: Arc<Region>,
     table: Arc<GrantTable>,
     events: E,
-    slots: u32,
     req_prod: u32,
     published: u32,
     rsp_cons: u32,
@@ -197,7 +196,6 @@ impl<E: EventChannel> Frontend<E> {
             region,
             table: GrantTable::new(RESERVED_GRANTS + data_pages),
             events,
-            slots,
             req_prod: setup.start,
             published: setup.start,
             rsp_cons: setup.start,
@@ -361,7 +359,7 @@ impl<E: EventChannel> Frontend<E> {
     }
 
     fn put(&mut self, head: Head, tail: &[u64]) {
-        self.setup.abi.store_request(&self.memory, self.req_prod & (self.slots - 1), head, tail);
+        self.setup.abi.store_request(&self.memory, self.req_prod, head, tail);
         self.req_prod = self.req_prod.wrapping_add(1);
     }
 
@@ -521,7 +519,7 @@ impl<E: EventChannel> Frontend<E> {
                 return Ok(None);
             }
         }
-        let r = self.setup.abi.load_response(&self.memory, self.rsp_cons & (self.slots - 1));
+        let r = self.setup.abi.load_response(&self.memory, self.rsp_cons);
         self.rsp_cons = self.rsp_cons.wrapping_add(1);
         let index = r.id as u16;
         let shadow = self.shadows.get(usize::from(index)).copied().unwrap_or_default();

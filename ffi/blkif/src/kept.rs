@@ -12,32 +12,32 @@
 //! were not are still in the ring.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::Ordering;
 
 use dma::{Entries, Region};
 
 use crate::RingMemory;
 use crate::abi::{Abi, Head};
 
-/// Bytes of the head, of what stands in `Answers`, and in `Requests`.
+/// Bytes of the head, and of what stands behind it for each slot.
 const HEAD: usize = 64;
-const ANSWER: usize = 8;
-const REQUEST: usize = 128;
+const ENTRY: usize = 128;
 
-const MAGIC: u64 = 0x676e_6972_6465_7075;
+const MAGIC: u64 = 0x676e_6972_6465_7076;
 const AT_IDENTITY: usize = 8;
 const AT_SLOTS: usize = 16;
 const AT_REQ_CONS: usize = 20;
 const AT_PUBLISHED: usize = 24;
 
-/// Behind the four words of a request's head, which are those of the 64-bit layout. Its index is in the
-/// upper half of the first.
-const AT_TAIL: usize = 32;
+// In an entry: the four words of a request's head, which are those of the 64-bit layout, with its index
+// in the upper half of the first; its state; the index of its answer; and the rest of the request.
+const AT_STATE: usize = 32;
+const AT_ANSWER: usize = 36;
+const AT_TAIL: usize = 40;
 
-// The upper half of an answer's word. Below `ANSWERED` is the index of the response.
-const FREE: u64 = 0;
-const TAKEN: u64 = 1;
-const ANSWERED: u64 = 2;
+const FREE: u32 = 0;
+const TAKEN: u32 = 1;
+const ANSWERED: u32 = 2;
 
 /// What a backend that is gone has left.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -55,15 +55,13 @@ pub struct Kept {
 pub struct KeptRing<M> {
     ring: M,
     record: Arc<Region>,
-    answers: Entries<ANSWER>,
-    requests: Entries<REQUEST>,
-    slots: u32,
+    entries: Entries<ENTRY>,
 }
 
 impl<M: RingMemory> KeptRing<M> {
     /// How much memory a record needs, in bytes.
     pub fn record_bytes(abi: Abi, order: u8) -> usize {
-        HEAD + (ANSWER + REQUEST) * abi.slots(order) as usize
+        HEAD + ENTRY * abi.slots(order) as usize
     }
 
     /// Whether a record is that of this very ring: `identity` tells rings apart (its grants and port).
@@ -79,30 +77,32 @@ impl<M: RingMemory> KeptRing<M> {
     /// If the record is shorter than [`KeptRing::record_bytes`].
     pub fn new(ring: M, record: Arc<Region>, abi: Abi, order: u8, identity: u64) -> KeptRing<M> {
         let slots = abi.slots(order);
-        let answers = Entries::new(record.clone(), HEAD, slots);
-        let requests = Entries::new(record.clone(), requests_at(slots), slots);
-        let kept = KeptRing { ring, record, answers, requests, slots };
+        let entries = Entries::new(record.clone(), HEAD, slots);
+        let kept = KeptRing { ring, record, entries };
         let r = &kept.record;
         if !KeptRing::<M>::is_of(r, abi, order, identity) {
             r.store64(0, 0, Ordering::Release);
             let start = kept.ring.load32(crate::abi::RSP_PROD, Ordering::Acquire);
             r.store64(AT_IDENTITY, identity, Ordering::Relaxed);
-            r.store32(AT_SLOTS, kept.slots, Ordering::Relaxed);
+            r.store32(AT_SLOTS, slots, Ordering::Relaxed);
             r.store32(AT_REQ_CONS, start, Ordering::Relaxed);
             r.store32(AT_PUBLISHED, start, Ordering::Relaxed);
-            (0..slots).for_each(|slot| kept.answers.write_words(slot, &[FREE]));
+            (0..slots).for_each(|slot| kept.set_state(slot as u16, FREE));
             r.store64(0, MAGIC, Ordering::Release);
         }
         kept
     }
 
-    fn place(&self, slot: u16) -> usize {
-        requests_at(self.slots) + REQUEST * usize::from(slot)
+    /// After all that was written before, also for whoever finds it half done.
+    #[inline(always)]
+    fn set_state(&self, slot: u16, state: u32) {
+        self.entries.at(slot.into()).store32::<AT_STATE>(state, Ordering::Release);
     }
-}
 
-fn requests_at(slots: u32) -> usize {
-    HEAD + ANSWER * slots as usize
+    /// Where the rest of a request stands.
+    fn tail_at(slot: u16) -> usize {
+        HEAD + ENTRY * usize::from(slot) + AT_TAIL
+    }
 }
 
 impl<M: RingMemory> RingMemory for KeptRing<M> {
@@ -111,6 +111,21 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     #[inline]
     fn bytes(&self) -> usize {
         self.ring.bytes()
+    }
+
+    #[inline]
+    fn mask(&self) -> u32 {
+        self.ring.mask()
+    }
+
+    #[inline(always)]
+    fn load_slot<const N: usize>(&self, index: u32) -> [u64; N] {
+        self.ring.load_slot(index)
+    }
+
+    #[inline(always)]
+    fn store_slot<const N: usize>(&self, index: u32, words: &[u64; N]) {
+        self.ring.store_slot(index, words);
     }
 
     #[inline]
@@ -137,13 +152,11 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
         let Head { first, id, sector, word } = head;
         let first = u64::from(first) | u64::from(index) << 32;
-        self.requests.write_words(slot.into(), &[first, id, sector, word]);
+        self.entries.at(slot.into()).write_words(&[first, id, sector, word]);
         if let Some(tail) = tail {
-            self.record.write_words(self.place(slot) + AT_TAIL, &tail);
+            self.record.write_words(KeptRing::<M>::tail_at(slot), &tail);
         }
-        // In this order also for whoever finds it half done.
-        compiler_fence(Ordering::Release);
-        self.answers.write_words(slot.into(), &[TAKEN << 32]);
+        self.set_state(slot, TAKEN);
     }
 
     #[inline]
@@ -153,7 +166,8 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     #[inline(always)]
     fn answered(&self, slot: u16, index: u32) {
-        self.answers.write_words(slot.into(), &[ANSWERED << 32 | u64::from(index)]);
+        self.entries.at(slot.into()).store32::<AT_ANSWER>(index, Ordering::Relaxed);
+        self.set_state(slot, ANSWERED);
     }
 
     #[inline]
@@ -164,35 +178,37 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     fn kept(&self) -> Result<Option<Kept>, &'static str> {
         let req_cons = self.record.load32(AT_REQ_CONS, Ordering::Acquire);
         let published = self.record.load32(AT_PUBLISHED, Ordering::Acquire);
+        let entry = |slot: u16| self.entries.at(slot.into());
         let index = |slot: u16| {
-            let [first] = self.record.read_words(self.place(slot));
+            let [first] = entry(slot).read_words();
             (first >> 32) as u32
         };
-        let open = |&slot: &u16| {
-            let [answer] = self.record.read_words(HEAD + ANSWER * usize::from(slot));
-            match answer >> 32 {
-                TAKEN => req_cons.wrapping_sub(1).wrapping_sub(index(slot)) < self.slots,
-                ANSWERED => (answer as u32).wrapping_sub(published) < self.slots,
-                _ => false,
+        let near = |ahead: u32| ahead <= self.entries.mask();
+        let open = |&slot: &u16| match entry(slot).load32::<AT_STATE>(Ordering::Acquire) {
+            TAKEN => near(req_cons.wrapping_sub(1).wrapping_sub(index(slot))),
+            ANSWERED => {
+                let answer = entry(slot).load32::<AT_ANSWER>(Ordering::Relaxed);
+                near(answer.wrapping_sub(published))
             }
+            _ => false,
         };
-        let mut slots: Vec<u16> = (0..self.slots as u16).filter(open).collect();
+        let all = 0..=self.entries.mask() as u16;
+        let mut slots: Vec<u16> = all.clone().filter(open).collect();
         slots.sort_by_key(|&slot| index(slot).wrapping_sub(published));
         if slots.len() as u32 != req_cons.wrapping_sub(published) {
             return Err("the record of a ring contradicts itself");
         }
-        for slot in 0..self.slots as u16 {
+        for slot in all {
             // An answer that nobody saw is none: its index will be another's. So will that of a request
             // that was not counted, in whatever slot it is taken next.
-            let state = if slots.contains(&slot) { TAKEN } else { FREE };
-            self.answers.write_words(slot.into(), &[state << 32]);
+            self.set_state(slot, if slots.contains(&slot) { TAKEN } else { FREE });
         }
         Ok(Some(Kept { req_cons, published, slots }))
     }
 
     fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
-        let at = self.place(slot);
-        let [first, id, sector, word] = self.record.read_words(at);
-        (Head { first: first as u32, id, sector, word }, self.record.read_words(at + AT_TAIL))
+        let [first, id, sector, word] = self.entries.at(slot.into()).read_words();
+        let head = Head { first: first as u32, id, sector, word };
+        (head, self.record.read_words(KeptRing::<M>::tail_at(slot)))
     }
 }

@@ -6,16 +6,32 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use dma::Region;
+use dma::{Entries, Region};
 
 use crate::Kept;
-use crate::abi::{Head, MAX_ORDER, PAGE};
+use crate::abi::{Abi, Head, MAX_ORDER, PAGE, SLOTS};
 
 /// The pages of a ring. Offsets are in bytes from the first page and come from our own layout
 /// tables, never from the guest; an implementation may panic if one lies outside.
 pub trait RingMemory {
-    /// Length in bytes.
+    /// Length in bytes: whole pages, a power of two of them.
     fn bytes(&self) -> usize;
+
+    /// Slots in the ring, less one: the same for all layouts.
+    fn mask(&self) -> u32;
+
+    /// Loads the first 64-bit words of a slot of the 64-bit layout, each once. `index` is cut to the
+    /// ring.
+    #[inline]
+    fn load_slot<const N: usize>(&self, index: u32) -> [u64; N] {
+        self.load64s(Abi::X86_64.slot_at(index & self.mask()))
+    }
+
+    /// Stores the first 64-bit words of such a slot.
+    #[inline]
+    fn store_slot<const N: usize>(&self, index: u32, words: &[u64; N]) {
+        self.store64s(Abi::X86_64.slot_at(index & self.mask()), words);
+    }
 
     /// Loads a 32-bit word. `offset` is a multiple of 4.
     fn load32(&self, offset: usize, order: Ordering) -> u32;
@@ -85,6 +101,7 @@ pub struct RegionRing {
     /// First page within the region; as a number, so that words are seen to be aligned.
     page: usize,
     bytes: usize,
+    slots: Entries<{ Abi::X86_64.slot_size() }>,
 }
 
 impl RegionRing {
@@ -93,10 +110,9 @@ impl RegionRing {
     pub fn new(region: Arc<Region>, offset: usize, order: u8) -> Option<RegionRing> {
         let bytes = PAGE << order.min(MAX_ORDER);
         let inside = offset.checked_add(bytes)? <= region.len();
-        (inside && order <= MAX_ORDER && offset.is_multiple_of(PAGE)).then_some(RegionRing {
-            region,
-            page: offset / PAGE,
-            bytes,
+        (inside && order <= MAX_ORDER && offset.is_multiple_of(PAGE)).then(|| {
+            let slots = Entries::new(region.clone(), offset + SLOTS, Abi::X86_64.slots(order));
+            RegionRing { region, page: offset / PAGE, bytes, slots }
         })
     }
 
@@ -110,6 +126,21 @@ impl RingMemory for RegionRing {
     #[inline]
     fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    #[inline]
+    fn mask(&self) -> u32 {
+        self.slots.mask()
+    }
+
+    #[inline(always)]
+    fn load_slot<const N: usize>(&self, index: u32) -> [u64; N] {
+        self.slots.at(index).read_words()
+    }
+
+    #[inline(always)]
+    fn store_slot<const N: usize>(&self, index: u32, words: &[u64; N]) {
+        self.slots.at(index).write_words(words);
     }
 
     #[inline]

@@ -8,7 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use block::HasWork;
 
-use crate::abi::{Abi, Head, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, Response};
+use crate::abi::{Abi, Head, PAGE, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, Response};
 use crate::{Kept, RingMemory};
 
 /// The frontend's producer index went backwards or beyond the ring: nothing in the ring can be
@@ -29,8 +29,6 @@ pub struct Runaway {
 pub struct BackRing<M> {
     memory: M,
     abi: Abi,
-    slots: u32,
-    mask: u32,
     req_cons: u32,
     rsp_prod: u32,
     /// `rsp_prod` as the frontend sees it.
@@ -56,8 +54,7 @@ impl<M: RingMemory> BackRing<M> {
         order: u8,
         kept: Option<&Kept>,
     ) -> Result<BackRing<M>, Runaway> {
-        let slots = abi.slots(order);
-        assert!(memory.bytes() >= abi.slot_at(slots), "ring memory is smaller than its order says");
+        assert!(memory.bytes() == PAGE << order, "ring memory is not of the size its order says");
         let (cons, start) = match kept {
             Some(kept) => (kept.req_cons, kept.published),
             None => {
@@ -70,8 +67,6 @@ impl<M: RingMemory> BackRing<M> {
         let mut ring = BackRing {
             memory,
             abi,
-            slots,
-            mask: slots - 1,
             req_cons: cons,
             rsp_prod: start,
             published: start,
@@ -84,7 +79,7 @@ impl<M: RingMemory> BackRing<M> {
     /// Slots in the ring.
     #[inline]
     pub fn slots(&self) -> u32 {
-        self.slots
+        self.memory.mask() + 1
     }
 
     /// Requests taken and not yet answered.
@@ -109,7 +104,7 @@ impl<M: RingMemory> BackRing<M> {
         let producer = self.memory.load32(REQ_PROD, Ordering::Acquire);
         let waiting = producer.wrapping_sub(self.req_cons);
         // An index that went backwards is a huge step forwards.
-        if waiting > self.slots - self.unanswered() {
+        if waiting > self.slots() - self.unanswered() {
             return Err(self.runaway(producer));
         }
         Ok(waiting)
@@ -118,20 +113,20 @@ impl<M: RingMemory> BackRing<M> {
     #[cold]
     fn runaway(&mut self, producer: u32) -> Runaway {
         self.broken = true;
-        Runaway { producer, consumer: self.req_cons, room: self.slots - self.unanswered() }
+        Runaway { producer, consumer: self.req_cons, room: self.slots() - self.unanswered() }
     }
 
     /// Copies the head of the next request. The same slot may be looked at again in a later turn
     /// if nothing is kept of this look.
     #[inline]
     pub fn head(&self) -> Head {
-        self.abi.load_head(&self.memory, self.req_cons & self.mask)
+        self.abi.load_head(&self.memory, self.req_cons)
     }
 
     /// Copies the rest of the next request.
     #[inline]
     pub fn tail(&self) -> [u64; 10] {
-        self.abi.load_tail(&self.memory, self.req_cons & self.mask)
+        self.abi.load_tail(&self.memory, self.req_cons)
     }
 
     /// Takes the next request, whose head this is, into a slot of the backend's: from now on its place
@@ -162,9 +157,10 @@ impl<M: RingMemory> BackRing<M> {
     #[inline]
     pub fn respond(&mut self, slot: u16, response: Response) {
         debug_assert!(self.unanswered() > 0);
-        self.abi.store_response(&self.memory, self.rsp_prod & self.mask, response);
-        self.memory.answered(slot, self.rsp_prod);
-        self.rsp_prod = self.rsp_prod.wrapping_add(1);
+        let index = self.rsp_prod;
+        self.rsp_prod = index.wrapping_add(1);
+        self.abi.store_response(&self.memory, index, response);
+        self.memory.answered(slot, index);
     }
 
     /// Answers written and not yet published.
@@ -217,7 +213,7 @@ pub fn notify(old: u32, new: u32, event: u32) -> bool {
 mod tests {
     use super::*;
     use crate::RegionRing;
-    use crate::abi::{OKAY, PAGE};
+    use crate::abi::OKAY;
 
     fn ring(abi: Abi, order: u8, start: u32) -> (RegionRing, BackRing<RegionRing>) {
         let region = dma::Region::new(PAGE << order, dma::PageSize::Small).unwrap();

@@ -55,10 +55,13 @@ impl Counter {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct Stats {
-    /// Reads taken, direct and indirect.
-    pub reads: Counter,
-    /// Writes taken, direct and indirect.
-    pub writes: Counter,
+    /// Reads of one segment that went straight from the disk to a page mapped for good: one counter for
+    /// what is several, see [`Stats::reads`] and [`Stats::page_hits`].
+    pub(crate) plain_reads: Counter,
+    /// The same of writes.
+    pub(crate) plain_writes: Counter,
+    pub(crate) other_reads: Counter,
+    pub(crate) other_writes: Counter,
     /// Flushes taken.
     pub flushes: Counter,
     /// Barriers taken.
@@ -71,8 +74,7 @@ pub struct Stats {
     pub read_bytes: Counter,
     /// Bytes of writes that were sent to the disk.
     pub written_bytes: Counter,
-    /// Segments found at a page that was mapped for good.
-    pub page_hits: Counter,
+    pub(crate) other_hits: Counter,
     /// Segments and pages of segments that were copied by the hypervisor instead.
     pub page_misses: Counter,
     /// Turns whose copies were started: [`crate::Grants::start_copies`].
@@ -109,6 +111,22 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// Reads, direct and indirect: those that came to their end, and those that wait for more than the
+    /// disk.
+    pub fn reads(&self) -> u64 {
+        self.plain_reads.get() + self.other_reads.get()
+    }
+
+    /// Writes taken, direct and indirect.
+    pub fn writes(&self) -> u64 {
+        self.plain_writes.get() + self.other_writes.get()
+    }
+
+    /// Segments found at a page that was mapped for good.
+    pub fn page_hits(&self) -> u64 {
+        self.plain_reads.get() + self.plain_writes.get() + self.other_hits.get()
+    }
+
     /// The backend is gone, and no page of the guest is mapped any more.
     pub fn detached(&self) -> bool {
         self.detached.load(Ordering::Acquire)

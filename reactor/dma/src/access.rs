@@ -3,6 +3,8 @@
 //! A guest or device may change the bytes at any instant, so no access here makes a reference, and
 //! a copy is one opaque instruction: neither split, repeated nor assumed stable by the compiler.
 
+use std::marker::PhantomData;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -243,12 +245,20 @@ impl Region {
 /// A ring of equal entries of `SIZE` bytes in a region, a power of two of them. An index is cut to
 /// the ring, and the ring was found to lie in the region when this was made: so an access needs no
 /// check.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Entries<const SIZE: usize> {
-    region: Arc<Region>,
-    base: usize,
+    /// The first one; a multiple of 8.
+    base: NonNull<u8>,
     mask: u32,
+    /// Keeps the memory where it is.
+    _region: Arc<Region>,
 }
+
+// SAFETY: `base` points into the region that this holds, which may itself be sent, and is only accessed
+// atomically.
+unsafe impl<const SIZE: usize> Send for Entries<SIZE> {}
+// SAFETY: as above.
+unsafe impl<const SIZE: usize> Sync for Entries<SIZE> {}
 
 impl<const SIZE: usize> Entries<SIZE> {
     /// `count` entries (a power of two) from `base` on, which must be a multiple of 8.
@@ -261,7 +271,9 @@ impl<const SIZE: usize> Entries<SIZE> {
         assert!(base.is_multiple_of(8), "misaligned ring in a DMA region");
         let end = (count as usize).checked_mul(SIZE).and_then(|bytes| bytes.checked_add(base));
         assert!(end.is_some_and(|end| end <= region.len()), "ring outside a DMA region");
-        Entries { region, base, mask: count - 1 }
+        // SAFETY: inside the region, as was just asserted.
+        let first = unsafe { region.base().add(base) };
+        Entries { base: first, mask: count - 1, _region: region }
     }
 
     /// How many entries there are, less one: what an index is cut by.
@@ -270,35 +282,64 @@ impl<const SIZE: usize> Entries<SIZE> {
         self.mask
     }
 
-    /// Loads the 32-bit word at byte `AT` of an entry.
+    /// An entry.
     #[inline(always)]
-    pub fn load32<const AT: usize>(&self, index: u32, order: Ordering) -> u32 {
-        const { assert!(AT.is_multiple_of(4) && AT + 4 <= SIZE, "a word of the entry") };
-        // SAFETY: byte `AT` lies in the entry, as was just asserted.
-        let word = unsafe { self.entry(index).add(AT) };
-        // SAFETY: aligned, inside the mapping, and only ever accessed atomically or by copies.
-        unsafe { AtomicU32::from_ptr(word.cast()) }.load(order)
+    pub fn at(&self, index: u32) -> Entry<'_, SIZE> {
+        let at = (index & self.mask) as usize * SIZE;
+        // SAFETY: `new` found all entries up to the mask inside the region, whose length is fixed.
+        Entry(unsafe { self.base.add(at) }, PhantomData)
+    }
+}
+
+/// One of [`Entries`]. `AT` is the byte in it where an access begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a, const SIZE: usize>(NonNull<u8>, PhantomData<&'a Region>);
+
+impl<const SIZE: usize> Entry<'_, SIZE> {
+    /// Loads a 32-bit word.
+    #[inline(always)]
+    pub fn load32<const AT: usize>(self, order: Ordering) -> u32 {
+        // SAFETY: `word` gives words that are aligned, inside the mapping, and only ever accessed
+        // atomically or by copies.
+        unsafe { AtomicU32::from_ptr(self.word::<u32, AT>()) }.load(order)
     }
 
-    /// Writes the first `N` 64-bit words of an entry, each once.
+    /// Stores a 32-bit word.
     #[inline(always)]
-    pub fn write_words<const N: usize>(&self, index: u32, words: &[u64; N]) {
+    pub fn store32<const AT: usize>(self, value: u32, order: Ordering) {
+        // SAFETY: as in `load32`.
+        unsafe { AtomicU32::from_ptr(self.word::<u32, AT>()) }.store(value, order);
+    }
+
+    /// Loads the first `N` 64-bit words, each once.
+    #[inline(always)]
+    pub fn read_words<const N: usize>(self) -> [u64; N] {
         const { assert!(N * 8 <= SIZE, "words of the entry") };
-        let at = self.entry(index).cast::<u64>();
+        core::array::from_fn(|i| {
+            // SAFETY: `N` words lie in the entry, as was just asserted.
+            let word = unsafe { self.0.cast::<u64>().add(i) };
+            // SAFETY: as in `load32`.
+            unsafe { AtomicU64::from_ptr(word.as_ptr()) }.load(Ordering::Relaxed)
+        })
+    }
+
+    /// Writes the first `N` 64-bit words, each once.
+    #[inline(always)]
+    pub fn write_words<const N: usize>(self, words: &[u64; N]) {
+        const { assert!(N * 8 <= SIZE, "words of the entry") };
         for (i, &value) in words.iter().enumerate() {
             // SAFETY: `N` words lie in the entry, as was just asserted.
-            let word = unsafe { at.add(i) };
-            // SAFETY: aligned, inside the mapping, and only ever accessed atomically or by copies.
-            unsafe { AtomicU64::from_ptr(word) }.store(value, Ordering::Relaxed);
+            let word = unsafe { self.0.cast::<u64>().add(i) };
+            // SAFETY: as in `load32`.
+            unsafe { AtomicU64::from_ptr(word.as_ptr()) }.store(value, Ordering::Relaxed);
         }
     }
 
-    /// Where an entry begins: a multiple of 8.
     #[inline(always)]
-    fn entry(&self, index: u32) -> *mut u8 {
-        let at = self.base + (index & self.mask) as usize * SIZE;
-        // SAFETY: `new` found all entries up to the mask inside the region, whose length is fixed.
-        unsafe { self.region.base().as_ptr().add(at) }
+    fn word<T, const AT: usize>(self) -> *mut T {
+        const { assert!(AT.is_multiple_of(size_of::<T>()) && AT + size_of::<T>() <= SIZE) };
+        // SAFETY: byte `AT` lies in the entry, as was just asserted.
+        unsafe { self.0.add(AT) }.cast().as_ptr()
     }
 }
 
@@ -311,12 +352,14 @@ mod tests {
     fn entries_are_the_bytes_of_the_region_and_wrap() {
         let region = Region::new(4096, PageSize::Small).unwrap();
         let ring = Entries::<16>::new(region.clone(), 4096 - 64, 4);
-        ring.write_words(3, &[1 << 32 | 2, 3]);
-        ring.write_words(4, &[4]);
+        ring.at(3).write_words(&[1 << 32 | 2, 3]);
+        ring.at(4).write_words(&[4]);
         assert_eq!(region.load64(4096 - 16, Ordering::Relaxed), 1 << 32 | 2);
         assert_eq!(region.load64(4096 - 64, Ordering::Relaxed), 4);
-        assert_eq!(ring.load32::<8>(7, Ordering::Relaxed), 3);
-        assert_eq!(ring.load32::<4>(3, Ordering::Relaxed), 1);
+        assert_eq!(ring.at(7).load32::<8>(Ordering::Relaxed), 3);
+        assert_eq!(ring.at(3).load32::<4>(Ordering::Relaxed), 1);
+        ring.at(1).store32::<12>(9, Ordering::Relaxed);
+        assert_eq!(ring.at(5).read_words(), [0, 9 << 32]);
     }
 
     #[test]

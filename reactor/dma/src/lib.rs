@@ -17,7 +17,7 @@ mod access;
 mod pool;
 mod region;
 
-pub use access::{Entries, copy};
+pub use access::{Entries, Entry, copy};
 pub use pool::{Buf, Pool};
 pub use region::{Error, PageSize, Region, RegionId};
 

@@ -166,10 +166,11 @@ impl Guests {
         let bytes = KeptRing::<RingPages>::record_bytes(abi, order).next_multiple_of(4096);
         let record = (records.open)(number, bytes as u64).map_err(|e| of_queue(&e))?;
         let identity = identity(queue);
+        let ring_pages = RingPages { mapping: memory.clone(), mask: abi.slots(order) - 1 };
         if records.of_the_dead && !KeptRing::<RingPages>::is_of(&record, abi, order, identity) {
             return Err(of_queue(&"there is no record of what the daemon that died took from it"));
         }
-        let ring = KeptRing::new(RingPages(memory.clone()), record, abi, order, identity);
+        let ring = KeptRing::new(ring_pages, record, abi, order, identity);
         let listener = own.listener.clone();
         let (mailbox, image) = (at.mailbox.clone(), at.image);
         let added = mailbox.ask(move |core: &mut ReactorCore| {
@@ -333,32 +334,40 @@ impl block::Frontend for GuestRing {
 
 /// The pages of a ring.
 #[derive(Debug)]
-struct RingPages(Arc<Mapping>);
+struct RingPages {
+    mapping: Arc<Mapping>,
+    mask: u32,
+}
 
 impl RingMemory for RingPages {
     #[inline]
     fn bytes(&self) -> usize {
-        self.0.bytes()
+        self.mapping.bytes()
+    }
+
+    #[inline]
+    fn mask(&self) -> u32 {
+        self.mask
     }
 
     #[inline]
     fn load32(&self, offset: usize, order: Ordering) -> u32 {
-        self.0.load32(offset, order)
+        self.mapping.load32(offset, order)
     }
 
     #[inline]
     fn store32(&self, offset: usize, value: u32, order: Ordering) {
-        self.0.store32(offset, value, order);
+        self.mapping.store32(offset, value, order);
     }
 
     #[inline]
     fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
-        self.0.load64s(offset)
+        self.mapping.load64s(offset)
     }
 
     #[inline]
     fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]) {
-        self.0.store64s(offset, words);
+        self.mapping.store64s(offset, words);
     }
 }
 

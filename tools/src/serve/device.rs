@@ -545,13 +545,13 @@ impl Device {
 
 fn ring(stats: &blkif::Stats) -> Value {
     json!({
-        "reads": stats.reads.get(),
-        "writes": stats.writes.get(),
+        "reads": stats.reads(),
+        "writes": stats.writes(),
         "flushes": stats.flushes.get(),
         "discards": stats.discards.get(),
         "read-bytes": stats.read_bytes.get(),
         "written-bytes": stats.written_bytes.get(),
-        "page-hits": stats.page_hits.get(),
+        "page-hits": stats.page_hits(),
         "page-misses": stats.page_misses.get(),
         "copy-batches": stats.copy_batches.get(),
         "events": stats.events.get(),

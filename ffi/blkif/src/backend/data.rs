@@ -82,7 +82,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             });
             return;
         };
-        self.stats.page_hits.add(1);
+        self.stats.other_hits.add(1);
         match direction {
             Direction::FromGuest => {
                 self.grants.read_page(page, offset, &self.bounce, at as usize, len);

@@ -10,6 +10,7 @@ mod request;
 mod slot;
 mod steps;
 
+use std::hint::cold_path;
 use std::sync::Arc;
 
 use block::{Completion, Flags, Frontend as _, HasWork, Op, Request, Submit, Tag};
@@ -200,15 +201,37 @@ impl Ask {
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     sectors: u64,
+    /// Where a page may not begin any more.
+    pages_end: u64,
     align: u64,
     read_only: bool,
 }
 
 impl Limits {
+    /// Sectors that a segment asks for, at `sector`; `None` if it may not.
+    #[inline(always)]
+    fn one(&self, write: bool, sector: u64, segment: Segment) -> Option<u32> {
+        if !segment.is_page() {
+            cold_path();
+            let count = segment.sectors()?;
+            return self.allow(write, sector, u64::from(count)).then_some(count);
+        }
+        // The same, where nearly everything is known before. One after the other: each is a branch that
+        // is never taken.
+        if sector >= self.pages_end {
+            cold_path();
+            return None;
+        }
+        if sector & self.align != 0 {
+            cold_path();
+            return None;
+        }
+        (!write || !self.read_only).then_some(PAGE as u32 / SECTOR)
+    }
+
     /// Whether `count` sectors at `sector` exist, are whole blocks and may be accessed so.
     #[inline(always)]
     fn allow(&self, write: bool, sector: u64, count: u64) -> bool {
-        // One after the other: each is a branch that is never taken.
         if count > self.sectors || sector > self.sectors - count {
             return false;
         }
@@ -226,7 +249,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// If the configuration is not possible, there is no memory, or the ring is broken already.
     pub fn new(config: Config, memory: M, grants: G, events: E) -> Result<Self, ConnectError> {
         let bad = |what| Err(ConnectError::Config(what));
-        if config.order > MAX_ORDER || memory.bytes() < PAGE << config.order {
+        if config.order > MAX_ORDER || memory.bytes() != PAGE << config.order {
             return bad("ring order");
         }
         if usize::from(config.max_indirect_segments) > INDIRECT_PAGES * SEGMENTS_PER_PAGE {
@@ -317,15 +340,19 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline]
     fn limits<D: Submit>(&self, disk: &D) -> Limits {
-        let none = Limits { sectors: 0, align: 0, read_only: true };
+        let none = Limits { sectors: 0, pages_end: 0, align: 0, read_only: true };
         // A disk that has failed is one without sectors: everything is out of range.
         if self.failed {
             return none;
         }
-        disk.info(0).map_or(none, |info| Limits {
-            sectors: info.size / u64::from(SECTOR),
-            align: self.align,
-            read_only: info.read_only || self.config.read_only,
+        disk.info(0).map_or(none, |info| {
+            let sectors = info.size / u64::from(SECTOR);
+            Limits {
+                sectors,
+                pages_end: (sectors + 1).saturating_sub(PAGE as u64 / u64::from(SECTOR)),
+                align: self.align,
+                read_only: info.read_only || self.config.read_only,
+            }
         })
     }
 
@@ -383,35 +410,29 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let limits = self.limits(disk);
         for _ in 0..(waiting as usize).min(disk.room()) {
             let head = self.ring.head();
-            match head.first as u16 {
+            let taken = match head.first as u16 {
                 ONE_READ => self.take_one_segment::<D, false>(disk, head, &limits),
                 ONE_WRITE => self.take_one_segment::<D, true>(disk, head, &limits),
-                _ => {
-                    let Head { first, id, sector, word } = head;
-                    if !self.take_other(disk, first, id, (sector, word), &limits) {
-                        break;
-                    }
-                }
+                _ => false,
+            };
+            if !taken && !self.take_next_other(disk, &limits) {
+                break;
             }
         }
         // Before any of them can be answered: that is done in other turns.
         self.ring.count_taken();
     }
 
+    /// Takes the next request, unless something is wrong with it.
     #[inline(always)]
     fn take_one_segment<D: Submit, const WRITES: bool>(
         &mut self,
         disk: &mut D,
         head: Head,
         limits: &Limits,
-    ) {
+    ) -> bool {
         let segment = Segment(head.word);
-        let Some(sectors) = segment.sectors() else {
-            return self.refuse_data(head, head.operation());
-        };
-        if !limits.allow(WRITES, head.sector, u64::from(sectors)) {
-            return self.refuse_data(head, head.operation());
-        }
+        let Some(sectors) = limits.one(WRITES, head.sector, segment) else { return false };
         let (index, at) = (self.free, usize::from(self.free) * PAGE);
         self.ring.take(index, head, false);
         let (offset, len) = (head.sector * u64::from(SECTOR), sectors * SECTOR);
@@ -425,21 +446,34 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         slot.stage = Stage::Plain;
         let tag = slot.next_tag(self.owner, index);
         let (op, flags) = if WRITES {
-            self.stats.writes.add(1);
             let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
-                return self.gather(disk, index);
+                self.stats.other_writes.add(1);
+                self.gather(disk, index);
+                return true;
             };
-            self.stats.page_hits.add(1);
+            self.stats.plain_writes.add(1);
             self.stats.written_bytes.add(u64::from(len));
             self.grants.read_page(page, segment.offset(), &self.bounce, at, len);
             (Op::Write, self.write_flags)
         } else {
-            self.stats.reads.add(1);
             (Op::Read, Flags::NONE)
         };
         if !(Ask { tag, op, flags, offset, at, len }).send(disk, &self.bounce) {
-            self.again(index, Stage::PutData);
+            self.no_room(index);
         }
+        true
+    }
+
+    /// The disk did not take a request of one segment, which counts as sent.
+    #[cold]
+    fn no_room(&mut self, index: u16) {
+        let slot = &self.slots[usize::from(index)];
+        if slot.operation == READ {
+            self.stats.other_reads.add(1);
+        } else {
+            self.stats.written_bytes.add(u64::from(slot.len).wrapping_neg());
+        }
+        self.again(index, Stage::PutData);
     }
 
     /// A slot for a request that was just taken: there are as many as the ring has.
@@ -529,10 +563,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
         let Some(slot) = self.slots.get_mut(usize::from(index)) else {
             return self.stats.strays.add(1);
         };
-        let plain = slot.stage == Stage::Plain
-            && slot.generation == done.tag.generation()
-            && done.status.is_ok();
-        if !plain {
+        // One after the other, as above.
+        if slot.stage != Stage::Plain || slot.generation != done.tag.generation() {
+            cold_path();
+            return self.complete_slow(done.tag, done.status);
+        }
+        if !done.status.is_ok() {
+            cold_path();
             return self.complete_slow(done.tag, done.status);
         }
         let answer = Response { id: slot.id, operation: slot.operation, status: OKAY };
@@ -541,8 +578,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
             let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
                 return self.complete_slow(done.tag, done.status);
             };
-            self.stats.page_hits.add(1);
-            self.stats.read_bytes.add(u64::from(len));
+            let stats = &*self.stats;
+            stats.plain_reads.add(1);
+            stats.read_bytes.add(u64::from(len));
             slot.stage = Stage::Free;
             slot.next = self.free;
             let at = usize::from(index) * PAGE;

@@ -27,18 +27,16 @@ pub(super) fn data_len(
 }
 
 impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
-    /// Takes the next request, of any kind. Returns false if the ring is not to be read further
-    /// now; the request was then taken or left, as may be.
+    /// Takes the next request of the ring, whatever it is: it is copied once more, so it may be another
+    /// one than was looked at before. Returns false if the ring is not to be read further now; the
+    /// request was then taken or left, as may be.
     #[inline(never)]
-    pub(super) fn take_other<D: Submit>(
-        &mut self,
-        disk: &mut D,
-        first: u32,
-        id: u64,
-        (sector, word): (u64, u64),
-        limits: &Limits,
-    ) -> bool {
-        let (head, limits) = (Head { first, id, sector, word }, *limits);
+    pub(super) fn take_next_other<D: Submit>(&mut self, disk: &mut D, limits: &Limits) -> bool {
+        let head = self.ring.head();
+        self.take_other(disk, head, *limits)
+    }
+
+    fn take_other<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
         match head.operation() {
             READ | WRITE => self.take_direct(disk, head, limits),
             INDIRECT => self.take_indirect(disk, head, limits),
@@ -110,8 +108,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         {
             let (head, tail) = self.ring.kept_request(slot);
             (self.replaying, self.tail) = (Some(slot), tail);
-            let Head { first, id, sector, word } = head;
-            let goes_on = self.take_other(disk, first, id, (sector, word), &limits);
+            let goes_on = self.take_other(disk, head, limits);
             // Taken, or left for want of a buffer.
             if self.replaying.take().is_none() {
                 self.left.pop();
@@ -185,10 +182,10 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         };
         let Some(index) = self.take_slot(head, &segments[..count], len) else { return false };
         if write {
-            self.stats.writes.add(1);
+            self.stats.other_writes.add(1);
             self.gather(disk, index);
         } else {
-            self.stats.reads.add(1);
+            self.stats.other_reads.add(1);
             self.put_data(disk, index);
         }
         true
@@ -233,9 +230,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         };
         self.stats.indirect.add(1);
         if write {
-            self.stats.writes.add(1)
+            self.stats.other_writes.add(1)
         } else {
-            self.stats.reads.add(1)
+            self.stats.other_reads.add(1)
         }
         self.fetch(disk, index);
         true

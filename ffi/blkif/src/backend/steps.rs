@@ -157,11 +157,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn complete_slow(&mut self, tag: Tag, status: Status) {
         let index = tag.slot();
         let slot = &mut self.slots[usize::from(index)];
-        if slot.stage == Stage::Plain {
-            slot.stage = Stage::AtData;
-        }
         if !slot.at_disk() || slot.generation != tag.generation() {
             return self.stats.strays.add(1);
+        }
+        if slot.stage == Stage::Plain {
+            slot.stage = Stage::AtData;
+            if slot.operation == READ {
+                self.stats.other_reads.add(1);
+            }
         }
         match (slot.stage, status) {
             (Stage::AtData, Status::NoSpace) if slot.operation != READ => {

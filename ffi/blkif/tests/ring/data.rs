@@ -71,7 +71,7 @@ fn random_requests_in_every_setup() {
         let p = random_io(s, 12, 77 + i as u64);
         let stats = p.backend.stats();
         assert_eq!((stats.errors.get(), stats.strays.get(), stats.ring_stops.get()), (0, 0, 0));
-        assert_eq!(stats.page_hits.get() > 0, s.persistent);
+        assert_eq!(stats.page_hits() > 0, s.persistent);
         assert_eq!(
             stats.indirect.get() > 0,
             s.order <= 2,
@@ -243,12 +243,12 @@ fn warm_persistent_grants_need_no_copies() {
     round(&mut p);
     assert!(stats.copy_batches.get() > 0 && stats.pages_mapped.get() > 0);
     let (calls, misses, hits) =
-        (stats.copy_batches.get(), stats.page_misses.get(), stats.page_hits.get());
+        (stats.copy_batches.get(), stats.page_misses.get(), stats.page_hits());
     for _ in 0..10 {
         round(&mut p);
     }
     assert_eq!((stats.copy_batches.get(), stats.page_misses.get()), (calls, misses));
     // 11 reads, 11 short writes, 10 of 32 pages and a list.
-    assert_eq!(stats.page_hits.get() - hits, 10 * (22 + 330));
+    assert_eq!(stats.page_hits() - hits, 10 * (22 + 330));
     assert_eq!(p.frontend.table().mappings(), stats.pages_mapped.get());
 }

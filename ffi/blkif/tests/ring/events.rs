@@ -182,7 +182,7 @@ fn no_wake_up_is_lost() {
         front_bed.0.store(to_frontend.count() + 1, Ordering::SeqCst);
     });
     assert!(!lost.load(Ordering::SeqCst), "a wake-up was lost");
-    assert_eq!(stats.reads.get(), REQUESTS);
+    assert_eq!(stats.reads(), REQUESTS);
     assert!(naps.load(Ordering::Relaxed) > 100, "they never slept, so this showed nothing");
 }
 

@@ -179,7 +179,7 @@ fn nobody_to_map_means_copying() {
         assert_eq!(p.write(i * 8, &[i as u8; 4096]), OKAY);
     }
     assert_eq!(p.frontend.table().mappings(), 0);
-    assert_eq!(p.backend.stats().page_hits.get(), 0);
+    assert_eq!(p.backend.stats().page_hits(), 0);
     p.knobs.borrow_mut().refuse_maps = false;
     assert_eq!(p.write(0, &[1; 4096]), OKAY);
     assert_eq!(p.frontend.table().mappings(), 1);
@@ -200,7 +200,7 @@ fn more_pages_than_may_stay_mapped() {
         assert!(p.disk.bytes(i * 64 * 512, 8192).iter().all(|&b| b == (i + 39) as u8));
     }
     assert_eq!(stats.pages_mapped.get(), 20, "pages in use are not exchanged for others");
-    assert!(stats.page_hits.get() > 0 && stats.page_misses.get() > 0);
+    assert!(stats.page_hits() > 0 && stats.page_misses.get() > 0);
     // One page suffices for what comes now: there was need for more, so the others make place.
     for i in 0..300 {
         p.now += 10_000_000;

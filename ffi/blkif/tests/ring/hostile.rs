@@ -112,12 +112,12 @@ fn a_turn_is_bounded_by_the_ring() {
         }
         out.clear();
         r.disk.poll(&mut out);
-        let before = r.backend.stats().reads.get();
+        let before = r.backend.stats().reads();
         for c in out.iter() {
             if c.tag.owner() == 1 { r.backend.complete(c) } else { p.backend.complete(c) }
         }
         r.backend.poll(&mut r.disk, turn * 1000);
-        assert!(r.backend.stats().reads.get() - before <= 32);
+        assert!(r.backend.stats().reads() - before <= 32);
         p.backend.poll(&mut r.disk, turn * 1000);
         r.answers();
         while p.frontend.reap(&mut []).unwrap().is_some() {
