@@ -208,8 +208,15 @@ fn a_signal_ends_what_is_not_serving_yet() {
 #[test]
 fn an_interrupted_demo_leaves_no_scratch() {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = polldisk(&["demo", "--seconds", "60", "--size", "8M"]);
-    let demo = command.env("TMPDIR", dir.path()).stdout(Stdio::null()).spawn().unwrap();
+    // A shell starts what goes on in the background with this signal ignored, and all that it starts.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", POLLDISK, "demo", "--seconds", "60", "--size", "8M"]);
+    let demo = command
+        .stdin(Stdio::null())
+        .env("TMPDIR", dir.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut demo = Server(demo);
     let began = Instant::now();
     while std::fs::read_dir(dir.path()).unwrap().next().is_none() {
