@@ -175,6 +175,17 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         self.record.store32(AT_PUBLISHED, index, Ordering::Release);
     }
 
+    fn forget(&self, published: u32) {
+        for slot in 0..=self.entries.mask() as u16 {
+            let entry = self.entries.at(slot.into());
+            let answer = entry.load32::<AT_ANSWER>(Ordering::Relaxed);
+            let seen = answer.wrapping_sub(published) > self.entries.mask();
+            if seen && entry.load32::<AT_STATE>(Ordering::Relaxed) == ANSWERED {
+                self.set_state(slot, FREE);
+            }
+        }
+    }
+
     fn kept(&self) -> Result<Option<Kept>, &'static str> {
         let req_cons = self.record.load32(AT_REQ_CONS, Ordering::Acquire);
         let published = self.record.load32(AT_PUBLISHED, Ordering::Acquire);
@@ -185,7 +196,8 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         };
         let near = |ahead: u32| ahead <= self.entries.mask();
         let open = |&slot: &u16| match entry(slot).load32::<AT_STATE>(Ordering::Acquire) {
-            TAKEN => near(req_cons.wrapping_sub(1).wrapping_sub(index(slot))),
+            // Others may have overtaken it, any number of them: only one that is not counted is near.
+            TAKEN => !near(index(slot).wrapping_sub(req_cons)),
             ANSWERED => {
                 let answer = entry(slot).load32::<AT_ANSWER>(Ordering::Relaxed);
                 near(answer.wrapping_sub(published))
@@ -194,7 +206,7 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         };
         let all = 0..=self.entries.mask() as u16;
         let mut slots: Vec<u16> = all.clone().filter(open).collect();
-        slots.sort_by_key(|&slot| index(slot).wrapping_sub(published));
+        slots.sort_by_key(|&slot| index(slot).wrapping_sub(req_cons));
         if slots.len() as u32 != req_cons.wrapping_sub(published) {
             return Err("the record of a ring contradicts itself");
         }

@@ -72,6 +72,10 @@ pub trait RingMemory {
     #[inline]
     fn publishing(&self, _index: u32) {}
 
+    /// Responses before this index were seen long ago. To be said now and then: an index comes again
+    /// after 2^32 requests, and a slot may be unused for as many.
+    fn forget(&self, _published: u32) {}
+
     /// What a backend that is gone has left.
     ///
     /// # Errors

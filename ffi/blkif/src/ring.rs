@@ -152,6 +152,14 @@ impl<M: RingMemory> BackRing<M> {
         self.memory.kept_request(slot)
     }
 
+    /// What was published up to now needs no memory any more. To be called now and then.
+    pub(crate) fn forget_published(&self) {
+        // Nothing is published of a broken ring.
+        if !self.broken {
+            self.memory.forget(self.published);
+        }
+    }
+
     /// Writes the answer to the request in a slot; the frontend does not see it before
     /// [`BackRing::publish`].
     #[inline]

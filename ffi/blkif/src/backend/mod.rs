@@ -332,6 +332,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// Whether nothing that was taken waits for anything, but for flushes that are held for ever.
     pub fn drained(&self) -> bool {
         self.in_flight() == 0
+            && self.left.is_empty()
             && self.todo.is_empty()
             && self.batch.is_empty()
             && self.pages.pending() == 0
@@ -375,7 +376,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.publish();
             busy = true;
         }
-        if !self.left.is_empty() && self.gates == 0 {
+        // It was taken, if by another: it comes to its end, whether or not more is taken.
+        if !self.left.is_empty() && self.gates & !(GATE_STOPPING | GATE_BROKEN) == 0 {
             self.replay(disk);
             busy = true;
         }
@@ -548,6 +550,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             grants.unmap(page);
             stats.pages_evicted.add(1);
         });
+        self.ring.forget_published();
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use blkif::abi::{OKAY, REQ_PROD};
 use blkif::{
-    Abi, Backend, Config, Frontend, KeptRing, LocalGrants, RegionRing, RingMemory, Signal,
+    Abi, Backend, Config, Frontend, KeptRing, LocalGrants, RegionRing, RingMemory, Setup, Signal,
 };
 use block::{BlockQueue, Completions, Frontend as _};
 use dma::{PageSize, Region};
@@ -18,6 +18,12 @@ const IDENTITY: u64 = 77;
 /// Where a record counts requests, and responses.
 const AT_CONS: usize = 20;
 const AT_PUBLISHED: usize = 24;
+/// Where what it says of a slot begins, and in that its state and the index of its answer.
+const fn entry(slot: usize) -> usize {
+    64 + 128 * slot
+}
+const AT_STATE: usize = 32;
+const AT_ANSWER: usize = 36;
 
 type KeptBackend = Backend<KeptRing<RegionRing>, LocalGrants, Signal>;
 
@@ -37,7 +43,10 @@ impl World {
         let mut rng = Rng(seed | 1);
         let abi = if rng.one_in(2) { Abi::X86_64 } else { Abi::X86_32 };
         let (order, persistent) = (rng.below(2) as u8, rng.one_in(2));
-        let frontend = Frontend::new(setup(abi, order, persistent), Signal::default()).unwrap();
+        // Some rings' indices wrap.
+        let start = if rng.one_in(2) { 0 } else { 0u32.wrapping_sub(rng.below(200) as u32) };
+        let setup = Setup { start, ..setup(abi, order, persistent) };
+        let frontend = Frontend::new(setup, Signal::default()).unwrap();
         let mut config = Config::new(3, abi, order);
         config.large_buffers = 1 + rng.below(8) as u16;
         if persistent {
@@ -181,15 +190,13 @@ fn a_request_that_was_not_counted() {
     backend.poll(&mut w.disk, 1);
     drop(backend);
     // As if it had died in the middle of the third, in a slot that the next one gives to another.
-    let slots = w.config.abi.slots(w.config.order) as usize;
-    let (at_cons, answer) = (AT_CONS, |slot: usize| 64 + 8 * slot);
-    let place = |slot: usize| 64 + 8 * slots + 128 * slot;
-    assert_eq!(w.record.load32(at_cons, Relaxed), 3);
-    let last = w.record.read_words::<16>(place(2));
-    w.record.write_words(place(9), &last);
-    w.record.write_words(answer(9), &w.record.read_words::<1>(answer(2)));
-    w.record.write_words(answer(2), &[0]);
-    w.record.store32(at_cons, 2, Relaxed);
+    let cons = w.record.load32(AT_CONS, Relaxed);
+    let taken = |slot| w.record.load32(entry(slot) + AT_STATE, Relaxed) == 1;
+    assert_eq!([0, 1, 2, 9].map(taken), [true, true, true, false]);
+    let last = w.record.read_words::<16>(entry(2));
+    w.record.write_words(entry(9), &last);
+    w.record.store32(entry(2) + AT_STATE, 0, Relaxed);
+    w.record.store32(AT_CONS, cons.wrapping_sub(1), Relaxed);
     for _ in 0..4 {
         let mut backend = w.backend();
         backend.poll(&mut w.disk, 1);
@@ -239,13 +246,106 @@ fn records_that_do_not_fit() {
         Backend::new(w.config.clone(), ring, w.frontend.grants(), Signal::default())
     };
     // Taken: counted, and its slot says so.
-    let state = 64 + 32;
+    let state = entry(0) + AT_STATE;
     assert_eq!(w.record.load32(state, Relaxed), 1);
     w.record.store32(state, 0, Relaxed);
     let refused = make(IDENTITY).map(drop).expect_err("a request without a slot").to_string();
     assert!(refused.contains("contradicts itself"), "{refused}");
     let ring = w.frontend.ring();
-    let index = ring.load32(REQ_PROD, Relaxed);
-    assert_eq!(index, 1);
+    assert_eq!(ring.load32(REQ_PROD, Relaxed), w.record.load32(AT_CONS, Relaxed));
     assert!(make(IDENTITY + 1).is_ok(), "begun anew");
+}
+
+/// Answers come in any order, so a request may be the last to be answered of many more than the ring
+/// holds. It is found, and before younger ones.
+#[test]
+fn a_request_that_all_others_overtake() {
+    let mut w = World::new(5);
+    let mut backend = w.backend();
+    (w.disk.shuffle, w.disk.max_in_flight) = (None, 64);
+    w.frontend.write(0, 0, &[1; 4096]).unwrap();
+    w.frontend.push();
+    // Copied in, then sent.
+    for _ in 0..2 {
+        backend.poll(&mut w.disk, 1);
+    }
+    let (mut out, mut buffer) = (Completions::new(), vec![0; 4096]);
+    // Its end is not heard of.
+    assert_eq!(w.disk.poll(&mut out), 1);
+    let slots = u64::from(w.config.abi.slots(w.config.order));
+    for n in 1..=3 * slots {
+        w.frontend.write(n, 8 * (n % 50 + 1), &[2; 4096]).unwrap();
+        w.frontend.push();
+        for _ in 0..4 {
+            w.turn(&mut backend, false);
+        }
+        assert_eq!(w.frontend.reap(&mut buffer).unwrap().map(|done| done.cookie), Some(n));
+    }
+    w.frontend.write(1000, 8 * 100, &[3; 4096]).unwrap();
+    w.frontend.push();
+    backend.poll(&mut w.disk, 1);
+    drop(backend);
+    let mut backend = w.backend();
+    w.disk.log.clear();
+    w.disk.shuffle = None;
+    for _ in 0..10 {
+        w.turn(&mut backend, false);
+    }
+    let again: Vec<u64> = w.disk.log.iter().map(|sent| sent.offset).collect();
+    assert_eq!(again, [0, 100 * 4096], "the oldest first");
+    let answered = [(); 3].map(|()| w.frontend.reap(&mut buffer).unwrap().map(|done| done.cookie));
+    assert_eq!(answered, [Some(0), Some(1000), None]);
+}
+
+/// Whoever takes a ring up and is stopped at once answers all that the one before took.
+#[test]
+fn what_a_dead_backend_took_is_answered_before_the_end() {
+    let mut w = World::new(5);
+    w.config.large_buffers = 8;
+    let mut backend = w.backend();
+    w.disk.max_in_flight = 64;
+    for n in 0..5 {
+        w.frontend.write(n, 16 * n, &[1 + n as u8; 8192]).unwrap();
+    }
+    w.frontend.push();
+    for _ in 0..2 {
+        backend.poll(&mut w.disk, 1);
+    }
+    drop(backend);
+    // Not all at once.
+    w.config.large_buffers = 1;
+    let mut backend = w.backend();
+    backend.stop();
+    let mut turns = 0;
+    while !backend.closed() {
+        w.turn(&mut backend, false);
+        turns += 1;
+        assert!(turns < 500, "it does not end");
+    }
+    let (mut answers, mut buffer) = (0, vec![0; 8192]);
+    while let Some(done) = w.frontend.reap(&mut buffer).unwrap() {
+        assert_eq!(done.status, OKAY);
+        answers += 1;
+    }
+    assert_eq!(answers, 5);
+}
+
+/// A slot that is not used for 2^32 requests does not look as if it was answered just now.
+#[test]
+fn answers_of_long_ago() {
+    let mut w = World::new(5);
+    let mut backend = w.backend();
+    w.frontend.write(0, 0, &[1; 4096]).unwrap();
+    w.frontend.push();
+    for _ in 0..40 {
+        w.turn(&mut backend, false);
+    }
+    let (published, state) = (w.record.load32(AT_PUBLISHED, Relaxed), entry(0) + AT_STATE);
+    assert_eq!(w.record.load32(state, Relaxed), 2);
+    // Answered, and not published: it stays.
+    w.record.store32(entry(1) + AT_STATE, 2, Relaxed);
+    w.record.store32(entry(1) + AT_ANSWER, published, Relaxed);
+    w.now += 1 << 30;
+    w.turn(&mut backend, false);
+    assert_eq!([0, 1].map(|slot| w.record.load32(entry(slot) + AT_STATE, Relaxed)), [0, 2]);
 }
