@@ -24,6 +24,9 @@ pub struct Runaway {
     pub room: u32,
 }
 
+/// After so many responses old ones are forgotten: often enough before their indices come again.
+const FORGET: u32 = 1 << 28;
+
 /// The backend's end of a ring.
 #[derive(Debug)]
 pub struct BackRing<M> {
@@ -33,6 +36,8 @@ pub struct BackRing<M> {
     rsp_prod: u32,
     /// `rsp_prod` as the frontend sees it.
     published: u32,
+    /// The same when old responses were forgotten last.
+    forgotten: u32,
     /// The producer index was wrong once. Nothing is taken or published after that.
     broken: bool,
 }
@@ -70,6 +75,7 @@ impl<M: RingMemory> BackRing<M> {
             req_cons: cons,
             rsp_prod: start,
             published: start,
+            forgotten: start,
             broken: false,
         };
         ring.waiting()?;
@@ -152,11 +158,13 @@ impl<M: RingMemory> BackRing<M> {
         self.memory.kept_request(slot)
     }
 
-    /// What was published up to now needs no memory any more. To be called now and then.
-    pub(crate) fn forget_published(&self) {
+    /// To be called now and then: see [`RingMemory::forget`]. Looks at all slots after very many
+    /// requests only.
+    pub(crate) fn forget_published(&mut self) {
         // Nothing is published of a broken ring.
-        if !self.broken {
+        if !self.broken && self.published.wrapping_sub(self.forgotten) >= FORGET {
             self.memory.forget(self.published);
+            self.forgotten = self.published;
         }
     }
 
@@ -220,8 +228,8 @@ pub fn notify(old: u32, new: u32, event: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RegionRing;
     use crate::abi::OKAY;
+    use crate::{KeptRing, RegionRing};
 
     fn ring(abi: Abi, order: u8, start: u32) -> (RegionRing, BackRing<RegionRing>) {
         let region = dma::Region::new(PAGE << order, dma::PageSize::Small).unwrap();
@@ -288,6 +296,34 @@ mod tests {
         assert_eq!(b.waiting(), Ok(5));
         m.store32(REQ_PROD, 1033, Ordering::Relaxed);
         assert!(BackRing::attach(m, Abi::NATIVE, 0).is_err());
+    }
+
+    /// A slot that is not used for 2^32 requests does not look as if it was answered just now.
+    #[test]
+    fn answers_of_long_ago_are_forgotten() {
+        let (m, _) = ring(Abi::NATIVE, 0, 0);
+        let record = dma::Region::new(2 * PAGE, dma::PageSize::Small).unwrap();
+        let kept = || KeptRing::new(m.clone(), record.clone(), Abi::NATIVE, 0, 1);
+        let mut b = BackRing::attach(kept(), Abi::NATIVE, 0).unwrap();
+        b.take(7, Head::direct(0, 1, 0, 0, 0), false);
+        b.count_taken();
+        b.respond(7, Response { id: 0, operation: 0, status: OKAY });
+        b.publish();
+        b.forget_published();
+        // As if all other requests were in other slots.
+        let mut seen = 1u32;
+        while seen != 0 {
+            seen = seen.checked_add(1 << 20).unwrap_or(0);
+            (b.req_cons, b.rsp_prod) = (seen, seen);
+            b.publish();
+            b.forget_published();
+        }
+        b.take(8, Head::direct(0, 1, 0, 0, 0), false);
+        b.count_taken();
+        b.respond(8, Response { id: 0, operation: 0, status: OKAY });
+        b.forget_published();
+        let left = kept().kept().unwrap().unwrap();
+        assert_eq!((left.req_cons, left.published, left.slots), (1, 0, vec![8]));
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub(crate) struct Disk {
     pub(crate) shuffle: Option<Rng>,
     pub(crate) waiting: Vec<Completion>,
     pub(crate) max_in_flight: usize,
+    /// Refuses some requests although there is room.
+    pub(crate) full: Option<Rng>,
     done: Completions,
 }
 
@@ -79,6 +81,7 @@ impl Disk {
             shuffle: None,
             waiting: Vec::new(),
             max_in_flight: usize::MAX,
+            full: None,
             done: Completions::new(),
         }
     }
@@ -112,7 +115,7 @@ impl Submit for Disk {
     }
 
     fn submit(&mut self, r: &Request<'_>) -> Result<(), Full> {
-        if self.room() == 0 {
+        if self.room() == 0 || self.full.as_mut().is_some_and(|rng| rng.one_in(3)) {
             return Err(Full);
         }
         let sent = Sent { op: r.op, fua: r.flags.has(Flags::FUA), offset: r.offset, len: r.len };

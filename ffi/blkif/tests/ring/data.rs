@@ -1,8 +1,11 @@
 //! Data through a ring: every ABI, order and way of reaching the guest's pages.
 
+use std::collections::HashMap;
+
 use crate::common::{DISK, Pair, Rng, setup};
-use blkif::abi::{OKAY, READ, WRITE};
+use blkif::abi::{OKAY, PAGE, READ, WRITE};
 use blkif::{Abi, Setup};
+use block::{Op, Status};
 
 /// Both ABIs, all orders, with and without persistent grants.
 fn all_setups() -> impl Iterator<Item = Setup> {
@@ -251,4 +254,49 @@ fn warm_persistent_grants_need_no_copies() {
     // 11 reads, 11 short writes, 10 of 32 pages and a list.
     assert_eq!(stats.page_hits() - hits, 10 * (22 + 330));
     assert_eq!(p.frontend.table().mappings(), stats.pages_mapped.get());
+}
+
+/// Whatever way a request takes, each counter counts it once.
+#[test]
+fn requests_segments_and_bytes_are_counted_once() {
+    for persistent in [true, false] {
+        let mut p = Pair::new(setup(Abi::NATIVE, 0, persistent));
+        let mut rng = Rng(77);
+        p.disk.full = Some(Rng(5));
+        let mut fails = Rng(9);
+        p.disk.fail(move |_| fails.one_in(7).then_some(Status::Medium));
+        let (mut reads, mut writes, mut read, mut moved) = (0, 0, 0, 0);
+        for _ in 0..200 {
+            let mut segments = HashMap::new();
+            for cookie in 0..8u64 {
+                let count = if rng.one_in(4) { 1 + rng.below(20) } else { 1 };
+                let write = rng.one_in(2);
+                let sent = match write {
+                    true => p.frontend.write(cookie, 8 * cookie, &vec![1; count as usize * PAGE]),
+                    false => p.frontend.read(cookie, 8 * cookie, count as u32 * PAGE as u32),
+                };
+                sent.unwrap();
+                // Lists of more segments than lie in a slot come from a page.
+                moved += u64::from(count > 11);
+                if write {
+                    (writes, moved) = (writes + 1, moved + count);
+                } else {
+                    reads += 1;
+                    segments.insert(cookie, count);
+                }
+            }
+            for done in p.run() {
+                if let Some(count) = segments.remove(&done.cookie).filter(|_| done.status == OKAY) {
+                    (read, moved) = (read + count * PAGE as u64, moved + count);
+                }
+            }
+        }
+        let stats = p.backend.stats();
+        let written = p.disk.log.iter().filter(|sent| sent.op == Op::Write).map(|sent| sent.len);
+        assert_eq!((stats.reads(), stats.writes()), (reads, writes));
+        assert_eq!(stats.page_hits() + stats.page_misses.get(), moved);
+        assert_eq!((stats.read_bytes.get(), stats.written_bytes.get()), (read, written.sum()));
+        assert_eq!(stats.page_hits() > 0, persistent);
+        assert!(stats.page_misses.get() > 0 && stats.errors.get() > 100);
+    }
 }

@@ -18,12 +18,11 @@ const IDENTITY: u64 = 77;
 /// Where a record counts requests, and responses.
 const AT_CONS: usize = 20;
 const AT_PUBLISHED: usize = 24;
-/// Where what it says of a slot begins, and in that its state and the index of its answer.
+/// Where what it says of a slot begins, and in that its state.
 const fn entry(slot: usize) -> usize {
     64 + 128 * slot
 }
 const AT_STATE: usize = 32;
-const AT_ANSWER: usize = 36;
 
 type KeptBackend = Backend<KeptRing<RegionRing>, LocalGrants, Signal>;
 
@@ -328,24 +327,4 @@ fn what_a_dead_backend_took_is_answered_before_the_end() {
         answers += 1;
     }
     assert_eq!(answers, 5);
-}
-
-/// A slot that is not used for 2^32 requests does not look as if it was answered just now.
-#[test]
-fn answers_of_long_ago() {
-    let mut w = World::new(5);
-    let mut backend = w.backend();
-    w.frontend.write(0, 0, &[1; 4096]).unwrap();
-    w.frontend.push();
-    for _ in 0..40 {
-        w.turn(&mut backend, false);
-    }
-    let (published, state) = (w.record.load32(AT_PUBLISHED, Relaxed), entry(0) + AT_STATE);
-    assert_eq!(w.record.load32(state, Relaxed), 2);
-    // Answered, and not published: it stays.
-    w.record.store32(entry(1) + AT_STATE, 2, Relaxed);
-    w.record.store32(entry(1) + AT_ANSWER, published, Relaxed);
-    w.now += 1 << 30;
-    w.turn(&mut backend, false);
-    assert_eq!([0, 1].map(|slot| w.record.load32(entry(slot) + AT_STATE, Relaxed)), [0, 2]);
 }
