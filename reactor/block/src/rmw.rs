@@ -443,9 +443,11 @@ impl<Q: BlockQueue> RmwQueue<Q> {
 /// Takes memory for edges, if there is any that the leaf can reach.
 #[cold]
 fn make_pool<Q: BlockQueue>(leaf: &mut Q) -> Option<Pool> {
-    let pool = Pool::new(BUFFERS, BLOCK_MAX).ok()?;
-    leaf.register(pool.region()).ok()?;
-    Some(pool)
+    let made = Pool::new(BUFFERS, BLOCK_MAX).map_err(|e| e.to_string()).and_then(|pool| {
+        leaf.register(pool.region())?;
+        Ok(pool)
+    });
+    made.inspect_err(|e| log::error!("no buffers for parts of a device's blocks: {e}")).ok()
 }
 
 /// The tag of a leaf request: which slot's, which use of it, what for.
