@@ -1,12 +1,15 @@
 //! Backends that die in the middle of their work, and others that take the ring up: each request is
 //! answered once, and what was answered is there.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use blkif::abi::{OKAY, REQ_PROD};
+use blkif::abi::{Head, OKAY, REQ_PROD};
 use blkif::{
-    Abi, Backend, Config, Frontend, KeptRing, LocalGrants, RegionRing, RingMemory, Setup, Signal,
+    Abi, Backend, Config, Frontend, Kept, KeptRing, LocalGrants, RegionRing, RingMemory, Setup,
+    Signal,
 };
 use block::{BlockQueue, Completions, Frontend as _};
 use dma::{PageSize, Region};
@@ -327,4 +330,139 @@ fn what_a_dead_backend_took_is_answered_before_the_end() {
         answers += 1;
     }
     assert_eq!(answers, 5);
+}
+
+/// A record whose backend dies at its so many'th step: between any two of them, that is.
+struct Dying {
+    inner: KeptRing<RegionRing>,
+    steps: Arc<AtomicU32>,
+}
+
+impl Dying {
+    fn step(&self) -> &KeptRing<RegionRing> {
+        let left = self.steps.load(Relaxed);
+        assert!(left > 0, "it dies");
+        self.steps.store(left - 1, Relaxed);
+        &self.inner
+    }
+}
+
+impl RingMemory for Dying {
+    const KEEPS: bool = true;
+
+    fn bytes(&self) -> usize {
+        self.inner.bytes()
+    }
+
+    fn mask(&self) -> u32 {
+        self.inner.mask()
+    }
+
+    fn load32(&self, offset: usize, order: Ordering) -> u32 {
+        self.inner.load32(offset, order)
+    }
+
+    fn store32(&self, offset: usize, value: u32, order: Ordering) {
+        self.step().store32(offset, value, order);
+    }
+
+    fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
+        self.inner.load64s(offset)
+    }
+
+    fn store64s<const N: usize>(&self, offset: usize, words: &[u64; N]) {
+        self.step().store64s(offset, words);
+    }
+
+    fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
+        self.step().keep(slot, index, head, tail);
+    }
+
+    fn counted(&self, index: u32) {
+        self.step().counted(index);
+    }
+
+    fn answered(&self, slot: u16, index: u32) {
+        self.step().answered(slot, index);
+    }
+
+    fn publishing(&self, index: u32) {
+        self.step().publishing(index);
+    }
+
+    fn kept(&self) -> Result<Option<Kept>, &'static str> {
+        self.inner.kept()
+    }
+
+    fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
+        self.inner.kept_request(slot)
+    }
+}
+
+/// Death at each step in turn. Whoever comes next gets a step more, so that it ends.
+#[test]
+fn a_backend_that_dies_at_any_step() {
+    let mut died = 0;
+    for (seed, most) in (1..5).flat_map(|seed| (2..40).map(move |most| (seed, most))) {
+        let mut w = World::new(seed);
+        w.disk.shuffle = None;
+        let (mut seen, mut buffer, mut turns) = ([0; 12], vec![0; 8192], 0);
+        let mut before = 0;
+        for n in 0..12 {
+            match n % 4 {
+                3 => w.frontend.flush(n, 0, &[]).unwrap(),
+                2 => w.frontend.read(n, 100, 8192).unwrap(),
+                _ => w.frontend.write(n, 16 * n, &vec![1 + n as u8; 4096 << (n % 2)]).unwrap(),
+            }
+        }
+        w.frontend.push();
+        while seen.contains(&0) {
+            let kept = KeptRing::new(
+                w.frontend.ring(),
+                w.record.clone(),
+                w.config.abi,
+                w.config.order,
+                IDENTITY,
+            );
+            let steps = Arc::new(AtomicU32::new(most + before));
+            let ring = Dying { inner: kept, steps: steps.clone() };
+            let (config, grants) = (w.config.clone(), w.frontend.grants());
+            let mut backend = Backend::new(config, ring, grants, Signal::default()).unwrap();
+            for region in backend.regions() {
+                w.disk.register(&region).unwrap();
+            }
+            let mut out = Completions::new();
+            while w.disk.in_flight() > 0 {
+                out.clear();
+                w.disk.poll(&mut out);
+            }
+            let lives = catch_unwind(AssertUnwindSafe(|| {
+                while turns < 10_000 && w.frontend.in_flight() > 0 {
+                    out.clear();
+                    w.disk.poll(&mut out);
+                    out.iter().for_each(|c| backend.complete(c));
+                    w.now += 10_000;
+                    backend.poll(&mut w.disk, w.now);
+                    turns += 1;
+                    while let Some(done) = w.frontend.reap(&mut buffer).unwrap() {
+                        assert_eq!(done.status, OKAY);
+                        seen[done.cookie as usize] += 1;
+                    }
+                }
+            }));
+            (died, before) = (died + u32::from(lives.is_err()), before + 1);
+            assert!(lives.is_ok() || steps.load(Relaxed) == 0, "it panics by itself");
+            while let Some(done) = w.frontend.reap(&mut buffer).unwrap() {
+                assert_eq!(done.status, OKAY);
+                seen[done.cookie as usize] += 1;
+            }
+            assert!(turns < 10_000, "seed {seed}, {most} steps: {seen:?}");
+        }
+        assert_eq!(seen, [1; 12], "seed {seed}, {most} steps");
+        for n in (0..12).filter(|n| n % 4 < 2) {
+            let written = w.disk.bytes(16 * 512 * n, 4096 << (n % 2));
+            assert!(written.iter().all(|&b| b == 1 + n as u8), "seed {seed}, {most} steps");
+        }
+    }
+    assert!(died > 200, "{died}");
 }
