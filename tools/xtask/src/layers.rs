@@ -29,7 +29,7 @@ enum Level {
 }
 
 /// Every crate of the workspace. A crate that is missing here is an error.
-const CRATES: [(&str, Level); 21] = [
+const CRATES: [(&str, Level); 22] = [
     ("nvme-spec", Level::Layouts),
     ("dma", Level::Memory),
     ("block", Level::Vocabulary),
@@ -48,6 +48,7 @@ const CRATES: [(&str, Level); 21] = [
     ("nvme-model", Level::Double),
     ("sim", Level::Double),
     ("node", Level::Assembly),
+    ("sr", Level::Assembly),
     ("bench", Level::Measurement),
     ("polldisk", Level::Product),
     ("xtask", Level::Apart),

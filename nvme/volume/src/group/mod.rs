@@ -91,6 +91,20 @@ impl<S: Storage> Group<S> {
         Ok(View::new(map, read_only, &mut self.devices))
     }
 
+    /// A volume that a change will make, as storage: what must be in it when the change is in force. Its
+    /// extents are nobody's now.
+    ///
+    /// # Errors
+    /// If there is no such volume, or an extent of it is in use now.
+    pub fn new_volume(&mut self, prepared: &Prepared, name: &str) -> Result<View<'_, S>> {
+        let lv = prepared.vg.lv(name)?;
+        let runs: Vec<Run> = lv.segments.iter().flat_map(crate::Segment::runs).collect();
+        if subtract(runs.clone(), self.vg.used().collect()) != runs {
+            return refused(format!("volume {name} has extents already that are in use"));
+        }
+        Ok(View::new(Map::new(&prepared.vg, lv), false, &mut self.devices))
+    }
+
     /// The devices, given back, in the order of [`Vg::pvs`].
     pub fn into_devices(self) -> Vec<S> {
         self.devices.into_iter().map(|device| device.storage).collect()

@@ -1,0 +1,310 @@
+//! The operations on disks: each is one commit of the group.
+
+use block::Storage;
+use qcow::create::CreateOptions;
+use qcow::open::Format;
+use uuid::Uuid;
+use volume::{Author, Id, Lv, Shape, Vg};
+
+use crate::error::{Error, Result, refused};
+use crate::fields::Fields;
+use crate::repository::Repository;
+use crate::state::{
+    DEPTH, DESCRIPTION, Disk, KEY, NAME, Node, PARENT, READ_ONLY, SHARABLE, SIZE, State, THEIRS,
+};
+
+/// Bytes of a new volume at most: it grows with what is written.
+const FIRST: u64 = 64 << 20;
+/// Bytes of a stripe.
+const STRIPE: u64 = 64 << 10;
+/// Disks are a multiple of this: backup programs read changed blocks of 64 KiB by 32 at a time.
+const ROUND: u64 = 2 << 20;
+
+/// What a new disk shall be.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct NewDisk {
+    /// For people.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Bytes; rounded up to 2 MiB.
+    pub size: u64,
+    /// Several guests may have it at once.
+    pub sharable: bool,
+}
+
+/// Which text of a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Text {
+    /// Its name.
+    Name,
+    /// Its description.
+    Description,
+}
+
+fn key() -> String {
+    Uuid::new_v4().to_string()
+}
+
+/// A name for a logical volume.
+fn lv_name() -> String {
+    format!("pd-{}", Uuid::new_v4())
+}
+
+fn lv<'a>(vg: &'a mut Vg, name: &str) -> Result<&'a mut Lv> {
+    let found = vg.lvs.iter_mut().find(|lv| lv.name == name);
+    found.ok_or_else(|| Error::Group(volume::Error::NoVolume(name.to_owned())))
+}
+
+/// Writes what is known of a node into its volume's tags.
+fn put(vg: &mut Vg, node: &Node) -> Result<()> {
+    let mut fields = Fields::default();
+    fields.set(SIZE, node.size.to_string());
+    if let Some(parent) = &node.parent {
+        fields.set(PARENT, &**parent);
+    }
+    if let Some(disk) = &node.disk {
+        fields.set(KEY, &*disk.key);
+        fields.set(NAME, &*disk.name);
+        fields.set(DESCRIPTION, &*disk.description);
+        for (flag, is_set) in [(READ_ONLY, disk.read_only), (SHARABLE, disk.sharable)] {
+            if is_set {
+                fields.set(flag, "1");
+            }
+        }
+        disk.keys.iter().for_each(|(k, v)| fields.set(&format!("{THEIRS}{k}"), &**v));
+    }
+    fields.write(&mut lv(vg, &node.lv)?.tags)
+}
+
+/// Takes a node away, and those below that nobody needs without it.
+fn remove(vg: &mut Vg, state: &State, node: &Node) -> Result<()> {
+    let mut next = Some(node);
+    while let Some(node) = next {
+        vg.remove_lv(&node.lv)?;
+        // Of those below the one only is another's, too, or has a key.
+        let below = node.parent.as_ref().and_then(|parent| state.nodes.get(parent));
+        next = below.filter(|below| below.disk.is_none() && state.children(&below.lv) == 1);
+    }
+    Ok(())
+}
+
+impl<S: Storage> Repository<S> {
+    /// Makes a disk. Returns its key.
+    ///
+    /// # Errors
+    /// If there is no space, the size is 0 or too large, or a text is too long.
+    pub fn create_disk(&mut self, new: &NewDisk, author: &Author) -> Result<String> {
+        let size =
+            new.size.checked_next_multiple_of(ROUND).filter(|size| (1..1 << 50).contains(size));
+        let Some(size) = size else {
+            return refused(format!("a disk of {} bytes: 1 byte to 1 PiB are possible", new.size));
+        };
+        let disk = Disk {
+            key: key(),
+            name: new.name.clone(),
+            description: new.description.clone(),
+            read_only: false,
+            sharable: new.sharable,
+            keys: std::collections::BTreeMap::new(),
+        };
+        let node = Node { lv: lv_name(), parent: None, size, used: 0, disk: Some(disk.clone()) };
+        self.make(&format!("create {}", disk.key), &[node], author, |_| Ok(()))?;
+        Ok(disk.key)
+    }
+
+    /// Makes new nodes with their images, and changes others in the same commit.
+    fn make(
+        &mut self,
+        why: &str,
+        nodes: &[Node],
+        author: &Author,
+        more: impl FnOnce(&mut Vg) -> Result<()>,
+    ) -> Result<()> {
+        let group = self.group().vg().name.clone();
+        let images: Vec<(String, CreateOptions)> = nodes
+            .iter()
+            .map(|node| {
+                let backing = node.parent.as_ref().map(|lv| format!("/dev/{group}/{lv}"));
+                let backing = backing.map(|path| (path, Format::Qcow2));
+                (node.lv.clone(), CreateOptions { backing, ..CreateOptions::new(node.size) })
+            })
+            .collect();
+        let deepest = nodes.iter().filter_map(|node| node.parent.as_ref());
+        let deepest = deepest.map(|lv| self.state().chain(lv).count()).max().unwrap_or(0);
+        if deepest >= DEPTH {
+            return refused(format!(
+                "{deepest} images would stand on each other, {DEPTH} are possible: delete snapshots"
+            ));
+        }
+        let stripes = self.state().stripes;
+        let stripe_size = if stripes > 1 { STRIPE / 512 } else { 0 };
+        self.commit(author, why, &images, |vg| {
+            for node in nodes {
+                // All of the disk and its tables, if it is that small.
+                let most = node.size + node.size / 512 + (4 << 20);
+                let extents = vg.extents_for(most.min(FIRST));
+                let shape = Shape { stripes, stripe_size };
+                let id =
+                    Id::random().map_err(|e| Error::Refused(format!("random numbers: {e}")))?;
+                vg.create_lv(id, &node.lv, extents, shape, author)?;
+                put(vg, node)?;
+            }
+            // After the new ones, which must not have extents that are given back by this.
+            more(vg)
+        })
+    }
+
+    /// Makes a snapshot of a disk: what it is now, for reading. The disk goes on in a new volume on top.
+    /// Of a snapshot another one is made. Returns the snapshot's key.
+    ///
+    /// An image that a guest uses has to be paused for this, and opened anew after it.
+    ///
+    /// # Errors
+    /// If there is no such disk, no space, or too many images would stand on each other.
+    pub fn snapshot(&mut self, of: &str, author: &Author) -> Result<String> {
+        let (disk, node) = self.known(of)?;
+        let copy = Disk { key: key(), read_only: true, keys: Default::default(), ..disk.clone() };
+        let why = format!("snapshot {of}");
+        let key = copy.key.clone();
+        let above = Node { lv: lv_name(), parent: Some(node.lv.clone()), ..node.clone() };
+        if disk.read_only {
+            self.make(&why, &[Node { disk: Some(copy), ..above }], author, |_| Ok(()))?;
+        } else {
+            let frozen = Node { disk: Some(copy), ..node };
+            self.make(&why, &[above], author, |vg| put(vg, &frozen))?;
+        }
+        Ok(key)
+    }
+
+    /// Makes a disk that begins as another one, or a snapshot, is now. Returns its key.
+    ///
+    /// # Errors
+    /// As [`Repository::snapshot`].
+    pub fn clone_disk(&mut self, of: &str, author: &Author) -> Result<String> {
+        let (disk, node) = self.known(of)?;
+        let copy = Disk { key: key(), read_only: false, keys: Default::default(), ..disk.clone() };
+        let why = format!("clone {of}");
+        let key = copy.key.clone();
+        let above =
+            |disk| Node { lv: lv_name(), parent: Some(node.lv.clone()), disk, ..node.clone() };
+        if disk.read_only {
+            self.make(&why, &[above(Some(copy))], author, |_| Ok(()))?;
+        } else {
+            let nodes = [above(Some(disk)), above(Some(copy))];
+            let hidden = Node { disk: None, ..node.clone() };
+            self.make(&why, &nodes, author, |vg| put(vg, &hidden))?;
+        }
+        Ok(key)
+    }
+
+    /// Makes a disk again what a snapshot is; what was written since is lost.
+    ///
+    /// # Errors
+    /// As [`Repository::snapshot`]; if the one is no snapshot or the other one.
+    pub fn revert(&mut self, snapshot: &str, to: &str, author: &Author) -> Result<()> {
+        let (taken, below) = self.known(snapshot)?;
+        let (disk, node) = self.known(to)?;
+        if !taken.read_only || disk.read_only {
+            return refused(format!(
+                "{to} cannot become what {snapshot} is: a snapshot is for reading"
+            ));
+        }
+        let (parent, disk) = (Some(below.lv.clone()), Some(disk));
+        let new = Node { lv: lv_name(), parent, size: below.size, used: 0, disk };
+        let state = self.state().clone();
+        self.make(&format!("revert {to} to {snapshot}"), &[new], author, |vg| {
+            if state.children(&node.lv) > 0 {
+                return put(vg, &Node { disk: None, ..node });
+            }
+            remove(vg, &state, &node)
+        })
+    }
+
+    /// Takes a disk or snapshot away. What others stand on stays, hidden.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn destroy(&mut self, key: &str, author: &Author) -> Result<()> {
+        let (_, node) = self.known(key)?;
+        let state = self.state().clone();
+        self.commit(author, &format!("destroy {key}"), &[], |vg| {
+            if state.children(&node.lv) > 0 {
+                return put(vg, &Node { disk: None, ..node });
+            }
+            remove(vg, &state, &node)
+        })
+    }
+
+    /// Sets one of the toolstack's keys of a disk, or takes it away.
+    ///
+    /// # Errors
+    /// If there is no such disk, or there is no room for it.
+    pub fn set_key(&mut self, of: &str, k: &str, v: Option<&str>, author: &Author) -> Result<()> {
+        self.change(of, "a key", author, |disk| {
+            match v {
+                Some(v) => drop(disk.keys.insert(k.to_owned(), v.to_owned())),
+                None => drop(disk.keys.remove(k)),
+            };
+        })
+    }
+
+    /// Changes a text of a disk.
+    ///
+    /// # Errors
+    /// If there is no such disk, or the text is too long.
+    pub fn set_text(&mut self, of: &str, which: Text, text: &str, author: &Author) -> Result<()> {
+        self.change(of, "a text", author, |disk| match which {
+            Text::Name => text.clone_into(&mut disk.name),
+            Text::Description => text.clone_into(&mut disk.description),
+        })
+    }
+
+    fn change(
+        &mut self,
+        of: &str,
+        what: &str,
+        author: &Author,
+        edit: impl FnOnce(&mut Disk),
+    ) -> Result<()> {
+        let (mut disk, node) = self.known(of)?;
+        let before = disk.clone();
+        edit(&mut disk);
+        if disk == before {
+            return Ok(());
+        }
+        let node = Node { disk: Some(disk), ..node };
+        self.commit(author, &format!("{what} of {of}"), &[], |vg| put(vg, &node))
+    }
+
+    /// The disk in a node's image has another size now.
+    ///
+    /// # Errors
+    /// If there is no such disk.
+    pub fn note_size(&mut self, of: &str, size: u64, author: &Author) -> Result<()> {
+        let (_, node) = self.known(of)?;
+        let node = Node { size, ..node };
+        self.commit(author, &format!("size of {of}"), &[], |vg| put(vg, &node))
+    }
+
+    /// Makes a disk's volume larger, by at least so many bytes and in steps that grow with it. Returns
+    /// how many bytes it has then.
+    ///
+    /// # Errors
+    /// If there is no such disk, or no space.
+    pub fn grow(&mut self, of: &str, more: u64, author: &Author) -> Result<u64> {
+        let (_, node) = self.known(of)?;
+        self.commit(author, &format!("grow {of}"), &[], |vg| {
+            let extents = vg.extents_for(more);
+            vg.grow_lv(&node.lv, extents)?;
+            Ok(())
+        })?;
+        Ok(self.disk(of)?.1.used)
+    }
+
+    /// A disk and its node, to be changed.
+    fn known(&self, key: &str) -> Result<(Disk, Node)> {
+        let (disk, node) = self.disk(key)?;
+        Ok((disk.clone(), node.clone()))
+    }
+}

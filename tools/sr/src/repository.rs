@@ -1,0 +1,201 @@
+//! [`Repository`]: an open one, what it says of itself, and the commit of a change.
+
+use block::Storage;
+use qcow::create::CreateOptions;
+use volume::{Author, Group, NewGroup, Run, Vg, View};
+
+use crate::error::{Error, Result, refused};
+use crate::fields::Fields;
+use crate::state::{DESCRIPTION, Disk, NAME, Node, SR, STRIPES, State};
+
+/// Bytes of an extent of the groups that are made here.
+const EXTENT: u64 = 4 << 20;
+
+/// What a new repository shall be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewRepository {
+    /// Its UUID.
+    pub id: String,
+    /// For people.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// On how many devices each volume lies in stripes; 1: on one.
+    pub stripes: u32,
+    /// The system ID of this host, if it has one.
+    pub system_id: Option<String>,
+}
+
+/// What a repository is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stat {
+    /// Its UUID.
+    pub id: String,
+    /// For people.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Name of the volume group.
+    pub group: String,
+    /// Bytes for volumes.
+    pub total: u64,
+    /// Bytes of that which no volume has.
+    pub free: u64,
+}
+
+/// An open repository.
+#[derive(Debug)]
+pub struct Repository<S> {
+    group: Group<S>,
+    state: State,
+    /// Extents that no volume has any more since they were last asked for.
+    freed: Vec<Run>,
+}
+
+/// Whose repository a device is a part of, if it is of one: the UUID.
+///
+/// # Errors
+/// If it cannot be read, or what stands there is damaged.
+pub fn probe(storage: &mut dyn Storage) -> Result<Option<String>> {
+    let found = volume::probe(storage)?;
+    let Some(vg) = found.and_then(|found| found.group) else { return Ok(None) };
+    Ok(Fields::read(&vg.tags)?.get(SR).map(str::to_owned))
+}
+
+impl<S: Storage> Repository<S> {
+    /// Makes a repository on devices; what was on them is lost.
+    ///
+    /// # Errors
+    /// As [`Group::create`]; if there are fewer devices than stripes.
+    pub fn create(storages: Vec<S>, new: &NewRepository, author: &Author) -> Result<Repository<S>> {
+        if new.stripes == 0 || new.stripes as usize > storages.len() {
+            let (stripes, devices) = (new.stripes, storages.len());
+            return refused(format!("{stripes} stripes on {devices} devices"));
+        }
+        let mut fields = Fields::default();
+        fields.set(SR, &*new.id);
+        fields.set(NAME, &*new.name);
+        fields.set(DESCRIPTION, &*new.description);
+        fields.set(STRIPES, new.stripes.to_string());
+        let mut tags = Vec::new();
+        fields.write(&mut tags)?;
+        let group = NewGroup {
+            name: format!("pd-{}", new.id),
+            system_id: new.system_id.clone(),
+            extent: EXTENT,
+            metadata: volume::DEFAULT_METADATA,
+        };
+        let mut group = Group::create(storages, &group, author)?;
+        group.change(author, "polldisk: create the repository", |vg| {
+            vg.tags = tags;
+            Ok(())
+        })?;
+        Repository::of(group)
+    }
+
+    /// Opens the repository that is on these devices, all of them.
+    ///
+    /// # Errors
+    /// As [`Group::open`]; if the group is no repository, or its tags contradict themselves.
+    pub fn open(storages: Vec<S>, system_id: Option<&str>) -> Result<Repository<S>> {
+        Repository::of(Group::open(storages, system_id)?)
+    }
+
+    fn of(group: Group<S>) -> Result<Repository<S>> {
+        let state = State::read(group.vg())?;
+        Ok(Repository { group, state, freed: Vec::new() })
+    }
+
+    /// The devices, given back.
+    pub fn into_devices(self) -> Vec<S> {
+        self.group.into_devices()
+    }
+
+    /// The volume group.
+    pub fn group(&self) -> &Group<S> {
+        &self.group
+    }
+
+    /// What it is.
+    pub fn stat(&self) -> Stat {
+        let vg = self.group.vg();
+        let extents: u64 = vg.pvs.iter().map(|pv| pv.pe_count).sum();
+        Stat {
+            id: self.state.id.clone(),
+            name: self.state.name.clone(),
+            description: self.state.description.clone(),
+            group: vg.name.clone(),
+            total: extents * vg.extent_bytes(),
+            free: vg.free_extents() * vg.extent_bytes(),
+        }
+    }
+
+    /// All disks and snapshots, with the nodes that they are.
+    pub fn list(&self) -> impl Iterator<Item = (&Disk, &Node)> {
+        self.state.nodes.values().filter_map(|node| Some((node.disk.as_ref()?, node)))
+    }
+
+    /// A disk or snapshot.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn disk(&self, key: &str) -> Result<(&Disk, &Node)> {
+        let node = self.state.of(key)?;
+        let disk = node.disk.as_ref().ok_or_else(|| Error::NoDisk(key.to_owned()))?;
+        Ok((disk, node))
+    }
+
+    /// What has to be opened for a disk: its node and those below it, in this order.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn chain(&self, key: &str) -> Result<Vec<&Node>> {
+        let lv = &self.state.of(key)?.lv;
+        Ok(self.state.chain(lv).collect())
+    }
+
+    /// A node's image as storage.
+    ///
+    /// # Errors
+    /// If there is no such volume.
+    pub fn storage(&mut self, lv: &str) -> Result<View<'_, S>> {
+        Ok(self.group.volume(lv)?)
+    }
+
+    /// Tells the devices that nobody needs the extents that were given back since this was last called.
+    pub fn discard(&mut self) {
+        let freed = std::mem::take(&mut self.freed);
+        self.group.discard(&freed);
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// A change in one commit, with new images in new volumes.
+    pub(crate) fn commit(
+        &mut self,
+        author: &Author,
+        why: &str,
+        images: &[(String, CreateOptions)],
+        edit: impl FnOnce(&mut Vg) -> Result<()>,
+    ) -> Result<()> {
+        let mut failed = None;
+        let prepared = self.group.prepare(author, &format!("polldisk: {why}"), |vg| {
+            edit(vg).map_err(|error| {
+                let text = error.to_string();
+                failed = Some(error);
+                volume::Error::Refused(text)
+            })
+        });
+        let prepared = prepared.map_err(|error| failed.take().unwrap_or(Error::Group(error)))?;
+        // Whatever was done must be something that can be opened again.
+        let state = State::read(prepared.vg())?;
+        for (lv, options) in images {
+            qcow::create::create(&mut self.group.new_volume(&prepared, lv)?, lv, options)?;
+        }
+        self.freed.append(&mut self.group.commit(prepared)?);
+        self.state = state;
+        Ok(())
+    }
+}
