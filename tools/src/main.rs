@@ -17,6 +17,7 @@ mod model;
 mod nbd;
 mod serve;
 mod signals;
+mod volume;
 
 use clap::{Parser, Subcommand};
 
@@ -59,6 +60,9 @@ enum Command {
     /// Images: info, check, create, map, convert, compare.
     #[command(subcommand)]
     Image(image::Command),
+    /// Volume groups of LVM2: create-group, list, create, remove, extend, rename, check.
+    #[command(subcommand)]
+    Volume(volume::Command),
 }
 
 fn main() -> std::process::ExitCode {
@@ -77,6 +81,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(bench) => bench::run(&bench),
         Command::Device(command) => device::run(command),
         Command::Image(command) => image::run(command),
+        Command::Volume(command) => volume::run(command),
     };
     let result = result.or_else(output::usage_code);
     match result {

@@ -6,6 +6,7 @@
 //!   or made, and changed in two phases: [`Group::prepare`] and [`Group::commit`].
 //! - [`Vg`], [`Pv`], [`Lv`], [`Segment`] are that state. Changes are methods of [`Vg`], in memory.
 //! - [`Map`] says where a volume's bytes are; [`View`] is a volume seen as storage.
+//! - [`HostIds`] are the system IDs of this host: whose groups it may use.
 //! - [`Label`] and [`MetadataArea`] are what stands on a device, [`text`] the form of metadata.
 //!
 //! What is not understood is refused, and left untouched: mirrors, thin pools, caches, groups that
@@ -18,6 +19,7 @@
 mod crc;
 mod error;
 mod group;
+mod host;
 mod id;
 mod label;
 mod map;
@@ -28,6 +30,7 @@ mod view;
 
 pub use error::{Error, Result};
 pub use group::{DEFAULT_METADATA, Found, Group, NewGroup, Prepared, probe};
+pub use host::{HostIds, check_system_id};
 pub use id::Id;
 pub use label::{Area, Label};
 pub use map::{Extent, Map};

@@ -231,6 +231,7 @@ fn new_group() -> NewGroup {
     NewGroup {
         name: "pd-0".to_owned(),
         system_id: Some("me".to_owned()),
+        tags: Vec::new(),
         extent: 4 * MIB,
         metadata: volume::DEFAULT_METADATA,
     }

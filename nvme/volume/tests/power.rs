@@ -25,7 +25,13 @@ fn author() -> Author {
 }
 
 fn new_group() -> NewGroup {
-    NewGroup { name: "vg".into(), system_id: Some("me".into()), extent: 4096, metadata: 4096 }
+    NewGroup {
+        name: "vg".into(),
+        system_id: Some("me".into()),
+        tags: Vec::new(),
+        extent: 4096,
+        metadata: 4096,
+    }
 }
 
 /// A change of a random kind.

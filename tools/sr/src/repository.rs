@@ -82,6 +82,7 @@ impl<S: Storage> Repository<S> {
         let group = NewGroup {
             name: format!("pd-{}", new.id),
             system_id: new.system_id.clone(),
+            tags: Vec::new(),
             extent: EXTENT,
             metadata: volume::DEFAULT_METADATA,
         };

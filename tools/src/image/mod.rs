@@ -134,7 +134,7 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Refuses what would block or be senseless to open, before it is opened.
-fn refuse_special(spec: &NodeSpec) -> anyhow::Result<()> {
+pub(crate) fn refuse_special(spec: &NodeSpec) -> anyhow::Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let Some(path) = spec.path() else { return Ok(()) };
     // If there is nothing, opening says so.

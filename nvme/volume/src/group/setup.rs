@@ -6,10 +6,11 @@ use block::Storage;
 
 use super::{Device, Group, Prepared, encode};
 use crate::error::{Error, Result, refused};
+use crate::host::check_system_id;
 use crate::id::Id;
 use crate::label::{Area, Label, SECTOR};
 use crate::mda::MetadataArea;
-use crate::model::{Author, Pv, Vg, WRITE_LOCKED, check_name};
+use crate::model::{Author, Pv, Vg, WRITE_LOCKED, check_name, check_tag};
 use crate::text::Node;
 
 /// Bytes of a metadata area that suffice for a thousand volumes, twice.
@@ -28,6 +29,8 @@ pub struct NewGroup {
     pub name: String,
     /// The system ID of this host, if it has one: others will leave the group alone.
     pub system_id: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
     /// Bytes of an extent: a power of two, at least 4096.
     pub extent: u64,
     /// Bytes of a metadata area, at least; [`DEFAULT_METADATA`].
@@ -40,9 +43,11 @@ impl<S: Storage> Group<S> {
     /// that is wanted has to be asked before.
     ///
     /// # Errors
-    /// If a device is in a group, too small, or fails; if the name is no name.
+    /// If a device is in a group, too small, or fails; if name, system ID or tags are none.
     pub fn create(storages: Vec<S>, new: &NewGroup, author: &Author) -> Result<Group<S>> {
         check_name("", &new.name)?;
+        new.system_id.as_deref().map_or(Ok(()), check_system_id)?;
+        new.tags.iter().try_for_each(|tag| check_tag(tag))?;
         if !new.extent.is_power_of_two() || new.extent < 4096 || new.extent / SECTOR > 1 << 31 {
             return refused(format!("extents of {} bytes", new.extent));
         }
@@ -90,7 +95,7 @@ impl<S: Storage> Group<S> {
             system_id: new.system_id.clone(),
             status: status.iter().map(|flag| (*flag).to_owned()).collect(),
             flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
-            tags: Vec::new(),
+            tags: new.tags.clone(),
             extent_size: new.extent / SECTOR,
             pvs,
             lvs: Vec::new(),

@@ -3,6 +3,7 @@
 use super::check::{check_name, check_tag};
 use super::{Author, Lv, Vg, WRITE_LOCKED};
 use crate::error::{Error, Result, refused};
+use crate::host::check_system_id;
 use crate::id::Id;
 use crate::text::Node;
 
@@ -97,6 +98,24 @@ impl Vg {
             true => Ok(at),
             false => refused(format!("{}/{name} is no volume of its own", self.name)),
         }
+    }
+
+    /// Gives the group to the host with this system ID.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn set_system_id(&mut self, id: &str) -> Result<()> {
+        check_system_id(id)?;
+        self.system_id = Some(id.to_owned());
+        // Tools that do not know of system IDs must take all of it as to be read only.
+        let of_lvs = self.lvs.iter_mut().map(|lv| (&mut lv.status, &mut lv.flags));
+        for (status, flags) in of_lvs.chain([(&mut self.status, &mut self.flags)]) {
+            if status.iter().any(|flag| flag == "WRITE") {
+                status.retain(|flag| flag != "WRITE");
+                flags.push(WRITE_LOCKED.to_owned());
+            }
+        }
+        Ok(())
     }
 
     /// Removes a volume.

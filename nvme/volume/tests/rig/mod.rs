@@ -189,6 +189,7 @@ pub(crate) fn new_group() -> NewGroup {
     NewGroup {
         name: "vg-0".to_owned(),
         system_id: Some("me".to_owned()),
+        tags: Vec::new(),
         extent: 4 << 20,
         metadata: volume::DEFAULT_METADATA,
     }
