@@ -24,6 +24,9 @@ pub trait LeafAccess: BlockQueue {
 /// Size of the bounce buffer, and so of one request.
 const BOUNCE: usize = 1 << 20;
 
+/// Most bytes of one command without data, so that none holds a device for long.
+const STEP: u64 = 1 << 30;
+
 /// Turns in which a healthy device has answered long since; afterwards each turn sleeps.
 const PATIENCE: u32 = 10_000;
 const PAUSE: Duration = Duration::from_micros(100);
@@ -214,8 +217,6 @@ impl<L: LeafAccess> Storage for Blocking<L> {
         let block = u64::from(self.info().block_size);
         let mut done = 0;
         if self.info().write_zeroes && (offset | len) & (block - 1) == 0 {
-            // Bounded per request, so that one command never holds a device for long.
-            const STEP: u64 = 1 << 30;
             while done < len {
                 let n = STEP.min(len - done);
                 match self.run("write zeroes", Op::WriteZeroes, offset + done, n) {
@@ -234,6 +235,21 @@ impl<L: LeafAccess> Storage for Blocking<L> {
             self.run("write", Op::Write, part.from, part.len)?;
         }
         Ok(())
+    }
+
+    fn discard_at(&mut self, offset: u64, len: u64) {
+        let block = u64::from(self.info().block_size);
+        // Whole blocks only: the others hold something else, too.
+        let (mut at, end) =
+            (offset.next_multiple_of(block), offset.saturating_add(len) & !(block - 1));
+        while self.info().discard && at < end {
+            let n = STEP.min(end - at);
+            // It is a favour.
+            if self.run("discard", Op::Discard, at, n).is_err() {
+                return;
+            }
+            at += n;
+        }
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
@@ -273,6 +289,22 @@ mod tests {
             s.read_at(99, &mut z).unwrap();
             assert_eq!((z[0], z[5001]), (0x11, data[5100 - 4097]));
             assert!(z[1..5001].iter().all(|&b| b == 0));
+        }
+    }
+
+    #[test]
+    fn whole_blocks_are_discarded() {
+        let mut s = Blocking::new(MemQueue::new(1 << 20, 4096).unwrap(), 0).unwrap();
+        s.write_at(0, &vec![0x11; 1 << 20]).unwrap();
+        s.discard_at(4097, 4 * 4096);
+        s.discard_at(0, 4095);
+        s.discard_at(1 << 19, 0);
+        let mut back = vec![0; 1 << 20];
+        s.read_at(0, &mut back).unwrap();
+        // Memory has zeroes then.
+        for (at, byte) in back.iter().enumerate() {
+            let gone = (2 * 4096..5 * 4096).contains(&at);
+            assert_eq!(*byte, if gone { 0 } else { 0x11 }, "byte {at}");
         }
     }
 

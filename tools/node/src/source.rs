@@ -68,7 +68,9 @@ impl Storage for Source {
     }
 
     fn discard_at(&mut self, offset: u64, len: u64) {
-        each!(mut self, s => s.discard_at(offset, len));
+        if !self.is_for_reading() {
+            each!(mut self, s => s.discard_at(offset, len));
+        }
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {

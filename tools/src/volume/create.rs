@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Create) -> anyhow::Result<()> {
     empty(&mut open, what)?;
     let vg = open.vg();
     let volume = list::OfVolume::of(vg, &open.nodes, vg.lv(&what.name)?);
-    let free = vg.free_extents() * vg.extent_bytes();
+    let free = vg.free_extents().saturating_mul(vg.extent_bytes());
     open.close()?;
     super::tell_rounded(what, args.size, volume.size, unit);
     if args.output.is_json() {

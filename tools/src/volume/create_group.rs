@@ -87,7 +87,7 @@ pub(crate) fn run(args: &CreateGroup) -> anyhow::Result<()> {
         let vg = open.vg();
         print::line(&format!(
             "Volume group {name} created: {} free on {} device{}.",
-            bytes(vg.free_extents() * vg.extent_bytes()),
+            bytes(vg.free_extents().saturating_mul(vg.extent_bytes())),
             vg.pvs.len(),
             if vg.pvs.len() == 1 { "" } else { "s" },
         ))?;

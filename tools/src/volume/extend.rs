@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Extend) -> anyhow::Result<()> {
     let mut open = open_to_change(&what.group, &args.devices, |vg| {
         check_idle(&args.devices, vg, what)?;
         let lv = vg.lv(&what.name)?;
-        old = lv.extents() * vg.extent_bytes();
+        old = lv.extents().saturating_mul(vg.extent_bytes());
         let stripes = lv.segments.last().map_or(1, |last| last.areas.len() as u64);
         unit = vg.extent_bytes() * stripes;
         asked = match args.size {
@@ -81,9 +81,9 @@ pub(crate) fn run(args: &Extend) -> anyhow::Result<()> {
     }
     let vg = open.vg();
     let lv = vg.lv(&what.name)?;
-    let size = lv.extents() * vg.extent_bytes();
+    let size = lv.extents().saturating_mul(vg.extent_bytes());
     let segments = lv.segments.len();
-    let free = vg.free_extents() * vg.extent_bytes();
+    let free = vg.free_extents().saturating_mul(vg.extent_bytes());
     open.close()?;
     super::tell_rounded(what, asked, size, unit);
     if args.output.is_json() {

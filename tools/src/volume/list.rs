@@ -114,7 +114,7 @@ impl OfVolume {
         OfVolume {
             name: lv.name.clone(),
             id: lv.id.to_string(),
-            size: lv.extents() * extent,
+            size: lv.extents().saturating_mul(extent),
             stripes: last.map_or(1, |s| s.areas.len()),
             stripe_size: last.map_or(0, |s| s.stripe_size * 512),
             tags: lv.tags.clone(),
@@ -131,6 +131,8 @@ impl Printed {
         let vg = open.vg();
         let extent = vg.extent_bytes();
         let free = vg.free();
+        // Each device is as large as its extents; all of them may be more than fits.
+        let bytes = |extents: u64| extents.saturating_mul(extent);
         let all = vg.pvs.iter().map(|pv| pv.pe_count).sum::<u64>();
         let device = |at: usize| OfDevice {
             node: open.nodes[at].clone(),
@@ -151,8 +153,8 @@ impl Printed {
                 system_id: vg.system_id.clone(),
                 ours: vg.system_id.is_none() || vg.system_id.as_deref() == ours,
                 extent_size: extent,
-                size: all * extent,
-                free: vg.free_extents() * extent,
+                size: bytes(all),
+                free: bytes(vg.free_extents()),
                 tags: vg.tags.clone(),
             },
             devices: (0..vg.pvs.len()).map(device).collect(),

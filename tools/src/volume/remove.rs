@@ -41,8 +41,9 @@ pub(crate) fn run(args: &Remove) -> anyhow::Result<()> {
     // Only now that nobody can come back to the state that had it.
     open.group.discard(&freed);
     let extent = open.vg().extent_bytes();
-    let discarded = freed.iter().map(|run| run.count * extent).sum();
-    let free = open.vg().free_extents() * extent;
+    let freed: u64 = freed.iter().map(|run| run.count).sum();
+    let discarded = freed.saturating_mul(extent);
+    let free = open.vg().free_extents().saturating_mul(extent);
     open.close()?;
     if args.output.is_json() {
         let (group, name) = (what.group.clone(), what.name.clone());

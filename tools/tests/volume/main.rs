@@ -7,6 +7,7 @@ mod judge;
 mod signatures;
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -108,6 +109,12 @@ impl Env {
         env.disk("b", 64);
         env.run("create-group vg a b").ok();
         env
+    }
+
+    /// The devices `a` and `b`, to look into.
+    fn disk_pair(&self) -> [File; 2] {
+        let open = |name| File::options().read(true).write(true).open(self.path(name)).unwrap();
+        ["a", "b"].map(open)
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {
@@ -243,10 +250,45 @@ fn devices_are_any_nodes() {
     env.run(&format!("create vg/v --size 24M --stripes 2 {nodes}")).ok();
     env.run(&format!("extend vg/v --size +8M {nodes}")).ok();
     env.run(&format!("check {nodes}")).ok();
+    let both = env.disk_pair();
+    both.iter().for_each(|file| file.write_all_at(&vec![7; 16 << 20], 17 * MIB).unwrap());
     // What a model wrote is in its file.
     let list = env.run("list --json a b").json();
     assert_eq!(list["volumes"][0]["size"], 32 * MIB);
     env.run(&format!("remove vg/v {nodes}")).ok();
+    for file in both {
+        let mut read = vec![1; 16 << 20];
+        file.read_exact_at(&mut read, 17 * MIB).unwrap();
+        assert!(read.iter().all(|&byte| byte == 0), "a drive discards, too");
+    }
     env.run("list mem:64M").fails(2, &["memory holds no group"]);
     env.run("list stripe:64k,a,b").fails(2, &["name its devices one by one"]);
+}
+
+#[test]
+fn a_drive_of_another_process_is_a_device() {
+    let env = Env::new();
+    env.disk("a", 64);
+    let mut server = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+    server.args(["model", "--vfio-user", "s", "-f", "raw", "model:a?lba=4096&vwc=1"]);
+    server.current_dir(env.dir.path()).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut server = server.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    env.run("create-group vg vfio-user:s/1").ok();
+    env.run("create vg/v --size 8M vfio-user:s/1").ok();
+    env.run("extend vg/v --size +4M vfio-user:s/1").ok();
+    env.run("rename vg/v w vfio-user:s/1").ok();
+    env.run("check vfio-user:s/1").ok();
+    // The server has the file, so a group on it is in use.
+    env.run("list a").fails(1, &["a: the image is in use by another process"]);
+    let pid = server.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    assert!(server.wait().unwrap().success());
+    let list = env.run("list --json a").json();
+    assert_eq!(
+        (&list["volumes"][0]["name"], &list["volumes"][0]["size"]),
+        (&json!("w"), &json!(12 * MIB))
+    );
+    env.run("check a").ok();
 }
