@@ -30,6 +30,11 @@ impl<T> Mutex<T> {
         TAKEN.with(|n| n.set(n.get() + 1));
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What was locked, back from its only owner.
+    pub fn into_inner(self) -> T {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]

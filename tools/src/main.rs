@@ -17,6 +17,7 @@ mod model;
 mod nbd;
 mod serve;
 mod signals;
+mod smapiv3;
 mod volume;
 
 use clap::{Parser, Subcommand};
@@ -49,6 +50,9 @@ enum Command {
     Serve(serve::Serve),
     /// Change the image of a running server: snapshots, commits, streams, its size.
     Ctl(ctl::Ctl),
+    /// The plugins by which the toolstack (xapi) uses repositories of type fast.
+    #[command(subcommand)]
+    Smapiv3(smapiv3::Command),
     /// Serve an NVMe controller model to another process, over vfio-user.
     Model(model::Model),
     /// Measurements.
@@ -77,6 +81,7 @@ fn main() -> std::process::ExitCode {
         Command::Nbd(nbd) => nbd::run(&nbd),
         Command::Serve(serve) => serve::run(&serve, cli.unsafe_noiommu),
         Command::Ctl(ctl) => ctl::run(&ctl),
+        Command::Smapiv3(command) => smapiv3::run(command),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),
         Command::Device(command) => device::run(command),

@@ -2,7 +2,7 @@
 
 use block::Storage;
 use qcow::create::CreateOptions;
-use volume::{Author, Group, NewGroup, Run, Vg, View};
+use volume::{Author, Group, HostIds, NewGroup, Run, Vg, View};
 
 use crate::error::{Error, Result, refused};
 use crate::fields::Fields;
@@ -62,6 +62,12 @@ pub fn probe(storage: &mut dyn Storage) -> Result<Option<String>> {
     Ok(Fields::read(&vg.tags)?.get(SR).map(str::to_owned))
 }
 
+/// The group that stands on the first device.
+fn found<S: Storage>(storages: &mut [S]) -> Result<Option<Vg>> {
+    let Some(first) = storages.first_mut() else { return Ok(None) };
+    Ok(volume::probe(first)?.and_then(|found| found.group))
+}
+
 impl<S: Storage> Repository<S> {
     /// Makes a repository on devices; what was on them is lost.
     ///
@@ -94,12 +100,23 @@ impl<S: Storage> Repository<S> {
         Repository::of(group)
     }
 
-    /// Opens the repository that is on these devices, all of them.
+    /// Opens the repository that is on these devices, all of them, for this host.
     ///
     /// # Errors
     /// As [`Group::open`]; if the group is no repository, or its tags contradict themselves.
-    pub fn open(storages: Vec<S>, system_id: Option<&str>) -> Result<Repository<S>> {
-        Repository::of(Group::open(storages, system_id)?)
+    pub fn open(mut storages: Vec<S>, host: &HostIds) -> Result<Repository<S>> {
+        let ours = found(&mut storages)?.and_then(|vg| host.matching(&vg).map(str::to_owned));
+        Repository::of(Group::open(storages, ours.as_deref())?)
+    }
+
+    /// The same only to look, whoever may use it. The devices must be for reading only, so that nothing is
+    /// repaired.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn look(mut storages: Vec<S>) -> Result<Repository<S>> {
+        let owner = found(&mut storages)?.and_then(|vg| vg.system_id);
+        Repository::of(Group::open(storages, owner.as_deref())?)
     }
 
     fn of(group: Group<S>) -> Result<Repository<S>> {
@@ -167,6 +184,38 @@ impl<S: Storage> Repository<S> {
     pub fn discard(&mut self) {
         let freed = std::mem::take(&mut self.freed);
         self.group.discard(&freed);
+    }
+
+    /// Whether there is any volume in the group, also somebody else's.
+    pub fn has_volumes(&self) -> bool {
+        !self.group.vg().lvs.is_empty()
+    }
+
+    /// Takes the repository off its devices, which are given back.
+    ///
+    /// # Errors
+    /// If it has volumes, or a device fails.
+    pub fn remove(self) -> Result<Vec<S>> {
+        Ok(self.group.remove()?)
+    }
+
+    /// Changes what people read of it.
+    ///
+    /// # Errors
+    /// If a text is too long, or a device fails.
+    pub fn set_texts(
+        &mut self,
+        name: Option<&str>,
+        description: Option<&str>,
+        author: &Author,
+    ) -> Result<()> {
+        let mut fields = Fields::read(&self.group.vg().tags)?;
+        for (field, text) in [(NAME, name), (DESCRIPTION, description)] {
+            if let Some(text) = text {
+                fields.set(field, text);
+            }
+        }
+        self.commit(author, "texts of the repository", &[], |vg| fields.write(&mut vg.tags))
     }
 
     pub(crate) fn state(&self) -> &State {

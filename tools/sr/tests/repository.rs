@@ -11,7 +11,7 @@ use rig::{Fault, Memory, author};
 use sim::Rng;
 use sr::fields::Fields;
 use sr::{Disk, Error, NewDisk, NewRepository, Node, Repository, Text, probe};
-use volume::{Group, Id, Shape, Vg};
+use volume::{Group, HostIds, Id, Shape, Vg};
 
 const MIB: u64 = 1 << 20;
 
@@ -32,8 +32,12 @@ fn make(devices: usize, size: u64) -> (Vec<Memory>, Repository<Memory>) {
     (devices, repository)
 }
 
+fn host(name: &str) -> HostIds {
+    HostIds { lvm: Some(name.to_owned()), ..HostIds::default() }
+}
+
 fn open(devices: &[Memory]) -> Repository<Memory> {
-    Repository::open(devices.iter().map(Memory::deep).collect(), Some("me")).unwrap()
+    Repository::open(devices.iter().map(Memory::deep).collect(), &host("me")).unwrap()
 }
 
 /// All that is said of the disks, and what stands in their images' headers agrees.
@@ -90,8 +94,10 @@ fn a_repository_is_found_again() {
         assert_eq!(probe(&mut device.deep()).unwrap(), Some(new(1).id));
     }
     assert_eq!(probe(&mut Memory::new(64 * MIB)).unwrap(), None);
-    let elsewhere = Repository::open(devices.iter().map(Memory::deep).collect(), Some("you"));
+    let copies = || devices.iter().map(|device| device.deep().to_read()).collect();
+    let elsewhere = Repository::open(copies(), &host("you"));
     assert!(matches!(elsewhere, Err(Error::Group(volume::Error::Foreign { .. }))));
+    assert_eq!(seen(&mut Repository::look(copies()).unwrap()), before);
 }
 
 #[test]
@@ -213,7 +219,7 @@ fn a_cut_leaves_the_state_before_or_the_one_after() {
             let next = r.into_devices();
             for at in 0.. {
                 let cut: Vec<Memory> = devices.iter().map(Memory::deep).collect();
-                let mut r = Repository::open(cut.clone(), Some("me")).unwrap();
+                let mut r = Repository::open(cut.clone(), &host("me")).unwrap();
                 let fault = Fault { after: at / 2, done: at % 2 == 1 };
                 let victim = rng.below(cut.len() as u64) as usize;
                 cut[victim].set_fault(Some(fault));
@@ -264,7 +270,7 @@ fn a_thousand_disks() {
     group.change(&author(), "all", all).unwrap();
     let timed = |what: &str, began: Instant| println!("{what}: {:?}", began.elapsed());
     let began = now();
-    let mut r = Repository::open(group.into_devices(), Some("me")).unwrap();
+    let mut r = Repository::open(group.into_devices(), &host("me")).unwrap();
     timed("1000 disks opened", began);
     let began = now();
     assert_eq!(r.list().filter(|(disk, _)| disk.keys.len() == 5).count(), 1000);

@@ -16,8 +16,11 @@ use nix::sys::socket::{getsockopt, sockopt};
 use reactor::Wake;
 use serde_json::{Value, json};
 
-/// Longest request or answer, in bytes.
+/// Longest request, in bytes.
 const LINE: u64 = 1 << 20;
+
+/// Longest answer: the disks of a large repository are some of them.
+const ANSWER: u64 = 64 << 20;
 
 /// A connection on which nothing is asked, or no answer taken, for so long is closed.
 const IDLE: Duration = Duration::from_secs(60);
@@ -139,7 +142,7 @@ fn serve(shared: &Shared, stream: &UnixStream) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(IDLE))?;
     let mut reader = BufReader::new(stream);
     while !shared.stop.load(Ordering::Acquire) {
-        let Some(line) = read_line(&mut reader)? else { return Ok(()) };
+        let Some(line) = read_line(&mut reader, LINE)? else { return Ok(()) };
         let Some(answer) = answer(shared.service.as_ref(), &line) else { continue };
         write_line(stream, &answer)?;
     }
@@ -147,12 +150,12 @@ fn serve(shared: &Shared, stream: &UnixStream) -> anyhow::Result<()> {
 }
 
 /// The next line; `None` at the end.
-fn read_line(reader: &mut BufReader<&UnixStream>) -> anyhow::Result<Option<String>> {
+fn read_line(reader: &mut BufReader<&UnixStream>, most: u64) -> anyhow::Result<Option<String>> {
     use std::io::Read as _;
     let mut line = String::new();
-    let n = reader.take(LINE).read_line(&mut line)?;
-    if n as u64 == LINE {
-        bail!("a line of {LINE} bytes or more");
+    let n = reader.take(most).read_line(&mut line)?;
+    if n as u64 == most {
+        bail!("a line of {most} bytes or more");
     }
     Ok((n > 0).then_some(line))
 }
@@ -207,7 +210,7 @@ impl Client {
         self.next_id += 1;
         let request = json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
         write_line(&self.stream, &request)?;
-        let line = read_line(&mut BufReader::new(&self.stream))?;
+        let line = read_line(&mut BufReader::new(&self.stream), ANSWER)?;
         let mut answer: Value = serde_json::from_str(&line.context("the server has gone")?)?;
         if let Some(e) = answer.get("error") {
             bail!("{}", e["message"].as_str().unwrap_or("an error without a message"));

@@ -9,14 +9,24 @@ use serde_json::{Value, json};
 
 use super::devices::Devices;
 use super::images::{Images, Wanted};
+use super::repositories::Repositories;
 use crate::ctl::rpc::{Failure, INVALID_PARAMS, Service};
 use crate::ctl::{Shared, parse};
 
 /// The service.
 pub(crate) struct Control {
     pub(crate) images: Arc<Images>,
+    pub(crate) repositories: Arc<Repositories>,
     /// `None` where there is no Xen.
     pub(crate) devices: Option<Arc<Devices>>,
+}
+
+/// A method of the toolstack's interface.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Method {
+    method: String,
+    args: Value,
 }
 
 #[derive(Deserialize)]
@@ -38,6 +48,10 @@ impl Service for Control {
                 let named: Named = parse(params)?;
                 self.images.detach(&named.name)?;
                 Ok(json!({}))
+            }
+            "smapiv3" => {
+                let asked: Method = parse(params)?;
+                Ok(self.repositories.call(&asked.method, &asked.args))
             }
             "list" => Ok(json!({
                 "images": self.images.list(),

@@ -8,6 +8,7 @@ mod device;
 mod devices;
 mod images;
 mod keep;
+mod repositories;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +28,8 @@ use control::Control;
 use devices::Devices;
 use images::Images;
 use keep::Keep;
+use repositories::Repositories;
+pub(crate) use repositories::TYPE as REPOSITORY_TYPE;
 
 /// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
 #[derive(Args)]
@@ -60,7 +63,8 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let stop = signals.told();
     let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
     let limited = confine::limit_system_calls(mode, &reactors);
-    let served = limited.and_then(|()| start(&config, &images));
+    let repositories = Arc::new(Repositories::default());
+    let served = limited.and_then(|()| start(&config, &images, &repositories));
     let served = served.map(|(server, devices)| {
         tell_manager("READY=1");
         log::info!("ready");
@@ -73,13 +77,18 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
         }
     });
     let closed = images.close_all();
+    repositories.close_all();
     drop(images);
     reactors.stop();
     served.and(closed)?;
     Ok(0)
 }
 
-fn start(config: &Config, images: &Arc<Images>) -> anyhow::Result<(Server, Option<Arc<Devices>>)> {
+fn start(
+    config: &Config,
+    images: &Arc<Images>,
+    repositories: &Arc<Repositories>,
+) -> anyhow::Result<(Server, Option<Arc<Devices>>)> {
     let devices = match config.xen {
         false => None,
         true => {
@@ -89,7 +98,11 @@ fn start(config: &Config, images: &Arc<Images>) -> anyhow::Result<(Server, Optio
             Some(Arc::new(started))
         }
     };
-    let control = Control { images: images.clone(), devices: devices.clone() };
+    let control = Control {
+        images: images.clone(),
+        repositories: repositories.clone(),
+        devices: devices.clone(),
+    };
     let listen = || {
         if let Some(dir) = config.control.parent() {
             std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;

@@ -63,7 +63,14 @@ impl World {
             Guests::by(&reactors, notify, || Ok(host.gntdev()), || Ok(host.events())).unwrap();
         let connect = Box::new(move || Ok(store.connect(0)));
         let devices = Devices::start(connect, "qdisk", images.clone(), guests).unwrap();
-        Ours { control: Control { images, devices: Some(Arc::new(devices)) }, reactors }
+        Ours {
+            control: Control {
+                images,
+                repositories: Arc::default(),
+                devices: Some(Arc::new(devices)),
+            },
+            reactors,
+        }
     }
 
     fn image(&self, name: &str) -> PathBuf {
@@ -122,7 +129,7 @@ impl Ours {
     }
 
     fn stop(self) {
-        let Control { images, devices } = self.control;
+        let Control { images, devices, .. } = self.control;
         devices.unwrap().stop();
         images.close_all().unwrap();
         drop(images);

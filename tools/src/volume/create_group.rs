@@ -125,17 +125,24 @@ fn check_size(device: &Device, least: u64, extent: u64) -> anyhow::Result<()> {
     }
 }
 
+/// What a device holds that would be lost, for people.
+pub(crate) fn contents(node: &str, source: &mut node::Source) -> anyhow::Result<Vec<String>> {
+    let mut all = Vec::new();
+    for found in signature::detect(source).with_context(|| node.to_owned())? {
+        let more = match found.what == signature::LVM {
+            true => of_group(source),
+            false => String::new(),
+        };
+        all.push(format!("{node}: holds {}{more}, at byte {}", found.what, found.offset));
+    }
+    Ok(all)
+}
+
 /// Refuses devices that hold something, or says what will be lost.
 fn look(devices: &mut [Device], force: bool) -> anyhow::Result<()> {
     let mut all = Vec::new();
     for Device { node, source } in devices {
-        for found in signature::detect(source).with_context(|| node.clone())? {
-            let more = match found.what == signature::LVM {
-                true => of_group(source),
-                false => String::new(),
-            };
-            all.push(format!("{node}: holds {}{more}, at byte {}", found.what, found.offset));
-        }
+        all.append(&mut contents(node, source)?);
     }
     if all.is_empty() {
         return Ok(());

@@ -21,6 +21,9 @@ mod take_over;
 use clap::{Args, Subcommand};
 use node::NodeSpec;
 
+pub(crate) use create_group::contents;
+pub(crate) use open::author;
+
 /// The commands.
 #[derive(Subcommand)]
 pub(crate) enum Command {

@@ -76,7 +76,7 @@ pub(super) fn close(sources: Vec<Source>) -> anyhow::Result<()> {
 }
 
 /// Who makes changes: this host, now.
-pub(super) fn author() -> Author {
+pub(crate) fn author() -> Author {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Author { host: host.trim().to_owned(), time }

@@ -1,0 +1,62 @@
+//! [`Fault`]: an error as the toolstack wants it: a code that it knows, and texts.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+/// Why a method failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Fault {
+    code: String,
+    params: Vec<String>,
+}
+
+impl Fault {
+    /// One of the interface's own, which have one text each.
+    pub(super) fn of(code: &str, what: &str) -> Fault {
+        Fault { code: code.to_owned(), params: vec![what.to_owned()] }
+    }
+
+    pub(super) fn unimplemented(method: &str) -> Fault {
+        Fault::of("Unimplemented", method)
+    }
+
+    /// An error of the backend without a number of its own.
+    pub(super) fn other(why: String) -> Fault {
+        Fault { code: "SR_BACKEND_FAILURE".to_owned(), params: vec!["polldisk".to_owned(), why] }
+    }
+
+    /// One with a number, as storage managers have used them for long.
+    fn numbered(number: u32, name: &str, why: String) -> Fault {
+        let code = format!("SR_BACKEND_FAILURE_{number}");
+        Fault { code, params: vec![name.to_owned(), why] }
+    }
+
+    pub(super) fn as_json(&self) -> Value {
+        json!({
+            "code": self.code,
+            "params": self.params,
+            "backtrace": {"error": self.to_string(), "files": [], "lines": []},
+        })
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.params.join(": "))
+    }
+}
+
+impl From<sr::Error> for Fault {
+    fn from(error: sr::Error) -> Fault {
+        let why = error.to_string();
+        match error {
+            sr::Error::NoDisk(key) => Fault::of("Volume_does_not_exist", &key),
+            sr::Error::NoRepository(_) => Fault::of("SR_does_not_exist", &why),
+            sr::Error::Group(volume::Error::NoSpace { .. }) => {
+                Fault::numbered(44, "SRNoSpace", why)
+            }
+            _ => Fault::other(why),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! [`Repositories`]: the storage repositories of the daemon, and what the toolstack's plugins ask of them:
+//! the methods of the interface SMAPIv3 by their names, with its arguments and answers (xapi-project/xen-api,
+//! ocaml/xapi-storage). On the threads of the control socket; one repository by one of them at a time.
+
+mod disks;
+mod fault;
+mod whole;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use node::{NodeSpec, OpenOptions, Source, open_source};
+use qcow::open::Format;
+use reactor::sync::Mutex;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use sr::Repository;
+use volume::HostIds;
+
+use crate::volume::author;
+use fault::Fault;
+
+/// What a repository's devices are called in its configuration (xapi's device-config).
+const DEVICE: &str = "device";
+const STRIPES: &str = "stripes";
+
+/// The type of repositories, and the scheme of their disks' addresses.
+pub(crate) const TYPE: &str = "fast";
+
+/// An attached repository.
+struct Attached {
+    repository: Mutex<Repository<Source>>,
+    /// What it was attached by.
+    device: String,
+}
+
+/// All that are attached, by their UUID, which is also the handle that the toolstack gets.
+#[derive(Default)]
+pub(crate) struct Repositories {
+    all: Mutex<BTreeMap<String, Arc<Attached>>>,
+}
+
+type Configuration = BTreeMap<String, String>;
+
+/// Arguments that every method has beside its own: what they say of the call itself is not used.
+fn parse<T: DeserializeOwned>(args: &Value) -> Result<T, Fault> {
+    T::deserialize(args).map_err(|e| Fault::other(format!("arguments: {e}")))
+}
+
+/// The names by which this host has groups.
+fn host() -> Result<HostIds, Fault> {
+    HostIds::of_this_host().map_err(|e| Fault::from(sr::Error::from(e)))
+}
+
+/// Opens the devices of a repository, locked.
+fn open(device: &str, writable: bool) -> Result<Vec<Source>, Fault> {
+    let nodes = device.split(',').map(str::trim).filter(|node| !node.is_empty());
+    let options = match writable {
+        true => OpenOptions::write(Format::Raw),
+        false => OpenOptions { force_share: true, ..OpenOptions::read(Format::Raw) },
+    };
+    let sources: Result<Vec<Source>, node::Error> =
+        nodes.map(|node| open_source(&NodeSpec::parse(node)?, &options)).collect();
+    let sources = sources.map_err(|e| Fault::other(e.to_string()))?;
+    match sources.is_empty() {
+        true => Err(Fault::other(format!("device-config has no `{DEVICE}`: a node, or several"))),
+        false => Ok(sources),
+    }
+}
+
+/// Ends the use of devices in order.
+fn close(sources: Vec<Source>) -> Result<(), Fault> {
+    sources.into_iter().try_for_each(Source::close).map_err(|e| Fault::other(e.to_string()))
+}
+
+impl Repositories {
+    /// Carries out a method: `{"result": …}`, or `{"error": {"code", "params"}}` as the toolstack wants it.
+    pub(crate) fn call(&self, method: &str, args: &Value) -> Value {
+        let result = match method.split_once('.') {
+            Some(("SR", method)) => self.of_repository(method, args),
+            Some(("Volume", method)) => self.of_disk(method, args),
+            _ => Err(Fault::unimplemented(method)),
+        };
+        match result {
+            Ok(result) => json!({ "result": result }),
+            Err(fault) => {
+                log::info!("{method}: {fault}");
+                json!({ "error": fault.as_json() })
+            }
+        }
+    }
+
+    fn attached(&self, sr: &str) -> Result<Arc<Attached>, Fault> {
+        let found = self.all.lock().get(sr).cloned();
+        found.ok_or_else(|| Fault::of("Sr_not_attached", sr))
+    }
+
+    /// Lets go of all.
+    pub(crate) fn close_all(&self) {
+        for (sr, attached) in std::mem::take(&mut *self.all.lock()) {
+            if let Err(fault) = close_attached(attached) {
+                log::warn!("repository {sr}: {fault}");
+            }
+        }
+    }
+}
+
+/// Nobody else may still have it.
+fn close_attached(attached: Arc<Attached>) -> Result<(), Fault> {
+    match Arc::try_unwrap(attached) {
+        Ok(attached) => close(attached.repository.into_inner().into_devices()),
+        Err(_) => Err(Fault::other("somebody is using it".to_owned())),
+    }
+}

@@ -1,0 +1,55 @@
+//! What the plugins say of themselves: `Plugin.query`.
+
+use serde_json::{Value, json};
+
+use super::Kind;
+use crate::serve::REPOSITORY_TYPE;
+
+/// Methods of the volume plugin, beside `Plugin.query`.
+pub(super) const VOLUME: [&str; 19] = [
+    "SR.probe",
+    "SR.create",
+    "SR.attach",
+    "SR.detach",
+    "SR.destroy",
+    "SR.stat",
+    "SR.set_name",
+    "SR.set_description",
+    "SR.ls",
+    "Volume.create",
+    "Volume.snapshot",
+    "Volume.clone",
+    "Volume.destroy",
+    "Volume.revert",
+    "Volume.set",
+    "Volume.unset",
+    "Volume.set_name",
+    "Volume.set_description",
+    "Volume.stat",
+];
+
+/// What the volume plugin can do that is not seen from its methods.
+const FEATURES: [&str; 3] = ["VDI_REVERT", "LARGE_VDI", "THIN_PROVISIONING"];
+
+/// The answer.
+pub(super) fn answer(kind: Kind) -> Value {
+    let features: &[&str] = match kind {
+        Kind::Volume => &FEATURES,
+        Kind::Datapath => &[],
+    };
+    json!({
+        "plugin": REPOSITORY_TYPE,
+        "name": "polldisk",
+        "description": "Disks in volume groups of LVM2 on drives that polldisk polls itself",
+        "vendor": "polldisk",
+        "copyright": "MIT OR Apache-2.0",
+        "version": env!("CARGO_PKG_VERSION"),
+        "required_api_version": "5.0",
+        "features": features,
+        "configuration": {
+            "device": "A block node, or several with commas between: all of the repository's devices",
+            "stripes": "On how many devices each volume lies in stripes (optional; 1)",
+        },
+        "required_cluster_stack": [],
+    })
+}
