@@ -102,6 +102,9 @@ fn volume_name(text: &str) -> Result<VolumeName, String> {
 
 /// Parses a node of the kinds that can be in a group, for clap.
 fn node(text: &str) -> Result<NodeSpec, String> {
+    if text.starts_with("vol:") {
+        return Err("a volume is no device of a group; name the group's devices".to_owned());
+    }
     match NodeSpec::parse(text).map_err(|e| e.to_string())? {
         NodeSpec::Mem(_) => Err("memory holds no group: it is gone at the end".to_owned()),
         NodeSpec::Stripe(..) => {

@@ -194,6 +194,16 @@ fn what_the_tools_make_is_listed_and_changed_here() {
     lvm.lvm("lvremove -y vg/ro").ok();
     lvm.sound();
     assert_eq!(lvm.ours("list --json %0 %1").json()["volumes"][0]["size"], 10 * MIB);
+    // What is not understood is named, and left as it is.
+    lvm.lvm("vgexport vg").ok();
+    let before = (lvm.env.bytes("a"), lvm.env.bytes("b"));
+    for line in ["list %0 %1", "remove vg/lin %0 %1", "take-over vg %0 %1", "export-text %0 %1"] {
+        lvm.ours(line).fails(1, &["EXPORTED", "not supported here"]);
+    }
+    lvm.ours("check %0 %1").fails(1, &["EXPORTED"]);
+    assert!(before == (lvm.env.bytes("a"), lvm.env.bytes("b")));
+    lvm.lvm("vgimport vg").ok();
+    lvm.sound();
     // Theirs is refused like anybody's.
     lvm.ours("create-group x %0 %1").fails(1, &["of volume group vg of the system `me`"]);
 }

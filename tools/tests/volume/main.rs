@@ -262,6 +262,7 @@ fn devices_are_any_nodes() {
         assert!(read.iter().all(|&byte| byte == 0), "a drive discards, too");
     }
     env.run("list mem:64M").fails(2, &["memory holds no group"]);
+    env.run("list vol:vg/v@a,b").fails(2, &["name the group's devices"]);
     env.run("list stripe:64k,a,b").fails(2, &["name its devices one by one"]);
 }
 
