@@ -49,6 +49,11 @@ impl<Q: BlockQueue> DelayQueue<Q> {
     }
 
     /// The leaf.
+    pub fn leaf(&self) -> &Q {
+        &self.leaf
+    }
+
+    /// The leaf.
     pub fn leaf_mut(&mut self) -> &mut Q {
         &mut self.leaf
     }

@@ -12,7 +12,8 @@
 //! - [`MemQueue`] is a leaf in memory.
 //! - [`RmwQueue`] over a leaf presents 4 KiB blocks as 512-byte ones; [`Claims`] keeps such queues of
 //!   several reactors out of each other's way.
-//! - [`StripeQueue`] over several leaves presents them as one device in stripes.
+//! - [`SplitQueue`] over several leaves presents them as one device, as a [`Layout`] says; as
+//!   [`StripeQueue`] in stripes.
 //! - [`FaultQueue`] and [`DelayQueue`] over a leaf make it fail or tarry, for tests of what is above.
 
 #![forbid(unsafe_code)]
@@ -30,9 +31,9 @@ mod raw;
 mod request;
 mod rmw;
 mod seglist;
+mod split;
 mod status;
 mod storage;
-mod stripe;
 mod vacant;
 
 pub use blocking::{Blocking, LeafAccess};
@@ -50,7 +51,7 @@ pub use request::{
 };
 pub use rmw::RmwQueue;
 pub use seglist::SegList;
+pub use split::{Layout, MAX_MEMBERS, Place, SplitQueue, StripeQueue, Stripes};
 pub use status::Status;
 pub use storage::{Storage, StorageError};
-pub use stripe::{MAX_MEMBERS, StripeQueue};
 pub use vacant::VacantQueue;

@@ -12,6 +12,8 @@ const NAME: usize = 127;
 const TAG: usize = 1024;
 /// Smallest stripe in sectors: LVM's tools make none below a page.
 const STRIPE: u64 = 8;
+/// Most stripes of a segment: LVM's tools make no more.
+const STRIPES: usize = 128;
 /// Starts of names that LVM's tools keep for themselves.
 const PREFIXES: [&str; 2] = ["pvmove", "snapshot"];
 /// Parts of names that LVM's tools keep for themselves.
@@ -131,6 +133,9 @@ impl Vg {
             if stripes > 1 && odd {
                 let name = &lv.name;
                 return unsupported(format!("volume {name} with stripes of {size} sectors is"));
+            }
+            if segment.areas.len() > STRIPES {
+                return unsupported(format!("volume {} with {stripes} stripes is", lv.name));
             }
             for run in segment.runs() {
                 let end = run.first.checked_add(run.count);

@@ -1,24 +1,25 @@
-//! [`StripeQueue`]: several devices as one, in stripes (RAID 0).
+//! [`SplitQueue`]: several devices as one, whose bytes lie on them as a [`Layout`] says; with
+//! [`Stripes`] it is a [`StripeQueue`].
 //!
-//! Byte `x` lies in chunk `x / size`; chunk `c` of `n` members lies on member `c % n`, as its chunk
-//! `c / n`. A request within one chunk, as nearly all of a guest's are, goes to its member as it is,
-//! with another offset, and its answer comes back untouched. Others are taken into a slot and go out
-//! in parts: reads and writes chunk by chunk; zeroes and discards as one range on each member, since
-//! what a member has of a range is in one piece; a flush to all. The parts of a slot wait for places
-//! in their member by themselves, so one slot is all the room that a request needs.
+//! A request whose bytes lie in one run on one member, as nearly all of a guest's do, goes to that
+//! member as it is, with another offset, and its answer comes back untouched. Others are taken into a
+//! slot and go out in parts: reads and writes run by run; zeroes and discards by the layout's pieces,
+//! which are longer; a flush to all members that have something of it. The parts of a slot wait for
+//! places in their member by themselves, so one slot is all the room that a request needs.
 //!
 //! Belongs to a reactor, as the queues below it.
 
-mod layout;
+mod stripes;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use dma::Region;
 
-use self::layout::Layout;
+pub use self::stripes::{StripeQueue, Stripes};
 use crate::{
     BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op,
     QUARANTINED, Request, SegList, Status, Submit, Tag,
@@ -30,15 +31,57 @@ const OWNER: u16 = 0xfffd;
 /// Requests in more than one part that may be in flight.
 const SLOTS: usize = 64;
 
-/// Chunks that a read or write may touch; bounds the work of one submission.
-const MAX_CHUNKS: u64 = 32;
-const _: () = assert!(MAX_CHUNKS < 63 && MAX_MEMBERS < 63);
+/// Runs that a read or write may touch, as the layout was at first; bounds the work of one submission.
+const MAX_RUNS: u64 = 32;
 
 /// Bits of a tag's generation that number the part within its request.
 const PART_BITS: u32 = 8;
 
 /// Members at most.
 pub const MAX_MEMBERS: usize = 32;
+
+/// Bytes in a row, on one member and in the whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// Index of the member.
+    pub member: usize,
+    /// First byte on the member.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+}
+
+/// Which byte lies where: plain data, asked for each request, so it neither waits nor allocates.
+pub trait Layout {
+    /// The members are not the whole's own: they take writes though the whole may only be read, and
+    /// the whole may become longer, so that a write past its end finds no space.
+    const SHARED: bool;
+
+    /// Bytes of the whole.
+    fn size(&self) -> u64;
+
+    /// How many members it needs.
+    fn members(&self) -> usize;
+
+    /// Bytes that are in one run everywhere, but at the end of longer ones.
+    fn run(&self) -> u64;
+
+    /// Where byte `at` is, and how many from there on are in one run. Past the end: none are.
+    fn locate(&self, at: u64) -> Place;
+
+    /// The numbers of the pieces that together have `len` bytes from `offset` on.
+    fn pieces(&self, offset: u64, len: u64) -> Range<u64>;
+
+    /// What a piece has of these bytes: it is in a row on a member, though not in the whole. It may
+    /// be nothing.
+    fn piece(&self, piece: u64, offset: u64, len: u64) -> Place;
+
+    /// Whether the member has something of the whole.
+    fn uses(&self, member: usize) -> bool;
+
+    /// Behind the last byte that a member has.
+    fn end_on(&self, member: usize) -> u64;
+}
 
 /// A request that goes out in parts.
 #[derive(Debug)]
@@ -51,11 +94,13 @@ struct Slot {
     offset: u64,
     len: u64,
     segs: SegList,
-    /// Of reads and writes: bytes sent so far. Of others: members served so far.
+    /// Of reads and writes: bytes sent so far. Of others: the next piece or member.
     sent: u64,
-    /// Number of the next part.
+    /// Where `sent` ends.
+    end: u64,
+    /// How many parts went out.
     part: u32,
-    /// The parts that are in flight, a bit each: at most `MAX_CHUNKS` + 1, or one for each member.
+    /// The parts that are in flight, a bit each: part `n` has bit `n % 64`, and waits for it.
     outstanding: u64,
     status: Status,
     detail: u16,
@@ -72,6 +117,7 @@ impl Slot {
         len: 0,
         segs: SegList::EMPTY,
         sent: 0,
+        end: 0,
         part: 0,
         outstanding: 0,
         status: Status::Ok,
@@ -79,12 +125,24 @@ impl Slot {
     };
 
     /// Whether every part went out or none will.
-    fn all_sent(&self, members: usize) -> bool {
-        let end = match self.op {
-            Op::Read | Op::Write => self.len,
-            _ => members as u64,
-        };
-        self.sent >= end || !self.status.is_ok()
+    fn all_sent(&self) -> bool {
+        self.sent >= self.end || !self.status.is_ok()
+    }
+
+    /// The generation in the tag of part `n`.
+    fn generation_of(&self, n: u32) -> u32 {
+        self.generation << PART_BITS | n & ((1 << PART_BITS) - 1)
+    }
+
+    /// The bit of the part in flight that has this generation in its tag.
+    fn bit_of(&self, generation: u32) -> Option<u64> {
+        // Of 64 parts in a row each has another bit, so the bit says which one it can be.
+        let ahead = self.part.wrapping_sub(1).wrapping_sub(generation) % u64::BITS;
+        let number = self.part.wrapping_sub(1).wrapping_sub(ahead);
+        let bit = 1 << (number % u64::BITS);
+        let known =
+            self.used && self.outstanding & bit != 0 && self.generation_of(number) == generation;
+        known.then_some(bit)
     }
 
     /// Keeps the first failure.
@@ -98,9 +156,9 @@ impl Slot {
 
 /// Several leaf queues, each with one unit of it, as one device.
 #[derive(Debug)]
-pub struct StripeQueue<Q> {
+pub struct SplitQueue<Q, L> {
     members: Vec<(Q, u16)>,
-    layout: Layout,
+    layout: L,
     info: DeviceInfo,
     slots: Box<[Slot]>,
     free: Vec<u16>,
@@ -122,56 +180,39 @@ pub struct StripeQueue<Q> {
     strays: u64,
 }
 
-impl<Q: LeafAccess> StripeQueue<Q> {
-    /// Puts stripes of `size` bytes over members, each a queue and a unit of it. The smallest
-    /// member counts; what others have more is not used.
+impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
+    /// Puts a layout over members, each a queue and a unit of it. `read_only`: the whole may only be
+    /// read, also where the members can be written to, if they are [`Layout::SHARED`].
     ///
     /// # Errors
-    /// If `size` is no power of two from 4 KiB to 1 GiB, there are not 2 to [`MAX_MEMBERS`]
-    /// members, a unit does not exist or has less than one chunk, or block sizes differ.
-    pub fn new(members: Vec<(Q, u16)>, size: u64) -> Result<StripeQueue<Q>, String> {
-        if !size.is_power_of_two() || !(4 << 10..=1 << 30).contains(&size) {
-            return Err(format!("stripes of {size} bytes; a power of two from 4k to 1G is needed"));
-        }
-        if !(2..=MAX_MEMBERS).contains(&members.len()) {
-            return Err(format!("{} members; 2 to {MAX_MEMBERS} are possible", members.len()));
-        }
-        let infos = members.iter().enumerate().map(|(i, (queue, unit))| {
-            queue.info(*unit).ok_or_else(|| format!("member {i} has no unit {unit}"))
-        });
-        let infos: Vec<&DeviceInfo> = infos.collect::<Result<_, _>>()?;
+    /// If there are not 1 to [`MAX_MEMBERS`] members, a unit does not exist or is shorter than the
+    /// layout says, block sizes differ, or runs are not whole blocks.
+    pub fn over(
+        members: Vec<(Q, u16)>,
+        layout: L,
+        read_only: bool,
+    ) -> Result<SplitQueue<Q, L>, String> {
+        let infos = infos(&members)?;
         let block_size = infos[0].block_size;
-        if let Some(i) = infos.iter().position(|i| i.block_size != block_size) {
-            let other = infos[i].block_size;
-            return Err(format!(
-                "member 0 has blocks of {block_size} bytes, member {i} of {other}"
-            ));
+        fits(&members, &layout)?;
+        if !(layout.run() | layout.size()).is_multiple_of(block_size.into()) {
+            let run = layout.run();
+            return Err(format!("runs of {run} bytes on devices with blocks of {block_size}"));
         }
-        // Files could grow, but as members they do not: one that grew less than the others would
-        // make the whole smaller the next time.
-        let lens = members.iter().map(|(queue, unit)| queue.unit_len(*unit));
-        let chunks = infos.iter().zip(lens).map(|(i, len)| i.size.min(len) / size).min();
-        let chunks = chunks.unwrap_or(0);
-        if chunks == 0 {
-            return Err(format!("a member is smaller than one stripe of {size} bytes"));
-        }
-        let layout = Layout::new(size, members.len());
         let most = |f: fn(&DeviceInfo) -> u32| infos.iter().map(|i| f(i)).max().unwrap_or(0);
         let transfer = infos.iter().map(|i| u64::from(i.max_transfer)).min().unwrap_or(0);
         let info = DeviceInfo {
-            size: (chunks * size)
-                .checked_mul(members.len() as u64)
-                .ok_or("the members together exceed 2^64 bytes")?,
+            size: layout.size(),
             block_size,
             physical_block_size: most(|i| i.physical_block_size),
-            read_only: infos.iter().any(|i| i.read_only),
+            read_only: read_only || infos.iter().any(|i| i.read_only),
             volatile_cache: infos.iter().any(|i| i.volatile_cache),
             write_zeroes: infos.iter().all(|i| i.write_zeroes),
             discard: infos.iter().all(|i| i.discard),
             discard_granularity: most(|i| i.discard_granularity),
-            max_transfer: transfer.min(MAX_CHUNKS * size).min(1 << 30) as u32,
+            max_transfer: transfer.min(layout.run().saturating_mul(MAX_RUNS)).min(1 << 30) as u32,
         };
-        let mut queue = StripeQueue {
+        let mut queue = SplitQueue {
             members,
             layout,
             info,
@@ -190,20 +231,27 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         Ok(queue)
     }
 
-    /// The same stripe for another reactor; `queue` makes another queue to a member's device.
+    /// The layout.
+    pub fn layout(&self) -> &L {
+        &self.layout
+    }
+
+    /// Puts another layout in the place of the present one, of which it has all, and more: what is
+    /// in flight goes on. After an error all is as before.
     ///
     /// # Errors
-    /// What `queue` says, or that a member has become smaller.
-    pub fn another(
-        &self,
-        mut queue: impl FnMut(&Q) -> Result<Q, String>,
-    ) -> Result<StripeQueue<Q>, String> {
-        let members = self.members.iter().map(|(q, unit)| Ok((queue(q)?, *unit)));
-        let other = StripeQueue::new(members.collect::<Result<_, String>>()?, self.layout.size())?;
-        match other.info.size {
-            size if size < self.info.size => Err("a member has become smaller".to_owned()),
-            _ => Ok(other),
+    /// If it is smaller, or a member is shorter than it says.
+    pub fn grow(&mut self, layout: L) -> Result<(), String> {
+        let size = layout.size();
+        if size < self.info.size || !size.is_multiple_of(self.info.block_size.into()) {
+            return Err(format!("{size} bytes after {}", self.info.size));
         }
+        fits(&self.members, &layout)?;
+        if self.open != 0 {
+            self.open = size;
+        }
+        (self.info.size, self.layout) = (size, layout);
+        Ok(())
     }
 
     /// The members' queues.
@@ -221,6 +269,7 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     #[inline(never)]
     fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
         let index = self.free.pop().ok_or(Full)?;
+        let past = L::SHARED && matches!(r.op, Op::Write | Op::WriteZeroes) && self.past(r);
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
             generation: slot.generation.wrapping_add(1) & (u32::MAX >> PART_BITS),
@@ -234,9 +283,18 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         };
         let moves = matches!(r.op, Op::Read | Op::Write);
         let too_long = moves && r.len > u64::from(self.info.max_transfer);
+        let pieces = match r.op {
+            Op::Read | Op::Write => 0..r.len,
+            Op::Flush => 0..self.members.len() as u64,
+            Op::WriteZeroes | Op::Discard => self.layout.pieces(r.offset, r.len),
+        };
+        (slot.sent, slot.end) = (pieces.start, pieces.end);
         let fits = self.info.contains(r.offset, r.len) && r.segs_fit() && !too_long;
         match SegList::from_slice(r.segs) {
             Some(segs) if fits => slot.segs = segs,
+            _ if past => {
+                slot.fail(Status::NoSpace, 0);
+            }
             _ => slot.fail(Status::Invalid, 0),
         }
         if self.info.read_only && !matches!(r.op, Op::Read | Op::Flush) {
@@ -250,10 +308,16 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         Ok(())
     }
 
+    /// Whether a request is right but for its end, which is past ours.
+    fn past(&self, r: &Request<'_>) -> bool {
+        let end = r.offset.checked_add(r.len);
+        let whole = DeviceInfo { size: u64::MAX, ..self.info.clone() };
+        end.is_some_and(|end| end > self.info.size) && whole.contains(r.offset, r.len)
+    }
+
     /// Sends the parts of a slot as far as there is room; the slot waits for the rest.
     fn send(&mut self, index: u16) {
-        let count = self.members.len();
-        while !self.slots[usize::from(index)].all_sent(count) {
+        while !self.slots[usize::from(index)].all_sent() {
             if !self.send_part(index) {
                 self.waiting.push_back(index);
                 return;
@@ -268,32 +332,38 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     fn send_part(&mut self, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
         let mut segs = SegList::EMPTY;
-        let (member, offset, len, step) = match slot.op {
+        let (place, step) = match slot.op {
             Op::Read | Op::Write => {
-                let (member, offset, left) = self.layout.locate(slot.offset + slot.sent);
-                let len = left.min(slot.len - slot.sent);
-                if !segs.push_part(slot.segs.as_slice(), slot.sent, len) {
-                    // Cannot be: the segments add up to the length.
+                let place = self.layout.locate(slot.offset + slot.sent);
+                let len = place.len.min(slot.len - slot.sent);
+                if len == 0 || !segs.push_part(slot.segs.as_slice(), slot.sent, len) {
+                    // Cannot be: it is inside, and the segments add up to the length.
                     slot.fail(Status::Invalid, 0);
                     return true;
                 }
-                (member, offset, len, len)
+                (Place { len, ..place }, len)
             }
-            Op::Flush => (slot.sent as usize, 0, 0, 1),
+            Op::Flush => (Place { member: slot.sent as usize, offset: 0, len: 0 }, 1),
             Op::WriteZeroes | Op::Discard => {
-                let member = slot.sent as usize;
-                let from = self.layout.before(member, slot.offset);
-                let to = self.layout.before(member, slot.offset + slot.len);
-                if from == to {
-                    slot.sent += 1;
-                    return true;
-                }
-                (member, from, to - from, 1)
+                (self.layout.piece(slot.sent, slot.offset, slot.len), 1)
             }
         };
+        let Place { member, offset, len } = place;
+        let nothing = match slot.op {
+            Op::Flush => !self.layout.uses(member),
+            _ => len == 0,
+        };
+        if nothing {
+            slot.sent += 1;
+            return true;
+        }
+        let bit = 1 << (slot.part % u64::BITS);
+        if slot.outstanding & bit != 0 {
+            return false;
+        }
         let (queue, unit) = &mut self.members[member];
         let request = Request {
-            tag: Tag::new(OWNER, index, slot.generation << PART_BITS | slot.part),
+            tag: Tag::new(OWNER, index, slot.generation_of(slot.part)),
             op: slot.op,
             flags: slot.flags,
             unit: *unit,
@@ -304,8 +374,8 @@ impl<Q: LeafAccess> StripeQueue<Q> {
         if queue.room() == 0 || queue.submit(&request).is_err() {
             return false;
         }
-        slot.outstanding |= 1 << slot.part;
-        slot.part += 1;
+        slot.outstanding |= bit;
+        slot.part = slot.part.wrapping_add(1);
         slot.sent += step;
         true
     }
@@ -321,24 +391,17 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     /// Takes the answer to a part.
     fn answered(&mut self, c: &Completion) {
         let slot = self.slots.get_mut(usize::from(c.tag.slot()));
-        let generation = c.tag.generation();
-        let part = 1u64.checked_shl(generation & ((1 << PART_BITS) - 1)).unwrap_or(0);
-        let known = |s: &&mut Slot| {
-            s.used && s.generation == generation >> PART_BITS && s.outstanding & part != 0
-        };
-        let Some(slot) = slot.filter(known) else {
+        let known = slot.and_then(|s| s.bit_of(c.tag.generation()).map(|bit| (s, bit)));
+        let Some((slot, bit)) = known else {
             self.strays += 1;
             return;
         };
-        slot.outstanding &= !part;
+        slot.outstanding &= !bit;
         if !c.status.is_ok() {
             slot.fail(c.status, c.detail);
         }
         // One that waits is looked at when it is its turn.
-        if slot.outstanding == 0
-            && slot.all_sent(self.members.len())
-            && !self.waiting.contains(&c.tag.slot())
-        {
+        if slot.outstanding == 0 && slot.all_sent() && !self.waiting.contains(&c.tag.slot()) {
             self.finished.push_back(c.tag.slot());
         }
     }
@@ -358,7 +421,7 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     }
 }
 
-impl<Q: LeafAccess> Submit for StripeQueue<Q> {
+impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
     #[inline]
     fn info(&self, unit: u16) -> Option<&DeviceInfo> {
         (unit == 0).then_some(&self.info)
@@ -369,14 +432,15 @@ impl<Q: LeafAccess> Submit for StripeQueue<Q> {
         self.room
     }
 
-    /// Hot: a request within one chunk. Only what its member cannot see is looked at here.
+    /// Hot: a request within one run. Only what its member cannot see is looked at here.
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         let r = request;
-        let (member, offset, left) = self.layout.locate(r.offset);
-        // A flush, like everything without length, is no request within a chunk.
+        let Place { member, offset, len: left } = self.layout.locate(r.offset);
+        // A flush, like everything without length, is no request within a run.
         if r.offset < self.open
             && r.len.wrapping_sub(1) < left
+            && (!L::SHARED || !self.info.read_only || r.op == Op::Read)
             && let Some((queue, unit)) = self.members.get_mut(member)
         {
             queue.submit(&Request { unit: *unit, offset, ..*r })?;
@@ -388,7 +452,7 @@ impl<Q: LeafAccess> Submit for StripeQueue<Q> {
     }
 }
 
-impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
+impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
         self.members.iter_mut().try_for_each(|(queue, _)| queue.register(region))
     }
@@ -426,7 +490,7 @@ impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
         self.straight + SLOTS - self.free.len()
     }
 
-    /// A stripe has no descriptor to sleep on, so it is polled while anything is in flight.
+    /// There is no descriptor to sleep on, so it is polled while anything is in flight.
     fn arm(&mut self) -> HasWork {
         let mut work = self.in_flight() > 0;
         for (queue, _) in &mut self.members {
@@ -442,7 +506,7 @@ impl<Q: LeafAccess> BlockQueue for StripeQueue<Q> {
     }
 }
 
-impl<Q: LeafAccess> StripeQueue<Q> {
+impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Takes the answers to parts out of what members handed out, and answers what is finished.
     #[inline(never)]
     fn settle(&mut self, before: usize, out: &mut Completions) {
@@ -467,13 +531,50 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     }
 }
 
-impl<Q: LeafAccess> LeafAccess for StripeQueue<Q> {
+impl<Q: LeafAccess, L: Layout> LeafAccess for SplitQueue<Q, L> {
     fn unit_len(&self, unit: u16) -> u64 {
         if unit == 0 { self.info.size } else { 0 }
     }
 
-    /// Nothing: stripes are as long as their members.
+    /// Nothing: the layout says how long it is.
     fn set_unit_len(&mut self, _: u16, _: u64) -> Result<(), Status> {
         Ok(())
     }
+}
+
+/// What the members are like; there are as many as there may be, with blocks of one size.
+fn infos<Q: LeafAccess>(members: &[(Q, u16)]) -> Result<Vec<&DeviceInfo>, String> {
+    if !(1..=MAX_MEMBERS).contains(&members.len()) {
+        return Err(format!("{} members; 1 to {MAX_MEMBERS} are possible", members.len()));
+    }
+    let infos = members.iter().enumerate().map(|(i, (queue, unit))| {
+        queue.info(*unit).ok_or_else(|| format!("member {i} has no unit {unit}"))
+    });
+    let infos: Vec<&DeviceInfo> = infos.collect::<Result<_, _>>()?;
+    let block_size = infos[0].block_size;
+    if let Some(i) = infos.iter().position(|i| i.block_size != block_size) {
+        let other = infos[i].block_size;
+        return Err(format!("member 0 has blocks of {block_size} bytes, member {i} of {other}"));
+    }
+    Ok(infos)
+}
+
+/// Every member has what the layout says.
+fn fits<Q: LeafAccess>(members: &[(Q, u16)], layout: &impl Layout) -> Result<(), String> {
+    if layout.members() > members.len() {
+        return Err(format!("{} members; {} are needed", members.len(), layout.members()));
+    }
+    for (i, (queue, unit)) in members.iter().enumerate() {
+        let (has, needs) = (usable(queue, *unit), layout.end_on(i));
+        if needs > has {
+            return Err(format!("member {i} has {has} bytes; {needs} are needed"));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of a member. Files could grow, but as members they do not: one that grew less than the
+/// others would make a stripe smaller the next time.
+fn usable<Q: LeafAccess>(queue: &Q, unit: u16) -> u64 {
+    queue.info(unit).map_or(0, |i| i.size.min(queue.unit_len(unit)))
 }
