@@ -11,7 +11,9 @@ use reactor::Clock;
 
 use crate::device::Device;
 use crate::source::{Kind, Source, blocking};
-use crate::{Error, HostStorage, Leaf, MOST_REACTORS, Model, ModelSpec, NodeSpec, remote, vfio};
+use crate::{
+    Error, HostStorage, Leaf, MOST_REACTORS, Model, ModelSpec, NodeSpec, groups, remote, vfio,
+};
 
 /// An image with its backing files, opened.
 pub type Chain = qcow::open::Chain<Source>;
@@ -95,6 +97,7 @@ pub fn open_source(spec: &NodeSpec, options: &OpenOptions) -> Result<Source, Err
             Ok(Source { kind: Kind::Leaf(storage, vec![device]), locks: Vec::new(), id: None })
         }
         NodeSpec::Stripe(size, nodes) => open_stripe(*size, nodes, &node, options),
+        NodeSpec::Volume(spec) => groups::open(spec, options),
     }
 }
 

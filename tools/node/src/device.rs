@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use crate::{Error, Leaf, Model, remote, vfio};
+use crate::{Error, Leaf, Model, groups, remote, vfio};
 
 /// A device that a leaf queue leads to, beyond what the queue itself holds.
 pub(crate) enum Device {
@@ -12,6 +12,8 @@ pub(crate) enum Device {
     Vfio(vfio::Lease),
     /// A namespace of a controller in another process.
     Remote(remote::Lease),
+    /// A volume, with the devices of its group.
+    Volume(groups::Lease),
 }
 
 impl Device {
@@ -24,6 +26,7 @@ impl Device {
             Device::Model(model) => model.close().map(Some),
             Device::Vfio(lease) => lease.close().map(|()| None),
             Device::Remote(lease) => lease.close().map(|()| None),
+            Device::Volume(lease) => lease.close().map(|()| None),
         }
     }
 
@@ -36,6 +39,7 @@ impl Device {
             Device::Model(model) => model.another_queue(),
             Device::Vfio(lease) => lease.another_queue(),
             Device::Remote(lease) => lease.another_queue(),
+            Device::Volume(lease) => lease.another_queue(),
         }
     }
 
@@ -43,7 +47,7 @@ impl Device {
     pub(crate) fn as_model(&mut self) -> Option<&mut Model> {
         match self {
             Device::Model(model) => Some(model),
-            Device::Vfio(_) | Device::Remote(_) => None,
+            Device::Vfio(_) | Device::Remote(_) | Device::Volume(_) => None,
         }
     }
 
@@ -52,6 +56,7 @@ impl Device {
         match self {
             Device::Vfio(lease) => !lease.writable(),
             Device::Remote(lease) => !lease.writable(),
+            Device::Volume(lease) => !lease.writable(),
             Device::Model(_) => false,
         }
     }

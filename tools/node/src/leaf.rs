@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use block::{
     BlockQueue, Claims, Completions, DeviceInfo, Full, HasWork, LeafAccess, MemQueue, Request,
-    RmwQueue, Status, StripeQueue, Submit, VacantQueue,
+    RmwQueue, SplitQueue, Status, StripeQueue, Submit, VacantQueue,
 };
 use dma::Region;
 use file::FileQueue;
 use nvme::QueuePair;
+use volume::Map;
 
 use crate::device::Device;
 use crate::transport::Transport;
@@ -26,6 +27,8 @@ pub enum Leaf {
     NvmeRmw(Box<RmwQueue<QueuePair<Transport>>>),
     /// Several leaves in stripes.
     Stripe(Box<StripeQueue<Leaf>>),
+    /// A volume of a group, on its devices.
+    Volume(Box<SplitQueue<Leaf, Map>>),
 }
 
 /// Kinds of leaf queues that are rarely there, apart from the others: each kind more of [`Leaf`] costs
@@ -133,20 +136,21 @@ impl Leaf {
                 let queue = q.leaf().another().map_err(|e| e.to_string())?;
                 Leaf::File(Box::new(q.another(queue)?))
             }
-            Leaf::Nvme(_) | Leaf::NvmeRmw(_) => {
-                let device = below.next().ok_or("a queue pair without a device")?;
+            Leaf::Nvme(_) | Leaf::NvmeRmw(_) | Leaf::Volume(_) => {
+                let device = below.next().ok_or("a queue without a device")?;
                 device.another_queue().map_err(|e| e.to_string())?
             }
             Leaf::Stripe(q) => Leaf::Stripe(Box::new(q.another(|m| m.another(below))?)),
         })
     }
 
-    /// What an NVMe queue pair has counted, or those of a stripe together; `None` for other leaves.
+    /// What an NVMe queue pair has counted, or those of a stripe or volume together; `None` for other leaves.
     pub fn nvme_stats(&self) -> Option<nvme::Stats> {
         match self {
             Leaf::Nvme(q) => Some(q.stats()),
             Leaf::NvmeRmw(q) => Some(q.leaf().stats()),
             Leaf::Stripe(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
+            Leaf::Volume(q) => q.members().filter_map(Leaf::nvme_stats).reduce(nvme::Stats::plus),
             Leaf::Rare(_) | Leaf::File(_) => None,
         }
     }
@@ -160,6 +164,7 @@ macro_rules! each {
             Leaf::Nvme($q) => $e,
             Leaf::NvmeRmw($q) => $e,
             Leaf::Stripe($q) => $e,
+            Leaf::Volume($q) => $e,
         }
     };
 }

@@ -23,6 +23,7 @@ mod disk;
 mod door;
 mod extents;
 mod frontend;
+mod groups;
 mod guests;
 mod host;
 mod image;
@@ -61,7 +62,7 @@ pub use reactors::Reactors;
 pub use remote::{MessageDoorbell, RemoteBar, RemoteDoorbell};
 pub use served::ServedModel;
 pub use source::Source;
-pub use spec::{ModelSpec, NodeSpec, RemoteSpec, VfioSpec, parse_size};
+pub use spec::{ModelSpec, NodeSpec, RemoteSpec, VfioSpec, VolumeSpec, parse_size};
 pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};
 pub use vhd_chain::{VhdChain, open_vhd};
 

@@ -21,6 +21,19 @@ pub enum NodeSpec {
     Remote(RemoteSpec),
     /// Stripes of that many bytes over the nodes.
     Stripe(u64, Vec<NodeSpec>),
+    /// A volume of a volume group.
+    Volume(VolumeSpec),
+}
+
+/// The node `vol:VG/LV@NODE,NODE…`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct VolumeSpec {
+    /// Name of the group.
+    pub group: String,
+    /// Name of the volume.
+    pub volume: String,
+    /// All devices of the group, in any order.
+    pub nodes: Vec<NodeSpec>,
 }
 
 /// The node `vfio:DDDD:BB:DD.F/NSID`.
@@ -79,10 +92,11 @@ impl NodeSpec {
             "vfio" => VfioSpec::parse(rest).map(NodeSpec::Vfio).map_err(bad),
             "vfio-user" => RemoteSpec::parse(rest).map(NodeSpec::Remote).map_err(bad),
             "stripe" => stripe(rest).map_err(bad),
+            "vol" => VolumeSpec::parse(rest).map(NodeSpec::Volume).map_err(bad),
             _ if prefix.contains('/') => Ok(NodeSpec::File(plain(text).map_err(bad)?)),
             _ => Err(bad(format!(
-                "unknown kind {prefix:?}; there are file, mem, model, vfio, vfio-user and stripe (a \
-                 file whose name holds a colon is written file: with %3A for it)"
+                "unknown kind {prefix:?}; there are file, mem, model, vfio, vfio-user, stripe and vol \
+                 (a file whose name holds a colon is written file: with %3A for it)"
             ))),
         }
     }
@@ -92,10 +106,24 @@ impl NodeSpec {
         match self {
             NodeSpec::File(path) => Some(path),
             NodeSpec::Model(m) => Some(&m.path),
-            NodeSpec::Mem(_) | NodeSpec::Vfio(_) | NodeSpec::Remote(_) | NodeSpec::Stripe(..) => {
-                None
-            }
+            NodeSpec::Mem(_) | NodeSpec::Vfio(_) | NodeSpec::Remote(_) => None,
+            NodeSpec::Stripe(..) | NodeSpec::Volume(_) => None,
         }
+    }
+}
+
+impl NodeSpec {
+    /// As it is written in a list.
+    fn listed(&self) -> String {
+        let text = match self {
+            // What would be taken for another kind, or for a byte's number.
+            NodeSpec::File(path) if path.to_string_lossy().contains([':', '%']) => {
+                let path = path.to_string_lossy().replace('%', "%25").replace(':', "%3A");
+                format!("file:{path}")
+            }
+            node => node.to_string(),
+        };
+        text.replace(',', "%2C")
     }
 }
 
@@ -109,9 +137,37 @@ impl std::fmt::Display for NodeSpec {
             NodeSpec::Remote(r) => r.fmt(f),
             NodeSpec::Stripe(size, nodes) => {
                 write!(f, "stripe:{size}")?;
-                nodes.iter().try_for_each(|n| write!(f, ",{n}"))
+                nodes.iter().try_for_each(|n| write!(f, ",{}", n.listed()))
             }
+            NodeSpec::Volume(v) => v.fmt(f),
         }
+    }
+}
+
+impl VolumeSpec {
+    fn parse(text: &str) -> Result<VolumeSpec, String> {
+        let names = text.split_once('@').and_then(|(names, nodes)| {
+            names.split_once('/').map(|(group, volume)| (group, volume, nodes))
+        });
+        let (group, volume, nodes) = names.ok_or(
+            "vol:GROUP/VOLUME@NODE,NODE… is needed, with all devices of the group, like \
+             vol:vg0/disk1@/dev/sdb",
+        )?;
+        volume::check_name("", group).map_err(|e| format!("the group: {e}"))?;
+        volume::check_name(group, volume).map_err(|e| e.to_string())?;
+        let nodes = list(nodes.split(','), "volumes")?;
+        if nodes.len() > MAX_MEMBERS {
+            let have = nodes.len();
+            return Err(format!("{have} nodes; at most {MAX_MEMBERS} are possible"));
+        }
+        Ok(VolumeSpec { group: group.to_owned(), volume: volume.to_owned(), nodes })
+    }
+}
+
+impl std::fmt::Display for VolumeSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let nodes: Vec<String> = self.nodes.iter().map(NodeSpec::listed).collect();
+        write!(f, "vol:{}/{}@{}", self.group, self.volume, nodes.join(","))
     }
 }
 
@@ -206,19 +262,29 @@ pub(crate) fn namespace_id(text: &str) -> Result<u32, String> {
     }
 }
 
-/// The node `stripe:SIZE,NODE,NODE…`. A comma within a node is written %2C.
+/// The nodes that something lies on, each one device. A comma within a node is written %2C.
+fn list<'t>(
+    parts: impl Iterator<Item = &'t str>,
+    what: &'static str,
+) -> Result<Vec<NodeSpec>, String> {
+    let node = |part: &str| {
+        let node = NodeSpec::parse(&part.replace("%2C", ",").replace("%2c", ","));
+        let below = match node.map_err(|e| e.to_string())? {
+            NodeSpec::Stripe(..) => "stripes",
+            NodeSpec::Volume(_) => "volumes",
+            node => return Ok(node),
+        };
+        Err(format!("{what} over {below} are not possible"))
+    };
+    parts.map(node).collect()
+}
+
+/// The node `stripe:SIZE,NODE,NODE…`.
 fn stripe(text: &str) -> Result<NodeSpec, String> {
     let mut parts = text.split(',');
     let size = parts.next().unwrap_or("");
     let bytes = parse_size(size).ok_or_else(|| format!("{size:?} is no size like 64k"))?;
-    let nodes = parts.map(|part| {
-        let node = NodeSpec::parse(&part.replace("%2C", ",").replace("%2c", ","));
-        match node.map_err(|e| e.to_string())? {
-            NodeSpec::Stripe(..) => Err("stripes over stripes are not possible".to_owned()),
-            node => Ok(node),
-        }
-    });
-    let nodes: Vec<NodeSpec> = nodes.collect::<Result<_, _>>()?;
+    let nodes = list(parts, "stripes")?;
     if !(2..=MAX_MEMBERS).contains(&nodes.len()) {
         return Err(format!("stripe:SIZE,NODE,NODE…: 2 to {MAX_MEMBERS} nodes are needed"));
     }
@@ -305,6 +371,48 @@ mod tests {
         for bad in ["", "64k", "64k,a", "x,a,b", "4k,a,", "4k,a,z:b", "4k,a,stripe:4k%2Cb%2Cc"] {
             assert!(NodeSpec::parse(&format!("stripe:{bad}")).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn volumes() {
+        let text = "vol:vg-0/a.b@/x,model:/y,vfio:0000:0a:00.1/2,vfio-user:/s/1,mem:512,z%2Cz";
+        let spec = NodeSpec::parse(text).unwrap();
+        let NodeSpec::Volume(v) = &spec else { panic!("no volume") };
+        assert_eq!((v.group.as_str(), v.volume.as_str(), v.nodes.len()), ("vg-0", "a.b", 6));
+        assert_eq!((&v.nodes[0], &v.nodes[5]), (&file("/x"), &file("z,z")));
+        assert_eq!((spec.to_string().as_str(), spec.path()), (text, None));
+        // Names that would be something else in a list are written so that they are read again.
+        for path in ["a:b", "/a,b:c", "100%", "%2C", "/%3A,", "a@b/c"] {
+            let nodes = vec![file(path), file("/d")];
+            let (group, volume) = ("g".to_owned(), "v".to_owned());
+            let spec = NodeSpec::Volume(VolumeSpec { group, volume, nodes: nodes.clone() });
+            assert_eq!(NodeSpec::parse(&spec.to_string()).unwrap(), spec, "{spec}");
+            let spec = NodeSpec::Stripe(4096, nodes);
+            assert_eq!(NodeSpec::parse(&spec.to_string()).unwrap(), spec, "{spec}");
+        }
+        for (bad, why) in [
+            ("", "is needed"),
+            ("g/v", "is needed"),
+            ("g@a", "is needed"),
+            ("g/v@", "empty"),
+            ("g/v@a,", "empty"),
+            ("/v@a", "group"),
+            ("g/@a", "no name"),
+            ("g/v/w@a", "no name"),
+            ("g/..@a", "no name"),
+            ("g/v_rimage_0@a", "meaning"),
+            ("-g/v@a", "no name"),
+            ("g/v@nbd:x", "unknown kind"),
+            ("g/v@stripe:4k%2Ca%2Cb", "volumes over stripes"),
+            ("g/v@vol:g/v@a", "volumes over volumes"),
+        ] {
+            let e = NodeSpec::parse(&format!("vol:{bad}")).unwrap_err().to_string();
+            assert!(e.contains(why), "{bad}: {e}");
+        }
+        let many = format!("vol:g/v@{}", ["a"; 33].join(","));
+        assert!(NodeSpec::parse(&many).unwrap_err().to_string().contains("33 nodes"));
+        let e = NodeSpec::parse("stripe:4k,a,vol:g/v@b").unwrap_err().to_string();
+        assert!(e.contains("stripes over volumes"), "{e}");
     }
 
     #[test]

@@ -260,8 +260,13 @@ impl Place {
         let over_model = matches!(spec, NodeSpec::Model(_));
         match opened {
             Ok(source) => {
-                let device =
-                    matches!(spec, NodeSpec::Vfio(_) | NodeSpec::Remote(_) | NodeSpec::Stripe(..));
+                let device = matches!(
+                    spec,
+                    NodeSpec::Vfio(_)
+                        | NodeSpec::Remote(_)
+                        | NodeSpec::Stripe(..)
+                        | NodeSpec::Volume(_)
+                );
                 Ok(Place { source, name, path, made, over_model, device, touched: over_model })
             }
             Err(e) => {
