@@ -10,6 +10,7 @@ mod features;
 mod info;
 mod map;
 mod vhd;
+mod volume;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
