@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
@@ -266,6 +266,16 @@ fn devices_are_any_nodes() {
     env.run("list stripe:64k,a,b").fails(2, &["name its devices one by one"]);
 }
 
+/// A server, killed if a test fails.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _ended = self.0.wait();
+    }
+}
+
 #[test]
 fn a_drive_of_another_process_is_a_device() {
     let env = Env::new();
@@ -273,9 +283,9 @@ fn a_drive_of_another_process_is_a_device() {
     let mut server = Command::new(env!("CARGO_BIN_EXE_polldisk"));
     server.args(["model", "--vfio-user", "s", "-f", "raw", "model:a?lba=4096&vwc=1"]);
     server.current_dir(env.dir.path()).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut server = server.spawn().unwrap();
+    let mut server = Server(server.spawn().unwrap());
     let mut line = String::new();
-    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(server.0.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     env.run("create-group vg vfio-user:s/1").ok();
     env.run("create vg/v --size 8M vfio-user:s/1").ok();
     env.run("extend vg/v --size +4M vfio-user:s/1").ok();
@@ -283,9 +293,9 @@ fn a_drive_of_another_process_is_a_device() {
     env.run("check vfio-user:s/1").ok();
     // The server has the file, so a group on it is in use.
     env.run("list a").fails(1, &["a: the image is in use by another process"]);
-    let pid = server.id().to_string();
+    let pid = server.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    assert!(server.wait().unwrap().success());
+    assert!(server.0.wait().unwrap().success());
     let list = env.run("list --json a").json();
     assert_eq!(
         (&list["volumes"][0]["name"], &list["volumes"][0]["size"]),

@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn each_kind_is_refused_and_nothing_of_it_lost() {
     let env = Env::new();
-    let len = 64 * MIB;
+    let len = 8 * MIB;
     let md = b"\xfc\x4e\x2b\xa9";
     let kinds: [(u64, &[u8], &str); 20] = [
         (512, b"EFI PART", "a GPT partition table"),
@@ -34,15 +34,15 @@ fn each_kind_is_refused_and_nothing_of_it_lost() {
         ),
     ];
     for (offset, bytes, what) in kinds {
-        env.disk("good", 64);
-        let file = env.disk("bad", 64);
+        env.disk("good", 8);
+        let file = env.disk("bad", 8);
         file.write_all_at(bytes, offset).unwrap();
         let before = env.bytes("bad");
         let text = format!("bad: holds {what}");
         let at = format!("at byte {offset}");
-        env.run("create-group vg good bad").fails(1, &[&text, &at, "--force"]);
+        env.run("create-group vg good bad --metadata-size 1M").fails(1, &[&text, &at, "--force"]);
         assert!(before == env.bytes("bad") && env.bytes("good").iter().all(|&b| b == 0), "{what}");
-        let run = env.run("create-group vg good bad --force");
+        let run = env.run("create-group vg good bad --metadata-size 1M --force");
         assert!(run.err.contains(&text) && run.err.contains("it is overwritten"), "{run:?}");
         run.ok();
         env.run("check good bad").ok();
