@@ -92,14 +92,36 @@ pub(crate) fn run(args: &CreateGroup) -> anyhow::Result<()> {
             if vg.pvs.len() == 1 { "" } else { "s" },
         ))?;
     }
-    if ids.lvm.as_ref() != Some(&id) && !ids.extra.contains(&id) {
+    if let Some(setting) = setting(&ids, &id) {
         tell!(
             "polldisk: {name}: belongs to the system `{id}`, by which this host's LVM does not know \
-             itself; for its tools say extra_system_ids = [ \"{id}\" ] in the section local of \
-             /etc/lvm/lvmlocal.conf"
+             itself; for its tools say {setting}"
         );
     }
     open.close()
+}
+
+/// What has LVM's tools on this host use a group with this system ID; `None`: nothing need be said.
+fn setting(ids: &HostIds, id: &str) -> Option<String> {
+    if ids.unknown.is_some() {
+        // It was stated, so it is known what the tools go by.
+        return None;
+    }
+    match &ids.lvm {
+        Some(lvm) if lvm == id || ids.extra.iter().any(|extra| extra == id) => None,
+        Some(_) => Some(format!(
+            "extra_system_ids = [ \"{id}\" ] in the section local of /etc/lvm/lvmlocal.conf"
+        )),
+        // Further ones do not count for tools that have none.
+        None if ids.machine.as_deref() == Some(id) => Some(
+            "system_id_source = \"machineid\" in the section global of /etc/lvm/lvm.conf"
+                .to_owned(),
+        ),
+        None => Some(format!(
+            "system_id_source = \"lvmlocal\" in the section global of /etc/lvm/lvm.conf and \
+             system_id = \"{id}\" in local of lvmlocal.conf"
+        )),
+    }
 }
 
 /// There is room for the metadata and an extent, and there are not more extents than LVM counts.

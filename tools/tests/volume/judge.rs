@@ -68,6 +68,17 @@ impl Lvm {
         run
     }
 
+    /// Runs a tool with an option whose value has a space.
+    fn with_config(&self, option: &str, line: &str) -> Run {
+        let (name, value) = option.split_once(' ').unwrap();
+        let mut words = line.split_whitespace();
+        let mut command = Command::new("lvm");
+        command.arg(words.next().unwrap()).args(["--driverloaded", "n", name, value]).args(words);
+        command.current_dir(self.env.dir.path());
+        command.env("LVM_SYSTEM_DIR", self.env.dir.path()).env("LVM_SUPPRESS_FD_WARNINGS", "1");
+        command.output().unwrap().into()
+    }
+
     /// Devices are named %0 and %1.
     fn named(&self, word: &str) -> String {
         match word.strip_prefix('%') {
@@ -147,9 +158,14 @@ fn the_tools_see_what_is_made_here() {
     lvm.called("you", "");
     let run = lvm.lvm("vgchange --addtag theirs vg");
     assert!(run.code != 0 && run.err.contains("system ID"), "{run:?}");
-    // As docs/operations.md says how to get at it from another host.
-    let config = "--config local/extra_system_ids=[\"me\"]";
-    lvm.lvm(&format!("vgchange {config} --addtag theirs vg")).ok();
+    // As docs/operations.md says how to get at it from another host, whatever it goes by.
+    let us = "--config global/system_id_source=\"lvmlocal\" local/system_id=\"me\"";
+    lvm.with_config(us, "vgchange --addtag theirs vg").ok();
+    lvm.called("none", "");
+    assert_ne!(lvm.lvm("vgchange --addtag no vg").code, 0);
+    lvm.with_config(us, "vgchange --addtag theirs2 vg").ok();
+    assert!(lvm.report("vgs --foreign -o vg_name,vg_systemid")[0].contains("vg|me"));
+    lvm.called("you", "");
     lvm.ours("take-over vg %0 %1").ok();
     lvm.lvm("vgchange --addtag more vg").ok();
     lvm.sound();
@@ -227,4 +243,42 @@ fn a_device_that_the_kernel_uses_is_not_taken() {
     lvm.ours("create-group vg %0 %1").fails(1, &["holds an ext4 file system"]);
     lvm.ours("create-group vg %0 %1 --force").ok();
     lvm.sound();
+}
+
+#[test]
+fn tools_that_go_by_nothing_are_told_how_to_use_a_group() {
+    let Some(lvm) = Lvm::new() else { return };
+    lvm.called("none", "");
+    let run = lvm.ours("create-group vg %0 %1");
+    if run.err.contains("this host has no system ID") {
+        println!("skipped: no /etc/machine-id");
+        return;
+    }
+    assert!(
+        run.err.contains("say system_id_source = \"machineid\" in the section global"),
+        "{run:?}"
+    );
+    run.ok();
+    assert_ne!(lvm.lvm("vgchange --addtag no vg").code, 0);
+    lvm.called("machineid", "");
+    lvm.lvm("vgchange --addtag yes vg").ok();
+    lvm.sound();
+    // Where they go by another one.
+    lvm.called("x", "");
+    lvm.ours("remove-group vg %0 %1 ").ok();
+    let run = lvm.ours("create-group vg %0 %1 --system-id y");
+    assert!(run.err.contains("say extra_system_ids = [ \"y\" ] in the section local"), "{run:?}");
+    run.ok();
+    assert_ne!(lvm.lvm("vgchange --addtag no vg").code, 0);
+    lvm.called("x", "local/extra_system_ids=[\"y\"]");
+    lvm.lvm("vgchange --addtag yes vg").ok();
+    lvm.sound();
+    // Where they go by none, and the group has one that was stated.
+    lvm.ours("remove-group vg %0 %1 --system-id y").ok();
+    lvm.called("none", "");
+    let run = lvm.ours("create-group vg %0 %1 --system-id z");
+    assert!(run.err.contains("\"lvmlocal\"") && run.err.contains("system_id = \"z\""), "{run:?}");
+    run.ok();
+    lvm.called("z", "");
+    lvm.lvm("vgchange --addtag yes vg").ok();
 }

@@ -69,11 +69,14 @@ impl Env {
         env
     }
 
-    /// The host that commands run on has this system ID, and LVM these settings.
+    /// The host that commands run on has this system ID, or one of this kind; LVM these settings.
     fn called(&self, id: &str, more: &str) {
-        let text = format!(
-            "global {{ system_id_source = \"lvmlocal\" }}\nlocal {{ system_id = \"{id}\" }}\n{more}"
-        );
+        let text = match id {
+            "none" | "machineid" => format!("global {{ system_id_source = \"{id}\" }}\n{more}"),
+            _ => format!(
+                "global {{ system_id_source = \"lvmlocal\" }}\nlocal {{ system_id = \"{id}\" }}\n{more}"
+            ),
+        };
         std::fs::write(self.path("lvm.conf"), text).unwrap();
     }
 
