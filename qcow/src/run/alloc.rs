@@ -100,6 +100,14 @@ impl Allocator {
         }
     }
 
+    /// The device has become larger, up to so many bytes.
+    pub(super) fn has_more_space(&mut self, capacity: u64) {
+        let limit = self.geometry.cluster(capacity);
+        if limit > self.limit {
+            (self.limit, self.exhausted) = (limit, false);
+        }
+    }
+
     pub(super) fn is_metadata(&self, cluster: u64) -> bool {
         self.metadata.contains(cluster)
     }

@@ -230,6 +230,12 @@ impl Image {
         self.shared.alloc.borrow().end()
     }
 
+    /// The device of the layer that is written to has so many bytes now, more than before: what found
+    /// no space on it finds some.
+    pub fn has_more_space(&mut self, capacity: u64) {
+        self.shared.alloc.borrow_mut().has_more_space(capacity);
+    }
+
     /// Requests that went straight down so far.
     pub fn hits(&self) -> u64 {
         self.direct

@@ -51,6 +51,14 @@ impl Device {
         }
     }
 
+    /// The use of a volume, if it is one.
+    pub(crate) fn as_volume(&mut self) -> Option<&mut groups::Lease> {
+        match self {
+            Device::Volume(lease) => Some(lease),
+            Device::Model(_) | Device::Vfio(_) | Device::Remote(_) => None,
+        }
+    }
+
     /// Whether it was opened for reading only, which the device itself does not know.
     pub(crate) fn is_for_reading(&self) -> bool {
         match self {

@@ -172,7 +172,7 @@ impl Disk {
         self.running().map(|r| self.reactors.at(r.reactor))
     }
 
-    fn running(&self) -> impl Iterator<Item = &Running> {
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Running> {
         std::iter::once(&self.home).chain(&self.further)
     }
 

@@ -15,12 +15,16 @@ use block::{Blocking, LeafAccess, SplitQueue, Storage, StorageError};
 use file::ImageLock;
 use qcow::open::{FileId, Format};
 use reactor::sync::Mutex;
-use volume::{Group, HostIds, Id, Map, Vg};
+use volume::{Author, Group, HostIds, Id, Map, Vg};
 
 use crate::chain::{file_leaf, lock};
 use crate::device::Device;
+use crate::running::Lies;
 use crate::source::{Kind, Source, blocking};
-use crate::{Error, HostStorage, Leaf, NodeSpec, OpenOptions, VolumeSpec, open_source};
+use crate::{
+    Disk, Error, HostStorage, Image, Leaf, NodeSpec, OpenOptions, ReactorCore, VolumeSpec,
+    open_source,
+};
 
 static GROUPS: Mutex<Groups> = Mutex::new(Groups { open: Vec::new(), next: 0 });
 
@@ -133,6 +137,8 @@ pub(crate) struct Lease {
     /// The group's devices in the order of its metadata.
     order: Vec<usize>,
     map: Map,
+    /// The system ID by which the group is used.
+    ours: Option<String>,
     open: bool,
 }
 
@@ -355,7 +361,7 @@ impl Shared {
         let queue = SplitQueue::over(leaves.collect(), map.clone(), !writable);
         let queue = queue.map_err(|e| fail(&e))?;
         let (group, node) = (self.number, node.to_owned());
-        Ok((queue, Lease { group, node, volume, writable, order, map, open: false }))
+        Ok((queue, Lease { group, node, volume, writable, order, map, ours, open: false }))
     }
 
     /// Looks at what is on the devices before anything is written: they are those of the group that
@@ -426,6 +432,36 @@ impl Lease {
         Ok(Leaf::Volume(Box::new(queue.map_err(|e| Error::node(&self.node, e))?)))
     }
 
+    /// Makes the volume larger by so many extents at least, durably. Returns where its bytes are now;
+    /// further queues go by that, those that are there have to be told.
+    ///
+    /// # Errors
+    /// If the group has no space, or a device fails: the volume is as before then, unless it was in
+    /// the middle of the commit.
+    pub(crate) fn grow(&mut self, extents: u64, author: &Author) -> Result<Map, Error> {
+        let fail = |e: &dyn std::fmt::Display| Error::node(&self.node, e);
+        if !self.writable {
+            return Err(fail(&"was opened for reading only"));
+        }
+        // Locked until the change is in force, as the group's metadata is one thing for all volumes.
+        let groups = GROUPS.lock();
+        let at = groups.find(self.group).ok_or_else(|| fail(&"the group was closed"))?;
+        let members = groups.open[at].members(false)?;
+        let mut group = Group::open(members, self.ours.as_deref()).map_err(|e| fail(&e))?;
+        // By whatever name it has now.
+        let name = group.vg().lvs.iter().find(|lv| lv.id == self.volume).map(|lv| lv.name.clone());
+        let name = name.ok_or_else(|| fail(&"the volume is not in its group any more"))?;
+        let edit = |vg: &mut Vg| vg.grow_lv(&name, extents).map(drop);
+        group.change(author, "polldisk: more space", edit).map_err(|e| fail(&e))?;
+        let map = group.map(&name).map_err(|e| fail(&e))?;
+        let order: Vec<usize> = group.into_devices().into_iter().map(|m| m.at).collect();
+        if !map.extends(&self.map) || order != self.order || map.align() < 4096 {
+            return Err(fail(&"the volume has been moved by somebody else: close it"));
+        }
+        self.map = map.clone();
+        Ok(map)
+    }
+
     /// Whether the volume may be written to.
     pub(crate) fn writable(&self) -> bool {
         self.writable
@@ -476,4 +512,45 @@ fn which(nodes: &[NodeSpec]) -> Vec<Which> {
         .collect();
     key.sort();
     key
+}
+
+impl Disk {
+    /// Makes the volume that the image lies in larger by so many extents at least, while guests go on:
+    /// what found no space in it finds some. Returns its bytes.
+    ///
+    /// # Errors
+    /// If the image that is written to lies in no volume, the group has no space, or a device fails.
+    pub fn grow_volume(&mut self, extents: u64, author: &Author) -> Result<u64, Error> {
+        let name = self.rest.name().to_owned();
+        let leaf = usize::from(self.rest.top.leaf);
+        let lies = self.layers().first().map(|layer| &layer.lies);
+        let device = match lies {
+            Some(Lies::Device(n)) => Some(*n),
+            _ => None,
+        };
+        let lease = device.and_then(|n| self.rest.devices.get_mut(n)).and_then(Device::as_volume);
+        let lease = lease.ok_or_else(|| Error::node(&name, "the image lies in no volume"))?;
+        let map = lease.grow(extents, author)?;
+        let size = map.len();
+        // All queues before the first request that goes past the old end.
+        for running in self.running() {
+            let map = map.clone();
+            let grown = self.mailbox(running).ask(move |core: &mut ReactorCore| {
+                match core.leaves().get_mut(leaf) {
+                    Some(Leaf::Volume(queue)) => queue.grow(map),
+                    _ => Err("the volume has no queue".to_owned()),
+                }
+            });
+            grown
+                .unwrap_or_else(|| Err("its reactor has ended".to_owned()))
+                .map_err(|e| Error::node(&name, e))?;
+        }
+        let image = self.home.image;
+        self.home_mailbox().ask(move |core: &mut ReactorCore| {
+            if let Some(Image::Qcow(image)) = core.image(image) {
+                image.has_more_space(size);
+            }
+        });
+        Ok(size)
+    }
 }

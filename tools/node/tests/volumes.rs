@@ -193,6 +193,77 @@ fn qcow2_in_volumes_of_all_shapes_is_an_image_like_any_other() {
 }
 
 #[test]
+fn a_volume_grows_while_its_image_is_written_to() {
+    for (kind, reactors, stripes) in [("", 2, 2), ("model:", 1, 1)] {
+        let rig = Rig::new(2, None);
+        rig.volume("disk", 16, stripes);
+        rig.volume("behind", 2, 2);
+        let node = format!("vol:vg/disk@{}", rig.list(kind));
+        make_image(&node, 1 << 30);
+        let mut disk = serve(&node, Format::Qcow2, reactors);
+        let mut pool = Pool::new(1, 65536).unwrap();
+        let region = pool.region().clone();
+        let buf = pool.take().unwrap();
+        let (mut cluster, mut sizes) = (0, vec![16 * MIB]);
+        while cluster < 560 {
+            let portals = (0..2).map(|_| disk.portal(4, vec![region.clone()]).unwrap());
+            let mut portals: Vec<_> = portals.collect();
+            let mut write = |cluster: u64| {
+                region.write_seg(&buf.seg(), &vec![pattern(cluster, 9); 65536]);
+                let (op, offset, seg) = (Op::Write, cluster * 65536, Some(buf.seg()));
+                let (id, flags, len) = (1, Flags::NONE, 65536);
+                portals[cluster as usize % 2].call(PortalRequest {
+                    id,
+                    op,
+                    flags,
+                    offset,
+                    len,
+                    seg,
+                })
+            };
+            loop {
+                match write(cluster) {
+                    Status::Ok => cluster += 1,
+                    Status::NoSpace => break,
+                    other => panic!("{cluster}: {other}"),
+                }
+                if cluster == 560 {
+                    break;
+                }
+            }
+            if cluster < 560 {
+                // It stays so until there is space.
+                assert_eq!(write(cluster), Status::NoSpace);
+                assert!(cluster * 65536 < *sizes.last().unwrap());
+                sizes.push(disk.grow_volume(8, &author()).unwrap());
+            }
+        }
+        pool.give(buf);
+        assert!(sizes.len() >= 3 && sizes.is_sorted(), "{sizes:?}");
+        clusters(&disk, Op::Read, 560, 9);
+        // More than there is.
+        let before = rig.paths.iter().map(|p| std::fs::read(p).unwrap()).collect::<Vec<_>>();
+        let said = disk.grow_volume(1 << 20, &author()).unwrap_err().to_string();
+        assert!(said.contains("no space in volume group vg"), "{said}");
+        let after = rig.paths.iter().map(|p| std::fs::read(p).unwrap()).collect::<Vec<_>>();
+        assert!(before == after);
+        disk.close().unwrap();
+        let vg = rig.group().vg().clone();
+        assert_eq!(vg.lv("disk").unwrap().extents() * MIB, *sizes.last().unwrap());
+        let whole = rig.extract("disk");
+        qemu_check(&whole);
+        let disk = serve(whole.to_str().unwrap(), Format::Qcow2, 1);
+        clusters(&disk, Op::Read, 560, 9);
+        disk.close().unwrap();
+    }
+    // What lies in no volume has nothing to grow.
+    let mut disk = serve("mem:1M", Format::Raw, 1);
+    let said = disk.grow_volume(1, &author()).unwrap_err().to_string();
+    assert!(said.contains("lies in no volume"), "{said}");
+    disk.close().unwrap();
+}
+
+#[test]
 fn volumes_of_one_group_are_in_use_together_and_each_once() {
     let rig = Rig::new(2, None);
     for name in ["a", "b", "c"] {
