@@ -20,7 +20,7 @@ impl Drop for Host {
         // By what it has open: it was not started by this process.
         let config = self.dir.path().join("run/polldisk.toml");
         let _ended =
-            Command::new("pkill").args(["-TERM", "-f", &config.display().to_string()]).status();
+            Command::new("pkill").args(["-TERM", "-f", &config.display().to_string()]).output();
     }
 }
 
@@ -79,13 +79,15 @@ impl Host {
         answer["code"].as_str().unwrap().to_owned()
     }
 
-    /// Ends the daemon, and waits until it is gone.
+    /// Kills the daemon that runs now, if one does, and waits until it is gone.
     fn kill_daemon(&self) {
         let config = self.dir.path().join("run/polldisk.toml");
-        let config = config.to_str().unwrap();
-        assert!(Command::new("pkill").args(["-KILL", "-f", config]).status().unwrap().success());
-        while Command::new("pgrep").args(["-f", config]).status().unwrap().success() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
+        let out = Command::new("pgrep").args(["-f", config.to_str().unwrap()]).output().unwrap();
+        for pid in String::from_utf8(out.stdout).unwrap().split_whitespace() {
+            let _killed = Command::new("kill").args(["-KILL", pid]).output().unwrap();
+            while Path::new("/proc").join(pid).exists() {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
         }
     }
 }
@@ -261,6 +263,108 @@ fn calls_at_once_start_one_daemon_and_lose_nothing() {
     let daemons =
         Command::new("pgrep").args(["-c", "-f", config.to_str().unwrap()]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&daemons.stdout).trim(), "1");
+}
+
+/// Calls of all kinds from several processes at once, while the daemon is killed again and again. As many as
+/// `SMAPI_CALLS` says.
+#[test]
+fn random_calls_with_kills_in_between_lose_nothing() {
+    const CALLERS: u64 = 8;
+    let calls = std::env::var("SMAPI_CALLS").map_or(80, |n| n.parse().unwrap());
+    let host = Host::new();
+    let config = device(&host.dir.path().join("disk"));
+    let new = json!({"uuid": SR, "configuration": config, "name": "", "description": ""});
+    host.ok("SR.create", new);
+    let caller = |number: u64| {
+        // What this one knows of its disks: by key, the value of a key of its own.
+        let mut rng = sim::Rng::new(number);
+        let mut mine: Vec<(String, String)> = Vec::new();
+        let (mut failed, mut unsure) = (0, Vec::new());
+        for n in 0..calls / CALLERS {
+            let _attached = host.call("SR.attach", json!({"configuration": config}));
+            let at = rng.below(mine.len().max(1) as u64) as usize;
+            let of = |more: Value| {
+                let mut args = json!({"sr": SR, "key": mine[at].0});
+                args.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+                args
+            };
+            let done = match if mine.is_empty() { 0 } else { rng.below(6) } {
+                0 => {
+                    let name = format!("of {number}");
+                    let new = json!({"sr": SR, "name": name, "description": "", "size": 1,
+                                     "sharable": false});
+                    let (done, answer) = host.call("Volume.create", new);
+                    if done {
+                        mine.push((answer["key"].as_str().unwrap().to_owned(), String::new()));
+                    }
+                    done
+                }
+                1 => {
+                    let (done, answer) = host.call("Volume.snapshot", of(json!({})));
+                    if done {
+                        assert_eq!(answer["read_write"], false);
+                    }
+                    done
+                }
+                2 => {
+                    let (done, _) = host.call("Volume.destroy", of(json!({})));
+                    // One that failed may have been done all the same.
+                    let (key, _) = mine.swap_remove(at);
+                    unsure.extend((!done).then_some(key));
+                    done
+                }
+                _ => {
+                    let (done, _) =
+                        host.call("Volume.set", of(json!({"k": "v", "v": n.to_string()})));
+                    if done {
+                        mine[at].1 = n.to_string();
+                    } else {
+                        let (key, _) = mine.swap_remove(at);
+                        unsure.push(key);
+                    }
+                    done
+                }
+            };
+            failed += u64::from(!done);
+        }
+        (mine, unsure, failed)
+    };
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let (known, kills) = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..CALLERS).map(|n| scope.spawn(move || caller(n))).collect();
+        let killer = scope.spawn(|| {
+            let mut kills = 0;
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(700));
+                host.kill_daemon();
+                kills += 1;
+            }
+            kills
+        });
+        let known: Vec<_> = callers.into_iter().map(|c| c.join().unwrap()).collect();
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        (known, killer.join().unwrap())
+    });
+    host.ok("SR.attach", json!({"configuration": config}));
+    let all = host.ok("SR.ls", json!({"sr": SR}));
+    let disk = |key: &str| all.as_array().unwrap().iter().find(|disk| disk["key"] == *key);
+    let (mut disks, mut failures) = (0, 0);
+    for (mine, _, failed) in &known {
+        for (key, value) in mine {
+            let disk = disk(key).unwrap_or_else(|| panic!("{key} is lost"));
+            assert_eq!(disk["keys"]["v"].as_str().unwrap_or_default(), value);
+        }
+        disks += mine.len();
+        failures += failed;
+    }
+    println!("{calls} calls, {failures} failed, {kills} kills, {disks} disks known");
+    assert!(disks > 4 && kills > 2);
+    // Nothing is left that cannot be destroyed.
+    for disk in all.as_array().unwrap() {
+        host.ok("Volume.destroy", json!({"sr": SR, "key": disk["key"]}));
+    }
+    let stat = host.ok("SR.stat", json!({"sr": SR}));
+    assert_eq!(stat["free_space"], stat["total_space"]);
 }
 
 #[test]
