@@ -19,6 +19,7 @@ use volume::{Author, Group, HostIds, Id, Map, Vg};
 
 use crate::chain::{file_leaf, lock};
 use crate::device::Device;
+use crate::kernel::active_volume;
 use crate::running::Lies;
 use crate::source::{Kind, Source, blocking};
 use crate::{
@@ -340,6 +341,12 @@ impl Shared {
         let writable = options.writable;
         if self.uses.iter().any(|&(id, w)| id == volume && (w || writable)) {
             let why = "the volume is in use by this process already, and one of the two writes";
+            return Err(Error::in_use(node, why));
+        }
+        // Whoever takes no locks does not ask who else is there.
+        if self.key.is_some()
+            && let Some(why) = active_volume(&spec.nodes, group.vg(), lv)
+        {
             return Err(Error::in_use(node, why));
         }
         let map = group.map(&spec.volume).map_err(|e| fail(&e))?;

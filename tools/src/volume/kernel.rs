@@ -4,13 +4,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
 
 use anyhow::bail;
 use nix::fcntl::OFlag;
-use nix::sys::stat::{major, minor};
 use node::NodeSpec;
-use volume::{Id, Lv, Vg};
+use volume::{Lv, Vg};
 
 /// The device's number, if it is a block device.
 fn number(spec: &NodeSpec) -> Option<u64> {
@@ -56,59 +54,8 @@ pub(super) fn claim(nodes: &[NodeSpec]) -> anyhow::Result<Vec<File>> {
 /// # Errors
 /// If it is.
 pub(super) fn refuse_active(nodes: &[NodeSpec], vg: &Vg, lv: &Lv) -> anyhow::Result<()> {
-    for spec in nodes {
-        let Some(device) = number(spec) else { continue };
-        let folder = format!("/sys/dev/block/{}:{}/holders", major(device), minor(device));
-        if let Some(name) = holder(Path::new(&folder), vg.id, lv.id) {
-            bail!(
-                "{}/{}: is in use: the kernel has it active as /dev/mapper/{name}, on {spec}. \
-                 Unmount it and deactivate it first: `lvchange -an {}/{}`",
-                vg.name,
-                lv.name,
-                vg.name,
-                lv.name
-            );
-        }
-    }
-    Ok(())
-}
-
-/// The name of the device-mapper device that is this volume, among holders of a device.
-fn holder(folder: &Path, vg: Id, lv: Id) -> Option<String> {
-    let text = |id: Id| String::from_utf8_lossy(id.raw()).into_owned();
-    let wanted = format!("LVM-{}{}", text(vg), text(lv));
-    for entry in std::fs::read_dir(folder).ok()?.flatten() {
-        let dm = entry.path().join("dm");
-        let uuid = std::fs::read_to_string(dm.join("uuid")).unwrap_or_default();
-        // Parts of a volume have a suffix.
-        if uuid.starts_with(&wanted) {
-            let name = std::fs::read_to_string(dm.join("name")).unwrap_or_default();
-            return Some(name.trim().escape_default().to_string());
-        }
-    }
-    None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_active_volume_is_found_by_its_identity() {
-        let dir = tempfile::tempdir().unwrap();
-        let (vg, lv) = (Id::from_noise([1; 32]), Id::from_noise([2; 32]));
-        assert_eq!(holder(&dir.path().join("none"), vg, lv), None);
-        for (dm, uuid, name) in [
-            ("dm-0", format!("LVM-{}{}\n", "1".repeat(32), "3".repeat(32)), "vg-other\n"),
-            ("dm-1", format!("LVM-{}{}\n", "1".repeat(32), "2".repeat(32)), "vg-my--disk\n"),
-            ("md0", String::new(), ""),
-        ] {
-            let folder = dir.path().join(dm).join("dm");
-            std::fs::create_dir_all(&folder).unwrap();
-            std::fs::write(folder.join("uuid"), uuid).unwrap();
-            std::fs::write(folder.join("name"), name).unwrap();
-        }
-        assert_eq!(holder(dir.path(), vg, lv).as_deref(), Some("vg-my--disk"));
-        assert_eq!(holder(dir.path(), vg, Id::from_noise([4; 32])), None);
+    match node::active_volume(nodes, vg, lv) {
+        Some(why) => bail!("{why}"),
+        None => Ok(()),
     }
 }
