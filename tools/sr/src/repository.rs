@@ -88,16 +88,11 @@ impl<S: Storage> Repository<S> {
         let group = NewGroup {
             name: format!("pd-{}", new.id),
             system_id: new.system_id.clone(),
-            tags: Vec::new(),
+            tags,
             extent: EXTENT,
             metadata: volume::DEFAULT_METADATA,
         };
-        let mut group = Group::create(storages, &group, author)?;
-        group.change(author, "polldisk: create the repository", |vg| {
-            vg.tags = tags;
-            Ok(())
-        })?;
-        Repository::of(group)
+        Repository::of(Group::create(storages, &group, author)?)
     }
 
     /// Opens the repository that is on these devices, all of them, for this host.
