@@ -255,7 +255,7 @@ pub struct Entries<const SIZE: usize> {
 }
 
 // SAFETY: `base` points into the region that this holds, which may itself be sent, and is only accessed
-// atomically.
+// atomically or by opaque copies.
 unsafe impl<const SIZE: usize> Send for Entries<SIZE> {}
 // SAFETY: as above.
 unsafe impl<const SIZE: usize> Sync for Entries<SIZE> {}

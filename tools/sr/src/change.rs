@@ -10,7 +10,8 @@ use crate::error::{Error, Result, refused};
 use crate::fields::Fields;
 use crate::repository::Repository;
 use crate::state::{
-    DEPTH, DESCRIPTION, Disk, KEY, NAME, Node, PARENT, READ_ONLY, SHARABLE, SIZE, State, THEIRS,
+    DEPTH, DESCRIPTION, Disk, KEY, LARGEST, NAME, Node, PARENT, READ_ONLY, SHARABLE, SIZE, State,
+    THEIRS,
 };
 
 /// Bytes of a new volume at most: it grows with what is written.
@@ -96,7 +97,7 @@ impl<S: Storage> Repository<S> {
     /// If there is no space, the size is 0 or too large, or a text is too long.
     pub fn create_disk(&mut self, new: &NewDisk, author: &Author) -> Result<String> {
         let size =
-            new.size.checked_next_multiple_of(ROUND).filter(|size| (1..1 << 50).contains(size));
+            new.size.checked_next_multiple_of(ROUND).filter(|size| (1..=LARGEST).contains(size));
         let Some(size) = size else {
             return refused(format!("a disk of {} bytes: 1 byte to 1 PiB are possible", new.size));
         };
@@ -275,16 +276,6 @@ impl<S: Storage> Repository<S> {
         }
         let node = Node { disk: Some(disk), ..node };
         self.commit(author, &format!("{what} of {of}"), &[], |vg| put(vg, &node))
-    }
-
-    /// The disk in a node's image has another size now.
-    ///
-    /// # Errors
-    /// If there is no such disk.
-    pub fn note_size(&mut self, of: &str, size: u64, author: &Author) -> Result<()> {
-        let (_, node) = self.known(of)?;
-        let node = Node { size, ..node };
-        self.commit(author, &format!("size of {of}"), &[], |vg| put(vg, &node))
     }
 
     /// Makes a disk's volume larger, by at least so many bytes and in steps that grow with it. Returns

@@ -7,6 +7,9 @@ use volume::{Lv, Vg};
 use crate::error::{Error, Result, corrupt};
 use crate::fields::Fields;
 
+/// Bytes of a disk at most.
+pub(crate) const LARGEST: u64 = 1 << 50;
+
 /// Images on top of each other at most: what has to be opened for the uppermost.
 pub(crate) const DEPTH: usize = 200;
 
@@ -83,6 +86,10 @@ fn node(vg: &Vg, lv: &Lv) -> Result<Option<Node>> {
         // Somebody else's volume in the same group.
         return Ok(None);
     }
+    let size = number(&fields, SIZE, &lv.name)?;
+    if !size.is_multiple_of(512) || !(512..=LARGEST).contains(&size) {
+        return corrupt(format!("{} has the tag pd:size={size}, which no disk has", lv.name));
+    }
     let text = |name| fields.get(name).unwrap_or_default().to_owned();
     let disk = fields.get(KEY).map(|key| Disk {
         key: key.to_owned(),
@@ -95,7 +102,7 @@ fn node(vg: &Vg, lv: &Lv) -> Result<Option<Node>> {
     Ok(Some(Node {
         lv: lv.name.clone(),
         parent: fields.get(PARENT).map(str::to_owned),
-        size: number(&fields, SIZE, &lv.name)?,
+        size,
         used: lv.extents() * vg.extent_bytes(),
         disk,
     }))
