@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -65,25 +65,36 @@ fn connect(socket: &Path) -> anyhow::Result<Client> {
     let lock = folder.join("start.lock");
     let lock = std::fs::File::create(&lock).with_context(|| lock.display().to_string())?;
     lock.lock().context("waiting for another start")?;
-    start(socket, folder)?;
+    let mut started = start(socket, folder)?;
     for _ in 0..LOOKS {
         if let Ok(client) = Client::connect(socket) {
             return Ok(client);
+        }
+        if let Some(child) = &mut started
+            && let Some(status) = child.try_wait().context("the daemon")?
+        {
+            bail!("the daemon ended at once ({status}): see {}", log_of(folder).display());
         }
         std::thread::sleep(LOOK);
     }
     bail!("{}: the daemon was started and does not answer: see its log", socket.display())
 }
 
-/// Starts the daemon, as a service if there is one, if nobody did while we waited.
-fn start(socket: &Path, folder: &Path) -> anyhow::Result<()> {
+/// Where a daemon that is no service writes what it has to say.
+fn log_of(folder: &Path) -> PathBuf {
+    folder.join("polldisk.log")
+}
+
+/// Starts the daemon, as a service if there is one, if nobody did while we waited. Returns its process
+/// if it is ours.
+fn start(socket: &Path, folder: &Path) -> anyhow::Result<Option<Child>> {
     if Client::connect(socket).is_ok() {
-        return Ok(());
+        return Ok(None);
     }
     if socket == Path::new(DAEMON) && Path::new("/run/systemd/system").exists() {
         let status = Command::new("systemctl").args(["start", "polldisk.service"]).status();
         if status.is_ok_and(|status| status.success()) {
-            return Ok(());
+            return Ok(None);
         }
     }
     let config = folder.join("polldisk.toml");
@@ -93,8 +104,7 @@ fn start(socket: &Path, folder: &Path) -> anyhow::Result<()> {
         let text = format!("control = {control}\nstate = {state}\nxen = {xen}\n");
         std::fs::write(&config, text).with_context(|| config.display().to_string())?;
     }
-    let log = folder.join("polldisk.log");
-    let log = std::fs::File::options().create(true).append(true).open(&log);
+    let log = std::fs::File::options().create(true).append(true).open(log_of(folder));
     let binary = std::env::current_exe().context("where this program is")?;
     // Nothing of ours is handed on but the log: who started us waits until our output is closed.
     Command::new(binary)
@@ -105,8 +115,8 @@ fn start(socket: &Path, folder: &Path) -> anyhow::Result<()> {
         .stderr(log.context("the daemon's log")?)
         .process_group(0)
         .spawn()
-        .context("cannot start the daemon")?;
-    Ok(())
+        .map(Some)
+        .context("cannot start the daemon")
 }
 
 /// A path as a TOML string, which JSON's strings are.

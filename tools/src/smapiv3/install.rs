@@ -39,13 +39,14 @@ pub(super) fn run(root: &Path) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-/// Writes a plugin beside its place and moves it there: the toolstack looks as soon as it is there.
+/// Writes a plugin elsewhere and moves it to its place: the toolstack looks as soon as it is there.
 fn install(folder: &Path, binary: &str, kind: Kind, methods: &[&str]) -> anyhow::Result<()> {
     let at = || folder.display().to_string();
-    // The one above is being watched, so it is never made anew.
+    // The one above is being watched, so it is never made anew, and only whole plugins come into it.
     let above = folder.parent().context("no folder")?;
     fs::create_dir_all(above).with_context(|| above.display().to_string())?;
-    let new = tempfile::Builder::new().prefix(".polldisk-").tempdir_in(above).with_context(at)?;
+    let root = above.parent().context("no folder")?;
+    let new = tempfile::Builder::new().prefix(".polldisk-").tempdir_in(root).with_context(at)?;
     fs::set_permissions(new.path(), fs::Permissions::from_mode(0o755)).with_context(at)?;
     for method in methods {
         let path = new.path().join(method);

@@ -32,7 +32,7 @@ pub(super) fn identity(spec: &NodeSpec) -> Option<(u64, u64)> {
 ///
 /// # Errors
 /// If something in the kernel uses one.
-pub(super) fn claim(nodes: &[NodeSpec]) -> anyhow::Result<Vec<File>> {
+pub(crate) fn claim(nodes: &[NodeSpec]) -> anyhow::Result<Vec<File>> {
     let mut claims = Vec::new();
     for spec in nodes.iter().filter(|spec| number(spec).is_some()) {
         let Some(path) = spec.path() else { continue };

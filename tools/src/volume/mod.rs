@@ -22,6 +22,7 @@ use clap::{Args, Subcommand};
 use node::NodeSpec;
 
 pub(crate) use create_group::contents;
+pub(crate) use kernel::claim;
 pub(crate) use open::author;
 
 /// The commands.

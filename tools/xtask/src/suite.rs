@@ -158,10 +158,12 @@ fn miri() -> Result<Tally> {
 fn cargo_test() -> Result<Tally> {
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
-    let lvm = tools::need(&["lvm"]);
+    let needs = [("volume groups judged by LVM2", "lvm"), ("plugins of the toolstack", "python3")];
+    let missing: Vec<_> =
+        needs.iter().filter_map(|n| Some((n.0, tools::need(&[n.1]).err()?))).collect();
     let mut tally = counted(command)?;
-    if let Err(missing) = lvm {
-        println!("skipped: volume groups judged by LVM2: {missing}");
+    for (what, missing) in missing {
+        println!("skipped: {what}: {missing}");
         tally.skipped += 1;
     }
     Ok(tally)

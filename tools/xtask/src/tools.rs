@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 16] = [
+const PACKAGES: [(&str, &str); 17] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -24,6 +24,7 @@ const PACKAGES: [(&str, &str); 16] = [
     ("resize2fs", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
     ("lvm", "lvm2"),
+    ("python3", "python3-minimal"),
     ("valgrind", "valgrind"),
     ("make", "make"),
     ("gcc", "gcc"),

@@ -52,20 +52,25 @@ fn host() -> Result<HostIds, Fault> {
     HostIds::of_this_host().map_err(|e| Fault::from(sr::Error::from(e)))
 }
 
-/// Opens the devices of a repository, locked.
-fn open(device: &str, writable: bool) -> Result<Vec<Source>, Fault> {
+/// The devices of a repository, as its configuration names them.
+fn nodes(device: &str) -> Result<Vec<NodeSpec>, Fault> {
     let nodes = device.split(',').map(str::trim).filter(|node| !node.is_empty());
+    let nodes: Result<Vec<NodeSpec>, node::Error> = nodes.map(NodeSpec::parse).collect();
+    let nodes = nodes.map_err(|e| Fault::other(e.to_string()))?;
+    match nodes.is_empty() {
+        true => Err(Fault::other(format!("device-config has no `{DEVICE}`: a node, or several"))),
+        false => Ok(nodes),
+    }
+}
+
+/// Opens devices, locked.
+fn open(nodes: &[NodeSpec], writable: bool) -> Result<Vec<Source>, Fault> {
     let options = match writable {
         true => OpenOptions::write(Format::Raw),
         false => OpenOptions { force_share: true, ..OpenOptions::read(Format::Raw) },
     };
-    let sources: Result<Vec<Source>, node::Error> =
-        nodes.map(|node| open_source(&NodeSpec::parse(node)?, &options)).collect();
-    let sources = sources.map_err(|e| Fault::other(e.to_string()))?;
-    match sources.is_empty() {
-        true => Err(Fault::other(format!("device-config has no `{DEVICE}`: a node, or several"))),
-        false => Ok(sources),
-    }
+    let sources: Result<_, node::Error> = nodes.iter().map(|n| open_source(n, &options)).collect();
+    sources.map_err(|e| Fault::other(e.to_string()))
 }
 
 /// Ends the use of devices in order.

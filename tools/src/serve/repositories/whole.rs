@@ -8,13 +8,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sr::{NewRepository, Repository, Stat};
 
-use crate::volume::contents;
+use crate::volume::{claim, contents};
 
 use super::disks::answer;
 use super::fault::Fault;
 use super::{
     Attached, Configuration, DEVICE, Repositories, STRIPES, author, close, close_attached, host,
-    open, parse,
+    nodes, open, parse,
 };
 
 #[derive(Deserialize)]
@@ -108,7 +108,13 @@ impl Repositories {
         if let Some((sr, _)) = all.iter().find(|(_, attached)| attached.device == device) {
             return Ok(json!(sr));
         }
-        let repository = Repository::open(open(&device, true)?, &host()?)?;
+        let nodes = nodes(&device)?;
+        let repository = Repository::open(open(&nodes, true)?, &host()?)?;
+        let vg = repository.group().vg();
+        if let Some(why) = vg.lvs.iter().find_map(|lv| node::active_volume(&nodes, vg, lv)) {
+            close(repository.into_devices())?;
+            return Err(Fault::other(why));
+        }
         let sr = repository.stat().id;
         if all.contains_key(&sr) {
             return Err(Fault::other(format!(
@@ -157,7 +163,7 @@ impl Repositories {
         let attached = self.all.lock().values().find(|a| a.device == device).cloned();
         let found = match attached {
             Some(attached) => Some(attached.repository.lock().stat()),
-            None => look(open(&device, false)?)?,
+            None => look(open(&nodes(&device)?, false)?)?,
         };
         let Some(found) = found else { return Ok(json!([])) };
         let mut configuration = args.configuration.clone();
@@ -207,12 +213,14 @@ fn create(args: &Create) -> Result<Value, Fault> {
         system_id: Some(system_id.to_owned()),
     };
     let device = device(&args.configuration);
-    let mut sources = open(&device, true)?;
+    let nodes = nodes(&device)?;
+    let failed = |e: anyhow::Error| Fault::other(crate::output::explain(&e));
+    // The kernel must not use them either, by a file system or device-mapper.
+    let _claims = claim(&nodes).map_err(failed)?;
+    let mut sources = open(&nodes, true)?;
     let mut held = Vec::new();
-    for source in &mut sources {
-        let found =
-            contents(&device, source).map_err(|e| Fault::other(crate::output::explain(&e)))?;
-        held.extend(found);
+    for (node, source) in nodes.iter().zip(&mut sources) {
+        held.extend(contents(&node.to_string(), source).map_err(failed)?);
     }
     if !held.is_empty() {
         let what = held.join("; ");
