@@ -9,12 +9,15 @@ mod edit;
 mod features;
 mod info;
 mod map;
+#[path = "../common/run.rs"]
+mod run;
 mod vhd;
 mod volume;
 
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use run::Run;
 use serde_json::Value;
 
 /// A folder in which both programs run, so that both are given the same names.
@@ -22,32 +25,7 @@ struct Env {
     dir: tempfile::TempDir,
 }
 
-/// How a program ended.
-#[derive(Debug)]
-struct Run {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-impl From<Output> for Run {
-    fn from(o: Output) -> Run {
-        Run {
-            code: o.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&o.stdout).into_owned(),
-            err: String::from_utf8_lossy(&o.stderr).into_owned(),
-        }
-    }
-}
-
 impl Run {
-    /// Expects success.
-    #[track_caller]
-    fn ok(self) -> String {
-        assert_eq!(self.code, 0, "{self:?}");
-        self.out
-    }
-
     /// Expects this exit code and this text on standard error.
     #[track_caller]
     fn fails(self, code: i32, text: &str) {

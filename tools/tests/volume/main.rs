@@ -4,14 +4,17 @@
 mod crash;
 mod errors;
 mod judge;
+#[path = "../common/run.rs"]
+mod run;
 mod signatures;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
+use run::Run;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -21,32 +24,7 @@ struct Env {
     dir: tempfile::TempDir,
 }
 
-/// How a program ended.
-#[derive(Debug)]
-struct Run {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-impl From<Output> for Run {
-    fn from(o: Output) -> Run {
-        Run {
-            code: o.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&o.stdout).into_owned(),
-            err: String::from_utf8_lossy(&o.stderr).into_owned(),
-        }
-    }
-}
-
 impl Run {
-    /// Expects success.
-    #[track_caller]
-    fn ok(self) -> String {
-        assert_eq!(self.code, 0, "{self:?}");
-        self.out
-    }
-
     /// Expects this exit code and these texts on standard error.
     #[track_caller]
     fn fails(self, code: i32, texts: &[&str]) {
