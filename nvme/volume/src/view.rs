@@ -9,14 +9,36 @@ use crate::map::{Extent, Map};
 #[derive(Debug)]
 pub struct View<'a, S> {
     map: Map,
-    /// The volume has a flag that it may only be read.
+    /// It may only be read.
     read_only: bool,
-    devices: &'a mut [Device<S>],
+    devices: Devices<'a, S>,
+}
+
+#[derive(Debug)]
+enum Devices<'a, S> {
+    Group(&'a mut [Device<S>]),
+    Own(Vec<S>),
+}
+
+impl<S> Devices<'_, S> {
+    fn at(&mut self, pv: usize) -> Option<&mut S> {
+        match self {
+            Devices::Group(devices) => devices.get_mut(pv).map(|device| &mut device.storage),
+            Devices::Own(devices) => devices.get_mut(pv),
+        }
+    }
+}
+
+impl<S: Storage> View<'static, S> {
+    /// Over devices of its own, in the order of [`crate::Vg::pvs`].
+    pub fn own(map: Map, read_only: bool, devices: Vec<S>) -> View<'static, S> {
+        View { map, read_only, devices: Devices::Own(devices) }
+    }
 }
 
 impl<'a, S: Storage> View<'a, S> {
     pub(crate) fn new(map: Map, read_only: bool, devices: &'a mut [Device<S>]) -> View<'a, S> {
-        View { map, read_only, devices }
+        View { map, read_only, devices: Devices::Group(devices) }
     }
 
     /// Calls `each` with the extents of a range: the device, where on it, and which bytes of the
@@ -33,7 +55,8 @@ impl<'a, S: Storage> View<'a, S> {
             let place = offset.checked_add(at).and_then(|byte| self.map.find(byte));
             let Some(Extent { pv, offset, len: run }) = place else { return Err(failed(past)) };
             let run = run.min(len - at);
-            each(&mut self.devices[pv].storage, offset, at..at + run)?;
+            let device = self.devices.at(pv).ok_or_else(|| failed(Status::Gone))?;
+            each(device, offset, at..at + run)?;
             at += run;
         }
         Ok(())
@@ -60,7 +83,11 @@ impl<S: Storage> Storage for View<'_, S> {
     }
 
     fn read_only(&self) -> bool {
-        self.read_only || self.devices.iter().any(|device| device.storage.read_only())
+        self.read_only
+            || match &self.devices {
+                Devices::Group(devices) => devices.iter().any(|device| device.storage.read_only()),
+                Devices::Own(devices) => devices.iter().any(Storage::read_only),
+            }
     }
 
     fn read_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
@@ -105,7 +132,10 @@ impl<S: Storage> Storage for View<'_, S> {
     }
 
     fn flush(&mut self) -> Result<(), StorageError> {
-        self.devices.iter_mut().try_for_each(|device| device.storage.flush())
+        match &mut self.devices {
+            Devices::Group(devices) => devices.iter_mut().try_for_each(|d| d.storage.flush()),
+            Devices::Own(devices) => devices.iter_mut().try_for_each(Storage::flush),
+        }
     }
 
     fn set_len(&mut self, _len: u64) -> Result<(), StorageError> {

@@ -112,7 +112,7 @@ fn against_bytes(what: &str, mut queue: Queue, seed: u64) {
     queue.register(&memory).unwrap();
     let mut flat = vec![0u8; total as usize];
     let mut random = Random(seed);
-    let ends: Vec<u64> = queue.layout().clone().edges(total);
+    let ends: Vec<u64> = queue.layout(0).unwrap().clone().edges(total);
     for round in 0..500u32 {
         let op = [Op::Write, Op::Read, Op::Write, Op::WriteZeroes, Op::Discard, Op::Flush]
             [random.below(6) as usize];
@@ -329,8 +329,8 @@ fn a_volume_that_has_grown_is_served_on_while_requests_are_in_flight() {
         .unwrap();
     let new = group.map("v").unwrap();
     assert!(new.extends(&old) && !old.extends(&new) && new.extends(&new));
-    queue.grow(new.clone()).unwrap();
-    assert!(queue.grow(old).is_err(), "it cannot become smaller");
+    queue.grow(0, new.clone()).unwrap();
+    assert!(queue.grow(0, old).is_err(), "it cannot become smaller");
     let mut out = Completions::new();
     let mut tags = Vec::new();
     while tags.len() < 2 {
@@ -362,6 +362,73 @@ fn a_volume_that_has_grown_is_served_on_while_requests_are_in_flight() {
     group.change(&author(), "", edit).unwrap();
     assert!(!group.map("w").unwrap().extends(&group.map("v").unwrap()));
     assert!(!group.map("v").unwrap().extends(&group.map("w").unwrap()));
+}
+
+/// All volumes of a group as units of one queue, each with requests in flight at the same time.
+#[test]
+fn volumes_as_units_of_one_queue() {
+    let mut group = group(2);
+    let names = ["a", "b", "c"];
+    let edit = |vg: &mut Vg| {
+        names.iter().zip([1, 2, 1]).for_each(|(name, stripes)| lv(vg, name, 8, stripes, 4096));
+        Ok(())
+    };
+    group.change(&author(), "", edit).unwrap();
+    let maps = names.map(|name| group.map(name).unwrap());
+    let devices = group.into_devices().into_iter().zip(1..);
+    let members = devices.map(|(device, n)| {
+        (DelayQueue::new(device.into_leaf(), Delay::Random { seed: n, most: 5 }), 0)
+    });
+    let mut queue: Queue = SplitQueue::of(members.collect()).unwrap();
+    assert!(queue.info(0).is_none());
+    let memory = Region::new(3 * 4096 * 8, PageSize::Small).unwrap();
+    queue.register(&memory).unwrap();
+    let ask = |unit, r: Request<'static>| Request { unit, ..r };
+    assert_eq!(run(&mut queue, &ask(1, request(1, Op::Flush, 0, 0, &[]))).status, Status::Invalid);
+    for (unit, map) in [1, 2, 5].into_iter().zip(&maps) {
+        // The last one is for reading.
+        queue.put(unit, map.clone(), unit == 5).unwrap();
+        assert!(queue.put(unit, map.clone(), false).unwrap_err().contains("already"));
+    }
+    let mut random = Random(11);
+    let mut out = Completions::new();
+    for round in 0..50u8 {
+        let offset = random.below(maps[0].len() / 4096 - 8) * 4096 + 512;
+        let (mut sent, mut answered) = (0, Vec::new());
+        for (n, unit) in [1u16, 2, 5].into_iter().enumerate() {
+            let at = n as u64 * 4096 * 8;
+            memory.write(at, &[round + n as u8; 4096 * 8]);
+            let segs = [memory.seg(at, 4096 * 8).unwrap()];
+            let r = Request { unit, ..request(n as u16, Op::Write, offset, 4096 * 8, &segs) };
+            queue.submit(&r).unwrap();
+            sent += 1;
+        }
+        while answered.len() < sent {
+            out.clear();
+            queue.poll(&mut out);
+            answered.extend(out.iter().map(|c| (c.tag.slot(), c.status)));
+        }
+        answered.sort_by_key(|a| a.0);
+        assert_eq!(answered, [(0, Status::Ok), (1, Status::Ok), (2, Status::ReadOnly)]);
+        let mut group = again(&queue);
+        for (n, name) in names.iter().enumerate() {
+            let mut got = vec![0; 4096 * 8];
+            group.volume(name).unwrap().read_at(offset, &mut got).unwrap();
+            let wanted = if n < 2 { round + n as u8 } else { 0 };
+            assert!(got.iter().all(|&b| b == wanted), "{name} in round {round}");
+        }
+    }
+    // A number is free again when its unit has gone.
+    assert!(!queue.remove(2));
+    assert_eq!(run(&mut queue, &ask(2, request(1, Op::Flush, 0, 0, &[]))).status, Status::Invalid);
+    queue.put(2, maps[2].clone(), false).unwrap();
+    let segs = [memory.seg(0, 512).unwrap()];
+    let written = run(&mut queue, &Request { unit: 2, ..request(1, Op::Write, 0, 512, &segs) });
+    assert_eq!(written.status, Status::Ok);
+    let mut got = [0; 512];
+    again(&queue).volume("c").unwrap().read_at(0, &mut got).unwrap();
+    assert_eq!(got, [49; 512]);
+    assert!(!queue.remove(1) && !queue.remove(5) && queue.remove(2));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! [`SplitQueue`]: several devices as one, whose bytes lie on them as a [`Layout`] says; with
-//! [`Stripes`] it is a [`StripeQueue`].
+//! [`SplitQueue`]: several devices as one or more, its units, whose bytes lie on them as a [`Layout`]
+//! says; with [`Stripes`] it is a [`StripeQueue`].
 //!
 //! A request whose bytes lie in one run on one member, as nearly all of a guest's do, goes to that
 //! member as it is, with another offset, and its answer comes back untouched. Others are taken into a
@@ -9,6 +9,7 @@
 //!
 //! Belongs to a reactor, as the queues below it.
 
+mod slot;
 mod stripes;
 #[cfg(test)]
 mod tests;
@@ -19,10 +20,11 @@ use std::sync::Arc;
 
 use dma::Region;
 
+use self::slot::Slot;
 pub use self::stripes::{StripeQueue, Stripes};
 use crate::{
-    BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, LeafAccess, Op,
-    QUARANTINED, Request, SegList, Status, Submit, Tag,
+    BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, LeafAccess, Op, Request,
+    SegList, Status, Submit, Tag,
 };
 
 /// Owner number in the tags of the requests that the queue makes. Reactors count theirs from 0.
@@ -33,9 +35,6 @@ const SLOTS: usize = 64;
 
 /// Runs that a read or write may touch, as the layout was at first; bounds the work of one submission.
 const MAX_RUNS: u64 = 32;
-
-/// Bits of a tag's generation that number the part within its request.
-const PART_BITS: u32 = 8;
 
 /// Members at most.
 pub const MAX_MEMBERS: usize = 32;
@@ -83,83 +82,39 @@ pub trait Layout {
     fn end_on(&self, member: usize) -> u64;
 }
 
-/// A request that goes out in parts.
+/// A device that the members are together.
 #[derive(Debug)]
-struct Slot {
-    generation: u32,
-    used: bool,
-    tag: Tag,
-    op: Op,
-    flags: Flags,
-    offset: u64,
-    len: u64,
-    segs: SegList,
-    /// Of reads and writes: bytes sent so far. Of others: the next piece or member.
-    sent: u64,
-    /// Where `sent` ends.
-    end: u64,
-    /// How many parts went out.
-    part: u32,
-    /// The parts that are in flight, a bit each: part `n` has bit `n % 64`, and waits for it.
-    outstanding: u64,
-    status: Status,
-    detail: u16,
+struct Unit<L> {
+    layout: L,
+    info: DeviceInfo,
+    /// Bytes that requests may go straight to: the size, or 0 once a member was lost that could not
+    /// be stopped.
+    open: u64,
 }
 
-impl Slot {
-    const FREE: Slot = Slot {
-        generation: 0,
-        used: false,
-        tag: Tag::new(0, 0, 0),
-        op: Op::Flush,
-        flags: Flags::NONE,
-        offset: 0,
-        len: 0,
-        segs: SegList::EMPTY,
-        sent: 0,
-        end: 0,
-        part: 0,
-        outstanding: 0,
-        status: Status::Ok,
-        detail: 0,
-    };
-
-    /// Whether every part went out or none will.
-    fn all_sent(&self) -> bool {
-        self.sent >= self.end || !self.status.is_ok()
+impl<L> Unit<L> {
+    /// Whether a request is right.
+    fn takes(&self, r: &Request<'_>) -> bool {
+        let moves = matches!(r.op, Op::Read | Op::Write);
+        let too_long = moves && r.len > u64::from(self.info.max_transfer);
+        self.info.contains(r.offset, r.len) && r.segs_fit() && !too_long
     }
 
-    /// The generation in the tag of part `n`.
-    fn generation_of(&self, n: u32) -> u32 {
-        self.generation << PART_BITS | n & ((1 << PART_BITS) - 1)
-    }
-
-    /// The bit of the part in flight that has this generation in its tag.
-    fn bit_of(&self, generation: u32) -> Option<u64> {
-        // Of 64 parts in a row each has another bit, so the bit says which one it can be.
-        let ahead = self.part.wrapping_sub(1).wrapping_sub(generation) % u64::BITS;
-        let number = self.part.wrapping_sub(1).wrapping_sub(ahead);
-        let bit = 1 << (number % u64::BITS);
-        let known =
-            self.used && self.outstanding & bit != 0 && self.generation_of(number) == generation;
-        known.then_some(bit)
-    }
-
-    /// Keeps the first failure.
-    fn fail(&mut self, status: Status, detail: u16) {
-        if self.status.is_ok() {
-            (self.status, self.detail) = (status, detail);
-        }
-        self.detail |= detail & QUARANTINED;
+    /// Whether something is to be written that is right but for its end, which is past ours.
+    fn is_short_for(&self, r: &Request<'_>) -> bool {
+        let end = r.offset.checked_add(r.len);
+        let whole = DeviceInfo { size: u64::MAX, ..self.info.clone() };
+        matches!(r.op, Op::Write | Op::WriteZeroes)
+            && end.is_some_and(|end| end > self.info.size)
+            && whole.contains(r.offset, r.len)
     }
 }
 
-/// Several leaf queues, each with one unit of it, as one device.
+/// Several leaf queues, each with one unit of it, as one device or more.
 #[derive(Debug)]
 pub struct SplitQueue<Q, L> {
     members: Vec<(Q, u16)>,
-    layout: L,
-    info: DeviceInfo,
+    units: Vec<Option<Unit<L>>>,
     slots: Box<[Slot]>,
     free: Vec<u16>,
     /// Slots with parts that found no place, in the order in which they came.
@@ -171,30 +126,61 @@ pub struct SplitQueue<Q, L> {
     room: usize,
     /// Requests that went to a member as they were.
     straight: usize,
-    /// Bytes that requests may go straight to: the size, or 0 once a member was lost that could not
-    /// be stopped. Then everything is refused: a buffer that it may still write to must not be read
-    /// into from another member.
-    open: u64,
+    /// A member was lost that could not be stopped. Everything is refused: a buffer that it may still
+    /// write to must not be read into from another member.
+    lost: bool,
     /// The member that is polled first, so that none is always last.
     first: usize,
     strays: u64,
 }
 
 impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
-    /// Puts a layout over members, each a queue and a unit of it. `read_only`: the whole may only be
-    /// read, also where the members can be written to, if they are [`Layout::SHARED`].
+    /// Puts a layout over members, each a queue and a unit of it, as unit 0. `read_only`: that may only
+    /// be read, also where the members can be written to, if they are [`Layout::SHARED`].
     ///
     /// # Errors
-    /// If there are not 1 to [`MAX_MEMBERS`] members, a unit does not exist or is shorter than the
-    /// layout says, block sizes differ, or runs are not whole blocks.
+    /// As [`SplitQueue::of`] and [`SplitQueue::put`].
     pub fn over(
         members: Vec<(Q, u16)>,
         layout: L,
         read_only: bool,
     ) -> Result<SplitQueue<Q, L>, String> {
-        let infos = infos(&members)?;
+        let mut queue = SplitQueue::of(members)?;
+        queue.put(0, layout, read_only)?;
+        Ok(queue)
+    }
+
+    /// Members without a unit, each a queue and a unit of that.
+    ///
+    /// # Errors
+    /// If there are not 1 to [`MAX_MEMBERS`] of them, a unit does not exist, or block sizes differ.
+    pub fn of(members: Vec<(Q, u16)>) -> Result<SplitQueue<Q, L>, String> {
+        infos(&members)?;
+        let mut queue = SplitQueue {
+            members,
+            units: Vec::new(),
+            slots: (0..SLOTS).map(|_| Slot::FREE).collect(),
+            free: (0..SLOTS as u16).rev().collect(),
+            waiting: VecDeque::with_capacity(SLOTS),
+            finished: VecDeque::with_capacity(SLOTS),
+            room: 0,
+            straight: 0,
+            lost: false,
+            first: 0,
+            strays: 0,
+        };
+        queue.count_room();
+        Ok(queue)
+    }
+
+    /// Makes a unit of this number, which nobody asks for anything yet: see [`SplitQueue::over`].
+    ///
+    /// # Errors
+    /// If there is one, a member is shorter than the layout says, or runs are not whole blocks.
+    pub fn put(&mut self, unit: u16, layout: L, read_only: bool) -> Result<(), String> {
+        let infos = infos(&self.members)?;
         let block_size = infos[0].block_size;
-        fits(&members, &layout)?;
+        fits(&self.members, &layout)?;
         if !(layout.run() | layout.size()).is_multiple_of(block_size.into()) {
             let run = layout.run();
             return Err(format!("runs of {run} bytes on devices with blocks of {block_size}"));
@@ -212,45 +198,55 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             discard_granularity: most(|i| i.discard_granularity),
             max_transfer: transfer.min(layout.run().saturating_mul(MAX_RUNS)).min(1 << 30) as u32,
         };
-        let mut queue = SplitQueue {
-            members,
-            layout,
-            info,
-            slots: (0..SLOTS).map(|_| Slot::FREE).collect(),
-            free: (0..SLOTS as u16).rev().collect(),
-            waiting: VecDeque::with_capacity(SLOTS),
-            finished: VecDeque::with_capacity(SLOTS),
-            room: 0,
-            straight: 0,
-            open: 0,
-            first: 0,
-            strays: 0,
-        };
-        queue.open = queue.info.size;
-        queue.count_room();
-        Ok(queue)
+        let at = usize::from(unit);
+        if at >= self.units.len() {
+            self.units.resize_with(at + 1, || None);
+        }
+        let place = &mut self.units[at];
+        if place.is_some() {
+            return Err(format!("there is a unit {unit} already"));
+        }
+        let open = if self.lost { 0 } else { info.size };
+        *place = Some(Unit { layout, info, open });
+        Ok(())
     }
 
-    /// The layout.
-    pub fn layout(&self) -> &L {
-        &self.layout
+    /// Takes a unit away of which nothing is in flight. Returns whether that was the last one.
+    pub fn remove(&mut self, unit: u16) -> bool {
+        if let Some(place) = self.units.get_mut(usize::from(unit)) {
+            *place = None;
+        }
+        self.units.iter().all(Option::is_none)
     }
 
-    /// Puts another layout in the place of the present one, of which it has all, and more: what is
+    #[inline(always)]
+    fn unit(&self, unit: u16) -> Option<&Unit<L>> {
+        self.units.get(usize::from(unit))?.as_ref()
+    }
+
+    /// A unit's layout.
+    pub fn layout(&self, unit: u16) -> Option<&L> {
+        self.unit(unit).map(|unit| &unit.layout)
+    }
+
+    /// Puts another layout in the place of a unit's present one, of which it has all, and more: what is
     /// in flight goes on. After an error all is as before.
     ///
     /// # Errors
-    /// If it is smaller, or a member is shorter than it says.
-    pub fn grow(&mut self, layout: L) -> Result<(), String> {
+    /// If there is no such unit, it is smaller, or a member is shorter than it says.
+    pub fn grow(&mut self, unit: u16, layout: L) -> Result<(), String> {
         let size = layout.size();
-        if size < self.info.size || !size.is_multiple_of(self.info.block_size.into()) {
-            return Err(format!("{size} bytes after {}", self.info.size));
+        let Some(Some(unit)) = self.units.get_mut(usize::from(unit)) else {
+            return Err(format!("there is no unit {unit}"));
+        };
+        if size < unit.info.size || !size.is_multiple_of(unit.info.block_size.into()) {
+            return Err(format!("{size} bytes after {}", unit.info.size));
         }
         fits(&self.members, &layout)?;
-        if self.open != 0 {
-            self.open = size;
+        if unit.open != 0 {
+            unit.open = size;
         }
-        (self.info.size, self.layout) = (size, layout);
+        (unit.info.size, unit.layout) = (size, layout);
         Ok(())
     }
 
@@ -269,11 +265,11 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     #[inline(never)]
     fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
         let index = self.free.pop().ok_or(Full)?;
-        let past = L::SHARED && matches!(r.op, Op::Write | Op::WriteZeroes) && self.past(r);
         let slot = &mut self.slots[usize::from(index)];
         *slot = Slot {
-            generation: slot.generation.wrapping_add(1) & (u32::MAX >> PART_BITS),
+            generation: slot.next_generation(),
             used: true,
+            unit: r.unit,
             tag: r.tag,
             op: r.op,
             flags: r.flags,
@@ -281,38 +277,31 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             len: r.len,
             ..Slot::FREE
         };
-        let moves = matches!(r.op, Op::Read | Op::Write);
-        let too_long = moves && r.len > u64::from(self.info.max_transfer);
-        let pieces = match r.op {
-            Op::Read | Op::Write => 0..r.len,
-            Op::Flush => 0..self.members.len() as u64,
-            Op::WriteZeroes | Op::Discard => self.layout.pieces(r.offset, r.len),
-        };
-        (slot.sent, slot.end) = (pieces.start, pieces.end);
-        let fits = self.info.contains(r.offset, r.len) && r.segs_fit() && !too_long;
-        match SegList::from_slice(r.segs) {
-            Some(segs) if fits => slot.segs = segs,
-            _ if past => {
-                slot.fail(Status::NoSpace, 0);
+        match self.units.get(usize::from(r.unit)) {
+            Some(Some(unit)) => {
+                let pieces = match r.op {
+                    Op::Read | Op::Write => 0..r.len,
+                    Op::Flush => 0..self.members.len() as u64,
+                    Op::WriteZeroes | Op::Discard => unit.layout.pieces(r.offset, r.len),
+                };
+                (slot.sent, slot.end) = (pieces.start, pieces.end);
+                match SegList::from_slice(r.segs).filter(|_| unit.takes(r)) {
+                    Some(segs) => slot.segs = segs,
+                    _ if L::SHARED && unit.is_short_for(r) => slot.fail(Status::NoSpace, 0),
+                    _ => slot.fail(Status::Invalid, 0),
+                }
+                if unit.info.read_only && !matches!(r.op, Op::Read | Op::Flush) {
+                    slot.fail(Status::ReadOnly, 0);
+                }
             }
             _ => slot.fail(Status::Invalid, 0),
         }
-        if self.info.read_only && !matches!(r.op, Op::Read | Op::Flush) {
-            slot.fail(Status::ReadOnly, 0);
-        }
-        if self.open == 0 {
+        if self.lost {
             slot.fail(Status::Gone, 0);
         }
         self.send(index);
         self.count_room();
         Ok(())
-    }
-
-    /// Whether a request is right but for its end, which is past ours.
-    fn past(&self, r: &Request<'_>) -> bool {
-        let end = r.offset.checked_add(r.len);
-        let whole = DeviceInfo { size: u64::MAX, ..self.info.clone() };
-        end.is_some_and(|end| end > self.info.size) && whole.contains(r.offset, r.len)
     }
 
     /// Sends the parts of a slot as far as there is room; the slot waits for the rest.
@@ -331,10 +320,14 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Sends the next part. Returns whether there was room for it.
     fn send_part(&mut self, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
+        let Some(Some(Unit { layout, .. })) = self.units.get(usize::from(slot.unit)) else {
+            slot.fail(Status::Gone, 0);
+            return true;
+        };
         let mut segs = SegList::EMPTY;
         let (place, step) = match slot.op {
             Op::Read | Op::Write => {
-                let place = self.layout.locate(slot.offset + slot.sent);
+                let place = layout.locate(slot.offset + slot.sent);
                 let len = place.len.min(slot.len - slot.sent);
                 if len == 0 || !segs.push_part(slot.segs.as_slice(), slot.sent, len) {
                     // Cannot be: it is inside, and the segments add up to the length.
@@ -344,13 +337,11 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
                 (Place { len, ..place }, len)
             }
             Op::Flush => (Place { member: slot.sent as usize, offset: 0, len: 0 }, 1),
-            Op::WriteZeroes | Op::Discard => {
-                (self.layout.piece(slot.sent, slot.offset, slot.len), 1)
-            }
+            Op::WriteZeroes | Op::Discard => (layout.piece(slot.sent, slot.offset, slot.len), 1),
         };
         let Place { member, offset, len } = place;
         let nothing = match slot.op {
-            Op::Flush => !self.layout.uses(member),
+            Op::Flush => !layout.uses(member),
             _ => len == 0,
         };
         if nothing {
@@ -424,7 +415,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
 impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
     #[inline]
     fn info(&self, unit: u16) -> Option<&DeviceInfo> {
-        (unit == 0).then_some(&self.info)
+        self.unit(unit).map(|unit| &unit.info)
     }
 
     #[inline]
@@ -436,17 +427,19 @@ impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         let r = request;
-        let Place { member, offset, len: left } = self.layout.locate(r.offset);
-        // A flush, like everything without length, is no request within a run.
-        if r.offset < self.open
-            && r.len.wrapping_sub(1) < left
-            && (!L::SHARED || !self.info.read_only || r.op == Op::Read)
-            && let Some((queue, unit)) = self.members.get_mut(member)
-        {
-            queue.submit(&Request { unit: *unit, offset, ..*r })?;
-            self.straight += 1;
-            self.room = self.room.saturating_sub(1);
-            return Ok(());
+        if let Some(Some(unit)) = self.units.get(usize::from(r.unit)) {
+            let Place { member, offset, len: left } = unit.layout.locate(r.offset);
+            // A flush, like everything without length, is no request within a run.
+            if r.offset < unit.open
+                && r.len.wrapping_sub(1) < left
+                && (!L::SHARED || !unit.info.read_only || r.op == Op::Read)
+                && let Some((queue, unit)) = self.members.get_mut(member)
+            {
+                queue.submit(&Request { unit: *unit, offset, ..*r })?;
+                self.straight += 1;
+                self.room = self.room.saturating_sub(1);
+                return Ok(());
+            }
         }
         self.take(r)
     }
@@ -469,7 +462,8 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
             queue.poll(out);
         }
         if out.iter_from(before).any(|c| c.is_quarantined()) {
-            self.open = 0;
+            self.lost = true;
+            self.units.iter_mut().flatten().for_each(|unit| unit.open = 0);
         }
         if self.has_slots() {
             self.settle(before, out);
@@ -533,7 +527,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
 
 impl<Q: LeafAccess, L: Layout> LeafAccess for SplitQueue<Q, L> {
     fn unit_len(&self, unit: u16) -> u64 {
-        if unit == 0 { self.info.size } else { 0 }
+        self.unit(unit).map_or(0, |unit| unit.info.size)
     }
 
     /// Nothing: the layout says how long it is.

@@ -126,6 +126,13 @@ fn open_stripe(
                 let leaf = file_leaf(vec![host.into_file()]);
                 (leaf.map_err(|e| Error::node(spec.to_string(), e))?, 0)
             }
+            Kind::Volume(view, lease) => {
+                drop(view);
+                let lease = lease.ok_or_else(|| Error::node(spec.to_string(), "is in use"))?;
+                let leaf = lease.another_queue()?;
+                devices.push(Device::Volume(lease));
+                (leaf, 0)
+            }
         });
     }
     let queue = StripeQueue::new(leaves, size).map_err(|e| Error::node(node, e))?;
@@ -289,6 +296,7 @@ pub(crate) fn file_leaf(files: Vec<std::fs::File>) -> Result<Leaf, String> {
     for f in files {
         queue.add(f).map_err(|e| e.to_string())?;
     }
-    let claims: Arc<Claims> = Claims::new(MOST_REACTORS);
+    // One for control code, if reactors share the file.
+    let claims: Arc<Claims> = Claims::new(MOST_REACTORS + 1);
     Ok(Leaf::File(Box::new(RmwQueue::new(queue, &claims)?)))
 }

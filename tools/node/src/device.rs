@@ -2,6 +2,8 @@
 
 use std::fs::File;
 
+use block::Port;
+
 use crate::{Error, Leaf, Model, groups, remote, vfio};
 
 /// A device that a leaf queue leads to, beyond what the queue itself holds.
@@ -13,7 +15,7 @@ pub(crate) enum Device {
     /// A namespace of a controller in another process.
     Remote(remote::Lease),
     /// A volume, with the devices of its group.
-    Volume(groups::Lease),
+    Volume(Box<groups::Lease>),
 }
 
 impl Device {
@@ -56,6 +58,25 @@ impl Device {
         match self {
             Device::Volume(lease) => Some(lease),
             Device::Model(_) | Device::Vfio(_) | Device::Remote(_) => None,
+        }
+    }
+
+    /// Where it lies in a queue that other images have, too, if it does.
+    pub(crate) fn shared_port(&self) -> Option<Port> {
+        match self {
+            Device::Volume(lease) => lease.port(),
+            Device::Model(_) | Device::Vfio(_) | Device::Remote(_) => None,
+        }
+    }
+
+    /// Has one of the reactors that share a queue to it reach it.
+    ///
+    /// # Errors
+    /// If there is no queue left, or the reactor has ended.
+    pub(crate) fn appear_on(&self, number: usize) -> Result<(), Error> {
+        match self {
+            Device::Volume(lease) => lease.appear_on(number),
+            Device::Model(_) | Device::Vfio(_) | Device::Remote(_) => Ok(()),
         }
     }
 

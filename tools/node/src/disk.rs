@@ -93,7 +93,7 @@ impl Disk {
     }
 
     fn run(
-        parts: Parts,
+        mut parts: Parts,
         reactors: &Arc<Reactors>,
         numbers: &[usize],
         options: qcow::run::Options,
@@ -104,12 +104,18 @@ impl Disk {
         let (Some((&first, others)), true) = (numbers.split_first(), known) else {
             return Err(fail("there are no such reactors".into()));
         };
+        for &number in numbers {
+            parts.appear_on(number)?;
+        }
+        let below = parts.take_below();
         let attached = reactors.mailbox(first).ask(move |core: &mut ReactorCore| {
             let (index, rest) = parts.attach(core, options)?;
             let info = core.image(index).map(|i| Layer::<Leaf>::info(i).clone());
             info.map(|info| (index, rest, info)).ok_or_else(|| "the image is not there".to_owned())
         });
-        let (image, rest, info) = attached.unwrap_or_else(|| Err(ENDED.into())).map_err(fail)?;
+        let (image, mut rest, info) =
+            attached.unwrap_or_else(|| Err(ENDED.into())).map_err(fail)?;
+        rest.put_below(below);
         let mut disk = Disk {
             reactors: reactors.clone(),
             alone: false,
@@ -236,9 +242,14 @@ impl Disk {
         let (mailbox, image) = (self.home_mailbox().clone(), self.home.image);
         let Disk { reactors, alone, rest, .. } = self;
         let rest = ManuallyDrop::into_inner(rest);
-        // Images never leave their thread: what comes next runs there too, models' threads live on.
-        let done = close_image(&mailbox, image)
-            .and_then(|()| mailbox.ask(move |core: &mut ReactorCore| rest.finish(core, image)));
+        // Images never leave their thread. What is below ends here: that takes its time.
+        let done = close_image(&mailbox, image).and_then(|()| {
+            mailbox.ask(move |core: &mut ReactorCore| {
+                let left = rest.leave(core, image);
+                (rest, left)
+            })
+        });
+        let done = done.map(|(rest, left)| rest.end(left));
         if alone {
             reactors.stop();
         }

@@ -30,6 +30,8 @@ pub struct Parts {
     /// In the order of `places`.
     leaves: Vec<Leaf>,
     places: Places,
+    /// Leaf queues that others have, too, in which it has units.
+    shared: Vec<u16>,
     plan: Plan,
     /// Where the layers lie, the one that is written to first.
     ports: Vec<Port>,
@@ -82,7 +84,12 @@ impl Parts {
     ///
     /// # Errors
     /// As [`Parts::new`], or if they serve too many.
-    pub fn on(chain: Chain, reactors: &Arc<Reactors>) -> Result<Parts, Error> {
+    pub fn on(mut chain: Chain, reactors: &Arc<Reactors>) -> Result<Parts, Error> {
+        for layer in &mut chain.layers {
+            if let Kind::Volume(_, Some(lease)) = &mut layer.storage.kind {
+                lease.join(reactors)?;
+            }
+        }
         Parts::at(chain, |count| reactors.places(count))
     }
 
@@ -93,7 +100,7 @@ impl Parts {
         let name = chain.layers[0].name.clone();
         let storages = chain.layers.iter().flat_map(qcow::open::Layer::storages);
         let places = places(leaf_count(storages.clone()))?;
-        let ports = ports(storages, places.list[0]);
+        let ports = ports(storages, places.first());
         let running = RunningChain::new(&chain, &ports)?;
         let (plan, writable) = match &chain.layers[0].kind {
             LayerKind::Raw(size) => (
@@ -120,7 +127,7 @@ impl Parts {
         let name = chain.layers[0].name.clone();
         let storages = chain.layers.iter().map(|l| &l.storage);
         let places = Places::alone(leaf_count(storages.clone()));
-        let ports = ports(storages, places.list[0]);
+        let ports = ports(storages, places.first());
         let plan = Each::Vhd(Box::new(vhd::run::Stack::new(&chain, &ports)));
         let storages = chain.layers.into_iter().map(|l| l.storage);
         Parts::of(storages, Plan::Each(plan), places, ports, false, name)
@@ -138,9 +145,21 @@ impl Parts {
         // On an error dropped in reverse: devices wait for their queue pairs, locks come last.
         let (mut locks, mut devices, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
         let mut files: Vec<File> = Vec::new();
+        let mut shared: Vec<u16> = Vec::new();
         for storage in storages {
             locks.push(storage.locks);
             match storage.kind {
+                Kind::Volume(_, None) => {
+                    return Err(Error::node(&name, "a volume without its use"));
+                }
+                Kind::Volume(_, Some(lease)) => {
+                    match lease.port() {
+                        Some(port) if shared.contains(&port.leaf) => {}
+                        Some(port) => shared.push(port.leaf),
+                        None => leaves.push(lease.another_queue()?),
+                    }
+                    devices.push(Device::Volume(lease));
+                }
                 Kind::Host(h) => files.push(h.into_file()),
                 Kind::Leaf(b, below) => {
                     leaves.push(b.into_leaf());
@@ -151,7 +170,7 @@ impl Parts {
         if !files.is_empty() {
             let mut leaf = file_leaf(files).map_err(|e| Error::node(&name, e))?;
             if let (Leaf::File(queue), Plan::Qcow(_), true) =
-                (&mut leaf, &plan, top.leaf == places.list[0])
+                (&mut leaf, &plan, top.leaf == places.first())
             {
                 // It grows, and is cut where the image ends.
                 let ahead = queue.with_leaf(|q| q.allocate_ahead(top.unit));
@@ -160,7 +179,19 @@ impl Parts {
             leaves.insert(0, leaf);
         }
         let (further, chain) = (Vec::new(), RunningChain::default());
-        Ok(Parts { further, leaves, places, plan, ports, chain, writable, devices, locks, name })
+        Ok(Parts {
+            further,
+            leaves,
+            places,
+            shared,
+            plan,
+            ports,
+            chain,
+            writable,
+            devices,
+            locks,
+            name,
+        })
     }
 
     /// The name of the image, for messages.
@@ -172,6 +203,20 @@ impl Parts {
     pub(crate) fn move_to(mut self, reactors: &Arc<Reactors>) -> Result<Parts, Error> {
         self.places = reactors.places(self.places.list.len())?;
         Ok(self)
+    }
+
+    /// Takes out what is below the queues, to be put into [`Rest::put_below`] when they run: what of
+    /// it ends waits for others, which a reactor must not.
+    pub(crate) fn take_below(&mut self) -> Vec<Device> {
+        std::mem::take(&mut self.devices)
+    }
+
+    /// Has one of the reactors reach what it shares with others.
+    ///
+    /// # Errors
+    /// If there is no queue left, or the reactor has ended.
+    pub(crate) fn appear_on(&self, number: usize) -> Result<(), Error> {
+        self.devices.iter().try_for_each(|device| device.appear_on(number))
     }
 
     /// Whether they were made for these reactors.
@@ -189,7 +234,8 @@ impl Parts {
             return Err(Error::node(&self.name, why));
         }
         for _ in 0..count {
-            let mut below = self.devices.iter();
+            let own = |d: &&Device| d.shared_port().is_none();
+            let mut below = self.devices.iter().filter(own);
             let leaves = self.leaves.iter().map(|l| l.another(&mut below));
             let leaves =
                 leaves.collect::<Result<_, _>>().map_err(|e| Error::node(&self.name, e))?;
@@ -197,8 +243,9 @@ impl Parts {
                 Plan::Each(each) => Some(each.clone()),
                 Plan::Qcow(_) => None,
             };
-            let (places, ports) = (self.places.list.clone(), self.ports.clone());
-            self.further.push(Further { leaves, places, ports, own });
+            let (places, shared) = (self.places.list.clone(), self.shared.clone());
+            let ports = self.ports.clone();
+            self.further.push(Further { leaves, places, shared, ports, own });
         }
         Ok(())
     }
@@ -213,9 +260,10 @@ impl Parts {
     pub fn into_leaf(mut self) -> (Leaf, u16, Rest) {
         let top = self.ports[0];
         let leaf = self.leaves.swap_remove(usize::from(top.leaf));
-        let Parts { further, places, chain, writable, devices, locks, name, .. } = self;
+        let Parts { further, places, shared, chain, writable, devices, locks, name, .. } = self;
         let spare = Vec::new();
-        let rest = Rest { further, top, places, chain, spare, writable, devices, locks, name };
+        let rest =
+            Rest { further, top, places, shared, chain, spare, writable, devices, locks, name };
         (leaf, top.unit, rest)
     }
 
@@ -230,14 +278,35 @@ impl Parts {
         options: qcow::run::Options,
     ) -> Result<(usize, Rest), String> {
         // On an error dropped in reverse.
-        let Parts { name, locks, devices, writable, chain, ports, plan, places, leaves, further } =
-            self;
+        let Parts {
+            name,
+            locks,
+            devices,
+            writable,
+            chain,
+            ports,
+            plan,
+            shared,
+            places,
+            leaves,
+            further,
+        } = self;
         let top = ports[0];
-        match attach_image(core, leaves, &places.list, plan, top, options) {
+        match attach_image(core, leaves, (&places.list, &shared), plan, top, options) {
             Ok(index) => {
                 let spare = Vec::new();
-                let rest =
-                    Rest { further, top, places, chain, spare, writable, devices, locks, name };
+                let rest = Rest {
+                    further,
+                    top,
+                    places,
+                    shared,
+                    chain,
+                    spare,
+                    writable,
+                    devices,
+                    locks,
+                    name,
+                };
                 Ok((index, rest))
             }
             Err(e) => {
@@ -252,8 +321,17 @@ impl Parts {
 
 /// How many leaf queues layers need.
 fn leaf_count<'s>(storages: impl Iterator<Item = &'s Source> + Clone) -> usize {
+    let storages = storages.filter(|s| shared_port(s).is_none());
     let hosts = storages.clone().filter(|s| matches!(s.kind, Kind::Host(_))).count();
     storages.count() - hosts + hosts.min(1)
+}
+
+/// Where a volume lies whose group has a queue on reactors that others share.
+fn shared_port(storage: &Source) -> Option<Port> {
+    match &storage.kind {
+        Kind::Volume(_, lease) => lease.as_ref()?.port(),
+        Kind::Host(_) | Kind::Leaf(..) => None,
+    }
 }
 
 /// Where each layer will lie, its leaf queues counted from `first` on: all files are units of the
@@ -271,6 +349,10 @@ fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone, first: u16) -> 
                 others += 1;
                 Port { leaf: others - 1, unit: storage.unit() }
             }
+            Kind::Volume(..) => shared_port(s).unwrap_or_else(|| {
+                others += 1;
+                Port { leaf: others - 1, unit: 0 }
+            }),
         })
         .collect()
 }
@@ -278,7 +360,7 @@ fn ports<'s>(storages: impl Iterator<Item = &'s Source> + Clone, first: u16) -> 
 fn attach_image(
     core: &mut ReactorCore,
     leaves: Vec<Leaf>,
-    places: &[u16],
+    (places, shared): (&[u16], &[u16]),
     plan: Plan,
     top: Port,
     options: qcow::run::Options,
@@ -293,7 +375,7 @@ fn attach_image(
         }
         Plan::Each(each) => each.attach(leaves, top, owner),
     })?;
-    core.stand_on(index, places).map(|()| index)
+    core.stand_on(index, &[places, shared].concat()).map(|()| index)
 }
 
 fn put_leaves(core: &mut ReactorCore, leaves: Vec<Leaf>, places: &[u16]) -> Result<(), String> {
@@ -307,6 +389,7 @@ fn put_leaves(core: &mut ReactorCore, leaves: Vec<Leaf>, places: &[u16]) -> Resu
 pub struct Further {
     leaves: Vec<Leaf>,
     places: Vec<u16>,
+    shared: Vec<u16>,
     ports: Vec<Port>,
     /// `None` for a satellite of the home reactor's.
     own: Option<Each>,
@@ -324,7 +407,7 @@ impl Further {
         core: &mut ReactorCore,
         seat: impl FnOnce(Wake) -> Option<Seat>,
     ) -> Result<usize, String> {
-        let Further { leaves, places, ports, own } = self;
+        let Further { leaves, places, shared, ports, own } = self;
         let wake = core.wake();
         let attached = put_leaves(core, leaves, &places).and_then(|()| {
             let index = core.add_image(|owner, leaves| match own {
@@ -335,7 +418,7 @@ impl Further {
                     Ok(Image::Satellite(Box::new(image)))
                 }
             })?;
-            core.stand_on(index, &places).map(|()| index)
+            core.stand_on(index, &[&places[..], &shared].concat()).map(|()| index)
         });
         attached.inspect_err(|_| drop(take_leaves(core, &places)))
     }
@@ -357,6 +440,8 @@ pub struct Rest {
     pub(crate) top: Port,
     /// Its leaf queues, on every reactor.
     pub(crate) places: Places,
+    /// Leaf queues that others have, too, in which it has units.
+    pub(crate) shared: Vec<u16>,
     pub(crate) chain: RunningChain,
     /// Leaf queues, on every reactor, whose files were let go of.
     pub(crate) spare: Vec<u16>,
@@ -372,6 +457,16 @@ impl Rest {
         &self.name
     }
 
+    /// All leaf queues that it stands on.
+    pub(crate) fn stands_on(&self) -> Vec<u16> {
+        [&self.places.list[..], &self.shared].concat()
+    }
+
+    /// See [`Parts::take_below`].
+    pub(crate) fn put_below(&mut self, devices: Vec<Device>) {
+        self.devices = devices;
+    }
+
     /// What was reserved for one more reactor; to be taken out of its core before the end.
     pub fn further(&mut self) -> Option<Further> {
         self.further.pop()
@@ -382,38 +477,40 @@ impl Rest {
         self.devices.iter_mut().filter_map(Device::as_model)
     }
 
-    /// Takes a closed image out of its home reactor's core and ends everything below it: cuts the
-    /// file where the image ends, shuts controllers down, gives locks back.
+    /// Takes a closed image out of its home reactor's core and ends everything below it: see
+    /// [`Rest::leave`] and [`Rest::end`].
     ///
     /// # Errors
     /// If the image's own close failed, or a device does not shut down.
     pub fn finish(self, core: &mut ReactorCore, image: usize) -> Result<(), Error> {
+        let left = self.leave(core, image);
+        self.end(left)
+    }
+
+    /// Takes a closed image out of its home reactor's core, and its queues, and cuts its file where the
+    /// image ends. Returns where that is, and how the image's close ended.
+    pub(crate) fn leave(&self, core: &mut ReactorCore, image: usize) -> Left {
         let Some((image, status)) = core.remove_closed_image(image) else {
-            return Err(Error::node(&self.name, "was not there to be closed"));
+            let leaves = Vec::new();
+            return Left { leaves, cut: None, status: Status::Gone };
         };
         let mut leaves = take_leaves(core, &self.places.list);
         let top = self.places.list.iter().position(|&at| at == self.top.leaf);
         let top = top.and_then(|at| leaves.get_mut(at));
         let striped = matches!(top, Some(Leaf::Stripe(_)));
-        let end = match &image {
+        let cut = match &image {
             // The members of a stripe are not the image's own files, and keep their length.
             Image::Qcow(i) if self.writable && status.is_ok() && !striped => Some(i.end()),
             _ => None,
         };
-        if let Some(end) = end
+        if let Some(end) = cut
             && let Some(leaf) = top
             && end < leaf.unit_len(self.top.unit)
             && let Err(s) = leaf.set_unit_len(self.top.unit, end)
         {
             log::warn!("{}: cannot cut the file at the image's end: {s}", self.name);
         }
-        drop(leaves);
-        let name = self.name.clone();
-        self.end(end)?;
-        match status {
-            Status::Ok => Ok(()),
-            s => Err(Error::node(name, format!("closing the image: {s}"))),
-        }
+        Left { leaves, cut, status }
     }
 
     /// Ends everything below a leaf that was dropped, see [`Parts::into_leaf`].
@@ -421,13 +518,17 @@ impl Rest {
     /// # Errors
     /// If a device does not shut down.
     pub fn finish_leaf(self) -> Result<(), Error> {
-        self.end(None)
+        self.end(Left { leaves: Vec::new(), cut: None, status: Status::Ok })
     }
 
     /// Shuts controllers down and gives locks back. The file of a model that holds the image is cut
-    /// at `cut`.
-    fn end(self, cut: Option<u64>) -> Result<(), Error> {
-        drop(self.further);
+    /// where that ends.
+    ///
+    /// # Errors
+    /// If the image's own close failed, or a device does not shut down.
+    pub(crate) fn end(self, left: Left) -> Result<(), Error> {
+        let Left { leaves, cut, status } = left;
+        drop((leaves, self.further));
         for device in self.devices {
             let Some(file) = device.close()? else { continue };
             let shorten = || -> std::io::Result<()> {
@@ -442,6 +543,18 @@ impl Rest {
             shorten().map_err(|e| Error::node(&self.name, e))?;
         }
         drop((self.chain, self.locks));
-        Ok(())
+        match status {
+            Status::Ok => Ok(()),
+            s => Err(Error::node(self.name, format!("closing the image: {s}"))),
+        }
     }
+}
+
+/// What a closed image leaves behind.
+pub(crate) struct Left {
+    /// Its queues; their devices wait for them.
+    leaves: Vec<Leaf>,
+    /// Where it ends in its file.
+    cut: Option<u64>,
+    status: Status,
 }

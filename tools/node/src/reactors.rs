@@ -107,6 +107,11 @@ impl Places {
         Places { list: (0..count as u16).collect(), of: None }
     }
 
+    /// The first of them, if there are any.
+    pub(crate) fn first(&self) -> u16 {
+        self.list.first().copied().unwrap_or(u16::MAX)
+    }
+
     /// Whether they are those of these reactors.
     pub(crate) fn are_on(&self, reactors: &Arc<Reactors>) -> bool {
         self.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, reactors))

@@ -61,6 +61,16 @@ pub(crate) enum Lies {
     Elsewhere,
 }
 
+impl Lies {
+    /// Which of the image's devices it lies on, if it does.
+    pub(crate) fn device(&self) -> Option<usize> {
+        match self {
+            Lies::Device(n) => Some(*n),
+            Lies::File(_) | Lies::Elsewhere => None,
+        }
+    }
+}
+
 impl RunningChain {
     /// Of an opened chain whose layers will lie at `ports`.
     pub(crate) fn new(chain: &Chain, ports: &[Port]) -> Result<RunningChain, Error> {
@@ -79,6 +89,10 @@ impl RunningChain {
                 Kind::Leaf(_, below) => {
                     devices += below.len();
                     if below.len() == 1 { Lies::Device(devices - 1) } else { Lies::Elsewhere }
+                }
+                Kind::Volume(..) => {
+                    devices += 1;
+                    Lies::Device(devices - 1)
                 }
             };
             all.layers.push(RunningLayer {
@@ -169,12 +183,19 @@ impl RunningLayer {
         let fail = |why: String| Error::node(&self.name, why);
         let file = match &self.lies {
             Lies::File(file) => file,
-            Lies::Device(n) if !writable || !devices[*n].is_for_reading() => {
+            Lies::Device(n) if writable && devices[*n].is_for_reading() => {
+                return Err(fail("was opened for reading only".into()));
+            }
+            Lies::Device(n) => {
+                if let Device::Volume(lease) = &devices[*n] {
+                    let kind = Kind::Volume(Box::new(lease.again(writable)?), None);
+                    return Ok(Source { kind, locks: Vec::new(), id: self.id });
+                }
                 let storage = blocking(devices[*n].another_queue()?, self.port.unit, &self.name)?;
                 let kind = Kind::Leaf(storage, Vec::new());
                 return Ok(Source { kind, locks: Vec::new(), id: self.id });
             }
-            _ => return Err(fail("cannot be changed while it runs".into())),
+            Lies::Elsewhere => return Err(fail("cannot be changed while it runs".into())),
         };
         // The file itself, wherever its name may lead by now.
         let again = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -341,7 +362,7 @@ impl Disk {
             }
         };
         for (running, leaf) in self.further.iter().chain([&self.home]).zip(all) {
-            let (image, places) = (running.image, self.rest.places.list.clone());
+            let (image, places) = (running.image, self.rest.stands_on());
             let added = self.mailbox(running).ask(move |core: &mut ReactorCore| {
                 core.put_leaf(index, leaf, Leaf::vacant)?;
                 core.stand_on(image, &places)

@@ -3,8 +3,10 @@
 use block::{Blocking, LeafAccess, Status, Storage, StorageError};
 use file::ImageLock;
 use qcow::open::FileId;
+use volume::View;
 
 use crate::device::Device;
+use crate::groups::{Lease, Member};
 use crate::{HostStorage, Leaf};
 
 /// An opened node.
@@ -19,6 +21,8 @@ pub struct Source {
 pub(crate) enum Kind {
     Host(HostStorage),
     Leaf(Box<Blocking<Leaf>>, Vec<Device>),
+    /// A volume, and its use; without if somebody else has that.
+    Volume(Box<View<'static, Member>>, Option<Box<Lease>>),
 }
 
 macro_rules! each {
@@ -26,12 +30,14 @@ macro_rules! each {
         match &$self.kind {
             Kind::Host($s) => $e,
             Kind::Leaf($s, _) => $e,
+            Kind::Volume($s, _) => $e,
         }
     };
     (mut $self:expr, $s:ident => $e:expr) => {
         match &mut $self.kind {
             Kind::Host($s) => $e,
             Kind::Leaf($s, _) => $e,
+            Kind::Volume($s, _) => $e,
         }
     };
 }
@@ -111,13 +117,17 @@ impl Source {
     /// # Errors
     /// If the shutdown fails.
     pub fn close(self) -> Result<(), crate::Error> {
-        if let Kind::Leaf(storage, devices) = self.kind {
-            drop(storage);
-            for device in devices {
-                device.close()?;
+        match self.kind {
+            Kind::Host(_) | Kind::Volume(_, None) => Ok(()),
+            Kind::Leaf(storage, devices) => {
+                drop(storage);
+                devices.into_iter().try_for_each(|device| device.close().map(drop))
+            }
+            Kind::Volume(view, Some(lease)) => {
+                drop(view);
+                lease.close()
             }
         }
-        Ok(())
     }
 }
 

@@ -8,8 +8,8 @@ use std::process::Command;
 use block::{Flags, Op, Status, Storage};
 use dma::Pool;
 use node::{
-    Disk, DiskOptions, Error, HostStorage, NodeSpec, OpenOptions, Parts, Source, open_chain,
-    open_source,
+    Disk, DiskOptions, Error, GroupDevices, HostStorage, NodeSpec, OpenOptions, Parts, Reactors,
+    Source, open_chain, open_source,
 };
 use qcow::create::{CreateOptions, create};
 use qcow::open::Format;
@@ -59,6 +59,13 @@ impl Rig {
         let shape = Shape { stripes, stripe_size: 32 };
         let id = Id::random().unwrap();
         self.change(|vg| vg.create_lv(id, name, extents, shape, &author()));
+    }
+
+    /// The devices for one who changes the group.
+    fn managed(&self, kind: &str) -> GroupDevices {
+        let nodes = self.list(kind);
+        let nodes: Vec<_> = nodes.split(',').map(|node| NodeSpec::parse(node).unwrap()).collect();
+        GroupDevices::open(&nodes).unwrap()
     }
 
     fn list(&self, kind: &str) -> String {
@@ -201,6 +208,8 @@ fn a_volume_grows_while_its_image_is_written_to() {
         let node = format!("vol:vg/disk@{}", rig.list(kind));
         make_image(&node, 1 << 30);
         let mut disk = serve(&node, Format::Qcow2, reactors);
+        let devices = rig.managed(kind);
+        let mut group = Group::open(devices.members().unwrap(), None).unwrap();
         let mut pool = Pool::new(1, 65536).unwrap();
         let region = pool.region().clone();
         let buf = pool.take().unwrap();
@@ -235,19 +244,21 @@ fn a_volume_grows_while_its_image_is_written_to() {
                 // It stays so until there is space.
                 assert_eq!(write(cluster), Status::NoSpace);
                 assert!(cluster * 65536 < *sizes.last().unwrap());
-                sizes.push(disk.grow_volume(8, &author()).unwrap());
+                group.change(&author(), "", |vg| vg.grow_lv("disk", 8).map(drop)).unwrap();
+                let map = group.map("disk").unwrap();
+                sizes.push(map.len());
+                disk.volume_has_grown(map).unwrap();
             }
         }
         pool.give(buf);
         assert!(sizes.len() >= 3 && sizes.is_sorted(), "{sizes:?}");
         clusters(&disk, Op::Read, 560, 9);
-        // More than there is.
-        let before = rig.paths.iter().map(|p| std::fs::read(p).unwrap()).collect::<Vec<_>>();
-        let said = disk.grow_volume(1 << 20, &author()).unwrap_err().to_string();
-        assert!(said.contains("no space in volume group vg"), "{said}");
-        let after = rig.paths.iter().map(|p| std::fs::read(p).unwrap()).collect::<Vec<_>>();
-        assert!(before == after);
+        let said = disk.volume_has_grown(group.map("behind").unwrap()).unwrap_err().to_string();
+        assert!(said.contains("was moved"), "{said}");
+        clusters(&disk, Op::Read, 560, 9);
         disk.close().unwrap();
+        drop(group);
+        devices.close().unwrap();
         let vg = rig.group().vg().clone();
         assert_eq!(vg.lv("disk").unwrap().extents() * MIB, *sizes.last().unwrap());
         let whole = rig.extract("disk");
@@ -258,9 +269,75 @@ fn a_volume_grows_while_its_image_is_written_to() {
     }
     // What lies in no volume has nothing to grow.
     let mut disk = serve("mem:1M", Format::Raw, 1);
-    let said = disk.grow_volume(1, &author()).unwrap_err().to_string();
+    let rig = Rig::new(1, None);
+    rig.volume("disk", 16, 1);
+    let said = disk.volume_has_grown(rig.group().map("disk").unwrap()).unwrap_err().to_string();
     assert!(said.contains("lies in no volume"), "{said}");
     disk.close().unwrap();
+}
+
+/// On reactors that serve many images a group needs one queue for each of them, and one for control
+/// code, however many volumes are in use.
+#[test]
+fn volumes_share_the_queues_of_reactors() {
+    const VOLUMES: usize = 20;
+    for kind in ["model:", ""] {
+        let rig = Rig::new(2, None);
+        for n in 0..VOLUMES {
+            rig.volume(&format!("v{n}"), 8, 1 + (n as u32 & 1));
+            make_image(&rig.node(&format!("v{n}")), 4 * MIB);
+        }
+        let start = Start { cpu: None, policy: Policy::Adaptive };
+        let reactors = Reactors::start(&[start, start], Clock::real()).unwrap();
+        let devices = rig.managed(kind);
+        let group = Group::open(devices.members().unwrap(), None).unwrap();
+        let serve = |n: usize| {
+            let source = devices.volume(&group, &format!("v{n}"), true).unwrap();
+            let opened = qcow::open::Opened {
+                storage: source,
+                path: None,
+                name: format!("vg/v{n}"),
+                id: None,
+            };
+            let options = qcow::open::ChainOptions {
+                format: Some(Format::Qcow2),
+                writable: true,
+                ..Default::default()
+            };
+            let chain = node::Chain::open(opened, options, &mut |_| unreachable!()).unwrap();
+            let parts = Parts::on(chain, &reactors).unwrap();
+            Disk::start_on(parts, &reactors, &[n & 1, 1 - (n & 1)], Default::default()).unwrap()
+        };
+        let mut disks: Vec<Option<Disk>> = (0..VOLUMES).map(|n| Some(serve(n))).collect();
+        for (n, disk) in disks.iter().flatten().enumerate() {
+            clusters(disk, Op::Write, 40, n as u8);
+        }
+        assert!(devices.volume(&group, "v3", false).is_err(), "it is in use");
+        // Some go, and others come into their places.
+        for n in [3, 7, 19] {
+            disks[n].take().unwrap().close().unwrap();
+        }
+        assert!(!devices.is_used(group.vg().lv("v3").unwrap().id));
+        assert!(devices.is_used(group.vg().lv("v4").unwrap().id));
+        for n in [19, 3] {
+            disks[n] = Some(serve(n));
+        }
+        for (n, disk) in disks.iter().enumerate() {
+            let Some(disk) = disk else { continue };
+            clusters(disk, Op::Read, 40, n as u8);
+        }
+        // Whoever changes the group may let go of it before its volumes do.
+        drop(group);
+        devices.close().unwrap();
+        for disk in disks.into_iter().flatten() {
+            disk.close().unwrap();
+        }
+        open(rig.paths[0].to_str().unwrap(), &writes()).unwrap().close().unwrap();
+        reactors.stop();
+        for n in 0..VOLUMES {
+            qemu_check(&rig.extract(&format!("v{n}")));
+        }
+    }
 }
 
 #[test]

@@ -105,6 +105,11 @@ impl<S: Storage> Group<S> {
         Ok(View::new(Map::new(&prepared.vg, lv), false, &mut self.devices))
     }
 
+    /// The devices, in the order of [`Vg::pvs`].
+    pub fn storages(&self) -> impl Iterator<Item = &S> {
+        self.devices.iter().map(|device| &device.storage)
+    }
+
     /// The devices, given back, in the order of [`Vg::pvs`].
     pub fn into_devices(self) -> Vec<S> {
         self.devices.into_iter().map(|device| device.storage).collect()

@@ -144,7 +144,8 @@ impl<Q: LeafAccess> StripeQueue<Q> {
     ) -> Result<StripeQueue<Q>, String> {
         let members = self.members.iter().map(|(q, unit)| Ok((queue(q)?, *unit)));
         let members = members.collect::<Result<_, String>>()?;
-        SplitQueue::over(members, self.layout, false)
+        let layout = self.layout(0).ok_or("has no unit")?;
+        SplitQueue::over(members, *layout, false)
     }
 }
 
