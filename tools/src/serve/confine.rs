@@ -235,6 +235,7 @@ const CALLS: &[(Who, &[i64])] = &[
             libc::SYS_fadvise64,
             libc::SYS_mkdirat,
             libc::SYS_unlinkat,
+            libc::SYS_renameat,
             libc::SYS_renameat2,
             libc::SYS_fchmod,
             libc::SYS_fchmodat,

@@ -51,7 +51,7 @@ impl Service for Control {
             }
             "smapiv3" => {
                 let asked: Method = parse(params)?;
-                Ok(self.repositories.call(&asked.method, &asked.args))
+                Ok(self.repositories.call(&self.images, &asked.method, &asked.args))
             }
             "list" => Ok(json!({
                 "images": self.images.list(),

@@ -23,6 +23,9 @@ use super::images::{Image, Left, Wanted, is_in_use};
 /// order, with all answered that was taken.
 const HANDED_OVER: &str = "polldisk-handed-over";
 
+/// In our directory from the first look on: one without it was made anew since, however quickly.
+const SEEN: &str = "polldisk-seen";
+
 /// Of rings that nobody knows enough of.
 const DIED: &str = "the daemon that served this guest has died, and its rings cannot be taken up: the \
                     guest has to be started again";
@@ -35,7 +38,7 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// How long an image may still be in use by the guest's former domain: a toolstack makes the next one as
 /// soon as that has closed its device. libxl waits 10 s for a device.
-const PATIENCE_NS: u64 = 5_000_000_000;
+const PATIENCE_NS: u64 = 9_000_000_000;
 
 /// Between two looks at a device that has ended.
 const LOOK: Duration = Duration::from_secs(10);
@@ -109,7 +112,7 @@ impl Bell {
 /// What stands in the device's directories.
 #[derive(Default, Debug)]
 struct Seen {
-    /// Our own state; `None` if the toolstack has removed the device.
+    /// Our own state; `None` if the toolstack has removed the device, or made it anew.
     own: Option<u32>,
     online: bool,
     frontend: Option<u32>,
@@ -126,6 +129,8 @@ pub(crate) struct Device {
     image: Option<Arc<Image>>,
     offer: Option<Offer>,
     rings: Option<Rings>,
+    /// [`SEEN`] was written.
+    marked: bool,
     /// [`Action::Remove`] was done.
     over: bool,
     /// What a daemon that died may have left of its image. [`Left::Needed`] until the rings are
@@ -148,6 +153,7 @@ impl Device {
             image: None,
             offer: None,
             rings: None,
+            marked: false,
             over: false,
             left: Left::Nothing,
             silent_until: 0,
@@ -188,7 +194,7 @@ impl Device {
 
     /// From the first look at a device to its end.
     fn live(&mut self, hear: &Receiver<()>) {
-        match self.open() {
+        match self.mark().and_then(|()| self.open()) {
             Ok(()) => {
                 // Where the guest is by now decides what being ready means: it may be connected to
                 // a daemon that has gone.
@@ -257,6 +263,24 @@ impl Device {
 
     fn key(&self, key: &str) -> String {
         format!("{}/{key}", self.dir)
+    }
+
+    /// Our own state, unless the toolstack has removed the device, or made it anew: what is written then
+    /// would be the next one's.
+    fn own(&self, nodes: &impl Nodes) -> Result<Option<Vec<u8>>, StoreError> {
+        match !self.marked || nodes.read(self.key(SEEN))?.is_some() {
+            true => nodes.read(self.key("state")),
+            false => Ok(None),
+        }
+    }
+
+    fn mark(&mut self) -> anyhow::Result<()> {
+        self.store().transaction(|tx| match self.own(tx)? {
+            Some(_) => tx.write(self.key(SEEN), "1"),
+            None => Ok::<_, StoreError>(()),
+        })?;
+        self.marked = true;
+        Ok(())
     }
 
     /// Opens the image, and writes what is offered.
@@ -374,7 +398,7 @@ impl Device {
     fn hand_over(&self) {
         let done = self.store().transaction(|tx| {
             // A device that was removed does not come back.
-            match tx.read(self.key("state"))? {
+            match self.own(tx)? {
                 Some(_) => tx.write(self.key(HANDED_OVER), "1"),
                 None => Ok(()),
             }
@@ -387,13 +411,11 @@ impl Device {
     /// Looks at what stands in xenstore, and does what follows from it.
     fn look(&mut self) -> Result<(), StoreError> {
         let seen = self.store().transaction(|tx| {
-            let number = |path: &str| -> Result<Option<u32>, StoreError> {
-                Ok(tx.read(path)?.map(|v| decimal(&v).unwrap_or(u32::MAX)))
-            };
+            let number = |v: Option<Vec<u8>>| v.map(|v| decimal(&v).unwrap_or(u32::MAX));
             Ok::<_, StoreError>(Seen {
-                own: number(&self.key("state"))?,
-                online: number(&self.key("online"))? != Some(0),
-                frontend: number(&format!("{}/state", self.frontend))?,
+                own: number(self.own(tx)?),
+                online: number(tx.read(self.key("online"))?) != Some(0),
+                frontend: number(tx.read(format!("{}/state", self.frontend))?),
             })
         })?;
         if self.bell.resized.swap(false, Ordering::AcqRel) {
@@ -489,7 +511,7 @@ impl Device {
         let keys = self.offer.as_ref().filter(|_| keys).map(Offer::device_keys);
         let done = self.store().transaction(|tx| {
             // A device that was removed does not come back.
-            if tx.read(self.key("state"))?.is_none() {
+            if self.own(tx)?.is_none() {
                 return Ok(());
             }
             for (key, value) in keys.iter().flatten() {
@@ -519,7 +541,7 @@ impl Device {
         }
         let path = self.shared.error_of(&self.dir);
         let done = self.store().transaction(|tx| {
-            if tx.read(self.key("state"))?.is_none() {
+            if self.own(tx)?.is_none() {
                 return Ok(());
             }
             tx.write(&path, why)?;

@@ -8,24 +8,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, bail};
 use block::DeviceInfo;
-use node::{Disk, Door, NodeSpec, OpenOptions, Parts, Reactors};
+use node::{Disk, Door, OpenOptions, Parts, Reactors};
 use qcow::open::Format;
 use reactor::sync::Mutex;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::keep::{Keep, is_name, owner};
+use super::keep::{Keep, is_name};
+use super::repositories::{Place, Repositories};
 use crate::args;
 use crate::ctl::Changes;
 use crate::nbd::DRAIN;
 
 /// An image as somebody asks for it.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct Wanted {
     /// Its name here; the node if that is not given.
     name: Option<String>,
-    /// Where it lies.
+    /// Where it lies: a node, or `fast:REPOSITORY/DISK@NODES`.
     node: String,
     /// `qcow2` or `raw`.
     #[serde(default = "qcow2")]
@@ -34,6 +35,9 @@ pub(crate) struct Wanted {
     read_only: bool,
     /// A socket on which it is served over NBD as well.
     nbd: Option<PathBuf>,
+    /// The name that NBD clients ask for.
+    #[serde(default)]
+    export: String,
 }
 
 fn qcow2() -> String {
@@ -44,7 +48,20 @@ impl Wanted {
     /// A QCOW2 image for reading and writing.
     pub(crate) fn qcow2(node: &str) -> Wanted {
         let (node, format) = (node.to_owned(), qcow2());
-        Wanted { name: None, node, format, read_only: false, nbd: None }
+        let (name, nbd, export) = (None, None, String::new());
+        Wanted { name, node, format, read_only: false, nbd, export }
+    }
+
+    /// A disk of a repository.
+    pub(crate) fn disk(
+        node: &str,
+        name: String,
+        read_only: bool,
+        nbd: PathBuf,
+        export: &str,
+    ) -> Wanted {
+        let (name, nbd, export) = (Some(name), Some(nbd), export.to_owned());
+        Wanted { name, read_only, nbd, export, ..Wanted::qcow2(node) }
     }
 
     /// The same, with this name if it has none.
@@ -101,6 +118,12 @@ pub(crate) enum Left {
     Needed,
 }
 
+/// How long somebody who opens or closes an image is waited for, in nanoseconds.
+const PATIENCE_NS: u64 = 30_000_000_000;
+
+/// Between two looks whether he has done that.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(5);
+
 /// The state of a name.
 enum Entry {
     /// Somebody opens or closes it.
@@ -121,6 +144,7 @@ pub(crate) struct Images {
     options: qcow::run::Options,
     allow_backing: Vec<PathBuf>,
     pub(crate) keep: Arc<Keep>,
+    repositories: Arc<Repositories>,
     all: Mutex<BTreeMap<String, Entry>>,
     /// The home of the next one.
     next: AtomicUsize,
@@ -132,9 +156,10 @@ impl Images {
         options: qcow::run::Options,
         allow_backing: Vec<PathBuf>,
         keep: Arc<Keep>,
+        repositories: Arc<Repositories>,
     ) -> Images {
         let (all, next) = (Mutex::new(BTreeMap::new()), AtomicUsize::new(0));
-        Images { reactors, options, allow_backing, keep, all, next }
+        Images { reactors, options, allow_backing, keep, repositories, all, next }
     }
 
     pub(crate) fn reactors(&self) -> &Arc<Reactors> {
@@ -147,15 +172,82 @@ impl Images {
         self.open(wanted, None, Left::Nothing).map(drop)
     }
 
-    /// Opens an image for a device, and for as long as that uses it.
+    /// Opens an image for a device, and for as long as that uses it; or gives it the one that is open.
     pub(crate) fn open_for(
         &self,
         wanted: Wanted,
         user: &str,
         left: Left,
     ) -> anyhow::Result<Arc<Image>> {
+        if self.is_open(&wanted) {
+            return self.take(wanted.name(), user);
+        }
         self.begin(wanted.name())?;
         self.open(wanted, Some(user), left)
+    }
+
+    /// Whether this very image is open already.
+    fn is_open(&self, wanted: &Wanted) -> bool {
+        let all = self.all.lock();
+        matches!(all.get(wanted.name()), Some(Entry::Open { image, .. }) if image.wanted == *wanted)
+    }
+
+    /// Opens an image, or keeps the one that a device has opened, until [`Images::let_go`].
+    pub(crate) fn hold(&self, wanted: Wanted) -> anyhow::Result<()> {
+        self.at_peace(wanted.name(), |all| match all.get_mut(wanted.name()) {
+            Some(Entry::Open { image, passing, .. }) if image.wanted == wanted => {
+                *passing = false;
+                Some(Ok(true))
+            }
+            Some(Entry::Busy) => None,
+            Some(Entry::Open { .. }) => Some(Err(())),
+            None => {
+                all.insert(wanted.name().to_owned(), Entry::Busy);
+                Some(Ok(false))
+            }
+        })
+        .and_then(|there| match there {
+            Ok(true) => Ok(()),
+            Ok(false) => self.open(wanted, None, Left::Nothing).map(drop),
+            Err(()) => bail!("another image has the name"),
+        })
+    }
+
+    /// Ends [`Images::hold`]: closes the image, or leaves it to the device that uses it still. NBD clients
+    /// are cut off.
+    pub(crate) fn let_go(&self, name: &str) -> anyhow::Result<()> {
+        let gone = self.at_peace(name, |all| match all.get_mut(name) {
+            Some(Entry::Busy) => None,
+            Some(Entry::Open { user: Some(_), passing, .. }) => {
+                *passing = true;
+                Some(None)
+            }
+            Some(entry) => Some(Some(std::mem::replace(entry, Entry::Busy))),
+            None => Some(None),
+        })?;
+        match gone {
+            Some(Entry::Open { image, nbd, .. }) => self.close(image, nbd, false),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits while somebody opens or closes an image, for which `f` says `None`.
+    fn at_peace<T>(
+        &self,
+        name: &str,
+        mut f: impl FnMut(&mut BTreeMap<String, Entry>) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let clock = self.reactors.clock();
+        let late = clock.now() + PATIENCE_NS;
+        loop {
+            if let Some(done) = f(&mut self.all.lock()) {
+                return Ok(done);
+            }
+            if clock.now() >= late {
+                bail!("image {name:?} is being opened or closed for too long");
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn redo(&self, wanted: &Wanted) -> anyhow::Result<()> {
@@ -163,8 +255,10 @@ impl Images {
         if format != Format::Qcow2 || wanted.read_only {
             return Ok(());
         }
-        let spec = NodeSpec::parse(&wanted.node)?;
-        let changes = self.keep.changes(wanted.name(), owner(&spec)?)?.with_context(|| {
+        let place = Place::parse(&wanted.node)?;
+        let owners = place.owners(&self.repositories)?;
+        let found = self.keep.changes(wanted.name(), &owners)?;
+        let (changes, which) = found.with_context(|| {
             format!(
                 "{}: the daemon that died has lost changes that its guest was told of",
                 wanted.node
@@ -175,8 +269,9 @@ impl Images {
         }
         let options =
             OpenOptions { clock: self.reactors.clock().clone(), ..OpenOptions::write(format) };
-        let mut source = node::open_source(&spec, &options)?;
+        let mut source = place.open_image(&self.repositories, which, &options)?;
         qcow::edit::redo(&mut source, &wanted.node, &changes)?;
+        source.close()?;
         let count = changes.list.len();
         log::warn!("{}: {count} changes of a daemon that died are put in", wanted.node);
         Ok(())
@@ -342,6 +437,8 @@ impl Images {
         let changes = Changes::new(disk, self.reactors.clock().clone(), self.allow_backing.clone());
         let listen = |path: &PathBuf| {
             let export = ::nbd::Export {
+                name: wanted.export.clone(),
+                read_only: wanted.read_only,
                 size: Some(changes.size()),
                 ..crate::nbd::export(wanted.node.clone(), &door, &info)?
             };
@@ -362,7 +459,7 @@ impl Images {
     }
 
     fn start(&self, wanted: &Wanted) -> anyhow::Result<Disk> {
-        let spec = NodeSpec::parse(&wanted.node)?;
+        let place = Place::parse(&wanted.node)?;
         let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
         let options = OpenOptions {
             writable: !wanted.read_only,
@@ -370,7 +467,8 @@ impl Images {
             clock: self.reactors.clock().clone(),
             ..OpenOptions::read(format)
         };
-        let (chain, owner) = (node::open_chain(&spec, &options)?, owner(&spec)?);
+        let chain = place.open(&self.repositories, &options)?;
+        let owner = place.owners(&self.repositories)?[0];
         if !wanted.read_only {
             // Before anything in it changes.
             self.keep.forget_others(wanted.name(), owner)?;

@@ -3,17 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::hash::Hasher as _;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use dma::Region;
-use fnv::FnvHasher;
 use nix::fcntl::{FallocateFlags, fallocate};
-use node::NodeSpec;
 use qcow::run::{Changes, Journal};
 use reactor::sync::Mutex;
 
@@ -101,15 +97,24 @@ impl Keep {
         (0..16).for_each(|ring| self.remove(&record(id, ring)));
     }
 
-    /// What a daemon that died has left of an image in this file: changes that are not on disk. `None`:
-    /// it lost some, or nothing is known of it.
-    pub(crate) fn changes(&self, image: &str, owner: u64) -> anyhow::Result<Option<Changes>> {
+    /// What a daemon that died has left of an image: changes that are not on disk, and in which of the
+    /// files that it lies in, the one that is written to first. `None`: it lost some, or nothing is known
+    /// of it.
+    pub(crate) fn changes(
+        &self,
+        image: &str,
+        owners: &[u64],
+    ) -> anyhow::Result<Option<(Changes, usize)>> {
         let name = journal(image);
         if !self.dir.join(&name).exists() {
             return Ok(None);
         }
-        let changes = Journal::read(&*self.map(&name, JOURNAL)?);
-        Ok(changes.filter(|c| [0, owner].contains(&c.owner)))
+        let Some(changes) = Journal::read(&*self.map(&name, JOURNAL)?) else { return Ok(None) };
+        let which = match changes.owner {
+            0 => Some(0),
+            owner => owners.iter().position(|&of| of == owner),
+        };
+        Ok(which.map(|which| (changes, which)))
     }
 
     /// An image file is going to be changed: what daemons that died have left of it by other names is
@@ -143,22 +148,6 @@ impl Keep {
         self.remove(&name);
         self.owners.lock().remove(&name);
     }
-}
-
-/// Tells an image's file from others, also from one that takes its name later. Not 0.
-pub(crate) fn owner(spec: &NodeSpec) -> anyhow::Result<u64> {
-    let what = match spec {
-        NodeSpec::File(path) => {
-            let m = std::fs::metadata(path).with_context(|| path.display().to_string())?;
-            let born = m.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-            format!("{} {} {} {born:?}", m.dev(), m.ino(), m.rdev())
-        }
-        other => other.to_string(),
-    };
-    // Not a hash of `std`, which may be another in the next version of the daemon.
-    let mut hasher = FnvHasher::default();
-    hasher.write(what.as_bytes());
-    Ok(hasher.finish() | 1)
 }
 
 fn record(id: Id, ring: usize) -> String {
@@ -199,16 +188,18 @@ mod tests {
         let keep = Keep::new(dir.path().to_owned()).unwrap();
         make(&keep, "c", 3);
         keep.forget_others("c", 3).unwrap();
-        let is_there = |name: &str, owner| keep.changes(name, owner).unwrap().is_some();
+        let is_there = |name: &str, owner| keep.changes(name, &[owner]).unwrap().is_some();
         assert!(is_there("a", 1) && is_there("c", 3) && !is_there("b/2", 3));
-        // Another's is not read.
+        // Another's is not read; one of an image further down is, and it is said of which.
         assert!(!is_there("a", 3));
+        assert_eq!(keep.changes("a", &[3, 1]).unwrap().unwrap().1, 1);
         keep.forget_journal("a");
         assert!(!is_there("a", 1));
     }
 
     #[test]
     fn what_is_mapped_is_there_to_be_written() {
+        use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
         let keep = Keep::new(dir.path().to_owned()).unwrap();
         let id = Id { domid: 3, devid: 51712 };

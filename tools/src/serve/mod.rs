@@ -59,11 +59,12 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let options = qcow::run::Options { l2_cache: config.l2_cache()?, ..Default::default() };
     let allow = config.allow_backing.clone();
     let keep = Arc::new(Keep::new(config.state.clone())?);
-    let images = Arc::new(Images::new(reactors.clone(), options, allow, keep));
+    let repositories = Arc::new(Repositories::new(config.state.clone()));
+    let images =
+        Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
     let stop = signals.told();
     let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
     let limited = confine::limit_system_calls(mode, &reactors);
-    let repositories = Arc::new(Repositories::default());
     let served = limited.and_then(|()| start(&config, &images, &repositories));
     let served = served.map(|(server, devices)| {
         tell_manager("READY=1");

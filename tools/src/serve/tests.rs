@@ -16,12 +16,15 @@ use super::control::Control;
 use super::devices::Devices;
 use super::images::Images;
 use super::keep::Keep;
+use super::repositories::Repositories;
 use crate::ctl::rpc::Service as _;
 
 mod broken;
 mod copies;
+mod died;
 mod many;
 mod nbd;
+mod repository;
 mod waiting;
 
 const SIZE: u64 = 8 << 20;
@@ -57,18 +60,17 @@ impl World {
         let start = Start { cpu: None, policy };
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
         let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
-        let images = Arc::new(Images::new(reactors.clone(), Default::default(), Vec::new(), keep));
+        let repositories = Arc::new(Repositories::new(self.dir.path().join("state")));
+        let (options, allow) = (Default::default(), Vec::new());
+        let images =
+            Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
         let (host, store) = (self.host.clone(), self.store.clone());
         let guests =
             Guests::by(&reactors, notify, || Ok(host.gntdev()), || Ok(host.events())).unwrap();
         let connect = Box::new(move || Ok(store.connect(0)));
         let devices = Devices::start(connect, "qdisk", images.clone(), guests).unwrap();
         Ours {
-            control: Control {
-                images,
-                repositories: Arc::default(),
-                devices: Some(Arc::new(devices)),
-            },
+            control: Control { images, repositories, devices: Some(Arc::new(devices)) },
             reactors,
         }
     }
@@ -98,6 +100,11 @@ impl World {
             (format!("{fe}/state"), "1".into()),
         ];
         let done = self.toolstack.transaction(|tx| {
+            // If it is there, it is made anew.
+            if tx.read(format!("{be}/state"))?.is_some() {
+                tx.rm(&be)?;
+                tx.rm(&fe)?;
+            }
             tx.mkdir(&be)?;
             tx.set_perms(&be, &[Perm::none(0), Perm::read(domid)])?;
             tx.mkdir(&fe)?;
@@ -406,108 +413,28 @@ fn another_daemon_takes_the_rings_up() {
     ours.stop();
 }
 
-/// What a daemon that is killed now would leave: the image, and what it keeps for the next one.
-struct Corpse(Vec<(PathBuf, Vec<u8>)>);
-
-impl Corpse {
-    fn of(world: &World, image: &Path) -> Corpse {
-        let kept = std::fs::read_dir(world.dir.path().join("state")).unwrap();
-        let paths = kept.map(|e| e.unwrap().path()).chain([image.to_owned()]);
-        Corpse(paths.map(|p| (p.clone(), std::fs::read(&p).unwrap())).collect())
-    }
-
-    /// As if the one that has stopped by now had been killed then. The same files.
-    fn lie(&self, world: &World, domid: u16) {
-        world.toolstack.rm(format!("{}/polldisk-handed-over", backend(domid))).unwrap();
-        self.0.iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
-    }
-}
-
+/// A toolstack may be quicker than we are: what was there is gone, and the next one is there, before
+/// anybody has looked.
 #[test]
-fn what_was_answered_and_not_written_is_put_in_by_the_next_daemon() {
+fn a_device_that_is_made_anew_between_two_looks() {
     let world = World::new();
-    let path = world.image("a");
     let ours = world.serve(1, Notify::Thread);
-    world.plug(9, "w", &node(&path));
-    let mut guest = Guest::start(&world, 9, SETUP);
-    guest.write(64, 7, 4096);
-    let corpse = Corpse::of(&world, &path);
-    ours.stop();
-    let journal = world.dir.path().join("state/image-9%2f51712");
-    let entries = |bytes: &[u8]| [16, 24].map(|at| bytes[at]).into_iter().max();
-    assert_eq!(entries(&corpse.0.iter().find(|f| f.0 == journal).unwrap().1), Some(1));
-    corpse.lie(&world, 9);
-    let ours = world.serve(1, Notify::Direct);
-    guest.expect(64, 7, 4096);
-    ours.stop();
-    // The guest has closed the device meanwhile, and uses the rings no more: what it was told holds all
-    // the same.
-    corpse.lie(&world, 9);
-    guest.say("5");
-    let ours = world.serve(1, Notify::Direct);
-    wait("the close", || ["5", "6"].contains(&&*world.state(9).unwrap()));
-    ours.stop();
-    let put_in = std::fs::read(&path).unwrap();
-    assert!(put_in != corpse.0.iter().find(|f| f.0 == path).unwrap().1);
-}
-
-#[test]
-fn a_journal_is_put_into_no_other_image() {
-    let error = format!("/local/domain/0/error/backend/qdisk/9/{DEVID}/error");
-    // Another file by that name; another image in that file; the journal is gone.
-    for case in 0..3 {
-        let world = World::new();
-        let (path, other) = (world.image("a"), world.image("b"));
-        let ours = world.serve(1, Notify::Thread);
-        world.plug(9, "w", &node(&path));
+    let error = format!("{}/hotplug-error", backend(9));
+    // First one whose image cannot be opened, then one that is served.
+    world.plug(9, "w", &node(&world.dir.path().join("none")));
+    wait("the refusal", || world.read(&error).is_some());
+    let paths = ["a", "b"].map(|name| world.image(name));
+    for path in &paths {
+        world.plug(9, "w", &node(path));
         let mut guest = Guest::start(&world, 9, SETUP);
-        guest.write(64, 7, 4096);
-        let corpse = Corpse::of(&world, &path);
-        ours.stop();
-        corpse.lie(&world, 9);
-        match case {
-            0 => {
-                // Even with the same bytes in it: it may be older.
-                std::fs::copy(&path, &other).unwrap();
-                std::fs::rename(&other, &path).unwrap();
-            }
-            1 => {
-                let mut storage = node::HostStorage::open(&path, true).unwrap();
-                qcow::edit::create_snapshot(&mut storage, "a", "new", Duration::ZERO).unwrap();
-            }
-            _ => std::fs::remove_file(world.dir.path().join("state/image-9%2f51712")).unwrap(),
-        }
-        let before = std::fs::read(&path).unwrap();
-        let ours = world.serve(1, Notify::Direct);
-        wait("the refusal", || world.read(&error).is_some());
-        ours.stop();
-        assert!(std::fs::read(&path).unwrap() == before, "case {case}");
+        guest.expect(0, 0, 4096);
+        guest.write(0, 1, 4096);
+        assert_eq!(world.read(&error), None);
+        let list = ours.call("list", json!({}));
+        assert_eq!(list["images"].as_array().unwrap().len(), 1, "{list}");
+        assert_eq!(list["images"][0]["node"], path.to_str().unwrap());
     }
-    // A device made anew has nothing to do with the journal of the last one, also if its daemon dies.
-    let world = World::new();
-    let (path, other) = (world.image("a"), world.image("b"));
-    let ours = world.serve(1, Notify::Thread);
-    world.plug(9, "w", &node(&path));
-    let mut guest = Guest::start(&world, 9, SETUP);
-    guest.write(64, 7, 4096);
-    let corpse = Corpse::of(&world, &path);
     ours.stop();
-    corpse.lie(&world, 9);
-    world.toolstack.rm(backend(9)).unwrap();
-    world.toolstack.rm(frontend(9)).unwrap();
-    let wanted = json!({"node": other.to_str().unwrap(), "read-only": true}).to_string();
-    world.plug(9, "r", &wanted);
-    let before = std::fs::read(&other).unwrap();
-    let ours = world.serve(1, Notify::Thread);
-    let mut guest = Guest::start(&world, 9, SETUP);
-    guest.expect(64, 0, 4096);
-    let corpse = Corpse::of(&world, &other);
-    ours.stop();
-    corpse.lie(&world, 9);
-    let ours = world.serve(1, Notify::Thread);
-    guest.expect(64, 0, 4096);
-    ours.stop();
-    assert!(std::fs::read(&other).unwrap() == before);
 }
 
 #[test]

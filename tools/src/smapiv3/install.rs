@@ -34,8 +34,11 @@ pub(super) fn run(root: &Path) -> anyhow::Result<u8> {
         );
     };
     let name = format!("org.xen.xapi.storage.{REPOSITORY_TYPE}");
-    let methods: Vec<&str> = query::VOLUME.into_iter().chain(["Plugin.query"]).collect();
-    install(&root.join("volume").join(name), binary, Kind::Volume, &methods)?;
+    let volume = root.join("volume").join(name);
+    install(&volume, binary, Kind::Volume, &query::VOLUME)?;
+    // By the name of the scheme of disks' addresses.
+    let datapath = root.join("datapath").join(REPOSITORY_TYPE);
+    install(&datapath, binary, Kind::Datapath, &query::DATAPATH)?;
     Ok(0)
 }
 
@@ -48,7 +51,8 @@ fn install(folder: &Path, binary: &str, kind: Kind, methods: &[&str]) -> anyhow:
     let root = above.parent().context("no folder")?;
     let new = tempfile::Builder::new().prefix(".polldisk-").tempdir_in(root).with_context(at)?;
     fs::set_permissions(new.path(), fs::Permissions::from_mode(0o755)).with_context(at)?;
-    for method in methods {
+    let all = methods.iter().copied().chain(["Plugin.query"]);
+    for method in all.clone() {
         let path = new.path().join(method);
         fs::write(&path, script(binary, kind, method)).with_context(at)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).with_context(at)?;
@@ -59,5 +63,5 @@ fn install(folder: &Path, binary: &str, kind: Kind, methods: &[&str]) -> anyhow:
     fs::rename(new.path(), folder).with_context(at)?;
     // It is not there any more to be removed.
     let _moved = new.keep();
-    line(&format!("{}: {} methods", folder.display(), methods.len()))
+    line(&format!("{}: {} methods", folder.display(), all.count()))
 }

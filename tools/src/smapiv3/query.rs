@@ -28,6 +28,15 @@ pub(super) const VOLUME: [&str; 19] = [
     "Volume.stat",
 ];
 
+/// Methods of the datapath plugin, beside `Plugin.query`.
+pub(super) const DATAPATH: [&str; 5] = [
+    "Datapath.attach",
+    "Datapath.activate",
+    "Datapath.activate_readonly",
+    "Datapath.deactivate",
+    "Datapath.detach",
+];
+
 /// What the volume plugin can do that is not seen from its methods.
 const FEATURES: [&str; 3] = ["VDI_REVERT", "LARGE_VDI", "THIN_PROVISIONING"];
 

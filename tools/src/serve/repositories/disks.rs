@@ -6,6 +6,7 @@ use sr::{Disk, NewDisk, Node, Text};
 
 use super::fault::Fault;
 use super::{Repositories, TYPE, author, parse};
+use crate::serve::images::Images;
 
 #[derive(Deserialize)]
 struct Create {
@@ -52,7 +53,12 @@ fn wanted<'a>(value: &'a Option<String>, name: &str) -> Result<&'a str, Fault> {
 }
 
 impl Repositories {
-    pub(super) fn of_disk(&self, method: &str, args: &Value) -> Result<Value, Fault> {
+    pub(super) fn of_disk(
+        &self,
+        _images: &Images,
+        method: &str,
+        args: &Value,
+    ) -> Result<Value, Fault> {
         let author = author();
         if method == "create" {
             let args: Create = parse(args)?;
@@ -72,6 +78,12 @@ impl Repositories {
             "snapshot" => repository.snapshot(&args.key, &author)?,
             "clone" => repository.clone_disk(&args.key, &author)?,
             "destroy" => {
+                if let Ok((_, node)) = repository.disk(&args.key) {
+                    let id = repository.group().vg().lv(&node.lv).map_err(sr::Error::from)?.id;
+                    if attached.devices.is_used(id) {
+                        return Err(Fault::in_use(&args.key));
+                    }
+                }
                 match repository.destroy(&args.key, &author) {
                     // The toolstack destroys some twice.
                     Ok(()) | Err(sr::Error::NoDisk(_)) => {}

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
+use crate::serve::images::is_in_use;
+
 /// Why a method failed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Fault {
@@ -15,6 +17,11 @@ impl Fault {
     /// One of the interface's own, which have one text each.
     pub(super) fn of(code: &str, what: &str) -> Fault {
         Fault { code: code.to_owned(), params: vec![what.to_owned()] }
+    }
+
+    pub(super) fn in_use(key: &str) -> Fault {
+        let why = format!("{key} is in use: deactivate it first");
+        Fault::numbered(24, "VDIInUse", why)
     }
 
     pub(super) fn unimplemented(method: &str) -> Fault {
@@ -44,6 +51,29 @@ impl Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.code, self.params.join(": "))
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl From<anyhow::Error> for Fault {
+    fn from(error: anyhow::Error) -> Fault {
+        let why = crate::output::explain(&error);
+        match error.downcast::<Fault>() {
+            Ok(fault) => fault,
+            Err(error) if is_in_use(&error) => Fault::numbered(24, "VDIInUse", why),
+            Err(_) => Fault::other(why),
+        }
+    }
+}
+
+impl From<node::Error> for Fault {
+    fn from(error: node::Error) -> Fault {
+        let why = error.to_string();
+        match error {
+            node::Error::InUse { .. } => Fault::numbered(24, "VDIInUse", why),
+            _ => Fault::other(why),
+        }
     }
 }
 

@@ -2,11 +2,15 @@
 //! the methods of the interface SMAPIv3 by their names, with its arguments and answers (xapi-project/xen-api,
 //! ocaml/xapi-storage). On the threads of the control socket; one repository by one of them at a time.
 
+mod attached;
+mod datapath;
 mod disks;
 mod fault;
+mod place;
 mod whole;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use node::{NodeSpec, OpenOptions, Source, open_source};
@@ -14,11 +18,13 @@ use qcow::open::Format;
 use reactor::sync::Mutex;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use sr::Repository;
 use volume::HostIds;
 
+use super::images::Images;
 use crate::volume::author;
+use attached::Attached;
 use fault::Fault;
+pub(super) use place::Place;
 
 /// What a repository's devices are called in its configuration (xapi's device-config).
 const DEVICE: &str = "device";
@@ -27,17 +33,14 @@ const STRIPES: &str = "stripes";
 /// The type of repositories, and the scheme of their disks' addresses.
 pub(crate) const TYPE: &str = "fast";
 
-/// An attached repository.
-struct Attached {
-    repository: Mutex<Repository<Source>>,
-    /// What it was attached by.
-    device: String,
-}
-
 /// All that are attached, by their UUID, which is also the handle that the toolstack gets.
-#[derive(Default)]
 pub(crate) struct Repositories {
+    /// Where the daemon's files are, that do not outlive the host.
+    run: PathBuf,
     all: Mutex<BTreeMap<String, Arc<Attached>>>,
+    /// The domains that have a disk activated, by the name of its image. Locked while images are opened
+    /// and closed for that.
+    active: Mutex<BTreeMap<String, BTreeSet<String>>>,
 }
 
 type Configuration = BTreeMap<String, String>;
@@ -63,7 +66,7 @@ fn nodes(device: &str) -> Result<Vec<NodeSpec>, Fault> {
     }
 }
 
-/// Opens devices, locked.
+/// Opens devices by themselves: locked to write to them, or as they are to look at them.
 fn open(nodes: &[NodeSpec], writable: bool) -> Result<Vec<Source>, Fault> {
     let options = match writable {
         true => OpenOptions::write(Format::Raw),
@@ -79,11 +82,17 @@ fn close(sources: Vec<Source>) -> Result<(), Fault> {
 }
 
 impl Repositories {
+    /// None, of a daemon whose files are in this folder.
+    pub(crate) fn new(run: PathBuf) -> Repositories {
+        Repositories { run, all: Mutex::default(), active: Mutex::default() }
+    }
+
     /// Carries out a method: `{"result": …}`, or `{"error": {"code", "params"}}` as the toolstack wants it.
-    pub(crate) fn call(&self, method: &str, args: &Value) -> Value {
+    pub(crate) fn call(&self, images: &Images, method: &str, args: &Value) -> Value {
         let result = match method.split_once('.') {
             Some(("SR", method)) => self.of_repository(method, args),
-            Some(("Volume", method)) => self.of_disk(method, args),
+            Some(("Volume", method)) => self.of_disk(images, method, args),
+            Some(("Datapath", method)) => self.datapath(images, method, args),
             _ => Err(Fault::unimplemented(method)),
         };
         match result {
@@ -95,25 +104,12 @@ impl Repositories {
         }
     }
 
-    fn attached(&self, sr: &str) -> Result<Arc<Attached>, Fault> {
-        let found = self.all.lock().get(sr).cloned();
-        found.ok_or_else(|| Fault::of("Sr_not_attached", sr))
-    }
-
-    /// Lets go of all.
+    /// Lets go of all, which the next daemon takes up.
     pub(crate) fn close_all(&self) {
         for (sr, attached) in std::mem::take(&mut *self.all.lock()) {
-            if let Err(fault) = close_attached(attached) {
+            if let Err(fault) = Attached::close(attached) {
                 log::warn!("repository {sr}: {fault}");
             }
         }
-    }
-}
-
-/// Nobody else may still have it.
-fn close_attached(attached: Arc<Attached>) -> Result<(), Fault> {
-    match Arc::try_unwrap(attached) {
-        Ok(attached) => close(attached.repository.into_inner().into_devices()),
-        Err(_) => Err(Fault::other("somebody is using it".to_owned())),
     }
 }

@@ -13,8 +13,7 @@ use crate::volume::{claim, contents};
 use super::disks::answer;
 use super::fault::Fault;
 use super::{
-    Attached, Configuration, DEVICE, Repositories, STRIPES, author, close, close_attached, host,
-    nodes, open, parse,
+    Attached, Configuration, DEVICE, Repositories, STRIPES, author, close, host, nodes, open, parse,
 };
 
 #[derive(Deserialize)]
@@ -102,58 +101,45 @@ impl Repositories {
     }
 
     fn attach(&self, args: &Configured) -> Result<Value, Fault> {
-        let device = device(&args.configuration);
-        // Under the lock: who comes at the same time waits, and finds it attached.
-        let mut all = self.all.lock();
-        if let Some((sr, _)) = all.iter().find(|(_, attached)| attached.device == device) {
-            return Ok(json!(sr));
-        }
-        let nodes = nodes(&device)?;
-        let repository = Repository::open(open(&nodes, true)?, &host()?)?;
-        let vg = repository.group().vg();
-        if let Some(why) = vg.lvs.iter().find_map(|lv| node::active_volume(&nodes, vg, lv)) {
-            close(repository.into_devices())?;
-            return Err(Fault::other(why));
-        }
-        let sr = repository.stat().id;
-        if all.contains_key(&sr) {
-            return Err(Fault::other(format!(
-                "repository {sr} is attached by other devices already"
-            )));
-        }
-        all.insert(sr.clone(), Arc::new(Attached { repository: Mutex::new(repository), device }));
-        Ok(json!(sr))
+        Ok(json!(self.attach_by(&device(&args.configuration))?))
     }
 
     /// Of what is not attached as well: it must never fail for that.
     fn detach(&self, sr: &str) -> Result<Value, Fault> {
         let mut all = self.all.lock();
-        let Some(attached) = all.remove(sr) else { return Ok(Value::Null) };
+        let Some(attached) = all.remove(sr) else {
+            self.forget(sr)?;
+            return Ok(Value::Null);
+        };
         if Arc::strong_count(&attached) > 1 {
             all.insert(sr.to_owned(), attached);
             return Err(Fault::other(format!("repository {sr} is being used in this moment")));
         }
-        close_attached(attached)?;
+        self.forget(sr)?;
+        Attached::close(attached)?;
         Ok(Value::Null)
     }
 
     fn destroy(&self, sr: &str) -> Result<Value, Fault> {
+        self.attached(sr)?;
         let mut all = self.all.lock();
         let Some(attached) = all.remove(sr) else { return Err(Fault::of("Sr_not_attached", sr)) };
-        let attached = match Arc::try_unwrap(attached) {
+        let Attached { repository, devices, device } = match Arc::try_unwrap(attached) {
             Ok(attached) => attached,
             Err(attached) => {
                 all.insert(sr.to_owned(), attached);
                 return Err(Fault::other(format!("repository {sr} is being used in this moment")));
             }
         };
-        let (device, repository) = (attached.device, attached.repository.into_inner());
+        let repository = repository.into_inner();
         if repository.has_volumes() {
-            let again = Attached { repository: Mutex::new(repository), device };
+            let again = Attached { repository: Mutex::new(repository), devices, device };
             all.insert(sr.to_owned(), Arc::new(again));
             return Err(Fault::other(format!("repository {sr} has volumes: destroy them first")));
         }
-        close(repository.remove()?)?;
+        self.forget(sr)?;
+        drop(repository.remove()?);
+        devices.close()?;
         Ok(Value::Null)
     }
 

@@ -1,0 +1,138 @@
+//! The methods of the datapath: `Datapath.*`. A disk's image is open while a domain has it activated, or a
+//! device of a guest uses it. All of them may be called again, and in the wrong order.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::fault::Fault;
+use super::place::{DiskPlace, is_key};
+use super::{Repositories, TYPE, parse};
+use crate::serve::images::{Images, Wanted};
+
+#[derive(Deserialize)]
+struct Args {
+    uri: String,
+    domain: Option<String>,
+}
+
+impl Repositories {
+    pub(super) fn datapath(
+        &self,
+        images: &Images,
+        method: &str,
+        args: &Value,
+    ) -> Result<Value, Fault> {
+        let args: Args = parse(args)?;
+        let domain = || {
+            let domain = args.domain.as_deref();
+            domain.ok_or_else(|| Fault::other("arguments: `domain` is missing".to_owned()))
+        };
+        let (sr, key) = of_uri(&args.uri)?;
+        match method {
+            "attach" => {
+                domain()?;
+                let place = self.place(sr, key)?;
+                self.implementations(&place)
+            }
+            "activate" | "activate_readonly" => {
+                let place = self.place(sr, key)?;
+                self.activate(images, &place, domain()?)
+            }
+            "deactivate" => self.deactivate(images, sr, key, domain()?),
+            // Nothing is held for it.
+            "detach" => Ok(Value::Null),
+            _ => Err(Fault::unimplemented(&format!("Datapath.{method}"))),
+        }
+    }
+
+    /// A disk that there is.
+    fn place(&self, sr: &str, key: &str) -> Result<DiskPlace, Fault> {
+        let attached = self.attached(sr)?;
+        attached.repository.lock().disk(key)?;
+        let device = attached.device.clone();
+        Ok(DiskPlace { sr: sr.to_owned(), key: key.to_owned(), device })
+    }
+
+    /// The repository that a disk is in, which is attached if it is not: a guest's device may be there
+    /// before the toolstack asks for anything.
+    pub(super) fn of_place(
+        &self,
+        place: &DiskPlace,
+    ) -> anyhow::Result<std::sync::Arc<super::Attached>> {
+        let sr = self.attach_by(&place.device)?;
+        if sr != place.sr {
+            anyhow::bail!("{}: repository {sr} is there, not {}", place.device, place.sr);
+        }
+        Ok(self.attached(&sr)?)
+    }
+
+    /// How the image of a disk is opened. Whoever opens it, it is the same.
+    fn wanted(&self, place: &DiskPlace) -> Result<Wanted, Fault> {
+        let attached = self.attached(&place.sr)?;
+        let repository = attached.repository.lock();
+        let (disk, _) = repository.disk(&place.key)?;
+        let nbd = self.run.join("nbd").join(&place.key);
+        Ok(Wanted::disk(&place.to_string(), place.name(), disk.read_only, nbd, &place.key))
+    }
+
+    fn implementations(&self, place: &DiskPlace) -> Result<Value, Fault> {
+        let wanted = self.wanted(place)?;
+        let socket = self.run.join("nbd").join(&place.key);
+        let socket = socket.display().to_string();
+        let text = serde_json::to_string(&wanted).map_err(|e| Fault::other(e.to_string()))?;
+        let mut implementations = vec![json!(["XenDisk", {
+            // One word: nobody else's.
+            "params": format!("polldisk:{}", place.name()),
+            "extra": {"polldisk": text},
+            "backend_type": "qdisk",
+        }])];
+        // The toolstack's form has no place for a colon in it.
+        if !socket.contains(':') {
+            let uri = format!("nbd:unix:{socket}:exportname={}", place.key);
+            implementations.push(json!(["Nbd", { "uri": uri }]));
+        }
+        Ok(json!({ "implementations": implementations }))
+    }
+
+    fn activate(&self, images: &Images, place: &DiskPlace, domain: &str) -> Result<Value, Fault> {
+        let wanted = self.wanted(place)?;
+        let mut active = self.active.lock();
+        let sockets = self.run.join("nbd");
+        std::fs::create_dir_all(&sockets)
+            .map_err(|e| Fault::other(format!("{}: {e}", sockets.display())))?;
+        let has = active.get(&place.name()).is_some_and(|domains| domains.contains(domain));
+        if !has {
+            images.hold(wanted)?;
+            active.entry(place.name()).or_default().insert(domain.to_owned());
+        }
+        Ok(Value::Null)
+    }
+
+    fn deactivate(
+        &self,
+        images: &Images,
+        sr: &str,
+        key: &str,
+        domain: &str,
+    ) -> Result<Value, Fault> {
+        let name = format!("{sr}/{key}");
+        let mut active = self.active.lock();
+        if let Some(domains) = active.get_mut(&name) {
+            domains.remove(domain);
+            if !domains.is_empty() {
+                return Ok(Value::Null);
+            }
+            active.remove(&name);
+        }
+        images.let_go(&name)?;
+        Ok(Value::Null)
+    }
+}
+
+/// Repository and key of a disk's address.
+pub(super) fn of_uri(uri: &str) -> Result<(&str, &str), Fault> {
+    let parts = uri.strip_prefix(TYPE).and_then(|rest| rest.strip_prefix("://"));
+    let parts = parts.and_then(|rest| rest.split_once('/'));
+    let parts = parts.filter(|(sr, key)| is_key(sr) && is_key(key));
+    parts.ok_or_else(|| Fault::other(format!("{uri:?} is no {TYPE}://REPOSITORY/DISK")))
+}

@@ -1,0 +1,180 @@
+//! [`Place`]: where an image lies: on a node, or as a disk of a repository, which may be several images on
+//! top of each other.
+
+use std::fmt;
+use std::hash::Hasher as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, bail};
+use fnv::FnvHasher;
+use node::{Chain, NodeSpec, OpenOptions, Source, open_chain, open_source};
+use qcow::open::{ChainOptions, Format, Opened};
+use volume::Id;
+
+use super::attached::Attached;
+use super::{Repositories, TYPE};
+
+/// Longest key of a disk.
+const KEY: usize = 64;
+
+/// A disk of a repository: `fast:SR/KEY@NODES`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct DiskPlace {
+    pub(super) sr: String,
+    pub(super) key: String,
+    /// What the repository is attached by.
+    pub(super) device: String,
+}
+
+/// See the module's text.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) enum Place {
+    Node(NodeSpec),
+    Disk(DiskPlace),
+}
+
+/// Whether a text may be an identifier, which files are named after.
+pub(super) fn is_key(text: &str) -> bool {
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    plain && !text.is_empty() && text.len() <= KEY
+}
+
+impl fmt::Display for DiskPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{TYPE}:{}/{}@{}", self.sr, self.key, self.device)
+    }
+}
+
+impl DiskPlace {
+    fn parse(text: &str) -> Option<DiskPlace> {
+        let (disk, device) = text.split_once('@')?;
+        let (sr, key) = disk.split_once('/')?;
+        let [sr, key, device] = [sr, key, device].map(str::to_owned);
+        (is_key(&sr) && is_key(&key)).then_some(DiskPlace { sr, key, device })
+    }
+
+    /// The image's name.
+    pub(super) fn name(&self) -> String {
+        format!("{}/{}", self.sr, self.key)
+    }
+
+    /// The volumes of its images, the one that is written to first.
+    fn volumes(&self, attached: &Attached) -> anyhow::Result<Vec<(String, Id)>> {
+        let repository = attached.repository.lock();
+        let vg = repository.group().vg();
+        let chain = repository.chain(&self.key)?;
+        chain.iter().map(|node| Ok((node.lv.clone(), vg.lv(&node.lv)?.id))).collect()
+    }
+
+    fn open(&self, repositories: &Repositories, options: &OpenOptions) -> anyhow::Result<Chain> {
+        let attached = repositories.of_place(self)?;
+        let volumes = self.volumes(&attached)?;
+        let vg = attached.repository.lock().group().vg().name.clone();
+        let mut opened = volumes.iter().enumerate().map(|(n, (lv, _))| {
+            let storage = attached.volume(lv, n == 0 && options.writable)?;
+            anyhow::Ok(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None })
+        });
+        let top = opened.next().context("the disk has no volume")??;
+        let chain_options = ChainOptions {
+            format: Some(Format::Qcow2),
+            writable: options.writable,
+            ..Default::default()
+        };
+        let mut at = 0;
+        let chain = Chain::open(top, chain_options, &mut |backing| {
+            at += 1;
+            let refuse = |why: String| qcow::Error::refused(&backing.named_by, why);
+            let wanted = volumes.get(at).map(|(lv, _)| format!("/dev/{vg}/{lv}"));
+            match (opened.next(), wanted) {
+                (Some(below), Some(wanted)) if wanted == backing.name => {
+                    below.map_err(|e| refuse(format!("{e:#}")))
+                }
+                (_, wanted) => Err(refuse(format!(
+                    "names {} as its backing file, and stands on {} in the repository",
+                    backing.name,
+                    wanted.as_deref().unwrap_or("nothing")
+                ))),
+            }
+        })?;
+        if chain.layers.len() != volumes.len() {
+            bail!(
+                "the lowest image of {} stands on others in the repository, and names none",
+                self
+            );
+        }
+        Ok(chain)
+    }
+}
+
+impl Place {
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Place> {
+        match text.strip_prefix(TYPE).and_then(|rest| rest.strip_prefix(':')) {
+            Some(disk) => DiskPlace::parse(disk)
+                .map(Place::Disk)
+                .with_context(|| format!("{text:?} is no {TYPE}:REPOSITORY/DISK@NODES")),
+            None => Ok(Place::Node(NodeSpec::parse(text)?)),
+        }
+    }
+
+    /// What tells each of its images from others that take its name later, the one that is written to
+    /// first; none is 0.
+    pub(crate) fn owners(&self, repositories: &Repositories) -> anyhow::Result<Vec<u64>> {
+        match self {
+            Place::Node(spec) => Ok(vec![owner(spec)?]),
+            Place::Disk(disk) => {
+                let volumes = disk.volumes(&*repositories.of_place(disk)?)?;
+                Ok(volumes.iter().map(|(_, id)| hash(id.raw())).collect())
+            }
+        }
+    }
+
+    pub(crate) fn open(
+        &self,
+        repositories: &Repositories,
+        options: &OpenOptions,
+    ) -> anyhow::Result<Chain> {
+        match self {
+            Place::Node(spec) => Ok(open_chain(spec, options)?),
+            Place::Disk(disk) => disk.open(repositories, options),
+        }
+    }
+
+    /// One of its images as bytes that can be written to, while nobody uses it.
+    pub(crate) fn open_image(
+        &self,
+        repositories: &Repositories,
+        which: usize,
+        options: &OpenOptions,
+    ) -> anyhow::Result<Source> {
+        match self {
+            Place::Node(spec) => Ok(open_source(spec, options)?),
+            Place::Disk(disk) => {
+                let attached = repositories.of_place(disk)?;
+                let volumes = disk.volumes(&attached)?;
+                let (lv, _) = volumes.get(which).context("the disk has fewer images")?;
+                Ok(attached.volume(lv, true)?)
+            }
+        }
+    }
+}
+
+/// Tells a node from others, also from one that takes its name later. Not 0.
+fn owner(spec: &NodeSpec) -> anyhow::Result<u64> {
+    let what = match spec {
+        NodeSpec::File(path) => {
+            let m = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+            let born = m.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+            format!("{} {} {} {born:?}", m.dev(), m.ino(), m.rdev())
+        }
+        other => other.to_string(),
+    };
+    Ok(hash(what.as_bytes()))
+}
+
+/// Not a hash of `std`, which may be another in the next version of the daemon.
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = FnvHasher::default();
+    hasher.write(bytes);
+    hasher.finish() | 1
+}
