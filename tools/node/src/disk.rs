@@ -33,7 +33,7 @@ pub struct DiskOptions {
 #[derive(Clone, Copy)]
 pub(crate) struct Running {
     /// Number among [`Disk::reactors`].
-    reactor: usize,
+    pub(crate) reactor: usize,
     pub(crate) image: usize,
 }
 

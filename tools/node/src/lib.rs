@@ -32,6 +32,7 @@ mod kernel;
 mod leaf;
 mod live;
 mod model;
+mod overlay;
 mod parts;
 mod reactors;
 mod rebase;

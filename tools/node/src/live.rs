@@ -117,12 +117,25 @@ impl Disk {
         let len = overlay.layers[0].storage.len();
         let from = i64::try_from(len).map_err(|e| fail(&e))?;
         let _ = fallocate(&file, FallocateFlags::empty(), from, FIRST_SPACE);
+        let same = file.try_clone().map_err(|e| fail(&e))?;
         let leaf = file_leaf(vec![file]).map_err(|e| fail(&e))?;
         new.port.leaf = self.add_leaf(leaf)?;
+        self.switch_to(new, &mut overlay).inspect_err(|_| {
+            let _ = same.set_len(len);
+        })
+    }
+
+    /// Has guests write to a layer that is ready for it. `overlay`: what is in it. After an error the
+    /// layer is let go of.
+    pub(crate) fn switch_to(
+        &mut self,
+        new: RunningLayer,
+        overlay: &mut Chain,
+    ) -> Result<(), Error> {
         self.rest.chain.layers.insert(0, new);
         // What takes time is done before everybody waits.
         let all = self.numbers();
-        let stack = Stack::new(&mut overlay, &[self.layers()[0].port]);
+        let stack = Stack::new(overlay, &[self.layers()[0].port]);
         let done = stack.map_err(Error::from).and_then(|stack| {
             self.paused(|disk| {
                 disk.go_on_with(&all, move |i, leaves| i.put_in_front(stack, leaves))
@@ -130,15 +143,12 @@ impl Disk {
         });
         if done.is_err() {
             let new = self.rest.chain.layers.remove(0);
-            if let Lies::File(file) = &new.lies {
-                let _ = file.set_len(len);
-            }
-            self.forget(&[new]);
-        } else {
-            // Others may read it from now on.
-            self.layers()[1].locks.iter().for_each(ImageLock::share);
+            self.forget(vec![new]);
+            return done;
         }
-        done
+        // Others may read it from now on.
+        self.layers()[1].locks.iter().for_each(ImageLock::share);
+        Ok(())
     }
 
     /// All layers.
@@ -147,9 +157,9 @@ impl Disk {
     }
 
     /// Opens an overlay alone, for writing, and looks whether it shows what the image shows.
-    fn check_overlay(&self, new: &mut RunningLayer) -> Result<Chain, Error> {
+    pub(crate) fn check_overlay(&self, new: &mut RunningLayer) -> Result<Chain, Error> {
         let fail = |e: &str| Error::node(&new.name, e);
-        let storage = new.reopen(&[], true)?;
+        let storage = new.reopen(&self.rest.devices, true)?;
         let opened = Opened { storage, path: new.path.clone(), name: new.name.clone(), id: new.id };
         let format = Some(Format::Qcow2);
         let writable = true;
@@ -158,12 +168,13 @@ impl Disk {
         let chain = Chain::open(opened, options, none)?;
         let layer = &chain.layers[0];
         let top = &self.layers()[0];
-        let leads_to = |b: &BackingRef| {
-            let host = HostStorage::open(&b.path, false).ok()?;
-            file_id(&host).ok()
+        let leads_to = |b: &BackingRef| match &top.lies {
+            // Volumes go by their names; what is written in an image leads nowhere here.
+            Lies::Device(_) => b.name == format!("/dev/{}", top.name),
+            _ => HostStorage::open(&b.path, false).is_ok_and(|host| file_id(&host).ok() == top.id),
         };
         let backing = layer.backing.as_ref();
-        if !backing.is_some_and(|b| b.format == top.format && leads_to(b) == top.id) {
+        if !backing.is_some_and(|b| b.format == top.format && leads_to(b)) {
             return Err(fail("does not name the image, and its format, as its backing file"));
         }
         let Some(image) = layer.image() else { return Err(fail("is not qcow2")) };
@@ -344,7 +355,7 @@ impl Disk {
         layers[above].backing = backing
             .map(|b| BackingRef { name: to.map_or_else(|| b.name.clone(), |(name, _)| name), ..b });
         let gone: Vec<RunningLayer> = layers.drain(above + 1..=last).collect();
-        self.forget(&gone);
+        self.forget(gone);
         Ok(())
     }
 

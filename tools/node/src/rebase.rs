@@ -53,7 +53,7 @@ impl Disk {
         if done.is_ok() {
             layers[0].backing = to;
         }
-        self.forget(&gone);
+        self.forget(gone);
         done
     }
 

@@ -14,6 +14,7 @@ use reactor::PortalRequest;
 
 use crate::chain::Chain;
 use crate::device::Device;
+use crate::groups::Lease;
 use crate::source::{Kind, Source, blocking};
 use crate::{Disk, Error, HostStorage, Image, Leaf, ReactorCore};
 
@@ -382,8 +383,14 @@ impl Disk {
 
     /// Lets go of files that the chain does not contain any more, and of their queues, if those were
     /// theirs alone.
-    pub(crate) fn forget(&mut self, gone: &[RunningLayer]) {
+    pub(crate) fn forget(&mut self, gone: Vec<RunningLayer>) {
         for layer in gone {
+            if let Some(device) = layer.lies.device()
+                && matches!(self.rest.devices[device], Device::Volume(_))
+            {
+                self.close_device(device);
+                continue;
+            }
             let port = layer.port;
             for running in self.further.iter().chain([&self.home]) {
                 self.mailbox(running).post(move |core: &mut ReactorCore| {
@@ -398,5 +405,47 @@ impl Disk {
                 self.rest.spare.push(port.leaf);
             }
         }
+    }
+
+    /// Ends the use of a volume in which no layer lies any more.
+    fn close_device(&mut self, at: usize) {
+        let gone = self.rest.devices.remove(at);
+        for layer in &mut self.rest.chain.layers {
+            if let Lies::Device(n) = &mut layer.lies
+                && *n > at
+            {
+                *n -= 1;
+            }
+        }
+        if let Err(e) = gone.close() {
+            log::error!("{e}");
+        }
+    }
+
+    /// Takes a volume in, for all reactors; returns which of the devices it is, and where it lies. After
+    /// an error its use has ended.
+    pub(crate) fn add_volume(&mut self, mut lease: Box<Lease>) -> Result<(usize, Port), Error> {
+        let port = lease.join(self.all_reactors())?;
+        for running in self.running() {
+            lease.appear_on(running.reactor)?;
+        }
+        if !self.rest.shared.contains(&port.leaf) {
+            // A queue that the image has not used yet.
+            self.rest.shared.push(port.leaf);
+            let leaves = self.rest.stands_on();
+            let name = self.rest.name().to_owned();
+            for running in self.running() {
+                let (image, leaves) = (running.image, leaves.clone());
+                let stands = move |core: &mut ReactorCore| core.stand_on(image, &leaves);
+                let stands = self.mailbox(running).ask(stands);
+                stands
+                    .unwrap_or_else(|| Err("a reactor has ended".to_owned()))
+                    .map_err(|e| Error::node(&name, e))?;
+            }
+            let taken = self.on_image(move |i, leaves| i.take_leaf(port.leaf, leaves))?;
+            taken.map_err(|e| Error::node(self.rest.name(), e))?;
+        }
+        self.rest.devices.push(Device::Volume(lease));
+        Ok((self.rest.devices.len() - 1, port))
     }
 }

@@ -34,6 +34,19 @@ pub struct NewDisk {
     pub sharable: bool,
 }
 
+/// A change that put new volumes above a disk's: which it goes on in, and how to take it back.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stacked {
+    /// The key of what was made.
+    pub key: String,
+    /// The volume that the disk goes on in, if it is another one now.
+    pub above: Option<String>,
+    /// The disk's node as it was.
+    before: Node,
+    /// The volumes that were made.
+    made: Vec<String>,
+}
+
 /// Which text of a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Text {
@@ -78,16 +91,18 @@ fn put(vg: &mut Vg, node: &Node) -> Result<()> {
     fields.write(&mut lv(vg, &node.lv)?.tags)
 }
 
+/// A node that nothing stands on, and those below that nobody needs without it.
+fn alone<'s>(state: &'s State, node: &'s Node) -> impl Iterator<Item = &'s Node> {
+    std::iter::successors(Some(node), |node| {
+        let below = state.nodes.get(node.parent.as_ref()?)?;
+        // Else it has a key, or others stand on it, too.
+        (below.disk.is_none() && state.children(&below.lv) == 1).then_some(below)
+    })
+}
+
 /// Takes a node away, and those below that nobody needs without it.
 fn remove(vg: &mut Vg, state: &State, node: &Node) -> Result<()> {
-    let mut next = Some(node);
-    while let Some(node) = next {
-        vg.remove_lv(&node.lv)?;
-        // Of those below the one only is another's, too, or has a key.
-        let below = node.parent.as_ref().and_then(|parent| state.nodes.get(parent));
-        next = below.filter(|below| below.disk.is_none() && state.children(&below.lv) == 1);
-    }
-    Ok(())
+    Ok(alone(state, node).try_for_each(|node| vg.remove_lv(&node.lv).map(drop))?)
 }
 
 impl<S: Storage> Repository<S> {
@@ -96,11 +111,7 @@ impl<S: Storage> Repository<S> {
     /// # Errors
     /// If there is no space, the size is 0 or too large, or a text is too long.
     pub fn create_disk(&mut self, new: &NewDisk, author: &Author) -> Result<String> {
-        let size =
-            new.size.checked_next_multiple_of(ROUND).filter(|size| (1..=LARGEST).contains(size));
-        let Some(size) = size else {
-            return refused(format!("a disk of {} bytes: 1 byte to 1 PiB are possible", new.size));
-        };
+        let size = Self::size_for(new.size)?;
         let disk = Disk {
             key: key(),
             name: new.name.clone(),
@@ -157,46 +168,88 @@ impl<S: Storage> Repository<S> {
     }
 
     /// Makes a snapshot of a disk: what it is now, for reading. The disk goes on in a new volume on top.
-    /// Of a snapshot another one is made. Returns the snapshot's key.
+    /// Of a snapshot another one is made.
     ///
-    /// An image that a guest uses has to be paused for this, and opened anew after it.
+    /// An image that a guest uses has to be told, or this be taken back ([`Repository::take_back`]).
     ///
     /// # Errors
     /// If there is no such disk, no space, or too many images would stand on each other.
-    pub fn snapshot(&mut self, of: &str, author: &Author) -> Result<String> {
+    pub fn snapshot(&mut self, of: &str, author: &Author) -> Result<Stacked> {
         let (disk, node) = self.known(of)?;
         let copy = Disk { key: key(), read_only: true, keys: Default::default(), ..disk.clone() };
         let why = format!("snapshot {of}");
         let key = copy.key.clone();
         let above = Node { lv: lv_name(), parent: Some(node.lv.clone()), ..node.clone() };
+        let (before, made) = (node.clone(), vec![above.lv.clone()]);
+        let mut stacked = Stacked { key, above: None, before, made };
         if disk.read_only {
             self.make(&why, &[Node { disk: Some(copy), ..above }], author, |_| Ok(()))?;
         } else {
+            stacked.above = Some(above.lv.clone());
             let frozen = Node { disk: Some(copy), ..node };
             self.make(&why, &[above], author, |vg| put(vg, &frozen))?;
         }
-        Ok(key)
+        Ok(stacked)
     }
 
-    /// Makes a disk that begins as another one, or a snapshot, is now. Returns its key.
+    /// Makes a disk that begins as another one, or a snapshot, is now.
     ///
     /// # Errors
     /// As [`Repository::snapshot`].
-    pub fn clone_disk(&mut self, of: &str, author: &Author) -> Result<String> {
+    pub fn clone_disk(&mut self, of: &str, author: &Author) -> Result<Stacked> {
         let (disk, node) = self.known(of)?;
         let copy = Disk { key: key(), read_only: false, keys: Default::default(), ..disk.clone() };
         let why = format!("clone {of}");
         let key = copy.key.clone();
         let above =
             |disk| Node { lv: lv_name(), parent: Some(node.lv.clone()), disk, ..node.clone() };
+        let mut stacked = Stacked { key, above: None, before: node.clone(), made: Vec::new() };
         if disk.read_only {
-            self.make(&why, &[above(Some(copy))], author, |_| Ok(()))?;
+            let new = above(Some(copy));
+            stacked.made.push(new.lv.clone());
+            self.make(&why, &[new], author, |_| Ok(()))?;
         } else {
             let nodes = [above(Some(disk)), above(Some(copy))];
+            stacked.made.extend(nodes.iter().map(|node| node.lv.clone()));
+            stacked.above = Some(nodes[0].lv.clone());
             let hidden = Node { disk: None, ..node.clone() };
             self.make(&why, &nodes, author, |vg| put(vg, &hidden))?;
         }
-        Ok(key)
+        Ok(stacked)
+    }
+
+    /// Takes a snapshot or clone back that was made last of all, as if it had not been.
+    ///
+    /// # Errors
+    /// If a device fails.
+    pub fn take_back(&mut self, stacked: &Stacked, author: &Author) -> Result<()> {
+        self.commit(author, &format!("take back {}", stacked.key), &[], |vg| {
+            stacked.made.iter().try_for_each(|lv| vg.remove_lv(lv).map(drop))?;
+            put(vg, &stacked.before)
+        })
+    }
+
+    /// Notes that a disk has another size: its image has it already.
+    ///
+    /// # Errors
+    /// If there is no such disk, or a device fails.
+    pub fn resized(&mut self, of: &str, size: u64, author: &Author) -> Result<()> {
+        let (_, node) = self.known(of)?;
+        let node = Node { size, ..node };
+        self.commit(author, &format!("size of {of}"), &[], |vg| put(vg, &node))
+    }
+
+    /// The size that a disk gets if it shall have so many bytes.
+    ///
+    /// # Errors
+    /// If no disk can have it.
+    pub fn size_for(size: u64) -> Result<u64> {
+        let rounded =
+            size.checked_next_multiple_of(ROUND).filter(|size| (1..=LARGEST).contains(size));
+        match rounded {
+            Some(size) => Ok(size),
+            None => refused(format!("a disk of {size} bytes: 1 byte to 1 PiB are possible")),
+        }
     }
 
     /// Makes a disk again what a snapshot is; what was written since is lost.
@@ -220,6 +273,18 @@ impl<S: Storage> Repository<S> {
             }
             remove(vg, &state, &node)
         })
+    }
+
+    /// The volumes that go if this disk is taken away or becomes another.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn goes_with(&self, key: &str) -> Result<Vec<&Node>> {
+        let (_, node) = self.disk(key)?;
+        match self.state().children(&node.lv) {
+            0 => Ok(alone(self.state(), node).collect()),
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Takes a disk or snapshot away. What others stand on stays, hidden.

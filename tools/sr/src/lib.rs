@@ -20,7 +20,7 @@ pub mod fields;
 mod repository;
 mod state;
 
-pub use change::{NewDisk, Text};
+pub use change::{NewDisk, Stacked, Text};
 pub use error::{Error, Result};
 pub use repository::{NewRepository, Repository, Stat, probe};
 pub use state::{Disk, Node};

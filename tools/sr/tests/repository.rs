@@ -105,9 +105,9 @@ fn snapshots_and_clones_share_what_they_stand_on() {
     let (_, mut r) = make(1, 1024 * MIB);
     let a = r.create_disk(&disk(16 * MIB), &author()).unwrap();
     r.set_key(&a, "mine", Some("1"), &author()).unwrap();
-    let s = r.snapshot(&a, &author()).unwrap();
-    let c = r.clone_disk(&s, &author()).unwrap();
-    let d = r.clone_disk(&a, &author()).unwrap();
+    let s = r.snapshot(&a, &author()).unwrap().key;
+    let c = r.clone_disk(&s, &author()).unwrap().key;
+    let d = r.clone_disk(&a, &author()).unwrap().key;
     let all = seen(&mut r);
     let keys = |key: &str| all[key].0.keys.len();
     assert_eq!((keys(&a), keys(&s), keys(&c), keys(&d)), (1, 0, 0, 0));
@@ -134,7 +134,7 @@ fn snapshots_and_clones_share_what_they_stand_on() {
 fn a_revert_keeps_the_disk_and_gives_its_volume_back() {
     let (_, mut r) = make(1, 1024 * MIB);
     let a = r.create_disk(&disk(16 * MIB), &author()).unwrap();
-    let s = r.snapshot(&a, &author()).unwrap();
+    let s = r.snapshot(&a, &author()).unwrap().key;
     let top = r.disk(&a).unwrap().1.lv.clone();
     r.revert(&s, &a, &author()).unwrap();
     let all = seen(&mut r);

@@ -22,6 +22,8 @@ const REMEMBERED: usize = 32;
 
 const SECOND: u64 = 1_000_000_000;
 
+const ENDING: &str = "the server is ending";
+
 /// Between two looks whether a job has ended.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -189,6 +191,23 @@ impl Changes {
         }
     }
 
+    /// Has the disk for a change that does not wait for a job that is under way, but stops it.
+    pub(crate) fn hold(self: &Arc<Self>) -> Result<Held, Failure> {
+        loop {
+            {
+                let mut state = self.state.lock();
+                if state.ending {
+                    return Err(Failure { code: FAILED, message: ENDING.to_owned() });
+                }
+                if let Some(disk) = state.disk.take() {
+                    return Ok(Held { changes: self.clone(), disk: Some(disk) });
+                }
+                state.jobs.iter().for_each(|j| j.stop.store(true, Ordering::Relaxed));
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// Takes the disk for a change.
     fn take(&self) -> Result<Disk, Failure> {
         let mut state = self.state.lock();
@@ -196,7 +215,7 @@ impl Changes {
             Some(j) => format!("job {} ({}) is under way", j.id, j.what),
             None => "another change is under way".to_owned(),
         };
-        let why = if state.ending { "the server is ending".to_owned() } else { busy() };
+        let why = if state.ending { ENDING.to_owned() } else { busy() };
         let disk = if state.ending { None } else { state.disk.take() };
         disk.ok_or(Failure { code: FAILED, message: why })
     }
@@ -271,6 +290,26 @@ impl Changes {
                 Ok(job.as_json())
             }
             None => Err(Failure { code: FAILED, message: format!("there is no job {id}") }),
+        }
+    }
+}
+
+/// A running disk that somebody has for himself; given back with this.
+pub(crate) struct Held {
+    changes: Arc<Changes>,
+    disk: Option<Disk>,
+}
+
+impl Held {
+    pub(crate) fn disk(&mut self) -> &mut Disk {
+        self.disk.as_mut().expect("it is there until the end")
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(disk) = self.disk.take() {
+            self.changes.give(disk);
         }
     }
 }

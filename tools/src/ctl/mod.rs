@@ -18,7 +18,7 @@ use crate::image::info::snapshots;
 use crate::image::print::{Output, Progress, STDOUT, json as print_json, line, out};
 use rpc::Client;
 
-pub(crate) use changes::{Changes, Shared, parse};
+pub(crate) use changes::{Changes, Held, Shared, parse};
 pub(crate) use rpc::Server;
 
 /// The daemon's socket.

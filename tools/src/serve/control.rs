@@ -51,7 +51,14 @@ impl Service for Control {
             }
             "smapiv3" => {
                 let asked: Method = parse(params)?;
-                Ok(self.repositories.call(&self.images, &asked.method, &asked.args))
+                let answer = self.repositories.call(&self.images, &asked.method, &asked.args);
+                if asked.method == "Volume.resize"
+                    && let (Some(sr), Some(key)) =
+                        (text(&asked.args, "sr"), text(&asked.args, "key"))
+                {
+                    self.resized(&format!("{sr}/{key}"));
+                }
+                Ok(answer)
             }
             "list" => Ok(json!({
                 "images": self.images.list(),
@@ -76,14 +83,30 @@ impl Control {
         let name = name.ok_or_else(|| invalid("which image is meant (ctl --image NAME)?"))?;
         let changes = self.images.changes(name);
         let changes = changes.ok_or_else(|| invalid(&format!("there is no image {name:?}")))?;
+        if self.images.is_disk(name) && !LOOKS.contains(&method) {
+            let why = "is a disk of a repository, which would not know of that: use the toolstack";
+            return Err(invalid(&format!("{name:?} {why}")));
+        }
         let result = Shared(changes).call(method, &params)?;
-        if method == "resize"
-            && let Some(devices) = &self.devices
-        {
-            devices.resized(name);
+        if method == "resize" {
+            self.resized(name);
         }
         Ok(result)
     }
+
+    /// The guests of an image are told its size.
+    fn resized(&self, image: &str) {
+        if let Some(devices) = &self.devices {
+            devices.resized(image);
+        }
+    }
+}
+
+/// What changes nothing in an image.
+const LOOKS: [&str; 4] = ["chain", "jobs", "cancel", "snapshot-internal-list"];
+
+fn text<'a>(args: &'a Value, name: &str) -> Option<&'a str> {
+    args.get(name)?.as_str()
 }
 
 fn reactor(stats: &Stats) -> Value {

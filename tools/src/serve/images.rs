@@ -369,6 +369,15 @@ impl Images {
         }
     }
 
+    /// Whether it is a disk of a repository.
+    pub(crate) fn is_disk(&self, name: &str) -> bool {
+        matches!(
+            self.all.lock().get(name),
+            Some(Entry::Open { image, .. })
+                if matches!(Place::parse(&image.wanted.node), Ok(Place::Disk(_)))
+        )
+    }
+
     pub(crate) fn list(&self) -> Value {
         let one = |(name, entry): (&String, &Entry)| match entry {
             Entry::Busy => json!({"name": name, "state": "busy"}),

@@ -6,7 +6,7 @@ use super::Kind;
 use crate::serve::REPOSITORY_TYPE;
 
 /// Methods of the volume plugin, beside `Plugin.query`.
-pub(super) const VOLUME: [&str; 19] = [
+pub(super) const VOLUME: [&str; 20] = [
     "SR.probe",
     "SR.create",
     "SR.attach",
@@ -21,6 +21,7 @@ pub(super) const VOLUME: [&str; 19] = [
     "Volume.clone",
     "Volume.destroy",
     "Volume.revert",
+    "Volume.resize",
     "Volume.set",
     "Volume.unset",
     "Volume.set_name",
@@ -38,7 +39,7 @@ pub(super) const DATAPATH: [&str; 5] = [
 ];
 
 /// What the volume plugin can do that is not seen from its methods.
-const FEATURES: [&str; 3] = ["VDI_REVERT", "LARGE_VDI", "THIN_PROVISIONING"];
+const FEATURES: [&str; 4] = ["VDI_RESIZE_ONLINE", "VDI_REVERT", "LARGE_VDI", "THIN_PROVISIONING"];
 
 /// The answer.
 pub(super) fn answer(kind: Kind) -> Value {

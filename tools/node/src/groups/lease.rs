@@ -113,6 +113,20 @@ impl Lease {
         Ok(())
     }
 
+    /// From now on nobody writes to it through this use, and others may read it.
+    pub(crate) fn share(&mut self) {
+        self.writable = false;
+        let number = self.number;
+        let shared = self.with(|shared| {
+            let mine = shared.uses.iter_mut().filter(|u| Some(u.number) == number);
+            mine.for_each(|u| u.writable = false);
+            Ok(())
+        });
+        if let Err(e) = shared {
+            log::error!("{e}");
+        }
+    }
+
     /// Whether the volume may be written to.
     pub(crate) fn writable(&self) -> bool {
         self.writable

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use node::{GroupDevices, Member, Source};
+use node::{GroupDevices, Member};
 use reactor::sync::Mutex;
 use sr::Repository;
 
@@ -36,11 +36,6 @@ impl Attached {
         }
         let (repository, device) = (Mutex::new(repository), device.to_owned());
         Ok(Attached { repository, devices, device })
-    }
-
-    /// A volume of the group.
-    pub(super) fn volume(&self, lv: &str, writable: bool) -> Result<Source, Fault> {
-        Ok(self.devices.volume(self.repository.lock().group(), lv, writable)?)
     }
 
     /// Ends it; nobody else may still have it.

@@ -1,12 +1,24 @@
 //! The methods of disks and snapshots: `Volume.*`.
+//!
+//! Locks are taken in this order: a running disk, its repository, the group's devices.
 
+use std::time::Duration;
+
+use node::{Disk as Running, Member};
+use qcow::ChainReader;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sr::{Disk, NewDisk, Node, Text};
+use sr::{Disk, NewDisk, Node, Repository, Stacked, Text};
 
+use super::attached::Attached;
 use super::fault::Fault;
 use super::{Repositories, TYPE, author, parse};
+use crate::ctl::Held;
 use crate::serve::images::Images;
+
+/// How often, and how long after each other, a disk is looked for that is being opened or closed.
+const LOOKS: u32 = 1000;
+const LOOK: Duration = Duration::from_millis(10);
 
 #[derive(Deserialize)]
 struct Create {
@@ -28,6 +40,7 @@ struct Args {
     v: Option<String>,
     new_name: Option<String>,
     new_description: Option<String>,
+    new_size: Option<u64>,
 }
 
 /// What is said of a disk.
@@ -48,14 +61,14 @@ pub(super) fn answer(sr: &str, disk: &Disk, node: &Node) -> Value {
     })
 }
 
-fn wanted<'a>(value: &'a Option<String>, name: &str) -> Result<&'a str, Fault> {
-    value.as_deref().ok_or_else(|| Fault::other(format!("arguments: `{name}` is missing")))
+fn wanted<'a, T>(value: &'a Option<T>, name: &str) -> Result<&'a T, Fault> {
+    value.as_ref().ok_or_else(|| Fault::other(format!("arguments: `{name}` is missing")))
 }
 
 impl Repositories {
     pub(super) fn of_disk(
         &self,
-        _images: &Images,
+        images: &Images,
         method: &str,
         args: &Value,
     ) -> Result<Value, Fault> {
@@ -72,53 +85,193 @@ impl Repositories {
         }
         let args: Args = parse(args)?;
         let attached = self.attached(&args.sr)?;
-        let mut repository = attached.repository.lock();
-        let shown = match method {
-            "stat" => args.key.clone(),
-            "snapshot" => repository.snapshot(&args.key, &author)?,
-            "clone" => repository.clone_disk(&args.key, &author)?,
+        let with_disk =
+            |touches, f: &mut Change<'_>| with_disk(images, &attached, &args, touches, f);
+        match method {
+            "stat" => {
+                let repository = attached.repository.lock();
+                let (disk, node) = repository.disk(&args.key)?;
+                return Ok(answer(&args.sr, disk, node));
+            }
+            "snapshot" | "clone" => {
+                let mut made = Value::Null;
+                with_disk(Touches::Top, &mut |repository, running| {
+                    let stacked = match method {
+                        "snapshot" => repository.snapshot(&args.key, &author)?,
+                        _ => repository.clone_disk(&args.key, &author)?,
+                    };
+                    go_on(&attached, repository, running, &stacked)?;
+                    let (disk, node) = repository.disk(&stacked.key)?;
+                    made = answer(&args.sr, disk, node);
+                    Ok(())
+                })?;
+                return Ok(made);
+            }
             "destroy" => {
-                if let Ok((_, node)) = repository.disk(&args.key) {
-                    let id = repository.group().vg().lv(&node.lv).map_err(sr::Error::from)?.id;
-                    if attached.devices.is_used(id) {
+                let gone = with_disk(Touches::All, &mut |repository, running| {
+                    if running.is_some() {
                         return Err(Fault::in_use(&args.key));
                     }
-                }
-                match repository.destroy(&args.key, &author) {
+                    Ok(repository.destroy(&args.key, &author)?)
+                });
+                match gone {
+                    Ok(()) => attached.repository.lock().discard(),
                     // The toolstack destroys some twice.
-                    Ok(()) | Err(sr::Error::NoDisk(_)) => {}
-                    Err(error) => return Err(error.into()),
+                    Err(fault) if fault.is_no_disk() => {}
+                    Err(fault) => return Err(fault),
                 }
-                repository.discard();
-                return Ok(Value::Null);
             }
             "revert" => {
-                repository.revert(wanted(&args.snapshot, "snapshot")?, &args.key, &author)?;
-                repository.discard();
-                return Ok(Value::Null);
+                let snapshot = wanted(&args.snapshot, "snapshot")?;
+                with_disk(Touches::All, &mut |repository, running| {
+                    if running.is_some() {
+                        return Err(Fault::in_use(&args.key));
+                    }
+                    Ok(repository.revert(snapshot, &args.key, &author)?)
+                })?;
+                attached.repository.lock().discard();
             }
-            "set" => {
-                let (k, v) = (wanted(&args.k, "k")?, wanted(&args.v, "v")?);
-                repository.set_key(&args.key, k, Some(v), &author)?;
-                return Ok(Value::Null);
+            "resize" => {
+                let size = *wanted(&args.new_size, "new_size")?;
+                with_disk(Touches::Top, &mut |repository, running| {
+                    resize(&attached, repository, running, &args.key, size)
+                })?;
             }
-            "unset" => {
-                repository.set_key(&args.key, wanted(&args.k, "k")?, None, &author)?;
-                return Ok(Value::Null);
-            }
-            "set_name" => {
-                let name = wanted(&args.new_name, "new_name")?;
-                repository.set_text(&args.key, Text::Name, name, &author)?;
-                return Ok(Value::Null);
-            }
-            "set_description" => {
-                let text = wanted(&args.new_description, "new_description")?;
-                repository.set_text(&args.key, Text::Description, text, &author)?;
-                return Ok(Value::Null);
-            }
-            _ => return Err(Fault::unimplemented(&format!("Volume.{method}"))),
-        };
-        let (disk, node) = repository.disk(&shown)?;
-        Ok(answer(&args.sr, disk, node))
+            _ => return set(&attached, method, &args),
+        }
+        Ok(Value::Null)
     }
+}
+
+/// What is done to a repository and to a disk of it, if that runs.
+type Change<'a> =
+    dyn FnMut(&mut Repository<Member>, Option<&mut Running>) -> Result<(), Fault> + 'a;
+
+/// What a change does to the volumes that are there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Touches {
+    /// The disk's own, if it is one for writing, is not written to any more, or by us.
+    Top,
+    /// What nobody needs without the disk goes.
+    All,
+}
+
+/// Changes a disk, which nobody opens or closes meanwhile.
+fn with_disk(
+    images: &Images,
+    attached: &Attached,
+    args: &Args,
+    touches: Touches,
+    f: &mut Change<'_>,
+) -> Result<(), Fault> {
+    let name = format!("{}/{}", args.sr, args.key);
+    for _ in 0..LOOKS {
+        // `Err`: it ends.
+        if let Ok(mut running) = images.changes(&name).map(|c| c.hold()).transpose() {
+            let mut repository = attached.repository.lock();
+            let (disk, node) = repository.disk(&args.key)?;
+            let touched = match touches {
+                Touches::All => repository.goes_with(&args.key)?,
+                Touches::Top if disk.read_only => Vec::new(),
+                Touches::Top => vec![node],
+            };
+            let vg = repository.group().vg();
+            let is_used =
+                |node: &&Node| vg.lv(&node.lv).is_ok_and(|lv| attached.devices.is_used(lv.id));
+            // If it does not run somebody opens or closes it.
+            if running.is_some() || !touched.iter().any(is_used) {
+                return f(&mut repository, running.as_mut().map(Held::disk));
+            }
+        }
+        std::thread::sleep(LOOK);
+    }
+    Err(Fault::in_use(&args.key))
+}
+
+/// Has a running disk go on in the volume that was put above its one.
+fn go_on(
+    attached: &Attached,
+    repository: &mut Repository<Member>,
+    running: Option<&mut Running>,
+    stacked: &Stacked,
+) -> Result<(), Fault> {
+    let (Some(running), Some(above)) = (running, &stacked.above) else { return Ok(()) };
+    let group = repository.group();
+    let done = attached.devices.volume(group, above, true).and_then(|overlay| {
+        let name = format!("{}/{above}", group.vg().name);
+        running.snapshot_onto(overlay, &name)
+    });
+    done.map_err(|e| {
+        if let Err(again) = repository.take_back(stacked, &author()) {
+            // The guest goes on below. Nothing is lost: whoever opens the disk next sees all of it.
+            log::error!("{}: {again}: what was made stays, and is no snapshot", stacked.key);
+        }
+        Fault::from(e)
+    })
+}
+
+/// Makes a disk larger, whether it runs or not.
+fn resize(
+    attached: &Attached,
+    repository: &mut Repository<Member>,
+    running: Option<&mut Running>,
+    key: &str,
+    size: u64,
+) -> Result<(), Fault> {
+    let size = Repository::<Member>::size_for(size)?;
+    let (disk, node) = repository.disk(key)?;
+    if disk.read_only || size < node.size {
+        let why = match disk.read_only {
+            true => "a snapshot stays as it is".to_owned(),
+            false => format!("a disk of {} bytes cannot become smaller ({size})", node.size),
+        };
+        return Err(Fault::cannot_resize(why));
+    }
+    if size == node.size {
+        return Ok(());
+    }
+    let lv = node.lv.clone();
+    // The image first: of what the toolstack is told all is there.
+    match running {
+        Some(running) => running.resize(size)?,
+        None => {
+            let storage = attached.devices.volume(repository.group(), &lv, true)?;
+            let opened = qcow::open::Opened { storage, path: None, name: lv.clone(), id: None };
+            let options = qcow::open::ChainOptions {
+                format: Some(qcow::open::Format::Qcow2),
+                top_only: true,
+                ..Default::default()
+            };
+            let none = &mut |b: &qcow::open::BackingRef| {
+                Err(qcow::Error::refused(&b.named_by, "stays closed"))
+            };
+            let chain = node::Chain::open(opened, options, none).map_err(node::Error::from)?;
+            let mut reader = ChainReader::new(chain);
+            qcow::edit::resize(&mut reader, size).map_err(node::Error::from)?;
+        }
+    }
+    Ok(repository.resized(key, size, &author())?)
+}
+
+/// What the toolstack, or people, know a disk by.
+fn set(attached: &Attached, method: &str, args: &Args) -> Result<Value, Fault> {
+    let author = author();
+    let mut repository = attached.repository.lock();
+    match method {
+        "set" => {
+            let (k, v) = (wanted(&args.k, "k")?, wanted(&args.v, "v")?);
+            repository.set_key(&args.key, k, Some(v), &author)?;
+        }
+        "unset" => repository.set_key(&args.key, wanted(&args.k, "k")?, None, &author)?,
+        "set_name" => {
+            let name = wanted(&args.new_name, "new_name")?;
+            repository.set_text(&args.key, Text::Name, name, &author)?;
+        }
+        "set_description" => {
+            let text = wanted(&args.new_description, "new_description")?;
+            repository.set_text(&args.key, Text::Description, text, &author)?;
+        }
+        _ => return Err(Fault::unimplemented(&format!("Volume.{method}"))),
+    }
+    Ok(Value::Null)
 }

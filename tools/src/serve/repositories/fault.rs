@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 
 use crate::serve::images::is_in_use;
 
+const NO_DISK: &str = "Volume_does_not_exist";
+
 /// Why a method failed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Fault {
@@ -22,6 +24,15 @@ impl Fault {
     pub(super) fn in_use(key: &str) -> Fault {
         let why = format!("{key} is in use: deactivate it first");
         Fault::numbered(24, "VDIInUse", why)
+    }
+
+    pub(super) fn cannot_resize(why: String) -> Fault {
+        Fault::numbered(110, "VDISize", why)
+    }
+
+    /// Whether it is that there is no such disk.
+    pub(super) fn is_no_disk(&self) -> bool {
+        self.code == NO_DISK
     }
 
     pub(super) fn unimplemented(method: &str) -> Fault {
@@ -81,7 +92,7 @@ impl From<sr::Error> for Fault {
     fn from(error: sr::Error) -> Fault {
         let why = error.to_string();
         match error {
-            sr::Error::NoDisk(key) => Fault::of("Volume_does_not_exist", &key),
+            sr::Error::NoDisk(key) => Fault::of(NO_DISK, &key),
             sr::Error::NoRepository(_) => Fault::of("SR_does_not_exist", &why),
             sr::Error::Group(volume::Error::NoSpace { .. }) => {
                 Fault::numbered(44, "SRNoSpace", why)

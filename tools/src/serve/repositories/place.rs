@@ -8,11 +8,11 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, bail};
 use fnv::FnvHasher;
-use node::{Chain, NodeSpec, OpenOptions, Source, open_chain, open_source};
+use node::{Chain, Member, NodeSpec, OpenOptions, Source, open_chain, open_source};
 use qcow::open::{ChainOptions, Format, Opened};
+use sr::Repository;
 use volume::Id;
 
-use super::attached::Attached;
 use super::{Repositories, TYPE};
 
 /// Longest key of a disk.
@@ -60,8 +60,7 @@ impl DiskPlace {
     }
 
     /// The volumes of its images, the one that is written to first.
-    fn volumes(&self, attached: &Attached) -> anyhow::Result<Vec<(String, Id)>> {
-        let repository = attached.repository.lock();
+    fn volumes(&self, repository: &Repository<Member>) -> anyhow::Result<Vec<(String, Id)>> {
         let vg = repository.group().vg();
         let chain = repository.chain(&self.key)?;
         chain.iter().map(|node| Ok((node.lv.clone(), vg.lv(&node.lv)?.id))).collect()
@@ -69,10 +68,13 @@ impl DiskPlace {
 
     fn open(&self, repositories: &Repositories, options: &OpenOptions) -> anyhow::Result<Chain> {
         let attached = repositories.of_place(self)?;
-        let volumes = self.volumes(&attached)?;
-        let vg = attached.repository.lock().group().vg().name.clone();
+        // Until all of them are in use, so that the chain stays as it is.
+        let repository = attached.repository.lock();
+        let volumes = self.volumes(&repository)?;
+        let group = repository.group();
+        let vg = &group.vg().name;
         let mut opened = volumes.iter().enumerate().map(|(n, (lv, _))| {
-            let storage = attached.volume(lv, n == 0 && options.writable)?;
+            let storage = attached.devices.volume(group, lv, n == 0 && options.writable)?;
             anyhow::Ok(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None })
         });
         let top = opened.next().context("the disk has no volume")??;
@@ -98,10 +100,7 @@ impl DiskPlace {
             }
         })?;
         if chain.layers.len() != volumes.len() {
-            bail!(
-                "the lowest image of {} stands on others in the repository, and names none",
-                self
-            );
+            bail!("{self}: its lowest image stands on others in the repository, and names none");
         }
         Ok(chain)
     }
@@ -123,7 +122,8 @@ impl Place {
         match self {
             Place::Node(spec) => Ok(vec![owner(spec)?]),
             Place::Disk(disk) => {
-                let volumes = disk.volumes(&*repositories.of_place(disk)?)?;
+                let attached = repositories.of_place(disk)?;
+                let volumes = disk.volumes(&attached.repository.lock())?;
                 Ok(volumes.iter().map(|(_, id)| hash(id.raw())).collect())
             }
         }
@@ -151,9 +151,10 @@ impl Place {
             Place::Node(spec) => Ok(open_source(spec, options)?),
             Place::Disk(disk) => {
                 let attached = repositories.of_place(disk)?;
-                let volumes = disk.volumes(&attached)?;
+                let repository = attached.repository.lock();
+                let volumes = disk.volumes(&repository)?;
                 let (lv, _) = volumes.get(which).context("the disk has fewer images")?;
-                Ok(attached.volume(lv, true)?)
+                Ok(attached.devices.volume(repository.group(), lv, true)?)
             }
         }
     }

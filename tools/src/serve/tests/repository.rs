@@ -77,7 +77,9 @@ impl Rig {
             let path = self.world.dir.path().join("extracted");
             std::fs::write(&path, bytes).unwrap();
             let check = std::process::Command::new("qemu-img");
-            let Ok(out) = { check }.args(["check", "-f", "qcow2"]).arg(&path).output() else {
+            let file = json!({"driver": "file", "filename": path});
+            let image = json!({"driver": "qcow2", "backing": null, "file": file});
+            let Ok(out) = { check }.args(["check", &format!("json:{image}")]).output() else {
                 tell!("skipped: qemu-img is not installed");
                 return;
             };
@@ -201,6 +203,187 @@ fn another_daemon_finds_repository_and_guests() {
     guest.expect(64, 7, 4096);
     guest.expect(128, 8, 4096);
     assert_eq!(ours.images().len(), 1);
+    rig.unplug(&ours, guest, &key);
+    ours.stop();
+    rig.check();
+}
+
+/// Snapshots and clones while the guest writes: each shows what was there when it was asked for.
+#[test]
+fn snapshots_and_clones_of_a_disk_that_is_written_to() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(2, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let mut guest = rig.guest(&ours, 3, &key);
+    let of = json!({"sr": SR, "key": key});
+    let mut taken = Vec::new();
+    let (clock, mut stalls) = (Clock::real(), Vec::new());
+    for round in 1..=4u8 {
+        for at in 0..32u64 {
+            guest.write(at * 256, round, 4096);
+        }
+        // The guest goes on meanwhile.
+        let method = if round == 3 { "Volume.clone" } else { "Volume.snapshot" };
+        let made = std::thread::scope(|scope| {
+            let caller = scope.spawn(|| ours.smapi(method, of.clone()));
+            while !caller.is_finished() {
+                let began = clock.now();
+                guest.write(8, 0x80 | round, 4096);
+                stalls.push(clock.now() - began);
+            }
+            caller.join().unwrap()
+        });
+        assert_eq!(made["read_write"], method == "Volume.clone");
+        taken.push((made["key"].as_str().unwrap().to_owned(), round));
+        guest.expect(0, round, 4096);
+    }
+    stalls.sort_unstable();
+    tell!("a write beside a snapshot takes {} us at most", stalls[stalls.len() - 1] / 1000);
+    // Each of them for another guest, the clone to be written to.
+    for (n, (copy, round)) in taken.iter().enumerate() {
+        let domid = 20 + n as u16;
+        let mut other = rig.guest(&ours, domid, copy);
+        for at in 0..32 {
+            other.expect(at * 256, *round, 4096);
+        }
+        if *round == 3 {
+            other.write(0, 0x33, 4096);
+            other.expect(0, 0x33, 4096);
+        }
+        rig.unplug(&ours, other, copy);
+    }
+    guest.expect(0, 4, 4096);
+    // The image's chain is none of ctl's business.
+    let image = format!("{SR}/{key}");
+    let refused = ours.control.call("stream", &json!({"image": image})).err().unwrap();
+    assert!(refused.message.contains("use the toolstack"), "{}", refused.message);
+    let chain = ours.call("chain", json!({"image": image}));
+    assert_eq!(chain["layers"].as_array().unwrap().len(), 5, "{chain}");
+    // A revert is for a disk that rests.
+    let back = json!({"sr": SR, "key": key, "snapshot": taken[0].0});
+    assert_eq!(ours.asked("Volume.revert", back.clone())["error"]["code"], "SR_BACKEND_FAILURE_24");
+    rig.unplug(&ours, guest, &key);
+    ours.smapi("Volume.revert", back);
+    let mut guest = rig.guest(&ours, 4, &key);
+    guest.expect(0, 1, 4096);
+    guest.expect(31 * 256, 1, 4096);
+    rig.unplug(&ours, guest, &key);
+    // All go, in whatever order.
+    for (copy, _) in [&taken[1], &taken[0], &taken[3], &taken[2]] {
+        ours.smapi("Volume.destroy", json!({"sr": SR, "key": copy}));
+    }
+    ours.smapi("Volume.destroy", json!({"sr": SR, "key": key}));
+    let stat = ours.smapi("SR.stat", json!({"sr": SR}));
+    assert_eq!(stat["free_space"], stat["total_space"]);
+    ours.stop();
+}
+
+/// A snapshot that cannot be had leaves all as it was, also while the guest writes.
+#[test]
+fn a_snapshot_for_which_there_is_no_space() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let mut guest = rig.guest(&ours, 3, &key);
+    guest.write(8, 1, 4096);
+    let asked = |of: &str| ours.asked("Volume.snapshot", json!({"sr": SR, "key": of}));
+    let mut count = 0;
+    let refused = loop {
+        let answer = asked(&key);
+        if answer["error"].is_object() {
+            break answer;
+        }
+        count += 1;
+        guest.write(8, count, 4096);
+    };
+    assert_eq!(refused["error"]["code"], "SR_BACKEND_FAILURE_44", "{refused}");
+    assert!(count > 3, "{count}");
+    guest.expect(8, count, 4096);
+    guest.write(16, 9, 4096);
+    let disks = ours.smapi("SR.ls", json!({"sr": SR}));
+    assert_eq!(disks.as_array().unwrap().len(), usize::from(count) + 1);
+    rig.unplug(&ours, guest, &key);
+    ours.stop();
+    rig.check();
+}
+
+/// The daemon dies between the commit of a snapshot and the moment from which the guest writes to the new
+/// volume: what was answered is in the old one, and in its journal.
+#[test]
+fn a_daemon_that_dies_in_the_middle_of_a_snapshot() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let mut guest = rig.guest(&ours, 9, &key);
+    guest.write(64, 7, 4096);
+    let corpse = Corpse::of(&rig.world, &rig.device);
+    ours.stop();
+    corpse.lie(&rig.world, 9);
+    // What would be on the drive then.
+    let storage = node::HostStorage::open(&rig.device, true).unwrap();
+    let host = volume::HostIds::of_this_host().unwrap();
+    let mut repository = sr::Repository::open(vec![storage], &host).unwrap();
+    let taken = repository.snapshot(&key, &crate::volume::author()).unwrap();
+    drop(repository);
+    let ours = rig.world.serve(1, Notify::Direct);
+    guest.expect(64, 7, 4096);
+    guest.write(64, 8, 4096);
+    let mut other = rig.guest(&ours, 10, &taken.key);
+    other.expect(64, 7, 4096);
+    rig.unplug(&ours, other, &taken.key);
+    // After it, and the guest has written to both: the journal is of the new one.
+    let again = ours.smapi("Volume.snapshot", json!({"sr": SR, "key": key}));
+    guest.write(128, 9, 4096);
+    let corpse = Corpse::of(&rig.world, &rig.device);
+    ours.stop();
+    corpse.lie(&rig.world, 9);
+    let ours = rig.world.serve(1, Notify::Direct);
+    guest.expect(64, 8, 4096);
+    guest.expect(128, 9, 4096);
+    let again = again["key"].as_str().unwrap();
+    let mut other = rig.guest(&ours, 11, again);
+    other.expect(128, 0, 4096);
+    rig.unplug(&ours, other, again);
+    rig.unplug(&ours, guest, &key);
+    ours.stop();
+    rig.check();
+}
+
+#[test]
+fn a_disk_becomes_larger() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let resize =
+        |size: u64| ours.asked("Volume.resize", json!({"sr": SR, "key": key, "new_size": size}));
+    let size = || ours.smapi("Volume.stat", json!({"sr": SR, "key": key}))["virtual_size"].clone();
+    assert!(resize(2 * SIZE - 5)["error"].is_null());
+    assert_eq!(size(), 2 * SIZE);
+    for (bytes, code) in [
+        (SIZE, "SR_BACKEND_FAILURE_110"),
+        (1 << 60, "SR_BACKEND_FAILURE"),
+        (0, "SR_BACKEND_FAILURE"),
+    ] {
+        assert_eq!(resize(bytes)["error"]["code"], code, "{bytes}");
+    }
+    let mut guest = rig.guest(&ours, 3, &key);
+    let sectors = || rig.world.read(&format!("{}/sectors", backend(3)));
+    assert_eq!(sectors().unwrap(), (2 * SIZE / 512).to_string());
+    assert!(resize(1 << 40)["error"].is_null());
+    assert_eq!(size(), 1u64 << 40);
+    wait("the new size", || sectors() == Some((1u64 << 31).to_string()));
+    guest.write((1 << 31) - 8, 7, 4096);
+    guest.expect((1 << 31) - 8, 7, 4096);
+    guest.expect(0, 0, 4096);
+    let snapshot = ours.smapi("Volume.snapshot", json!({"sr": SR, "key": key}));
+    assert_eq!(snapshot["virtual_size"], 1u64 << 40);
+    let refused = ours
+        .asked("Volume.resize", json!({"sr": SR, "key": snapshot["key"], "new_size": 1u64 << 41}));
+    assert_eq!(refused["error"]["code"], "SR_BACKEND_FAILURE_110");
     rig.unplug(&ours, guest, &key);
     ours.stop();
     rig.check();
