@@ -19,6 +19,7 @@ use qcow::run::Stack;
 use qcow::{ChainReader, ImageMeta, Mode};
 
 use crate::chain::{Chain, file_id, file_leaf, lock};
+use crate::groups::Lease;
 use crate::running::{Lies, RunningLayer};
 use crate::{Disk, Error, HostStorage, OpenOptions};
 
@@ -147,7 +148,7 @@ impl Disk {
             return done;
         }
         // Others may read it from now on.
-        self.layers()[1].locks.iter().for_each(ImageLock::share);
+        self.share(1);
         Ok(())
     }
 
@@ -263,21 +264,34 @@ impl Disk {
             self.cut(depth - 1, depth, &below)
         });
         let kept = if done.is_ok() { depth } else { depth + 1 };
-        self.layers()[kept].locks.iter().for_each(ImageLock::share);
+        self.share(kept);
         done
     }
 
-    fn upgrade(&self, depth: usize) -> Result<(), Error> {
+    /// Control code is going to write to a layer, which nobody else may use.
+    fn upgrade(&mut self, depth: usize) -> Result<(), Error> {
         let layer = &self.layers()[depth];
         for lock in &layer.locks {
             lock.upgrade().map_err(|e| Error::node(&layer.name, e))?;
         }
-        Ok(())
+        let device = layer.lies.device();
+        let lease = device.and_then(|n| self.rest.devices[n].as_volume());
+        lease.map_or(Ok(()), Lease::upgrade)
+    }
+
+    /// Nobody writes to a layer any more; others may read it.
+    fn share(&mut self, depth: usize) {
+        let layer = &self.layers()[depth];
+        layer.locks.iter().for_each(ImageLock::share);
+        let device = layer.lies.device();
+        if let Some(lease) = device.and_then(|n| self.rest.devices[n].as_volume()) {
+            lease.share();
+        }
     }
 
     /// Where layer `depth`, which is about to go, is shorter than the one above and the one below, it
     /// hides what the latter has behind its end: it gets zeroes there, which go down as well.
-    fn lengthen(&self, depth: usize) -> Result<(), Error> {
+    fn lengthen(&mut self, depth: usize) -> Result<(), Error> {
         let which: Vec<usize> = (depth - 1..self.layers().len()).collect();
         let chain = self.read(&which, usize::MAX)?;
         let size = |n: usize| chain.layers[n].size();
@@ -301,7 +315,7 @@ impl Disk {
         let done = self
             .read(&which[1..], 0)
             .and_then(|c| Ok(qcow::edit::resize(&mut ChainReader::new(c), size(0))?));
-        self.layers()[depth].locks.iter().for_each(ImageLock::share);
+        self.share(depth);
         done
     }
 
@@ -348,7 +362,7 @@ impl Disk {
         let to_name = to.as_ref().map(|(name, format)| (name.as_str(), *format));
         let done = self.paused(|disk| disk.rename_backing(above, to_name, &all, &which));
         if above > 0 {
-            self.layers()[above].locks.iter().for_each(ImageLock::share);
+            self.share(above);
         }
         done?;
         let layers = &mut self.rest.chain.layers;

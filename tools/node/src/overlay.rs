@@ -39,11 +39,6 @@ impl Disk {
                 return Err(e);
             }
         }
-        // Others may read it from now on.
-        let below = self.layers()[1].lies.device();
-        if let Some(lease) = below.and_then(|n| self.rest.devices[n].as_volume()) {
-            lease.share();
-        }
         Ok(())
     }
 }

@@ -247,14 +247,20 @@ fn a_volume_grows_while_its_image_is_written_to() {
                 group.change(&author(), "", |vg| vg.grow_lv("disk", 8).map(drop)).unwrap();
                 let map = group.map("disk").unwrap();
                 sizes.push(map.len());
-                disk.volume_has_grown(map).unwrap();
+                let id = group.vg().lv("disk").unwrap().id;
+                disk.volume_has_grown(id, map).unwrap();
             }
         }
         pool.give(buf);
         assert!(sizes.len() >= 3 && sizes.is_sorted(), "{sizes:?}");
         clusters(&disk, Op::Read, 560, 9);
-        let said = disk.volume_has_grown(group.map("behind").unwrap()).unwrap_err().to_string();
+        let (disks, other) =
+            (group.vg().lv("disk").unwrap().id, group.vg().lv("behind").unwrap().id);
+        let map = group.map("behind").unwrap();
+        let said = disk.volume_has_grown(disks, map.clone()).unwrap_err().to_string();
         assert!(said.contains("was moved"), "{said}");
+        let said = disk.volume_has_grown(other, map).unwrap_err().to_string();
+        assert!(said.contains("no layer lies in that volume"), "{said}");
         clusters(&disk, Op::Read, 560, 9);
         disk.close().unwrap();
         drop(group);
@@ -271,8 +277,10 @@ fn a_volume_grows_while_its_image_is_written_to() {
     let mut disk = serve("mem:1M", Format::Raw, 1);
     let rig = Rig::new(1, None);
     rig.volume("disk", 16, 1);
-    let said = disk.volume_has_grown(rig.group().map("disk").unwrap()).unwrap_err().to_string();
-    assert!(said.contains("lies in no volume"), "{said}");
+    let group = rig.group();
+    let (id, map) = (group.vg().lv("disk").unwrap().id, group.map("disk").unwrap());
+    let said = disk.volume_has_grown(id, map).unwrap_err().to_string();
+    assert!(said.contains("no layer lies in that volume"), "{said}");
     disk.close().unwrap();
 }
 
@@ -317,8 +325,8 @@ fn volumes_share_the_queues_of_reactors() {
         for n in [3, 7, 19] {
             disks[n].take().unwrap().close().unwrap();
         }
-        assert!(!devices.is_used(group.vg().lv("v3").unwrap().id));
-        assert!(devices.is_used(group.vg().lv("v4").unwrap().id));
+        assert!(!devices.uses(group.vg().lv("v3").unwrap().id) == 1);
+        assert!(devices.uses(group.vg().lv("v4").unwrap().id) == 1);
         for n in [19, 3] {
             disks[n] = Some(serve(n));
         }

@@ -65,13 +65,13 @@ fn lv_name() -> String {
     format!("pd-{}", Uuid::new_v4())
 }
 
-fn lv<'a>(vg: &'a mut Vg, name: &str) -> Result<&'a mut Lv> {
+pub(crate) fn lv<'a>(vg: &'a mut Vg, name: &str) -> Result<&'a mut Lv> {
     let found = vg.lvs.iter_mut().find(|lv| lv.name == name);
     found.ok_or_else(|| Error::Group(volume::Error::NoVolume(name.to_owned())))
 }
 
 /// Writes what is known of a node into its volume's tags.
-fn put(vg: &mut Vg, node: &Node) -> Result<()> {
+pub(crate) fn put(vg: &mut Vg, node: &Node) -> Result<()> {
     let mut fields = Fields::default();
     fields.set(SIZE, node.size.to_string());
     if let Some(parent) = &node.parent {

@@ -17,10 +17,12 @@
 mod change;
 mod error;
 pub mod fields;
+mod merge;
 mod repository;
 mod state;
 
 pub use change::{NewDisk, Stacked, Text};
 pub use error::{Error, Result};
+pub use merge::Merge;
 pub use repository::{NewRepository, Repository, Stat, probe};
 pub use state::{Disk, Node};

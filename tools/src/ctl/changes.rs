@@ -243,22 +243,10 @@ impl Changes {
         f: impl FnOnce(&mut Disk, &mut dyn JobWatch) -> Result<(), node::Error> + Send + 'static,
     ) -> Result<Value, Failure> {
         let disk = self.take()?;
-        let (clock, last) = (self.clock.clone(), self.clock.now());
-        let job = {
-            let mut state = self.state.lock();
-            let id = state.next_job;
-            state.next_job += 1;
-            let (done, of, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-            let job = Arc::new(Job { id, what, done, of, stop, ended: Mutex::new(None) });
-            if state.jobs.len() == REMEMBERED {
-                state.jobs.remove(0);
-            }
-            state.jobs.push(job.clone());
-            job
-        };
+        let job = self.new_job(what);
         let id = job.id;
         let (all, mut slot) = (self.clone(), Some(disk));
-        let mut watch = Paced { job: job.clone(), rate, clock, last };
+        let mut watch = self.paced(&job, rate);
         let (send, receive) = std::sync::mpsc::sync_channel::<Disk>(1);
         let body = move || {
             let Ok(mut disk) = receive.recv() else { return };
@@ -278,6 +266,39 @@ impl Changes {
             self.give(disk);
         }
         Ok(json!({"job": id}))
+    }
+
+    fn new_job(&self, what: &'static str) -> Arc<Job> {
+        let mut state = self.state.lock();
+        let id = state.next_job;
+        state.next_job += 1;
+        let (done, of, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        let job = Arc::new(Job { id, what, done, of, stop, ended: Mutex::new(None) });
+        if state.jobs.len() == REMEMBERED {
+            state.jobs.remove(0);
+        }
+        state.jobs.push(job.clone());
+        job
+    }
+
+    fn paced(&self, job: &Arc<Job>, rate: Option<u64>) -> Paced {
+        let (clock, last) = (self.clock.clone(), self.clock.now());
+        Paced { job: job.clone(), rate, clock, last }
+    }
+
+    /// Does something long on the caller's thread, as a job like others.
+    pub(crate) fn work(
+        &self,
+        what: &'static str,
+        rate: Option<u64>,
+        f: impl FnOnce(&mut Disk, &mut dyn JobWatch) -> Result<(), node::Error>,
+    ) -> Result<(), Failure> {
+        let mut disk = self.take()?;
+        let job = self.new_job(what);
+        let ended = f(&mut disk, &mut self.paced(&job, rate));
+        self.give(disk);
+        *job.ended.lock() = Some(ended.as_ref().err().map(ToString::to_string));
+        ended.map_err(|e| anyhow::Error::from(e).into())
     }
 
     fn cancel(&self, id: u64) -> Result<Value, Failure> {

@@ -30,6 +30,8 @@ pub(crate) struct Config {
     /// Who tells guests that there are responses: a `thread`, one that never sleeps (`spinning`), so
     /// that reactors make no system call for it, or the reactors (`direct`).
     notify: String,
+    /// Bytes a second that are moved to merge what is left of deleted snapshots, as in "100M".
+    coalesce_rate: String,
 }
 
 impl Default for Config {
@@ -44,6 +46,7 @@ impl Default for Config {
             xen: true,
             backend: "qdisk".into(),
             notify: "thread".into(),
+            coalesce_rate: "100M".into(),
         }
     }
 }
@@ -60,6 +63,7 @@ impl Config {
         config.policy()?;
         config.l2_cache()?;
         config.notify()?;
+        config.coalesce_rate()?;
         if config.backend.is_empty() || !config.backend.bytes().all(|b| b.is_ascii_alphanumeric()) {
             bail!("backend: {:?} is no kind of backend, as qdisk is", config.backend);
         }
@@ -84,6 +88,11 @@ impl Config {
 
     pub(crate) fn l2_cache(&self) -> anyhow::Result<u64> {
         node::parse_size(&self.l2_cache).context("l2-cache: a size like \"128M\" is needed")
+    }
+
+    pub(crate) fn coalesce_rate(&self) -> anyhow::Result<u64> {
+        let rate = node::parse_size(&self.coalesce_rate).filter(|&rate| rate > 0);
+        rate.context("coalesce-rate: a size like \"100M\" is needed")
     }
 
     pub(crate) fn notify(&self) -> anyhow::Result<Notify> {

@@ -14,6 +14,7 @@ mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Args;
@@ -28,8 +29,8 @@ use control::Control;
 use devices::Devices;
 use images::Images;
 use keep::Keep;
-use repositories::Repositories;
 pub(crate) use repositories::TYPE as REPOSITORY_TYPE;
+use repositories::{Coalescer, Repositories};
 
 /// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
 #[derive(Args)]
@@ -65,6 +66,13 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let stop = signals.told();
     let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
     let limited = confine::limit_system_calls(mode, &reactors);
+    let end = Arc::new(AtomicBool::new(false));
+    let coalescer =
+        Coalescer::new(repositories.clone(), images.clone(), config.coalesce_rate()?, end.clone());
+    let coalescer = std::thread::Builder::new()
+        .name("coalesce".to_owned())
+        .spawn(|| coalescer.run())
+        .context("cannot start a thread")?;
     let served = limited.and_then(|()| start(&config, &images, &repositories));
     let served = served.map(|(server, devices)| {
         tell_manager("READY=1");
@@ -77,6 +85,10 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
             devices.stop();
         }
     });
+    end.store(true, Ordering::Relaxed);
+    if coalescer.join().is_err() {
+        log::error!("the coalescer panicked");
+    }
     let closed = images.close_all();
     repositories.close_all();
     drop(images);

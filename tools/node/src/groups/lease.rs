@@ -5,7 +5,7 @@ use std::sync::Arc;
 use block::{Port, SplitQueue};
 use volume::{Group, Id, Map, View};
 
-use super::{GROUPS, Member, Shared};
+use super::{GROUPS, Member, Shared, Use};
 use crate::{Error, Leaf, Reactors};
 
 /// The use of a volume; given back by [`Lease::close`] after its queues are gone.
@@ -101,6 +101,11 @@ impl Lease {
         })
     }
 
+    /// Which volume it is.
+    pub(crate) fn volume(&self) -> Id {
+        self.volume
+    }
+
     /// The volume has grown; nothing of it has moved.
     ///
     /// # Errors
@@ -115,16 +120,31 @@ impl Lease {
 
     /// From now on nobody writes to it through this use, and others may read it.
     pub(crate) fn share(&mut self) {
-        self.writable = false;
-        let number = self.number;
-        let shared = self.with(|shared| {
-            let mine = shared.uses.iter_mut().filter(|u| Some(u.number) == number);
-            mine.for_each(|u| u.writable = false);
-            Ok(())
-        });
-        if let Err(e) = shared {
+        if let Err(e) = self.set_writable(false) {
             log::error!("{e}");
         }
+    }
+
+    /// Control code is going to write to it, and nobody else may use it.
+    ///
+    /// # Errors
+    /// If somebody does.
+    pub(crate) fn upgrade(&mut self) -> Result<(), Error> {
+        self.set_writable(true)
+    }
+
+    fn set_writable(&mut self, writable: bool) -> Result<(), Error> {
+        let (number, volume) = (self.number, self.volume);
+        self.with(|shared| {
+            let mine = |u: &&mut Use| Some(u.number) == number;
+            if writable && shared.uses.iter_mut().any(|u| u.volume == volume && !mine(&u)) {
+                return Err(Error::in_use(&self.node, "the volume is in use by others"));
+            }
+            shared.uses.iter_mut().filter(mine).for_each(|u| u.writable = writable);
+            Ok(())
+        })?;
+        self.writable = writable;
+        Ok(())
     }
 
     /// Whether the volume may be written to.

@@ -3,7 +3,6 @@
 use volume::{Group, Id, Map};
 
 use super::{GROUPS, Member};
-use crate::device::Device;
 use crate::{Disk, Error, Leaf, NodeSpec, OpenOptions, ReactorCore, Source};
 use qcow::open::Format;
 
@@ -61,11 +60,11 @@ impl GroupDevices {
         Ok(groups.used(at, found))
     }
 
-    /// Whether a volume is in use.
-    pub fn is_used(&self, volume: Id) -> bool {
+    /// How often a volume is in use.
+    pub fn uses(&self, volume: Id) -> usize {
         let groups = GROUPS.lock();
-        let at = groups.find(self.number);
-        at.is_some_and(|at| groups.open[at].uses.iter().any(|u| u.volume == volume))
+        let uses = groups.find(self.number).map(|at| groups.open[at].uses.iter());
+        uses.map_or(0, |uses| uses.filter(|u| u.volume == volume).count())
     }
 
     /// Ends it. What is in use stays open until that ends.
@@ -96,17 +95,22 @@ impl Drop for GroupDevices {
 }
 
 impl Disk {
-    /// The volume that the image lies in, which guests write to, has grown to what the map says: what
-    /// found no space in it goes on.
+    /// A volume that one of the layers lies in has grown to what the map says: what found no space in
+    /// it goes on.
     ///
     /// # Errors
-    /// If the image lies in no volume, or in another one than the map is of.
-    pub fn volume_has_grown(&mut self, map: Map) -> Result<(), Error> {
+    /// If no layer lies in it, or the map is none of it.
+    pub fn volume_has_grown(&mut self, volume: Id, map: Map) -> Result<(), Error> {
         let name = self.rest.name().to_owned();
-        let port = self.rest.top;
-        let device = self.layers().first().and_then(|layer| layer.lies.device());
-        let lease = device.and_then(|n| self.rest.devices.get_mut(n)).and_then(Device::as_volume);
-        let lease = lease.ok_or_else(|| Error::node(&name, "the image lies in no volume"))?;
+        let rest = &mut *self.rest;
+        let devices = &mut rest.devices;
+        let mut is_it = |n: usize| devices[n].as_volume().is_some_and(|l| l.volume() == volume);
+        let layers = rest.chain.layers.iter();
+        let mut found = layers.filter_map(|layer| Some((layer.port, layer.lies.device()?)));
+        let found = found.find(|&(_, device)| is_it(device));
+        let nowhere = || Error::node(&name, "no layer lies in that volume");
+        let (port, device) = found.ok_or_else(nowhere)?;
+        let lease = rest.devices[device].as_volume().ok_or_else(nowhere)?;
         lease.grown(map.clone())?;
         let size = map.len();
         // All queues before the first request that goes past the old end.
@@ -122,6 +126,9 @@ impl Disk {
                 .unwrap_or_else(|| Err("its reactor has ended".to_owned()))
                 .map_err(|e| Error::node(&name, e))?;
         }
-        self.on_image(move |image, _| image.has_more_space(size))
+        match port == self.rest.top {
+            true => self.on_image(move |image, _| image.has_more_space(size)),
+            false => Ok(()),
+        }
     }
 }

@@ -10,8 +10,13 @@ use node::{GroupDevices, Member};
 use reactor::sync::Mutex;
 use sr::Repository;
 
+use super::coalesce::Merging;
 use super::fault::Fault;
 use super::{Repositories, host, nodes};
+
+/// How often, and how long after each other, somebody is waited for who uses one.
+const LOOKS: u32 = 1000;
+const LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// Longest list of attached repositories that is read, in bytes.
 const LONGEST: u64 = 1 << 20;
@@ -23,6 +28,8 @@ pub(super) struct Attached {
     pub(super) devices: GroupDevices,
     /// What it was attached by.
     pub(super) device: String,
+    /// What is being merged; set under the repository's lock.
+    pub(super) merging: Mutex<Option<Merging>>,
 }
 
 impl Attached {
@@ -35,22 +42,57 @@ impl Attached {
             return Err(Fault::other(why));
         }
         let (repository, device) = (Mutex::new(repository), device.to_owned());
-        Ok(Attached { repository, devices, device })
+        Ok(Attached { repository, devices, device, merging: Mutex::default() })
     }
 
-    /// Ends it; nobody else may still have it.
-    pub(super) fn close(attached: Arc<Attached>) -> Result<(), Fault> {
-        match Arc::try_unwrap(attached) {
-            Ok(Attached { repository, devices, .. }) => {
-                drop(repository);
-                Ok(devices.close()?)
-            }
-            Err(_) => Err(Fault::other("somebody is using it".to_owned())),
-        }
+    /// Has a merge of some of these volumes end. Returns whether there is one, which ends soon.
+    pub(super) fn interrupt(&self, volumes: &[String]) -> bool {
+        let merging = self.merging.lock();
+        let merging = merging.as_ref().filter(|merging| merging.touches(volumes));
+        merging.inspect(|merging| merging.stop()).is_some()
+    }
+
+    /// Ends it.
+    pub(super) fn close(self) -> Result<(), Fault> {
+        drop(self.repository);
+        Ok(self.devices.close()?)
     }
 }
 
 impl Repositories {
+    /// Those that are attached.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.all.lock().keys().cloned().collect()
+    }
+
+    /// One that is attached now.
+    pub(super) fn at_hand(&self, sr: &str) -> Option<Arc<Attached>> {
+        self.all.lock().get(sr).cloned()
+    }
+
+    /// Takes one out that nobody uses: merges are stopped for that, and calls waited for.
+    ///
+    /// # Errors
+    /// If somebody does.
+    pub(super) fn take_out(
+        all: &mut BTreeMap<String, Arc<Attached>>,
+        sr: &str,
+    ) -> Result<Option<Attached>, Fault> {
+        let Some(mut attached) = all.remove(sr) else { return Ok(None) };
+        for _ in 0..LOOKS {
+            match Arc::try_unwrap(attached) {
+                Ok(attached) => return Ok(Some(attached)),
+                Err(again) => attached = again,
+            }
+            if let Some(merging) = &*attached.merging.lock() {
+                merging.stop();
+            }
+            std::thread::sleep(LOOK);
+        }
+        all.insert(sr.to_owned(), attached);
+        Err(Fault::other(format!("repository {sr} is being used in this moment")))
+    }
+
     /// Attaches the repository on these devices, if it is not.
     pub(super) fn attach_by(&self, device: &str) -> Result<String, Fault> {
         // Under the lock: who comes at the same time waits, and finds it attached.
@@ -72,8 +114,8 @@ impl Repositories {
 
     /// An attached one, also if a daemon before this one had it.
     pub(super) fn attached(&self, sr: &str) -> Result<Arc<Attached>, Fault> {
-        if let Some(found) = self.all.lock().get(sr) {
-            return Ok(found.clone());
+        if let Some(found) = self.at_hand(sr) {
+            return Ok(found);
         }
         let device = self.remembered()?.remove(sr);
         let device = device.ok_or_else(|| Fault::of("Sr_not_attached", sr))?;

@@ -177,11 +177,13 @@ fn with_disk(
             };
             let vg = repository.group().vg();
             let is_used =
-                |node: &&Node| vg.lv(&node.lv).is_ok_and(|lv| attached.devices.is_used(lv.id));
-            // If it does not run somebody opens or closes it.
+                |node: &&Node| vg.lv(&node.lv).is_ok_and(|lv| attached.devices.uses(lv.id) > 0);
+            // If it does not run somebody opens or closes it, or merges it.
             if running.is_some() || !touched.iter().any(is_used) {
                 return f(&mut repository, running.as_mut().map(Held::disk));
             }
+            let volumes: Vec<String> = touched.iter().map(|node| node.lv.clone()).collect();
+            attached.interrupt(&volumes);
         }
         std::thread::sleep(LOOK);
     }

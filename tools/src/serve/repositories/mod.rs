@@ -3,6 +3,7 @@
 //! ocaml/xapi-storage). On the threads of the control socket; one repository by one of them at a time.
 
 mod attached;
+mod coalesce;
 mod datapath;
 mod disks;
 mod fault;
@@ -23,6 +24,7 @@ use volume::HostIds;
 use super::images::Images;
 use crate::volume::author;
 use attached::Attached;
+pub(super) use coalesce::Coalescer;
 use fault::Fault;
 pub(super) use place::Place;
 
@@ -106,9 +108,13 @@ impl Repositories {
 
     /// Lets go of all, which the next daemon takes up.
     pub(crate) fn close_all(&self) {
-        for (sr, attached) in std::mem::take(&mut *self.all.lock()) {
-            if let Err(fault) = Attached::close(attached) {
+        let mut all = self.all.lock();
+        while let Some(sr) = all.keys().next().cloned() {
+            let closed = Repositories::take_out(&mut all, &sr);
+            let closed = closed.and_then(|attached| attached.map_or(Ok(()), Attached::close));
+            if let Err(fault) = closed {
                 log::warn!("repository {sr}: {fault}");
+                all.remove(&sr);
             }
         }
     }

@@ -15,6 +15,9 @@ use volume::Id;
 
 use super::{Repositories, TYPE};
 
+/// Between two looks whether a merge has ended.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(5);
+
 /// Longest key of a disk.
 const KEY: usize = 64;
 
@@ -69,15 +72,22 @@ impl DiskPlace {
     fn open(&self, repositories: &Repositories, options: &OpenOptions) -> anyhow::Result<Chain> {
         let attached = repositories.of_place(self)?;
         // Until all of them are in use, so that the chain stays as it is.
-        let repository = attached.repository.lock();
-        let volumes = self.volumes(&repository)?;
+        let mut repository = attached.repository.lock();
+        let mut volumes = self.volumes(&repository)?;
+        while attached.interrupt(&volumes.iter().map(|(lv, _)| lv.clone()).collect::<Vec<_>>()) {
+            drop(repository);
+            std::thread::sleep(LOOK);
+            repository = attached.repository.lock();
+            volumes = self.volumes(&repository)?;
+        }
         let group = repository.group();
         let vg = &group.vg().name;
-        let mut opened = volumes.iter().enumerate().map(|(n, (lv, _))| {
+        let opened = |n: usize| {
+            let (lv, _) = volumes.get(n).context("the disk has no volume")?;
             let storage = attached.devices.volume(group, lv, n == 0 && options.writable)?;
             anyhow::Ok(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None })
-        });
-        let top = opened.next().context("the disk has no volume")??;
+        };
+        let top = opened(0)?;
         let chain_options = ChainOptions {
             format: Some(Format::Qcow2),
             writable: options.writable,
@@ -85,21 +95,21 @@ impl DiskPlace {
         };
         let mut at = 0;
         let chain = Chain::open(top, chain_options, &mut |backing| {
-            at += 1;
             let refuse = |why: String| qcow::Error::refused(&backing.named_by, why);
-            let wanted = volumes.get(at).map(|(lv, _)| format!("/dev/{vg}/{lv}"));
-            match (opened.next(), wanted) {
-                (Some(below), Some(wanted)) if wanted == backing.name => {
-                    below.map_err(|e| refuse(format!("{e:#}")))
+            let name = |n: usize| format!("/dev/{vg}/{}", volumes[n].0);
+            // What is left out has been merged into the one that is named.
+            match (at + 1..volumes.len()).find(|&n| name(n) == backing.name) {
+                Some(n) => {
+                    at = n;
+                    opened(n).map_err(|e| refuse(format!("{e:#}")))
                 }
-                (_, wanted) => Err(refuse(format!(
-                    "names {} as its backing file, and stands on {} in the repository",
+                None => Err(refuse(format!(
+                    "names {} as its backing file, which is not below it in the repository",
                     backing.name,
-                    wanted.as_deref().unwrap_or("nothing")
                 ))),
             }
         })?;
-        if chain.layers.len() != volumes.len() {
+        if at + 1 != volumes.len() {
             bail!("{self}: its lowest image stands on others in the repository, and names none");
         }
         Ok(chain)

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use node::Source;
-use reactor::sync::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sr::{NewRepository, Repository, Stat};
@@ -107,38 +106,26 @@ impl Repositories {
     /// Of what is not attached as well: it must never fail for that.
     fn detach(&self, sr: &str) -> Result<Value, Fault> {
         let mut all = self.all.lock();
-        let Some(attached) = all.remove(sr) else {
-            self.forget(sr)?;
-            return Ok(Value::Null);
-        };
-        if Arc::strong_count(&attached) > 1 {
-            all.insert(sr.to_owned(), attached);
-            return Err(Fault::other(format!("repository {sr} is being used in this moment")));
-        }
+        let attached = Repositories::take_out(&mut all, sr)?;
         self.forget(sr)?;
-        Attached::close(attached)?;
+        if let Some(attached) = attached {
+            attached.close()?;
+        }
         Ok(Value::Null)
     }
 
     fn destroy(&self, sr: &str) -> Result<Value, Fault> {
         self.attached(sr)?;
         let mut all = self.all.lock();
-        let Some(attached) = all.remove(sr) else { return Err(Fault::of("Sr_not_attached", sr)) };
-        let Attached { repository, devices, device } = match Arc::try_unwrap(attached) {
-            Ok(attached) => attached,
-            Err(attached) => {
-                all.insert(sr.to_owned(), attached);
-                return Err(Fault::other(format!("repository {sr} is being used in this moment")));
-            }
-        };
-        let repository = repository.into_inner();
-        if repository.has_volumes() {
-            let again = Attached { repository: Mutex::new(repository), devices, device };
-            all.insert(sr.to_owned(), Arc::new(again));
+        let attached = Repositories::take_out(&mut all, sr)?;
+        let attached = attached.ok_or_else(|| Fault::of("Sr_not_attached", sr))?;
+        if attached.repository.lock().has_volumes() {
+            all.insert(sr.to_owned(), Arc::new(attached));
             return Err(Fault::other(format!("repository {sr} has volumes: destroy them first")));
         }
         self.forget(sr)?;
-        drop(repository.remove()?);
+        let Attached { repository, devices, .. } = attached;
+        drop(repository.into_inner().remove()?);
         devices.close()?;
         Ok(Value::Null)
     }

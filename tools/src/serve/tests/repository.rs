@@ -1,7 +1,10 @@
 //! Guests whose disks are in a repository, by what the toolstack's plugins answer.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::died::Corpse;
 use super::*;
+use crate::serve::repositories::Coalescer;
 
 const SR: &str = "7c1b6e3a-0f5d-4a47-9d0e-3b8c2f1a6d55";
 
@@ -17,6 +20,13 @@ impl Rig {
         let device = world.dir.path().join("drive");
         std::fs::File::create(&device).unwrap().set_len(160 << 20).unwrap();
         Rig { world, device }
+    }
+
+    /// The names of all volumes, as they are on the drive.
+    fn volumes(&self) -> Vec<String> {
+        let storage = node::HostStorage::open(&self.device, false).unwrap();
+        let repository = sr::Repository::look(vec![storage]).unwrap();
+        repository.group().vg().lvs.iter().map(|lv| lv.name.clone()).collect()
     }
 
     fn configuration(&self) -> Value {
@@ -68,9 +78,7 @@ impl Rig {
         let storage = node::HostStorage::open(&self.device, true).unwrap();
         let host = volume::HostIds::of_this_host().unwrap();
         let mut repository = sr::Repository::open(vec![storage], &host).unwrap();
-        let names: Vec<String> =
-            repository.group().vg().lvs.iter().map(|lv| lv.name.clone()).collect();
-        for lv in names {
+        for lv in self.volumes() {
             let mut view = repository.storage(&lv).unwrap();
             let mut bytes = vec![0; block::Storage::len(&view) as usize];
             block::Storage::read_at(&mut view, 0, &mut bytes).unwrap();
@@ -95,7 +103,28 @@ fn uri(key: &str) -> String {
     format!("fast://{SR}/{key}")
 }
 
+/// The thread that merges, as long as this is.
+struct Merging {
+    end: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
 impl Ours {
+    fn merging(&self, rate: u64) -> Merging {
+        let end = Arc::new(AtomicBool::new(false));
+        let (repositories, images) =
+            (self.control.repositories.clone(), self.control.images.clone());
+        let coalescer = Coalescer::new(repositories, images, rate, end.clone());
+        Merging { end, thread: Some(std::thread::spawn(|| coalescer.run())) }
+    }
+
     fn asked(&self, method: &str, args: Value) -> Value {
         self.call("smapiv3", json!({"method": method, "args": args}))
     }
@@ -385,6 +414,111 @@ fn a_disk_becomes_larger() {
         .asked("Volume.resize", json!({"sr": SR, "key": snapshot["key"], "new_size": 1u64 << 41}));
     assert_eq!(refused["error"]["code"], "SR_BACKEND_FAILURE_110");
     rig.unplug(&ours, guest, &key);
+    ours.stop();
+    rig.check();
+}
+
+/// Snapshots come and go under a guest that writes: what is left of them becomes one.
+#[test]
+fn what_is_left_of_snapshots_is_merged_while_the_guest_writes() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(2, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let of = json!({"sr": SR, "key": key});
+    let mut guest = rig.guest(&ours, 3, &key);
+    let mut taken = Vec::new();
+    for round in 1..=5u8 {
+        // Each has something of its own, and all have one in common.
+        guest.write(u64::from(round) * 1024, round, 16 << 10);
+        guest.write(0, round, 4096);
+        let made = ours.smapi("Volume.snapshot", of.clone());
+        taken.push(made["key"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(rig.volumes().len(), 6);
+    // A copy of one in the middle, which another guest writes to.
+    let copy = ours.smapi("Volume.clone", json!({"sr": SR, "key": taken[2]}))["key"].clone();
+    let copy = copy.as_str().unwrap();
+    let mut other = rig.guest(&ours, 4, copy);
+    other.write(0, 0x44, 4096);
+    for snapshot in &taken {
+        ours.smapi("Volume.destroy", json!({"sr": SR, "key": snapshot}));
+    }
+    let merging = ours.merging(100 << 20);
+    // The two lowest have two running guests above them, and stay apart; the two upper ones become one.
+    wait("a merge", || {
+        guest.write(8, 0x55, 4096);
+        rig.volumes().len() == 6
+    });
+    rig.unplug(&ours, other, copy);
+    ours.smapi("Volume.destroy", json!({"sr": SR, "key": copy}));
+    // All but the uppermost, which is written to.
+    wait("all merges", || {
+        guest.write(8, 0x56, 4096);
+        rig.volumes().len() == 2
+    });
+    guest.expect(0, 5, 4096);
+    guest.expect(8, 0x56, 4096);
+    for round in 1..=5u8 {
+        guest.expect(u64::from(round) * 1024, round, 16 << 10);
+    }
+    let chain = ours.call("chain", json!({"image": format!("{SR}/{key}")}));
+    assert_eq!(chain["layers"].as_array().unwrap().len(), 2, "{chain}");
+    // When it rests that one goes, too.
+    rig.unplug(&ours, guest, &key);
+    wait("the last merge", || rig.volumes().len() == 1);
+    let mut guest = rig.guest(&ours, 3, &key);
+    guest.expect(0, 5, 4096);
+    guest.expect(4096, 4, 16 << 10);
+    rig.unplug(&ours, guest, &key);
+    drop(merging);
+    ours.stop();
+    rig.check();
+}
+
+/// Whoever needs a disk does not wait for a merge.
+#[test]
+fn a_merge_gives_way() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let of = json!({"sr": SR, "key": key});
+    let mut guest = rig.guest(&ours, 3, &key);
+    let snapshot = |guest: &mut Guest, byte: u8| {
+        (0..60).for_each(|n| guest.write(n * 256, byte, 64 << 10));
+        ours.smapi("Volume.snapshot", of.clone())["key"].as_str().unwrap().to_owned()
+    };
+    let first = snapshot(&mut guest, 1);
+    let second = snapshot(&mut guest, 2);
+    ours.smapi("Volume.destroy", json!({"sr": SR, "key": first}));
+    // So slowly that it does not end by itself: the second snapshot goes into what was the first.
+    let merging = ours.merging(4096);
+    let jobs = || ours.call("jobs", json!({"image": format!("{SR}/{key}")}));
+    wait("a merge", || jobs().as_array().unwrap().iter().any(|job| job["state"] == "running"));
+    // A backup of the second one, another snapshot, the end of the guest.
+    let began = Clock::real().now();
+    let mut backup = rig.guest(&ours, 4, &second);
+    backup.expect(256, 2, 4096);
+    rig.unplug(&ours, backup, &second);
+    let third = snapshot(&mut guest, 3);
+    rig.unplug(&ours, guest, &key);
+    let mut guest = rig.guest(&ours, 3, &key);
+    guest.expect(256, 3, 4096);
+    let took = Clock::real().now() - began;
+    assert!(took < 20_000_000_000, "{took}");
+    drop(merging);
+    rig.unplug(&ours, guest, &key);
+    // In time it ends.
+    let merging = ours.merging(1 << 30);
+    wait("the merge", || rig.volumes().len() == 3);
+    for (of, byte) in [(&second, 2), (&third, 3)] {
+        let mut guest = rig.guest(&ours, 5, of);
+        guest.expect(256, byte, 4096);
+        rig.unplug(&ours, guest, of);
+    }
+    drop(merging);
+    ours.smapi("SR.detach", json!({"sr": SR}));
     ours.stop();
     rig.check();
 }

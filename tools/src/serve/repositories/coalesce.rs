@@ -1,0 +1,300 @@
+//! Merging in the background: what is left of snapshots that were taken away becomes one with what stands
+//! on it, while guests go on.
+//!
+//! The upper image is written into the lower one, which shows the same then, whoever looks at it through
+//! either. Then what stands on the upper one names the lower one, and last of all one commit of the group
+//! makes them one. A daemon that dies in between leaves something that shows what it did: an image that
+//! names a lower one than the repository says is opened like that ([`super::place`]). All of it can be
+//! done again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use node::{Disk as Running, JobWatch, Member};
+use qcow::ChainReader;
+use qcow::edit::Watch;
+use qcow::open::{ChainOptions, Format, Opened};
+use reactor::Clock;
+use sr::{Merge, Repository};
+
+use super::attached::Attached;
+use super::fault::Fault;
+use super::{Repositories, author};
+use crate::serve::images::Images;
+
+/// Between two looks whether there is something to do.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Until a merge that failed is tried again, in nanoseconds.
+const AGAIN_NS: u64 = 30_000_000_000;
+
+/// A merge that is under way.
+#[derive(Clone)]
+pub(super) struct Merging {
+    volumes: [String; 2],
+    stop: Arc<AtomicBool>,
+}
+
+impl Merging {
+    /// Whether it has to do with one of these volumes.
+    pub(super) fn touches(&self, volumes: &[String]) -> bool {
+        self.volumes.iter().any(|lv| volumes.contains(lv))
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Merges, one at a time, until it is told to end.
+pub(crate) struct Coalescer {
+    repositories: Arc<Repositories>,
+    images: Arc<Images>,
+    /// Bytes a second.
+    rate: u64,
+    /// What failed, and when: repository, upper volume.
+    failed: Vec<(String, String, u64)>,
+    end: Arc<AtomicBool>,
+}
+
+/// How a merge ended that did not fail.
+enum Outcome {
+    Done,
+    /// Nothing was begun: somebody uses what it needs.
+    NotNow,
+}
+
+impl Coalescer {
+    pub(crate) fn new(
+        repositories: Arc<Repositories>,
+        images: Arc<Images>,
+        rate: u64,
+        end: Arc<AtomicBool>,
+    ) -> Coalescer {
+        Coalescer { repositories, images, rate, failed: Vec::new(), end }
+    }
+
+    /// The thread's body.
+    pub(crate) fn run(mut self) {
+        while !self.end.load(Ordering::Relaxed) {
+            if !self.one() {
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    fn clock(&self) -> &Clock {
+        self.images.reactors().clock()
+    }
+
+    /// Looks for something to merge, and does that. Returns whether there was something.
+    fn one(&mut self) -> bool {
+        let now = self.clock().now();
+        self.failed.retain(|(_, _, when)| now.saturating_sub(*when) < AGAIN_NS);
+        for sr in self.repositories.names() {
+            // One after the other: whoever detaches one waits only for what is done with that.
+            let Some(attached) = self.repositories.at_hand(&sr) else { continue };
+            let merges = attached.repository.lock().merges();
+            for merge in merges {
+                if self.failed.iter().any(|(of, lv, _)| (of, lv) == (&sr, &merge.upper)) {
+                    continue;
+                }
+                match self.merge(&sr, &attached, &merge) {
+                    Ok(Outcome::Done) => {
+                        log::info!("{sr}: {} is one with {} now", merge.upper, merge.lower);
+                        return true;
+                    }
+                    Ok(Outcome::NotNow) => {}
+                    Err(e) => {
+                        log::info!(
+                            "{sr}: {} and {} stay apart for now: {e}",
+                            merge.upper,
+                            merge.lower
+                        );
+                        self.failed.push((sr.clone(), merge.upper.clone(), self.clock().now()));
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    fn merge(&self, sr: &str, attached: &Attached, merge: &Merge) -> Result<Outcome, Fault> {
+        // A running disk whose chain it is, if there is one.
+        let over: Vec<String> =
+            attached.repository.lock().over(&merge.upper).into_iter().map(str::to_owned).collect();
+        let mut running = over.iter().filter_map(|key| self.images.changes(&format!("{sr}/{key}")));
+        let (changes, others) = (running.next(), running.count());
+        if others > 0 {
+            return Ok(Outcome::NotNow);
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        {
+            let mut repository = attached.repository.lock();
+            if !begins(attached, &repository, merge, changes.is_some())? {
+                return Ok(Outcome::NotNow);
+            }
+            let lower = repository.group().vg().lv(&merge.lower).map_err(sr::Error::from)?;
+            let used = lower.extents() * repository.group().vg().extent_bytes();
+            repository.grow_to(&merge.lower, used.saturating_add(merge.used), &author())?;
+            let volumes = [merge.upper.clone(), merge.lower.clone()];
+            *attached.merging.lock() = Some(Merging { volumes, stop: stop.clone() });
+        }
+        let done = match changes {
+            Some(changes) => changes
+                .work("coalesce", Some(self.rate), |disk, watch| {
+                    let mut watch = Both { watch, stop: &stop, end: &self.end };
+                    live(attached, merge, disk, &mut watch).map_err(|e| node::Error::Node {
+                        node: merge.upper.clone(),
+                        why: e.to_string(),
+                    })
+                })
+                .map_err(|e| Fault::other(e.message)),
+            None => {
+                let mut pace =
+                    Pace { stop: &stop, end: &self.end, rate: self.rate, name: &merge.upper };
+                offline(attached, merge, &mut pace).and_then(|()| settle(attached, merge, None))
+            }
+        };
+        *attached.merging.lock() = None;
+        done.map(|()| Outcome::Done)
+    }
+}
+
+/// Whether a merge can begin: nobody uses what it changes, but the disk that runs.
+fn begins(
+    attached: &Attached,
+    repository: &Repository<Member>,
+    merge: &Merge,
+    runs: bool,
+) -> Result<bool, Fault> {
+    let vg = repository.group().vg();
+    let uses = |lv: &str| -> Result<usize, Fault> {
+        Ok(attached.devices.uses(vg.lv(lv).map_err(sr::Error::from)?.id))
+    };
+    let most = usize::from(runs);
+    if uses(&merge.upper)? > most || uses(&merge.lower)? > most {
+        return Ok(false);
+    }
+    let above: Vec<usize> =
+        repository.above(&merge.upper).map(|node| uses(&node.lv)).collect::<Result<_, _>>()?;
+    // One that runs has one of them above it. The uppermost of a disk that runs is written to.
+    Ok(above.iter().sum::<usize>() == most)
+}
+
+/// Merges in the chain of a disk that runs.
+fn live(
+    attached: &Attached,
+    merge: &Merge,
+    disk: &mut Running,
+    watch: &mut dyn JobWatch,
+) -> Result<(), Fault> {
+    let (vg, map, id) = {
+        let repository = attached.repository.lock();
+        let group = repository.group();
+        let map = group.map(&merge.lower).map_err(sr::Error::from)?;
+        let id = group.vg().lv(&merge.lower).map_err(sr::Error::from)?.id;
+        (group.vg().name.clone(), map, id)
+    };
+    let name = format!("{vg}/{}", merge.upper);
+    let depth = disk.chain().position(|layer| layer == name);
+    let depth =
+        depth.ok_or_else(|| Fault::other(format!("{name} is not in the chain any more")))?;
+    disk.volume_has_grown(id, map)?;
+    let above = disk.chain().nth(depth.saturating_sub(1)).map(str::to_owned);
+    disk.commit(depth, watch)?;
+    settle(attached, merge, above.as_deref())
+}
+
+/// Merges what no guest uses.
+fn offline(attached: &Attached, merge: &Merge, watch: &mut dyn Watch) -> Result<(), Fault> {
+    let repository = attached.repository.lock();
+    let group = repository.group();
+    let vg = group.vg().name.clone();
+    let parents: Vec<String> = {
+        let key = repository.over(&merge.upper).first().map(|key| (*key).to_owned());
+        let key = key.ok_or_else(|| Fault::other(format!("no disk has {}", merge.upper)))?;
+        let chain = repository.chain(&key)?;
+        chain.iter().skip_while(|node| node.lv != merge.upper).map(|n| n.lv.clone()).collect()
+    };
+    let mut opened = Vec::new();
+    for (n, lv) in parents.iter().enumerate() {
+        let storage = attached.devices.volume(group, lv, n == 1)?;
+        opened.push(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None });
+    }
+    drop(repository);
+    let mut opened = opened.into_iter();
+    let top = opened.next().ok_or_else(|| Fault::other("no volume".to_owned()))?;
+    let options = ChainOptions { format: Some(Format::Qcow2), ..Default::default() };
+    let chain = node::Chain::open(top, options, &mut |backing| {
+        let why = "names an image that is not below it";
+        opened
+            .next()
+            .filter(|below| backing.name == format!("/dev/{}", below.name))
+            .ok_or_else(|| qcow::Error::refused(&backing.named_by, why))
+    });
+    let mut reader = ChainReader::new(chain.map_err(node::Error::from)?);
+    qcow::edit::commit(&mut reader, 1, false, watch).map_err(node::Error::from)?;
+    Ok(())
+}
+
+/// The images are one: what stands on the upper one is told, but for the layer that has been, and the
+/// repository.
+fn settle(attached: &Attached, merge: &Merge, told: Option<&str>) -> Result<(), Fault> {
+    let mut repository = attached.repository.lock();
+    let vg = repository.group().vg().name.clone();
+    let above: Vec<String> = repository.above(&merge.upper).map(|n| n.lv.clone()).collect();
+    let lower = format!("/dev/{vg}/{}", merge.lower);
+    for lv in above.iter().filter(|lv| Some(format!("{vg}/{lv}").as_str()) != told) {
+        let mut storage = attached.devices.volume(repository.group(), lv, true)?;
+        let done = qcow::edit::set_backing(&mut storage, lv, Some((&lower, Format::Qcow2)));
+        done.map_err(node::Error::from)?;
+        storage.close()?;
+    }
+    repository.merged(merge, &author())?;
+    repository.discard();
+    Ok(())
+}
+
+/// Ends a job if the job, somebody who needs the volumes, or the daemon says so.
+struct Both<'a> {
+    watch: &'a mut dyn JobWatch,
+    stop: &'a AtomicBool,
+    end: &'a AtomicBool,
+}
+
+impl JobWatch for Both<'_> {
+    fn at(&mut self, done: u64, of: u64) -> bool {
+        self.watch.at(done, of)
+            && !self.stop.load(Ordering::Relaxed)
+            && !self.end.load(Ordering::Relaxed)
+    }
+
+    fn allow(&mut self) -> u64 {
+        self.watch.allow()
+    }
+}
+
+/// Keeps a merge without guests to its rate: others use the drive.
+struct Pace<'a> {
+    stop: &'a AtomicBool,
+    end: &'a AtomicBool,
+    rate: u64,
+    name: &'a str,
+}
+
+impl Watch for Pace<'_> {
+    fn at(&mut self, _: u64) -> Result<(), qcow::Error> {
+        match self.stop.load(Ordering::Relaxed) || self.end.load(Ordering::Relaxed) {
+            true => Err(qcow::Error::refused(self.name, "stopped: others need it")),
+            false => Ok(()),
+        }
+    }
+
+    fn moves(&mut self, bytes: u64) -> Result<(), qcow::Error> {
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.rate.max(1));
+        std::thread::sleep(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
+        self.at(0)
+    }
+}
