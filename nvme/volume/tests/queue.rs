@@ -397,7 +397,7 @@ fn volumes_as_units_of_one_queue() {
         let (mut sent, mut answered) = (0, Vec::new());
         for (n, unit) in [1u16, 2, 5].into_iter().enumerate() {
             let at = n as u64 * 4096 * 8;
-            memory.write(at, &[round + n as u8; 4096 * 8]);
+            memory.write(at as usize, &[round + n as u8; 4096 * 8]);
             let segs = [memory.seg(at, 4096 * 8).unwrap()];
             let r = Request { unit, ..request(n as u16, Op::Write, offset, 4096 * 8, &segs) };
             queue.submit(&r).unwrap();
