@@ -7,7 +7,7 @@ use std::any::Any;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use dma::{Region, RegionId, Seg};
+use dma::{Held, Region, RegionId, Seg};
 use reactor::sync::Mutex;
 
 /// Size of the pages that [`IovaMap::Pages`] counts in, as a power of two.
@@ -26,7 +26,9 @@ pub enum IovaMap {
 /// Makes regions reachable for one device. Called by control paths only.
 pub trait DmaMapper: Send + Sync {
     /// Makes the region reachable and says where. The memory stays where it is until
-    /// [`DmaMapper::unmap`]. Not called again for a region that is mapped.
+    /// [`DmaMapper::unmap`]. Not called again for a region that is mapped. Who keeps the region does so
+    /// by a [`Held`]: an `Arc` would make it one of the users, while any of whom is left the driver lets
+    /// no region go.
     ///
     /// # Errors
     /// Says why the device cannot reach it. An address that is not certain is an error: a guessed
@@ -35,12 +37,6 @@ pub trait DmaMapper: Send + Sync {
 
     /// The device need not reach the region any more; its memory may go away after this.
     fn unmap(&self, region: &Region);
-
-    /// How many `Arc`s of a mapped region the mapper keeps. It need not keep any: the driver does
-    /// as long as the region is mapped. The driver lets a region go that nobody else holds.
-    fn keeps(&self) -> usize {
-        0
-    }
 }
 
 /// A region that is mapped, by region id: under which number, by whom, and where.
@@ -92,7 +88,7 @@ impl DeviceMemory {
         };
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let mapping = Arc::new(Mapping {
-            region: region.clone(),
+            region: Held::new(region),
             map: map.clone(),
             number,
             memory: self.clone(),
@@ -132,7 +128,7 @@ static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// A region that is mapped as long as this lives.
 pub(crate) struct Mapping {
-    region: Arc<Region>,
+    region: Held,
     map: IovaMap,
     number: u64,
     memory: Arc<DeviceMemory>,
@@ -141,7 +137,7 @@ pub(crate) struct Mapping {
 impl Mapping {
     /// The memory.
     pub(crate) fn region(&self) -> &Arc<Region> {
-        &self.region
+        self.region.memory()
     }
 
     /// Bus address of the byte at `offset`, which lies in the region.
@@ -158,10 +154,9 @@ impl Mapping {
         (0..len).step_by(PAGE as usize).all(|at| self.bus(offset + at) == start + at)
     }
 
-    /// Whether nobody but the driver and the mapper holds the region any more, so that no new
-    /// request can name it.
+    /// Whether the region has no user any more, so that no new request can name it.
     fn is_unused(&self) -> bool {
-        Arc::strong_count(&self.region) <= 1 + self.memory.mapper.keeps()
+        self.region.is_unused()
     }
 }
 
@@ -204,8 +199,8 @@ pub(crate) enum Place<'a> {
 
 /// The regions that one queue pair knows, by their id.
 ///
-/// Holds each region, so that an id found here never means another one. A region that nobody
-/// else holds any more is let go, once every request that might name it has ended.
+/// Holds each region, so that an id found here never means another one. A region that has no user
+/// any more is let go, once every request that might name it has ended.
 pub(crate) struct AddressTable {
     entries: Box<[Entry]>,
     mappings: Box<[Option<Arc<Mapping>>]>,
@@ -271,7 +266,7 @@ impl AddressTable {
         Some(self.mappings.get(id.index())?.as_ref()?.region())
     }
 
-    /// Takes out of use the regions that nobody but this device's queues holds. `now` is the
+    /// Takes out of use the regions that only queues and mappers hold. `now` is the
     /// queue's time, and `oldest` the time of submission of its oldest request, if there is one.
     pub(crate) fn prune(&mut self, now: u64, oldest: Option<u64>) {
         self.retired.retain(|&(id, since)| {
@@ -406,6 +401,39 @@ pub(crate) mod tests {
         assert_eq!(mapper.mapped.load(Ordering::Relaxed), 1, "an old request is in flight");
         t.prune(40, Some(21));
         assert_eq!(mapper.mapped.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn queues_of_other_devices_do_not_keep_a_region() {
+        let table = || {
+            let mapper = FakeMapper::new(|_| IovaMap::Contiguous(0x1000));
+            (AddressTable::new(DeviceMemory::new(mapper.clone(), 12)), mapper)
+        };
+        let (mut nvme, mut files) = ([table(), table()], dma::Table::new());
+        let a = Region::new(4096, PageSize::Small).unwrap();
+        nvme.iter_mut().for_each(|(t, _)| t.register(&a).unwrap());
+        files.register(&a);
+        assert_eq!(a.tables(), 3);
+        let user = a.clone();
+        drop(a);
+        let seg = user.seg(0, 512).unwrap();
+        files.prune(|_| true);
+        for (t, mapper) in &mut nvme {
+            t.prune(1, None);
+            t.prune(2, None);
+            assert!(t.place(&seg).is_some());
+            assert_eq!(mapper.mapped.load(Ordering::Relaxed), 1);
+        }
+        drop(user);
+        for (t, mapper) in &mut nvme {
+            t.prune(3, None);
+            t.prune(4, None);
+            assert!(t.place(&seg).is_none());
+            assert_eq!(mapper.mapped.load(Ordering::Relaxed), 0);
+        }
+        assert!(files.find(&seg).is_some(), "each lets go for itself");
+        files.prune(|_| true);
+        assert!(files.find(&seg).is_none());
     }
 
     #[test]

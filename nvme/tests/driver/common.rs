@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::{BlockQueue, Completion, Completions, Flags, Op, Request, Status, Submit, Tag};
-use dma::{PageSize, Region, Seg};
+use dma::{Held, PageSize, Region, Seg};
 use nvme::{
     Bar, Clock, Controller, DmaMapper, Doorbell, IovaMap, Options, QueuePair, ResetError, State,
 };
@@ -36,7 +36,7 @@ type Pages = BTreeMap<u64, (usize, usize)>;
 pub(crate) struct Memory {
     layout: Layout,
     pages: Arc<Mutex<Pages>>,
-    regions: Arc<Mutex<Vec<Option<Arc<Region>>>>>,
+    regions: Arc<Mutex<Vec<Option<Held>>>>,
     next: Arc<Mutex<u64>>,
     /// The device does not master the bus.
     cut: Arc<AtomicBool>,
@@ -93,7 +93,7 @@ impl DmaMapper for Memory {
         for i in 0..n {
             pages.insert(bus(i), (regions.len(), i as usize * 4096));
         }
-        regions.push(Some(region.clone()));
+        regions.push(Some(Held::new(region)));
         Ok(match self.layout {
             Layout::Contiguous => IovaMap::Contiguous(first),
             Layout::Scattered => IovaMap::Pages((0..n).map(bus).collect()),
@@ -102,14 +102,10 @@ impl DmaMapper for Memory {
 
     fn unmap(&self, region: &Region) {
         let (mut pages, mut regions) = (self.pages.lock(), self.regions.lock());
-        let id = |r: &Option<Arc<Region>>| r.as_ref().is_some_and(|r| r.id() == region.id());
+        let id = |r: &Option<Held>| r.as_ref().is_some_and(|r| r.id() == region.id());
         let at = regions.iter().position(id).expect("unmapped once for each map");
         pages.retain(|_, (r, _)| *r != at);
         regions[at] = None;
-    }
-
-    fn keeps(&self) -> usize {
-        1
     }
 }
 

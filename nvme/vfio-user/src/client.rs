@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use dma::Region;
+use dma::{Held, Region};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -94,7 +94,7 @@ struct Calls {
 #[derive(Debug)]
 struct Window {
     address: u64,
-    region: Arc<Region>,
+    region: Held,
 }
 
 impl Client {
@@ -298,7 +298,7 @@ impl Client {
         let size = region.len() as u64;
         let map = DmaMap { readable: true, writable: true, offset: 0, address, size };
         // First, for the server may use it as soon as it knows of it.
-        self.shared.memory.lock().push(Window { address, region: region.clone() });
+        self.shared.memory.lock().push(Window { address, region: Held::new(region) });
         let done = self.call("memory map", command::DMA_MAP, &map.encode(), &[region.fd()]);
         if done.is_err() {
             self.forget(address);

@@ -7,9 +7,9 @@
 use std::any::Any;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use dma::{Region, RegionId};
+use dma::{Held, Region, RegionId};
 use nix::errno::Errno;
 use reactor::sync::Mutex;
 
@@ -64,7 +64,8 @@ struct Mapped {
     len: u64,
     /// How often it was mapped.
     count: usize,
-    region: Weak<Region>,
+    /// Mapped: so it is there.
+    region: Held,
     #[expect(dead_code, reason = "held: keeps the memory in place")]
     hold: Box<dyn Any + Send + Sync>,
 }
@@ -188,8 +189,8 @@ impl Container {
     /// still hold is put back where it was.
     fn map_again(&self, state: &mut State) -> Result<(), Error> {
         for m in state.mapped.iter().flatten() {
-            if let (Some(region), Bus::Contiguous(iova)) = (m.region.upgrade(), &m.bus) {
-                self.map_at(&region, *iova).map_err(Error::os("mapping memory again"))?;
+            if let Bus::Contiguous(iova) = &m.bus {
+                self.map_at(&m.region, *iova).map_err(Error::os("mapping memory again"))?;
             }
         }
         Ok(())
@@ -248,7 +249,7 @@ impl Container {
             }
         };
         state.bytes += len;
-        let region = Arc::downgrade(region);
+        let region = Held::new(region);
         *slot = Some(Mapped { bus: bus.clone(), len, count: 1, region, hold });
         Ok(bus)
     }

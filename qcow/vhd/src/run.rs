@@ -11,7 +11,7 @@ use block::{
     BlockQueue, Completion, Completions, DeviceInfo, Flags, Full, HasWork, Layer, MAX_GUEST_SEGS,
     Op, Port, Request, SegList, Status, Tag,
 };
-use dma::{PageSize, Region, RegionId};
+use dma::{PageSize, Region, Table};
 
 use crate::chain::{Chain, Kind};
 use crate::map::{Load, Map, MapLayer, Source, Step, Walk};
@@ -85,7 +85,7 @@ pub struct Image {
     ended: VecDeque<(u16, Status)>,
     /// Requests that wait for room in a leaf queue.
     blocked: VecDeque<u16>,
-    regions: Vec<Option<Arc<Region>>>,
+    table: Table,
     /// For bitmaps, a place for each slot.
     own: Arc<Region>,
     place: u32,
@@ -163,7 +163,7 @@ impl Image {
             free: (0..count as u16).rev().collect(),
             ended: VecDeque::with_capacity(count as usize),
             blocked: VecDeque::with_capacity(count as usize),
-            regions: vec![None; RegionId::MAX],
+            table: Table::new(),
             own,
             place: place as u32,
             scratch: vec![0; place as usize],
@@ -235,8 +235,7 @@ impl Image {
                     match span.source {
                         Source::Unallocated => {
                             for seg in segs.as_slice() {
-                                let region = self.regions.get(seg.region().index());
-                                let Some(Some(region)) = region else {
+                                let Some(region) = self.table.find(seg) else {
                                     return Some(Status::Invalid);
                                 };
                                 region.zero(seg.offset() as usize, seg.len() as usize);
@@ -288,7 +287,13 @@ impl<L: BlockQueue> Layer<L> for Image {
     }
 
     fn register(&mut self, region: &Arc<Region>) {
-        self.regions[region.id().index()] = Some(region.clone());
+        // A number is not free for another region while a request in work names it.
+        let (slots, free) = (&self.slots, &self.free);
+        let busy =
+            slots.iter().enumerate().filter(|(at, _)| !free.iter().any(|&f| usize::from(f) == *at));
+        let segs = busy.flat_map(|(_, slot)| slot.segs.as_slice());
+        self.table.prune(|region| !segs.clone().any(|seg| seg.region() == region.id()));
+        self.table.register(region);
     }
 
     fn room(&self, _leaves: &[L]) -> usize {

@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use dma::{Pool, Region, RegionId};
+use dma::{Pool, Region, Table};
 
 use self::slot::{Middle, Slot, Step};
 use crate::claims::{Lane, WRITES};
@@ -57,7 +57,7 @@ pub struct RmwQueue<Q> {
     leaf: Q,
     lane: Lane,
     units: Vec<Unit>,
-    regions: Box<[Option<Arc<Region>>]>,
+    table: Table,
     /// Made when the first edge needs a buffer: few queues ever have one.
     pool: Option<Pool>,
     /// Those that were ever used; the room for all is there from the start.
@@ -87,7 +87,7 @@ impl<Q: BlockQueue> RmwQueue<Q> {
             leaf,
             lane: claims.join().ok_or("too many queues share a device")?,
             units: Vec::new(),
-            regions: vec![None; RegionId::MAX].into_boxed_slice(),
+            table: Table::new(),
             pool: None,
             slots: Vec::with_capacity(WRITES),
             free: (0..WRITES as u16).rev().collect(),
@@ -123,6 +123,13 @@ impl<Q: BlockQueue> RmwQueue<Q> {
         let result = f(&mut self.leaf);
         self.look_at_units()?;
         Ok(result)
+    }
+
+    /// Lets go of regions that have no user any more and that no request in work names.
+    fn prune(&mut self) {
+        let in_work = self.slots.iter().filter(|s| !s.done());
+        let segs = in_work.flat_map(|s| s.segs.as_slice());
+        self.table.prune(|region| !segs.clone().any(|seg| seg.region() == region.id()));
     }
 
     /// Answers from the leaf that belonged to no request.
@@ -218,9 +225,7 @@ impl<Q: BlockQueue> RmwQueue<Q> {
         }
         // What is copied here must be memory that is known here.
         for seg in r.segs {
-            let region = self.regions.get(seg.region().index()).and_then(Option::as_ref);
-            let fits = |r: &Arc<Region>| seg.offset() + u64::from(seg.len()) <= r.len() as u64;
-            if !region.is_some_and(fits) {
+            if self.table.find(seg).is_none() {
                 s.middle = Middle::Done;
                 return Err(Status::Invalid);
             }
@@ -411,7 +416,7 @@ impl<Q: BlockQueue> RmwQueue<Q> {
         let cut = part.push_part(s.segs.as_slice(), e.at, e.len.into());
         debug_assert!(cut);
         for seg in part.as_slice() {
-            let Some(Some(region)) = self.regions.get(seg.region().index()) else { return };
+            let Some(region) = self.table.find(seg) else { return };
             let (offset, len) = (seg.offset() as usize, seg.len() as usize);
             if s.op == Op::Read {
                 dma::copy(bounce, at, region, offset, len);
@@ -484,8 +489,9 @@ impl<Q: BlockQueue> Submit for RmwQueue<Q> {
 
 impl<Q: BlockQueue> BlockQueue for RmwQueue<Q> {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.prune();
         self.leaf.register(region)?;
-        self.regions[region.id().index()].get_or_insert_with(|| region.clone());
+        self.table.register(region);
         Ok(())
     }
 
@@ -528,6 +534,7 @@ impl<Q: BlockQueue> BlockQueue for RmwQueue<Q> {
     }
 
     fn arm(&mut self) -> HasWork {
+        self.prune();
         let work =
             !self.blocked.is_empty() || !self.finished.is_empty() || self.seen < self.inner.len();
         if self.leaf.arm() == HasWork::Yes || work { HasWork::Yes } else { HasWork::No }

@@ -10,16 +10,21 @@
 //! - [`Region`]: a mapping of a memfd, of huge pages where the host has them.
 //! - [`Pool`] and [`Buf`]: equal buffers cut from a region, owned by one reactor.
 //! - [`Seg`]: what a request carries.
+//! - [`Table`]: the regions that a queue knows, and lets go of when they have no user any more.
 //!
 //! Threads: a `Region` is shared by any number of threads; a `Pool` belongs to one.
 
 mod access;
+mod id;
 mod pool;
 mod region;
+mod table;
 
 pub use access::{Entries, Entry, copy};
+pub use id::RegionId;
 pub use pool::{Buf, Pool};
-pub use region::{Error, PageSize, Region, RegionId};
+pub use region::{Error, PageSize, Region};
+pub use table::{Held, Table};
 
 /// A piece of a region, as a request carries it: which region, where in it, how long.
 ///

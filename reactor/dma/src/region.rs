@@ -1,11 +1,12 @@
 //! [`Region`]: one mapping of shared memory, kept alive by whoever may still touch it.
 //!
 //! Made by control code, before traffic starts; accessed from any thread. The mapping goes away
-//! when the last `Arc` does, so each queue holds the regions it was told about.
+//! when nobody holds it any more: neither its users, by an `Arc` of the region, nor a queue that was
+//! told about it, by a [`crate::Held`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Once};
 
 #[cfg(not(miri))]
@@ -14,53 +15,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 
-use crate::Seg;
-
-/// Names a region within this process; small, and free for reuse once the region is gone.
-///
-/// A queue indexes its table of registered regions by it, and keeps the region itself in that
-/// table: so an id found there can never mean another region.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct RegionId(u16);
-
-impl RegionId {
-    /// How many regions may exist at a time.
-    pub const MAX: usize = 4096;
-
-    pub(crate) const FIRST: RegionId = RegionId(0);
-
-    /// Index into a table of [`RegionId::MAX`] entries at most.
-    #[inline]
-    pub fn index(self) -> usize {
-        usize::from(self.0)
-    }
-
-    fn take() -> Result<RegionId, Error> {
-        for (i, word) in IDS.iter().enumerate() {
-            let mut seen = word.load(Ordering::Relaxed);
-            while seen != u64::MAX {
-                let bit = seen.trailing_ones();
-                match word.compare_exchange_weak(
-                    seen,
-                    seen | 1 << bit,
-                    Ordering::AcqRel,
-                    Ordering::Relaxed,
-                ) {
-                    Ok(_) => return Ok(RegionId((i * 64) as u16 + bit as u16)),
-                    Err(now) => seen = now,
-                }
-            }
-        }
-        Err(Error::TooMany)
-    }
-
-    fn give_back(self) {
-        IDS[self.index() / 64].fetch_and(!(1 << (self.0 % 64)), Ordering::Release);
-    }
-}
-
-/// One bit per id that is taken.
-static IDS: [AtomicU64; RegionId::MAX / 64] = [const { AtomicU64::new(0) }; RegionId::MAX / 64];
+use crate::{RegionId, Seg};
 
 /// The pages that a region is made of.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -123,23 +78,43 @@ pub enum Error {
 ///
 /// Backed by a memfd, so that it can be passed to a peer process and outlive a crash of this one.
 /// All accesses are bounds-checked copies or single atomic words.
+///
+/// Its users hold it by an `Arc`. Tables of queues hold it by a [`crate::Held`], which keeps the memory
+/// where it is and yet knows when the last user has gone.
 #[derive(Debug)]
 pub struct Region {
     id: RegionId,
-    base: NonNull<u8>,
+    base: Base,
     len: usize,
     page: PageSize,
-    fd: OwnedFd,
     lazy: bool,
+    /// The one that was made with the mapping; others are a table's.
+    users: bool,
+    mapping: Arc<Mapping>,
 }
 
-// SAFETY: the mapping is valid for the life of the value (the file's length is sealed; where a page
-// cannot be had the kernel ends the process, and nothing wrong is read) and every
+/// What the users' region and those of tables share. Keeps the id for as long as it lives.
+#[derive(Debug)]
+struct Mapping {
+    id: RegionId,
+    base: Base,
+    len: usize,
+    fd: OwnedFd,
+    /// The users' region exists.
+    used: AtomicBool,
+}
+
+/// Where a mapping begins.
+#[derive(Clone, Copy, Debug)]
+struct Base(NonNull<u8>);
+
+// SAFETY: the mapping is valid for the life of the region that has this (the file's length is sealed;
+// where a page cannot be had the kernel ends the process, and nothing wrong is read) and every
 // access through it is an opaque copy or an atomic, so no thread can make a data race that Rust
 // would call undefined. Who uses `base` with `unsafe` keeps to that.
-unsafe impl Send for Region {}
+unsafe impl Send for Base {}
 // SAFETY: as above.
-unsafe impl Sync for Region {}
+unsafe impl Sync for Base {}
 
 impl Region {
     /// Maps `len` bytes, rounded up to whole pages of the kind asked for, zeroed and resident.
@@ -265,7 +240,7 @@ impl Region {
         flags: MapFlags,
         lazy: bool,
     ) -> Result<Arc<Region>, Error> {
-        let id = RegionId::take()?;
+        let id = RegionId::take().ok_or(Error::TooMany)?;
         assert!(len >= MIN_LEN, "a region has whole pages");
         let length = std::num::NonZeroUsize::new(len).ok_or(Error::Length(len))?;
         #[cfg(miri)]
@@ -290,7 +265,11 @@ impl Region {
             )
         };
         match mapped {
-            Ok(base) => Ok(Arc::new(Region { id, base: base.cast(), len, page, fd, lazy })),
+            Ok(base) => {
+                let (base, used) = (Base(base.cast()), AtomicBool::new(true));
+                let mapping = Arc::new(Mapping { id, base, len, fd, used });
+                Ok(Arc::new(Region { id, base, len, page, lazy, users: true, mapping }))
+            }
             Err(source) => {
                 id.give_back();
                 Err(Error::Os { what: "mmap", len, source })
@@ -319,14 +298,35 @@ impl Region {
     /// The memfd behind it, for a peer that maps the same memory. A region of its own making is all
     /// of it; one [from a peer](Region::from_peer) may be a part.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.mapping.fd.as_fd()
     }
 
     /// Where it lies in this process: for a leaf that hands addresses to a kernel or a device, and
     /// keeps the region alive while it does. Dereferencing needs `unsafe` as for any raw pointer.
     #[inline]
     pub fn base(&self) -> NonNull<u8> {
-        self.base
+        self.base.0
+    }
+
+    /// The same memory for a table, which is no user of it.
+    pub(crate) fn for_table(self: &Arc<Region>) -> Arc<Region> {
+        if !self.users {
+            return self.clone();
+        }
+        let mapping = self.mapping.clone();
+        Arc::new(Region { users: false, mapping, ..**self })
+    }
+
+    /// Whether its users hold it still. Once they do not, they never will again: only an `Arc` that
+    /// they hold could be cloned.
+    pub(crate) fn is_used(&self) -> bool {
+        self.mapping.used.load(Ordering::Acquire)
+    }
+
+    /// How many tables hold it, for diagnosis: the queues that were told of it, and what makes it
+    /// reachable for their devices.
+    pub fn tables(&self) -> usize {
+        Arc::strong_count(&self.mapping) - usize::from(self.is_used())
     }
 
     /// The segment `[offset, offset + len)`, or `None` if it does not lie inside.
@@ -344,7 +344,7 @@ impl Region {
         // No underflow: `map` makes no region that is shorter.
         assert!(offset <= self.len - len, "access outside a DMA region");
         // SAFETY: the offset was just found to lie within the mapping, `len` bytes before its end.
-        unsafe { self.base.as_ptr().add(offset) }
+        unsafe { self.base.0.as_ptr().add(offset) }
     }
 
     /// Pointer to `[offset, offset + len)`. Panics if that is not inside, since offsets come from
@@ -356,7 +356,7 @@ impl Region {
         let end = offset.wrapping_add(len);
         assert!(offset <= end && end <= self.len, "access outside a DMA region");
         // SAFETY: the offset was just found to lie within the mapping.
-        unsafe { self.base.as_ptr().add(offset) }
+        unsafe { self.base.0.as_ptr().add(offset) }
     }
 }
 
@@ -391,8 +391,27 @@ const MIN_LEN: usize = 4096;
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.users {
+            // What users did to the memory was before this, for whoever finds it unused.
+            self.mapping.used.store(false, Ordering::Release);
+            GONE.fetch_add(1, Ordering::Release);
+        }
+    }
+}
+
+/// Counts regions that have lost their last user.
+static GONE: AtomicU32 = AtomicU32::new(0);
+
+/// A number that changes when a region loses its last user: as long as it does not, a table in which
+/// no such region was found has none.
+pub(crate) fn gone() -> u32 {
+    GONE.load(Ordering::Acquire)
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
         // SAFETY: the mapping was made by `map` with this length, and nobody holds the region.
-        let done = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+        let done = unsafe { nix::sys::mman::munmap(self.base.0.cast(), self.len) };
         debug_assert!(done.is_ok());
         self.id.give_back();
     }
@@ -401,14 +420,6 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ids_are_distinct_and_come_back() {
-        let a = Region::new(1, PageSize::Small).unwrap();
-        let b = Region::new(4097, PageSize::Small).unwrap();
-        assert_ne!(a.id(), b.id());
-        assert_eq!((a.len(), b.len()), (4096, 8192));
-    }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri's regions are no files")]

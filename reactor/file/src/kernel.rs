@@ -1,17 +1,18 @@
 //! [`Kernel`]: starts requests with the kernel and gets their results, by whichever interface.
 //!
 //! Owns what the kernel reads and writes behind our back: the address lists, one per slot, and the
-//! regions that they point into. While a slot is with the kernel its list cannot be touched, and
-//! dropping the whole waits for every request: so the safe methods here are safe.
+//! regions that they point into. While a slot is with the kernel its list cannot be touched, what any
+//! list names stays in the table, and dropping the whole waits for every request: so the safe methods
+//! here are safe.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use dma::Region;
+use dma::{Region, Table};
 
 use crate::aio::Aio;
-use crate::memory::{Memory, Vecs};
+use crate::memory::Vecs;
 use crate::uring::Uring;
 use crate::{Engine, Error};
 
@@ -48,7 +49,7 @@ pub(crate) struct Kernel {
     /// Those of slots that were ever used. The room for all is there from the start, so none moves.
     vecs: Vec<Vecs>,
     busy: Box<[bool]>,
-    memory: Memory,
+    table: Table,
 }
 
 impl Kernel {
@@ -71,7 +72,7 @@ impl Kernel {
             via,
             vecs: Vec::with_capacity(usize::from(depth)),
             busy: vec![false; usize::from(depth)].into_boxed_slice(),
-            memory: Memory::new(),
+            table: Table::new(),
         })
     }
 
@@ -84,7 +85,7 @@ impl Kernel {
 
     /// Adds a region to the table; `pin`: lets the kernel pin it too, to spare that per request.
     pub(crate) fn register(&mut self, region: &Arc<Region>, pin: bool) {
-        let new = self.memory.register(region);
+        let new = self.table.register(region);
         if let Via::Uring(ring) = &mut self.via
             && new
             && pin
@@ -93,13 +94,40 @@ impl Kernel {
         }
     }
 
+    /// Lets go of regions that have no user any more, unless the list of a slot that is with the kernel
+    /// or `in_use` names them, or `needed` says that the caller needs them. The lists of other slots
+    /// are emptied, so that no list names a region that is not in the table.
+    pub(crate) fn prune(
+        &mut self,
+        in_use: impl Fn(usize) -> bool,
+        needed: impl Fn(&Region) -> bool,
+    ) {
+        let Kernel { via, vecs, busy, table } = self;
+        let mut emptied = false;
+        table.prune(|region| {
+            if !emptied {
+                let idle = |slot: &usize| !busy[*slot] && !in_use(*slot);
+                (0..vecs.len()).filter(idle).for_each(|slot| vecs[slot].clear());
+                emptied = true;
+            }
+            if needed(region) || vecs.iter().any(|v| v.name(region)) {
+                return false;
+            }
+            match via {
+                // What the kernel has pinned, requests of the next region of this number would use.
+                Via::Uring(ring) => ring.unpin(region),
+                Via::Aio(_) => true,
+            }
+        });
+    }
+
     /// The table of regions, and the list of a slot that is not with the kernel.
     #[inline]
-    pub(crate) fn data(&mut self, slot: u16) -> (&Memory, &mut Vecs) {
+    pub(crate) fn data(&mut self, slot: u16) -> (&Table, &mut Vecs) {
         let slot = usize::from(slot);
         assert!(!self.busy[slot], "the kernel is reading this slot's list");
         self.make_list(slot);
-        (&self.memory, &mut self.vecs[slot])
+        (&self.table, &mut self.vecs[slot])
     }
 
     /// Makes the list of a slot that is used for the first time; `busy` is as long as there is room.
@@ -121,7 +149,8 @@ impl Kernel {
         match &mut self.via {
             // SAFETY: the list lies in a `Vec` that lives longer than the ring and never takes more
             // memory than at first, so it does not move, and `busy` keeps everyone off it; what it
-            // names is held by the table, which only grows.
+            // names was in the table when it was filled or, by `prune`, the list was emptied since;
+            // and `prune` leaves in the table what a busy slot's list names.
             Via::Uring(ring) => unsafe { ring.push(u32::from(slot), &start) },
             // SAFETY: as above.
             Via::Aio(aio) => unsafe { aio.push(slot, &start) },
@@ -161,6 +190,16 @@ impl Kernel {
         match &self.via {
             Via::Uring(ring) => ring.wake_fd(),
             Via::Aio(aio) => aio.wake_fd(),
+        }
+    }
+
+    /// Whether the kernel has pinned the region of this number, and bytes of the process's allowance
+    /// that are taken for such.
+    #[cfg(test)]
+    pub(crate) fn pinned(&self, region: usize) -> (bool, usize) {
+        match &self.via {
+            Via::Uring(ring) => (ring.is_pinned(region), ring.allowance()),
+            Via::Aio(_) => (false, 0),
         }
     }
 

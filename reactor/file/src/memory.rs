@@ -1,13 +1,13 @@
-//! The table of registered regions, and requests' data as the kernel wants it: lists of addresses.
+//! Requests' data as the kernel wants it: lists of addresses.
 //!
-//! An [`IoVec`] can only be made here, from a segment of a registered region, and the table only
-//! grows: so every address in one is memory that lives as long as the table.
+//! An [`IoVec`] can only be made here, from a segment of a region that is in the queue's table; and
+//! the table lets go of no region that a list names ([`crate::kernel::Kernel::prune`]). So every
+//! address in a list is memory that is mapped.
 
 use std::mem::offset_of;
-use std::sync::Arc;
 
 use block::MAX_SEGS;
-use dma::{Region, RegionId, Seg};
+use dma::{Region, Seg, Table};
 
 /// An address range of a registered region; laid out as the kernel's `struct iovec`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +45,17 @@ impl Vecs {
     pub(crate) const EMPTY: Vecs =
         Vecs { items: [IoVec { base: 0, len: 0 }; MAX_SEGS], first: 0, end: 0, region: 0 };
 
+    /// No data: names no memory.
+    pub(crate) fn clear(&mut self) {
+        (self.first, self.end) = (0, 0);
+    }
+
+    /// Whether some of the data that is still to be moved lies in a region.
+    pub(crate) fn name(&self, region: &Region) -> bool {
+        let base = region.base().as_ptr().addr();
+        self.as_slice().iter().any(|v| v.base.wrapping_sub(base) < region.len())
+    }
+
     pub(crate) fn as_slice(&self) -> &[IoVec] {
         &self.items[usize::from(self.first)..usize::from(self.end)]
     }
@@ -79,96 +90,67 @@ impl Vecs {
     }
 }
 
-/// The registered regions.
-#[derive(Debug)]
-pub(crate) struct Memory {
-    regions: Box<[Option<Arc<Region>>]>,
+/// Fills `out` with the segments' addresses; segments that adjoin become one. `false` if a segment is
+/// of no registered region or does not lie inside.
+#[inline]
+pub(crate) fn resolve(table: &Table, segs: &[Seg], out: &mut Vecs) -> bool {
+    (out.first, out.end) = (0, 0);
+    let mut next = 0;
+    for seg in segs {
+        let Some(region) = table.find(seg) else { return false };
+        let len = seg.len() as usize;
+        let base = region.base().as_ptr().expose_provenance() + seg.offset() as usize;
+        // Two regions may adjoin in the address space; they stay two pieces.
+        let id = seg.region().index() as u16;
+        if base == next && out.region == id {
+            out.items[usize::from(out.end) - 1].len += len;
+        } else if usize::from(out.end) < MAX_SEGS {
+            out.items[usize::from(out.end)] = IoVec { base, len };
+            out.end += 1;
+        } else {
+            return false;
+        }
+        next = base + len;
+        out.region = id;
+    }
+    true
 }
 
-impl Memory {
-    pub(crate) fn new() -> Memory {
-        Memory { regions: vec![None; RegionId::MAX].into_boxed_slice() }
-    }
+/// Region and offset of an address from [`resolve`]. Slow.
+fn locate(table: &Table, v: IoVec) -> (&Region, usize) {
+    table
+        .iter()
+        .find_map(|r| {
+            let at = v.base.checked_sub(r.base().as_ptr().addr())?;
+            (at < r.len() && v.len <= r.len() - at).then_some((r, at))
+        })
+        .expect("the table keeps a region that a request in work names")
+}
 
-    /// Adds a region, for good. `false` if it was there already.
-    pub(crate) fn register(&mut self, region: &Arc<Region>) -> bool {
-        // Its number cannot be another region's while the table holds that.
-        let place = &mut self.regions[region.id().index()];
-        let new = place.is_none();
-        place.get_or_insert_with(|| region.clone());
-        new
+/// Fills what is left of `vecs` with zeroes.
+#[cold]
+pub(crate) fn zero(table: &Table, vecs: &Vecs) {
+    for &v in vecs.as_slice() {
+        let (region, at) = locate(table, v);
+        region.zero(at, v.len);
     }
+}
 
-    /// Fills `out` with the segments' addresses; segments that adjoin become one. `false` if a
-    /// segment is of no registered region or does not lie inside.
-    #[inline]
-    pub(crate) fn resolve(&self, segs: &[Seg], out: &mut Vecs) -> bool {
-        (out.first, out.end) = (0, 0);
-        let mut next = 0;
-        for seg in segs {
-            let Some(region) = self.regions.get(seg.region().index()).and_then(Option::as_ref)
-            else {
-                return false;
-            };
-            // A stale segment may name a region that has since got the number of another.
-            let len = u64::from(seg.len());
-            if seg.offset().checked_add(len).is_none_or(|end| end > region.len() as u64) {
-                return false;
-            }
-            let base = region.base().as_ptr().expose_provenance() + seg.offset() as usize;
-            // Two regions may adjoin in the address space; they stay two pieces.
-            let id = seg.region().index() as u16;
-            if base == next && out.region == id {
-                out.items[usize::from(out.end) - 1].len += len as usize;
-            } else if usize::from(out.end) < MAX_SEGS {
-                out.items[usize::from(out.end)] = IoVec { base, len: len as usize };
-                out.end += 1;
-            } else {
-                return false;
-            }
-            next = base + len as usize;
-            out.region = id;
-        }
-        true
+/// Copies the bytes of `vecs` into `to`, which is long enough.
+pub(crate) fn gather(table: &Table, vecs: &Vecs, to: &Region, mut to_at: usize) {
+    for &v in vecs.as_slice() {
+        let (region, at) = locate(table, v);
+        dma::copy(region, at, to, to_at, v.len);
+        to_at += v.len;
     }
+}
 
-    /// Region and offset of an address from [`Memory::resolve`]. Slow.
-    fn locate(&self, v: IoVec) -> (&Region, usize) {
-        self.regions
-            .iter()
-            .flatten()
-            .find_map(|r| {
-                let at = v.base.checked_sub(r.base().as_ptr().addr())?;
-                (at < r.len() && v.len <= r.len() - at).then_some((&**r, at))
-            })
-            .expect("an address made from a registered region, and none is ever removed")
-    }
-
-    /// Fills what is left of `vecs` with zeroes.
-    #[cold]
-    pub(crate) fn zero(&self, vecs: &Vecs) {
-        for &v in vecs.as_slice() {
-            let (region, at) = self.locate(v);
-            region.zero(at, v.len);
-        }
-    }
-
-    /// Copies the bytes of `vecs` into `to`, which is long enough.
-    pub(crate) fn gather(&self, vecs: &Vecs, to: &Region, mut to_at: usize) {
-        for &v in vecs.as_slice() {
-            let (region, at) = self.locate(v);
-            dma::copy(region, at, to, to_at, v.len);
-            to_at += v.len;
-        }
-    }
-
-    /// Copies bytes of `from`, which is long enough, over those of `vecs`.
-    pub(crate) fn scatter(&self, from: &Region, mut from_at: usize, vecs: &Vecs) {
-        for &v in vecs.as_slice() {
-            let (region, at) = self.locate(v);
-            dma::copy(from, from_at, region, at, v.len);
-            from_at += v.len;
-        }
+/// Copies bytes of `from`, which is long enough, over those of `vecs`.
+pub(crate) fn scatter(table: &Table, from: &Region, mut from_at: usize, vecs: &Vecs) {
+    for &v in vecs.as_slice() {
+        let (region, at) = locate(table, v);
+        dma::copy(from, from_at, region, at, v.len);
+        from_at += v.len;
     }
 }
 
@@ -180,12 +162,12 @@ mod tests {
     #[test]
     fn adjoining_segments_become_one_and_advance_crosses_them() {
         let region = Region::new(64 << 10, PageSize::Small).unwrap();
-        let mut m = Memory::new();
+        let mut m = Table::new();
         let mut v = Vecs::EMPTY;
         let seg = |at, len| region.seg(at, len).unwrap();
-        assert!(!m.resolve(&[seg(0, 512)], &mut v), "not registered yet");
+        assert!(!resolve(&m, &[seg(0, 512)], &mut v), "not registered yet");
         m.register(&region);
-        assert!(m.resolve(&[seg(0, 4096), seg(4096, 512), seg(8192, 4096)], &mut v));
+        assert!(resolve(&m, &[seg(0, 4096), seg(4096, 512), seg(8192, 4096)], &mut v));
         let base = region.base().as_ptr().addr();
         assert_eq!(
             v.as_slice(),
@@ -201,7 +183,7 @@ mod tests {
 
     #[test]
     fn regions_that_adjoin_stay_two_pieces() {
-        let mut m = Memory::new();
+        let mut m = Table::new();
         let regions: Vec<_> =
             (0..32).map(|_| Region::new(4096, PageSize::Small).unwrap()).collect();
         regions.iter().for_each(|r| assert!(m.register(r)));
@@ -210,31 +192,41 @@ mod tests {
         let pairs = regions.iter().flat_map(|a| regions.iter().map(move |b| (a, b)));
         let (a, b) = { pairs }.find(|(a, b)| base(a) + 4096 == base(b)).unwrap();
         let mut v = Vecs::EMPTY;
-        assert!(m.resolve(&[a.seg(0, 4096).unwrap(), b.seg(0, 4096).unwrap()], &mut v));
+        assert!(resolve(&m, &[a.seg(0, 4096).unwrap(), b.seg(0, 4096).unwrap()], &mut v));
         assert_eq!(v.as_slice().len(), 2);
-        m.zero(&v);
+        zero(&m, &v);
         v.advance(4096);
         assert_eq!(v.single().unwrap().1, b.id().index());
     }
 
     #[test]
+    fn lists_name_the_regions_of_what_is_left() {
+        let mut m = Table::new();
+        let [a, b] = [0, 1].map(|_| Region::new(8192, PageSize::Small).unwrap());
+        let mut v = Vecs::EMPTY;
+        assert!(m.register(&a) && m.register(&b) && !v.name(&a));
+        assert!(resolve(&m, &[a.seg(8191, 1).unwrap(), b.seg(0, 4096).unwrap()], &mut v));
+        assert!(v.name(&a) && v.name(&b));
+        v.advance(1);
+        assert!(!v.name(&a) && v.name(&b));
+        v.clear();
+        assert!(!v.name(&b));
+    }
+
+    #[test]
     fn a_stale_segment_of_a_longer_region_is_refused() {
-        // The next regions take the lowest free numbers; but other tests run beside this one.
-        for _ in 0..100 {
-            let long = Region::new(64 << 10, PageSize::Small).unwrap();
-            let seg = long.seg(60 << 10, 4096).unwrap();
-            let id = long.id();
-            drop(long);
-            let short = Region::new(4096, PageSize::Small).unwrap();
-            if short.id() == id {
-                let mut m = Memory::new();
-                m.register(&short);
-                let mut v = Vecs::EMPTY;
-                assert!(!m.resolve(&[seg], &mut v));
-                assert!(m.resolve(&[short.seg(0, 4096).unwrap()], &mut v));
-                return;
-            }
-        }
-        panic!("never got the same number twice");
+        // A number comes back when all others had their turn; but other tests run beside this one.
+        let long = Region::new(64 << 10, PageSize::Small).unwrap();
+        let (seg, id) = (long.seg(60 << 10, 4096).unwrap(), long.id());
+        drop(long);
+        let short = (0..10 * dma::RegionId::MAX)
+            .map(|_| Region::new(4096, PageSize::Small).unwrap())
+            .find(|r| r.id() == id)
+            .expect("never got the same number twice");
+        let mut m = Table::new();
+        m.register(&short);
+        let mut v = Vecs::EMPTY;
+        assert!(!resolve(&m, &[seg], &mut v));
+        assert!(resolve(&m, &[short.seg(0, 4096).unwrap()], &mut v));
     }
 }

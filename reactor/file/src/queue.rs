@@ -19,6 +19,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::bounce::Bounces;
 use crate::kernel::{Io, Kernel};
+use crate::memory::{gather, resolve, scatter, zero};
 use crate::unit::{MAX_TRANSFER, Unit};
 use crate::{Engine, Error, os};
 
@@ -161,6 +162,8 @@ impl FileQueue {
         let nothing = nothing.map_err(|e| Error::os("memfd_create")(e.into()))?;
         u.file = Arc::new(nothing.into());
         (u.info.size, u.info.read_only, u.len) = (0, true, 0);
+        // Memory of those who used it may have gone before.
+        self.prune();
         Ok(())
     }
 
@@ -183,6 +186,19 @@ impl FileQueue {
     #[cfg(test)]
     pub(crate) fn cripple(&mut self) {
         self.kernel.cripple();
+    }
+
+    /// Lets go of regions that have no user any more and that no request in work names.
+    fn prune(&mut self) {
+        let FileQueue { kernel, slots, waiting, bounces, .. } = self;
+        let bounced = |s: &Slot, region: &Region| match (&s.bounce, &bounces) {
+            (Some(buf), Some(bounces)) => bounces.of(buf).name(region),
+            _ => false,
+        };
+        kernel.prune(
+            |slot| waiting.iter().any(|&w| usize::from(w) == slot),
+            |region| slots.iter().any(|s| bounced(s, region)),
+        );
     }
 
     /// A free slot.
@@ -217,8 +233,8 @@ impl FileQueue {
                 if r.len > u64::from(MAX_TRANSFER) {
                     return Some(Status::Invalid);
                 }
-                let (memory, vecs) = self.kernel.data(slot);
-                if !memory.resolve(r.segs, vecs) {
+                let (table, vecs) = self.kernel.data(slot);
+                if !resolve(table, r.segs, vecs) {
                     return Some(Status::Invalid);
                 }
                 s.step = Step::Transfer;
@@ -287,13 +303,13 @@ impl FileQueue {
             let Some(buf) = bounces.pool.take() else { return };
             self.waiting.pop_front();
             let s = &mut self.slots[usize::from(slot)];
-            let (memory, vecs) = self.kernel.data(slot);
+            let (table, vecs) = self.kernel.data(slot);
             bounces.stand_for(&buf, vecs);
             if s.op == Op::Write {
-                memory.gather(vecs, bounces.pool.region(), buf.seg().offset() as usize);
+                gather(table, vecs, bounces.pool.region(), buf.seg().offset() as usize);
             }
             let whole = buf.head(s.len as u32).expect("a bounce buffer holds the longest request");
-            assert!(memory.resolve(&[whole], vecs), "the bounce pool is registered");
+            assert!(resolve(table, &[whole], vecs), "the bounce pool is registered");
             s.bounce = Some(buf);
             self.start(slot);
         }
@@ -373,7 +389,7 @@ impl FileQueue {
         let unit = &self.units[usize::from(s.unit)];
         s.offset += n;
         s.len -= n;
-        let (memory, vecs) = self.kernel.data(slot);
+        let (table, vecs) = self.kernel.data(slot);
         vecs.advance(n as usize);
         if s.op == Op::Read {
             // Direct reads stop within a block only at the end of the file.
@@ -382,7 +398,7 @@ impl FileQueue {
                 return Some((Status::Gone, 0));
             }
             if at_end {
-                memory.zero(vecs);
+                zero(table, vecs);
                 return Some((Status::Ok, 0));
             }
         } else if n == 0 {
@@ -440,9 +456,9 @@ impl FileQueue {
             && let Some(bounces) = &mut self.bounces
         {
             if s.op == Op::Read && status.is_ok() {
-                let (memory, _) = self.kernel.data(slot);
+                let (table, _) = self.kernel.data(slot);
                 let (from, at) = (bounces.pool.region(), buf.seg().offset() as usize);
-                memory.scatter(from, at, bounces.of(&buf));
+                scatter(table, from, at, bounces.of(&buf));
             }
             bounces.pool.give(buf);
         }
@@ -506,6 +522,7 @@ impl Submit for FileQueue {
 
 impl BlockQueue for FileQueue {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), String> {
+        self.prune();
         self.kernel.register(region, true);
         Ok(())
     }
@@ -543,6 +560,8 @@ impl BlockQueue for FileQueue {
     }
 
     fn arm(&mut self) -> HasWork {
+        // Memory that is used no more is not kept from the host until the next one comes.
+        self.prune();
         // One that waits for a bounce buffer can go on only after a completion, unless one is free.
         let bounce = !self.waiting.is_empty()
             && self.bounces.as_ref().is_none_or(|b| b.pool.available() > 0);

@@ -3,6 +3,7 @@
 mod behaviour;
 mod device;
 mod model;
+mod regions;
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;

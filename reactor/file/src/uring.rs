@@ -67,15 +67,42 @@ impl Uring {
         if *pinned || region.is_lazy() || !self.allowance.take(region.len()) {
             return;
         }
-        let all = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: region.len() };
-        let ring = self.ring.submitter();
-        // SAFETY: a mapping that the table of regions keeps for as long as the ring lives, and
-        // whose pages stay the same.
-        let done = unsafe { ring.register_buffers_update(at as u32, &[all], None) };
+        let done = enter(&self.ring, at, Some(region));
         *pinned = done.is_ok();
         if let Err(e) = done {
+            self.allowance.give(region.len());
             log::debug!("{} bytes not pinned for io_uring: {e}", region.len());
         }
+    }
+
+    /// Has the kernel let go of a region's pages, if it has pinned them: at once, or before Linux 6.13
+    /// perhaps when the requests that it has now have ended and up to a second later. No entry that
+    /// names the region is to be pushed any more, nor may one be waiting to be sent. `false`: the
+    /// kernel is out of memory and does not; nothing has changed.
+    pub(crate) fn unpin(&mut self, region: &Region) -> bool {
+        let at = region.id().index();
+        let Some(pinned) = self.pinned.get_mut(at).filter(|pinned| **pinned) else { return true };
+        // Requests with the kernel hold on to the buffer that they were given.
+        let done = enter(&self.ring, at, None);
+        if let Err(e) = done {
+            log::debug!("{} bytes stay pinned for io_uring for now: {e}", region.len());
+            return false;
+        }
+        *pinned = false;
+        self.allowance.give(region.len());
+        true
+    }
+
+    /// Whether the kernel has pinned the region of this number.
+    #[cfg(test)]
+    pub(crate) fn is_pinned(&self, region: usize) -> bool {
+        self.pinned.get(region) == Some(&true)
+    }
+
+    /// Bytes of the process's allowance that the ring has taken.
+    #[cfg(test)]
+    pub(crate) fn allowance(&self) -> usize {
+        self.allowance.0
     }
 
     /// Queues a request.
@@ -180,6 +207,19 @@ impl Uring {
     }
 }
 
+/// Enters a region in the ring's table of buffers, or nothing: the entry is then as empty as the sparse
+/// table made it.
+fn enter(ring: &IoUring, at: usize, region: Option<&Region>) -> io::Result<()> {
+    let (iov_base, iov_len) = match region {
+        Some(region) => (region.base().as_ptr().cast(), region.len()),
+        None => (std::ptr::null_mut(), 0),
+    };
+    let buffer = libc::iovec { iov_base, iov_len };
+    // SAFETY: nothing, or a mapping whose pages stay the same. The kernel holds these itself; the queue's
+    // table keeps the region until `unpin`, so that no other gets its address or its number meanwhile.
+    unsafe { ring.submitter().register_buffers_update(at as u32, &[buffer], None) }
+}
+
 impl Drop for Uring {
     fn drop(&mut self) {
         // The kernel writes into the requests' memory until it has answered them. What was only
@@ -216,6 +256,12 @@ impl Allowance {
         }
         self.0 += len;
         true
+    }
+
+    /// Gives back what was taken in one piece.
+    fn give(&mut self, len: usize) {
+        self.0 -= len;
+        PINNED.fetch_sub(len, Ordering::Relaxed);
     }
 }
 

@@ -76,11 +76,6 @@ impl DmaMapper for ModelMapper {
         mapped.map(IovaMap::Contiguous).map_err(|e| e.to_string())
     }
 
-    /// The model's IOMMU holds each region that is mapped.
-    fn keeps(&self) -> usize {
-        1
-    }
-
     fn unmap(&self, region: &Region) {
         if let Err(e) = self.0.lock().unmap(region) {
             log::error!("NVMe model: {e}");

@@ -217,11 +217,6 @@ impl DmaMapper for Mapper {
             log::error!("vfio-user: {e}");
         }
     }
-
-    /// The client holds what is mapped, for servers that reach it by messages.
-    fn keeps(&self) -> usize {
-        1
-    }
 }
 
 /// A controller that is up.

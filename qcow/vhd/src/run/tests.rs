@@ -1,6 +1,7 @@
 //! An image by itself, its leaf queues turned by hand: what it does where memory for bitmaps is short.
 
 use block::{Blocking, MemQueue, Storage, StorageError};
+use dma::Held;
 
 use super::*;
 use crate::{ChainOptions, Opened};
@@ -140,4 +141,29 @@ fn a_close_ends_what_is_still_on_its_way_down() {
     assert_eq!(answers.len() as u64, BLOCKS);
     assert!(answers.iter().all(|a| a.1 == Status::Gone), "{answers:?}");
     assert_eq!(Layer::<MemQueue>::closed(&rig.image), Some(Status::Ok));
+}
+
+#[test]
+fn a_region_stays_while_a_request_in_work_names_it() {
+    let mut rig = Rig::new(1 << 20);
+    let held = Held::new(&rig.data);
+    // The image's, each leaf's and this.
+    let all = usize::from(DEPTH) + 2;
+    rig.ask();
+    let next = || Region::new(4096, PageSize::Small).unwrap();
+    rig.data = next();
+    Layer::<MemQueue>::register(&mut rig.image, &rig.data);
+    assert_eq!(held.tables(), all);
+    let mut answers = Vec::new();
+    for _ in 0..1000 {
+        answers.extend(rig.turn());
+    }
+    assert_eq!(answers.len() as u64, BLOCKS);
+    assert!(answers.iter().all(|a| a.1 == Status::Ok));
+    let mut sector = [0; 512];
+    held.read(0, &mut sector);
+    assert_eq!(sector, [77; 512]);
+    rig.data = next();
+    Layer::<MemQueue>::register(&mut rig.image, &rig.data);
+    assert_eq!(held.tables(), all - 1);
 }

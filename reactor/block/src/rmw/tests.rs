@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use dma::{PageSize, Region, RegionId, Seg};
+use dma::{Held, PageSize, Region, RegionId, Seg};
 
 use crate::{
     BlockQueue, Claims, Completion, Completions, DeviceInfo, Fault, FaultQueue, Flags, Full,
@@ -609,4 +609,27 @@ fn answers_to_nothing_are_counted() {
     assert_eq!((out.len(), q.strays(), q.in_flight()), (0, 5, 1));
     q.with_leaf(|leaf| leaf.step(0)).unwrap();
     assert_eq!(drain(&mut q).len(), 1);
+}
+
+#[test]
+fn a_region_stays_while_an_edge_needs_it() {
+    let leaf = MemQueue::new(64 << 10, 4096).unwrap();
+    let mut q = RmwQueue::new(leaf, &Claims::new(1)).unwrap();
+    let [r, other] = [0, 1].map(|_| Region::new(4096, PageSize::Small).unwrap());
+    let (held, seg) = (Held::new(&r), r.seg(0, 512).unwrap());
+    q.register(&r).unwrap();
+    assert_eq!(held.tables(), 3, "the queue's, the leaf's, this");
+    r.write(0, &[0x42; 512]);
+    q.submit(&request(0, Op::Write, 512, 512, &[seg])).unwrap();
+    drop(r);
+    q.register(&other).unwrap();
+    assert_eq!(held.tables(), 2, "the leaf needs it no more");
+    assert_eq!(drain(&mut q)[0].status, Status::Ok);
+    let mut byte = [0];
+    q.leaf().data().read(1023, &mut byte);
+    assert_eq!(byte, [0x42]);
+    // Gone with the look before the sleep, that `drain` ends with.
+    assert_eq!(held.tables(), 1);
+    q.submit(&request(0, Op::Write, 512, 512, &[seg])).unwrap();
+    assert_eq!(drain(&mut q)[0].status, Status::Invalid);
 }
