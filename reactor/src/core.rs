@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use block::{BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Status};
+use block::{
+    BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Limit, Status,
+};
 
 use crate::{Clock, Mailbox, Stats, Wake};
 
@@ -36,6 +38,10 @@ pub struct Core<L, I, F> {
     images: Vec<Option<I>>,
     /// The leaf queues that each image stands on; `None`: any.
     places: Vec<Option<Box<[u16]>>>,
+    /// How much each image takes, if that is limited.
+    limits: Vec<Option<Arc<Limit>>>,
+    /// When the first of those opens that requests wait for, as of the last [`Core::arm`].
+    opens: Option<u64>,
     frontends: Vec<Option<Attached<F>>>,
     /// Which frontend is looked at next for whether its other side has gone.
     look: usize,
@@ -62,6 +68,8 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             leaves: Vec::new(),
             images: Vec::new(),
             places: Vec::new(),
+            limits: Vec::new(),
+            opens: None,
             frontends: Vec::new(),
             look: 0,
             done: Completions::new(),
@@ -158,7 +166,16 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         self.images[index] = Some(make(owner(index) | IMAGE, &mut self.leaves)?);
         self.places.resize_with(self.images.len(), || None);
         self.places[index] = None;
+        self.limits.resize(self.images.len(), None);
+        self.limits[index] = None;
         Ok(index)
+    }
+
+    /// Limits what an image takes, or does not any more.
+    pub fn limit(&mut self, image: usize, limit: Option<Arc<Limit>>) {
+        if let Some(place) = self.limits.get_mut(image) {
+            *place = limit;
+        }
     }
 
     /// From now on an image asks only these of the leaf queues; its frontends' memory is made known
@@ -316,7 +333,10 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
                 continue;
             }
             let Some(Some(image)) = self.images.get_mut(a.image) else { continue };
-            busy |= image.serve(&mut self.leaves, &mut a.frontend, self.now);
+            busy |= match &self.limits[a.image] {
+                None => image.serve(&mut self.leaves, &mut a.frontend, self.now),
+                Some(l) => image.serve_within(l, &mut self.leaves, &mut a.frontend, self.now),
+            };
         }
         self.stats.turns.add(1);
         if busy {
@@ -394,8 +414,17 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         for image in self.images.iter_mut().flatten() {
             work |= image.arm() == HasWork::Yes;
         }
+        self.opens = None;
         for a in self.frontends.iter_mut().flatten() {
-            work |= a.frontend.arm() == HasWork::Yes;
+            let its = a.frontend.arm() == HasWork::Yes;
+            let limit = self.limits.get(a.image).and_then(Option::as_ref);
+            match limit.map(|limit| limit.opens()).filter(|&opens| opens > self.now) {
+                // Its requests wait for that, and nothing else wakes the reactor.
+                Some(opens) if its => {
+                    self.opens = Some(self.opens.map_or(opens, |first| first.min(opens)));
+                }
+                _ => work |= its,
+            }
             // It goes in one of the next turns.
             work |= a.has_ended() && a.frontend.in_flight() == 0;
         }
@@ -408,6 +437,14 @@ impl<L, I, F> Drop for Core<L, I, F> {
         // Nobody runs calls any more. The fields go after this, leaves first: a frontend that goes
         // with requests in flight can say that nothing touches their memory any more.
         self.mailbox.close();
+    }
+}
+
+impl<L, I, F> Core<L, I, F> {
+    /// How long a reactor may sleep after [`Core::arm`] before requests that wait for a limit can be
+    /// taken, in nanoseconds. `None`: there are none.
+    pub(crate) fn nap(&self) -> Option<u64> {
+        self.opens.map(|opens| opens.saturating_sub(self.now))
     }
 }
 

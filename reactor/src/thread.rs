@@ -154,6 +154,9 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
     wake.about_to_sleep();
     if core.arm() == HasWork::No {
         core.stats().sleeps.add(1);
+        let nap = core.nap().map_or(SLEEP_MS, |ns| {
+            u16::try_from(ns.div_ceil(1_000_000)).unwrap_or(SLEEP_MS).min(SLEEP_MS)
+        });
         let mut fds: [_; 1 + LEAF_WAKERS] =
             std::array::from_fn(|_| PollFd::new(wake.fd(), PollFlags::POLLIN));
         let mut n = 1;
@@ -162,7 +165,7 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
             n += 1;
         }
         // A signal or a time-out only means one turn more.
-        let _ = poll(&mut fds[..n], PollTimeout::from(SLEEP_MS));
+        let _ = poll(&mut fds[..n], PollTimeout::from(nap));
     }
     wake.awake();
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use dma::Region;
 
+use crate::limit::Limited;
 use crate::{
-    BlockQueue, Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Request, Status,
-    Submit,
+    BlockQueue, Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Limit, Request,
+    Status, Submit,
 };
 
 /// Where a node's bytes lie: which of the reactor's leaf queues, and which unit of it.
@@ -55,6 +56,22 @@ pub trait Layer<L: BlockQueue> {
         Self: Sized,
     {
         frontend.poll(&mut Bound { image: self, leaves }, now)
+    }
+
+    /// The same, as far as a limit allows.
+    #[inline(never)]
+    fn serve_within<F: Frontend>(
+        &mut self,
+        limit: &Limit,
+        leaves: &mut [L],
+        frontend: &mut F,
+        now: u64,
+    ) -> bool
+    where
+        Self: Sized,
+    {
+        let disk = Bound { image: self, leaves };
+        frontend.poll(&mut Limited { disk, limit, now }, now)
     }
 
     /// Whether the layer has work that no completion will wake: asked before the reactor sleeps.

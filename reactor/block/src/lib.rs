@@ -8,6 +8,7 @@
 //! - [`Submit`] is what a frontend sees (an image); [`BlockQueue`] is a leaf: a device's queue.
 //! - [`Frontend`] brings requests in: a guest ring, a portal to another thread.
 //! - [`Layer`] is translation: an image that is lent the reactor's leaf queues at each call.
+//! - [`Limit`] is how much an image takes in a second.
 //! - [`Storage`] is the control path's view of a device: blocking reads and writes of bytes.
 //! - [`MemQueue`] is a leaf in memory.
 //! - [`RmwQueue`] over a leaf presents 4 KiB blocks as 512-byte ones; [`Claims`] keeps such queues of
@@ -26,6 +27,7 @@ mod fault;
 mod frontend;
 mod info;
 mod layer;
+mod limit;
 mod mem;
 mod raw;
 mod request;
@@ -44,6 +46,7 @@ pub use fault::{Fault, FaultQueue, Rule};
 pub use frontend::Frontend;
 pub use info::DeviceInfo;
 pub use layer::{Layer, Port};
+pub use limit::Limit;
 pub use mem::MemQueue;
 pub use raw::RawImage;
 pub use request::{

@@ -203,12 +203,16 @@ impl Disk {
 
     /// Something that makes portals to this image, for other threads to use at will.
     pub fn door(&self) -> Door {
+        Door::new(self.entries(), self.rest.name())
+    }
+
+    pub(crate) fn entries(&self) -> Arc<[Entry]> {
         let entry = |r: &Running| Entry {
             mailbox: self.mailbox(r).clone(),
             image: r.image,
             reactor: r.reactor,
         };
-        Door::new(self.running().map(entry).collect(), self.rest.name())
+        self.running().map(entry).collect()
     }
 
     /// A portal to the home reactor for `depth` requests in flight over `regions`.

@@ -28,8 +28,8 @@ pub struct Door {
 
 impl Door {
     /// To the image at `entries`, the one on its home reactor first.
-    pub(crate) fn new(entries: Vec<Entry>, name: &str) -> Door {
-        Door { entries: entries.into(), next: Arc::default(), name: name.into() }
+    pub(crate) fn new(entries: Arc<[Entry]>, name: &str) -> Door {
+        Door { entries, next: Arc::default(), name: name.into() }
     }
 
     /// The image's name, for messages.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use block::{
-    Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Layer, RawImage, Request, Status,
+    Completion, Completions, DeviceInfo, Frontend, Full, HasWork, Layer, Limit, RawImage, Request,
+    Status,
 };
 use dma::Region;
 
@@ -53,6 +54,16 @@ impl Layer<Leaf> for Image {
     #[inline(always)]
     fn serve<F: Frontend>(&mut self, leaves: &mut [Leaf], frontend: &mut F, now: u64) -> bool {
         each!(self, i => i.serve(leaves, frontend, now))
+    }
+
+    fn serve_within<F: Frontend>(
+        &mut self,
+        limit: &Limit,
+        leaves: &mut [Leaf],
+        frontend: &mut F,
+        now: u64,
+    ) -> bool {
+        each!(self, i => i.serve_within(limit, leaves, frontend, now))
     }
 
     #[inline(always)]

@@ -30,6 +30,7 @@ mod image;
 mod internal;
 mod kernel;
 mod leaf;
+mod limiter;
 mod live;
 mod model;
 mod overlay;
@@ -57,6 +58,7 @@ pub use host::HostStorage;
 pub use image::Image;
 pub use kernel::active_volume;
 pub use leaf::Leaf;
+pub use limiter::Limiter;
 pub use live::JobWatch;
 pub use model::{Model, ModelController, ModelCounts, ModelStats};
 /// Counters of an NVMe queue pair.

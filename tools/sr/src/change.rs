@@ -10,8 +10,8 @@ use crate::error::{Error, Result, refused};
 use crate::fields::Fields;
 use crate::repository::Repository;
 use crate::state::{
-    DEPTH, DESCRIPTION, Disk, KEY, LARGEST, NAME, Node, PARENT, READ_ONLY, SHARABLE, SIZE, State,
-    THEIRS,
+    BANDWIDTH, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, PARENT, READ_ONLY,
+    SHARABLE, SIZE, State, THEIRS,
 };
 
 /// Bytes of a new volume at most: it grows with what is written.
@@ -86,6 +86,11 @@ pub(crate) fn put(vg: &mut Vg, node: &Node) -> Result<()> {
                 fields.set(flag, "1");
             }
         }
+        for (field, limit) in [(IOPS, disk.iops), (BANDWIDTH, disk.bandwidth)] {
+            if limit > 0 {
+                fields.set(field, limit.to_string());
+            }
+        }
         disk.keys.iter().for_each(|(k, v)| fields.set(&format!("{THEIRS}{k}"), &**v));
     }
     fields.write(&mut lv(vg, &node.lv)?.tags)
@@ -118,6 +123,8 @@ impl<S: Storage> Repository<S> {
             description: new.description.clone(),
             read_only: false,
             sharable: new.sharable,
+            iops: 0,
+            bandwidth: 0,
             keys: std::collections::BTreeMap::new(),
         };
         let node = Node { lv: lv_name(), parent: None, size, used: 0, disk: Some(disk.clone()) };
@@ -312,6 +319,22 @@ impl<S: Storage> Repository<S> {
                 Some(v) => drop(disk.keys.insert(k.to_owned(), v.to_owned())),
                 None => drop(disk.keys.remove(k)),
             };
+        })
+    }
+
+    /// Notes how much a disk takes in a second; 0: as much as comes.
+    ///
+    /// # Errors
+    /// If there is no such disk, or no room for it.
+    pub fn set_limits(
+        &mut self,
+        of: &str,
+        iops: u64,
+        bandwidth: u64,
+        author: &Author,
+    ) -> Result<()> {
+        self.change(of, "limits", author, |disk| {
+            (disk.iops, disk.bandwidth) = (iops, bandwidth);
         })
     }
 

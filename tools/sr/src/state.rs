@@ -25,6 +25,8 @@ pub(crate) const PARENT: &str = "parent";
 pub(crate) const SIZE: &str = "size";
 pub(crate) const READ_ONLY: &str = "ro";
 pub(crate) const SHARABLE: &str = "sharable";
+pub(crate) const IOPS: &str = "iops";
+pub(crate) const BANDWIDTH: &str = "bandwidth";
 /// What the names of the toolstack's own keys begin with.
 pub(crate) const THEIRS: &str = "k.";
 
@@ -56,6 +58,10 @@ pub struct Disk {
     pub read_only: bool,
     /// Several guests may have it at once.
     pub sharable: bool,
+    /// Requests that it takes in a second; 0: as many as come.
+    pub iops: u64,
+    /// Bytes that it reads and writes in a second; 0: as many as come.
+    pub bandwidth: u64,
     /// The toolstack's own, kept as they are.
     pub keys: BTreeMap<String, String>,
 }
@@ -91,12 +97,15 @@ fn node(vg: &Vg, lv: &Lv) -> Result<Option<Node>> {
         return corrupt(format!("{} has the tag pd:size={size}, which no disk has", lv.name));
     }
     let text = |name| fields.get(name).unwrap_or_default().to_owned();
+    let limit = |name| fields.get(name).and_then(|text| text.parse().ok()).unwrap_or(0);
     let disk = fields.get(KEY).map(|key| Disk {
         key: key.to_owned(),
         name: text(NAME),
         description: text(DESCRIPTION),
         read_only: fields.get(READ_ONLY).is_some(),
         sharable: fields.get(SHARABLE).is_some(),
+        iops: limit(IOPS),
+        bandwidth: limit(BANDWIDTH),
         keys: fields.beginning(THEIRS).map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
     });
     Ok(Some(Node {

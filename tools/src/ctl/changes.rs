@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use node::{Disk, JobWatch};
+use node::{Disk, JobWatch, Limiter};
 use qcow::open::Format;
 use reactor::Clock;
 use reactor::sync::Mutex;
@@ -35,6 +35,7 @@ pub(crate) struct Changes {
     allow: Vec<PathBuf>,
     /// The disk's size in bytes.
     size: Arc<AtomicU64>,
+    limiter: Limiter,
 }
 
 struct State {
@@ -158,6 +159,13 @@ struct Rebase {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct Limit {
+    iops: Option<u64>,
+    bandwidth: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Cancel {
     job: u64,
 }
@@ -167,8 +175,14 @@ impl Changes {
     pub(crate) fn new(disk: Disk, clock: Clock, allow: Vec<PathBuf>) -> Arc<Changes> {
         let size = Arc::new(AtomicU64::new(disk.info().size));
         let chain = disk.chain().map(str::to_owned).collect();
+        let limiter = disk.limiter();
         let state = State { disk: Some(disk), chain, jobs: Vec::new(), next_job: 1, ending: false };
-        Arc::new(Changes { state: Mutex::new(state), clock, allow, size })
+        Arc::new(Changes { state: Mutex::new(state), clock, allow, size, limiter })
+    }
+
+    /// Limits the requests and bytes of a second; 0: as many as come.
+    pub(crate) fn limit(&self, requests: u64, bytes: u64) {
+        self.limiter.set(requests, bytes);
     }
 
     /// The disk's size in bytes, by now.
@@ -401,6 +415,11 @@ impl Service for Shared {
                 all.begin("rebase", p.rate, move |disk, watch| {
                     disk.rebase(p.backing.as_deref().zip(format), &allow, watch)
                 })
+            }
+            "limit" => {
+                let p: Limit = parse(params)?;
+                all.limit(p.iops.unwrap_or(0), p.bandwidth.unwrap_or(0));
+                Ok(json!({}))
             }
             "jobs" => {
                 let jobs = all.state.lock().jobs.clone();

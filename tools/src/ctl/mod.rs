@@ -129,6 +129,16 @@ enum What {
         #[command(flatten)]
         pace: Pace,
     },
+    /// Limit what the disk takes in a second, of all guests and clients together; without an option
+    /// it is limited no more.
+    Limit {
+        /// Reads, writes and discards.
+        #[arg(long, value_name = "N")]
+        iops: Option<u64>,
+        /// Bytes read and written; suffixes as in 100M.
+        #[arg(long, value_name = "BYTES", value_parser = size)]
+        bandwidth: Option<u64>,
+    },
     /// List jobs, those that have ended too.
     Jobs,
     /// Stop a job; it can be begun again later.
@@ -205,6 +215,9 @@ pub(crate) fn run(ctl: &Ctl) -> anyhow::Result<u8> {
             let to = (!backing_file.is_empty()).then_some((backing_file, backing_format.name()));
             let (file, format) = to.unzip();
             ("rebase", json!({"backing": file, "format": format, "rate": pace.rate}), Some(pace))
+        }
+        What::Limit { iops, bandwidth } => {
+            ("limit", json!({"iops": iops, "bandwidth": bandwidth}), None)
         }
         What::Jobs => ("jobs", json!({}), None),
         What::Cancel { job } => ("cancel", json!({"job": job}), None),

@@ -83,11 +83,16 @@ impl Control {
         let name = name.ok_or_else(|| invalid("which image is meant (ctl --image NAME)?"))?;
         let changes = self.images.changes(name);
         let changes = changes.ok_or_else(|| invalid(&format!("there is no image {name:?}")))?;
-        if self.images.is_disk(name) && !LOOKS.contains(&method) {
+        let disk = self.images.disk(name);
+        if disk.is_some() && !MAY.contains(&method) {
             let why = "is a disk of a repository, which would not know of that: use the toolstack";
             return Err(invalid(&format!("{name:?} {why}")));
         }
         let result = Shared(changes).call(method, &params)?;
+        if let (Some(disk), "limit") = (disk, method) {
+            let number = |key| params.get(key).and_then(Value::as_u64).unwrap_or(0);
+            disk.set_limits(&self.repositories, number("iops"), number("bandwidth"))?;
+        }
         if method == "resize" {
             self.resized(name);
         }
@@ -102,8 +107,8 @@ impl Control {
     }
 }
 
-/// What changes nothing in an image.
-const LOOKS: [&str; 4] = ["chain", "jobs", "cancel", "snapshot-internal-list"];
+/// What may be done to disks of repositories: nothing in their images changes by it.
+const MAY: [&str; 5] = ["chain", "jobs", "cancel", "limit", "snapshot-internal-list"];
 
 fn text<'a>(args: &'a Value, name: &str) -> Option<&'a str> {
     args.get(name)?.as_str()

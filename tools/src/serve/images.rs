@@ -38,6 +38,11 @@ pub(crate) struct Wanted {
     /// The name that NBD clients ask for.
     #[serde(default)]
     export: String,
+    /// Requests a second, and bytes; 0: as many as come. A repository knows those of its disks.
+    #[serde(default)]
+    iops: u64,
+    #[serde(default)]
+    bandwidth: u64,
 }
 
 fn qcow2() -> String {
@@ -49,7 +54,7 @@ impl Wanted {
     pub(crate) fn qcow2(node: &str) -> Wanted {
         let (node, format) = (node.to_owned(), qcow2());
         let (name, nbd, export) = (None, None, String::new());
-        Wanted { name, node, format, read_only: false, nbd, export }
+        Wanted { name, node, format, read_only: false, nbd, export, iops: 0, bandwidth: 0 }
     }
 
     /// A disk of a repository.
@@ -72,6 +77,12 @@ impl Wanted {
 
     pub(crate) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.node)
+    }
+
+    /// Whether it is the same image, opened in the same way.
+    fn is_same(&self, other: &Wanted) -> bool {
+        let what = |w: &Wanted| (w.node.clone(), w.format.clone(), w.read_only);
+        what(self) == what(other)
     }
 }
 
@@ -189,13 +200,13 @@ impl Images {
     /// Whether this very image is open already.
     fn is_open(&self, wanted: &Wanted) -> bool {
         let all = self.all.lock();
-        matches!(all.get(wanted.name()), Some(Entry::Open { image, .. }) if image.wanted == *wanted)
+        matches!(all.get(wanted.name()), Some(Entry::Open { image, .. }) if image.wanted.is_same(wanted))
     }
 
     /// Opens an image, or keeps the one that a device has opened, until [`Images::let_go`].
     pub(crate) fn hold(&self, wanted: Wanted) -> anyhow::Result<()> {
         self.at_peace(wanted.name(), |all| match all.get_mut(wanted.name()) {
-            Some(Entry::Open { image, passing, .. }) if image.wanted == wanted => {
+            Some(Entry::Open { image, passing, .. }) if image.wanted.is_same(&wanted) => {
                 *passing = false;
                 Some(Ok(true))
             }
@@ -369,13 +380,13 @@ impl Images {
         }
     }
 
-    /// Whether it is a disk of a repository.
-    pub(crate) fn is_disk(&self, name: &str) -> bool {
-        matches!(
-            self.all.lock().get(name),
-            Some(Entry::Open { image, .. })
-                if matches!(Place::parse(&image.wanted.node), Ok(Place::Disk(_)))
-        )
+    /// The disk of a repository that an image is.
+    pub(crate) fn disk(&self, name: &str) -> Option<Place> {
+        let node = match self.all.lock().get(name)? {
+            Entry::Open { image, .. } => image.wanted.node.clone(),
+            Entry::Busy => return None,
+        };
+        Place::parse(&node).ok().filter(|place| matches!(place, Place::Disk(_)))
     }
 
     pub(crate) fn list(&self) -> Value {
@@ -444,6 +455,11 @@ impl Images {
     ) -> anyhow::Result<(Arc<Image>, Option<::nbd::Server>)> {
         let (door, info) = (disk.door(), disk.info().clone());
         let changes = Changes::new(disk, self.reactors.clock().clone(), self.allow_backing.clone());
+        let limits = Place::parse(&wanted.node)?.limits(&self.repositories)?;
+        let (iops, bandwidth) = limits.unwrap_or((wanted.iops, wanted.bandwidth));
+        if iops > 0 || bandwidth > 0 {
+            changes.limit(iops, bandwidth);
+        }
         let listen = |path: &PathBuf| {
             let export = ::nbd::Export {
                 name: wanted.export.clone(),

@@ -26,8 +26,9 @@ use crate::serve::images::Images;
 /// Between two looks whether there is something to do.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Until a merge that failed is tried again, in nanoseconds.
+/// Until a merge that failed is tried again, in nanoseconds, and one that gave way to somebody.
 const AGAIN_NS: u64 = 30_000_000_000;
+const SOON_NS: u64 = 500_000_000;
 
 /// A merge that is under way.
 #[derive(Clone)]
@@ -53,7 +54,7 @@ pub(crate) struct Coalescer {
     images: Arc<Images>,
     /// Bytes a second.
     rate: u64,
-    /// What failed, and when: repository, upper volume.
+    /// What failed, and until when it rests: repository, upper volume.
     failed: Vec<(String, String, u64)>,
     end: Arc<AtomicBool>,
 }
@@ -63,6 +64,8 @@ enum Outcome {
     Done,
     /// Nothing was begun: somebody uses what it needs.
     NotNow,
+    /// It was stopped: somebody needs what it uses.
+    GaveWay,
 }
 
 impl Coalescer {
@@ -91,7 +94,7 @@ impl Coalescer {
     /// Looks for something to merge, and does that. Returns whether there was something.
     fn one(&mut self) -> bool {
         let now = self.clock().now();
-        self.failed.retain(|(_, _, when)| now.saturating_sub(*when) < AGAIN_NS);
+        self.failed.retain(|(_, _, until)| now < *until);
         for sr in self.repositories.names() {
             // One after the other: whoever detaches one waits only for what is done with that.
             let Some(attached) = self.repositories.at_hand(&sr) else { continue };
@@ -106,13 +109,18 @@ impl Coalescer {
                         return true;
                     }
                     Ok(Outcome::NotNow) => {}
+                    Ok(Outcome::GaveWay) => {
+                        let until = self.clock().now() + SOON_NS;
+                        self.failed.push((sr.clone(), merge.upper.clone(), until));
+                    }
                     Err(e) => {
                         log::info!(
                             "{sr}: {} and {} stay apart for now: {e}",
                             merge.upper,
                             merge.lower
                         );
-                        self.failed.push((sr.clone(), merge.upper.clone(), self.clock().now()));
+                        let until = self.clock().now() + AGAIN_NS;
+                        self.failed.push((sr.clone(), merge.upper.clone(), until));
                     }
                 }
             }
@@ -130,6 +138,7 @@ impl Coalescer {
             return Ok(Outcome::NotNow);
         }
         let stop = Arc::new(AtomicBool::new(false));
+        let gave_way = AtomicBool::new(false);
         {
             let mut repository = attached.repository.lock();
             if !begins(attached, &repository, merge, changes.is_some())? {
@@ -144,7 +153,8 @@ impl Coalescer {
         let done = match changes {
             Some(changes) => changes
                 .work("coalesce", Some(self.rate), |disk, watch| {
-                    let mut watch = Both { watch, stop: &stop, end: &self.end };
+                    let (stop, end) = (&*stop, &*self.end);
+                    let mut watch = Both { watch, stop, end, gave_way: &gave_way };
                     live(attached, merge, disk, &mut watch).map_err(|e| node::Error::Node {
                         node: merge.upper.clone(),
                         why: e.to_string(),
@@ -158,7 +168,12 @@ impl Coalescer {
             }
         };
         *attached.merging.lock() = None;
-        done.map(|()| Outcome::Done)
+        match done {
+            Err(_) if gave_way.load(Ordering::Relaxed) || stop.load(Ordering::Relaxed) => {
+                Ok(Outcome::GaveWay)
+            }
+            done => done.map(|()| Outcome::Done),
+        }
     }
 }
 
@@ -262,13 +277,17 @@ struct Both<'a> {
     watch: &'a mut dyn JobWatch,
     stop: &'a AtomicBool,
     end: &'a AtomicBool,
+    /// Set if it said so.
+    gave_way: &'a AtomicBool,
 }
 
 impl JobWatch for Both<'_> {
     fn at(&mut self, done: u64, of: u64) -> bool {
-        self.watch.at(done, of)
+        let goes_on = self.watch.at(done, of)
             && !self.stop.load(Ordering::Relaxed)
-            && !self.end.load(Ordering::Relaxed)
+            && !self.end.load(Ordering::Relaxed);
+        self.gave_way.fetch_or(!goes_on, Ordering::Relaxed);
+        goes_on
     }
 
     fn allow(&mut self) -> u64 {

@@ -13,7 +13,7 @@ use qcow::open::{ChainOptions, Format, Opened};
 use sr::Repository;
 use volume::Id;
 
-use super::{Repositories, TYPE};
+use super::{Repositories, TYPE, author};
 
 /// Between two looks whether a merge has ended.
 const LOOK: std::time::Duration = std::time::Duration::from_millis(5);
@@ -137,6 +137,28 @@ impl Place {
                 Ok(volumes.iter().map(|(_, id)| hash(id.raw())).collect())
             }
         }
+    }
+
+    /// Requests and bytes a second that a repository says of its disk.
+    pub(crate) fn limits(&self, repositories: &Repositories) -> anyhow::Result<Option<(u64, u64)>> {
+        let Place::Disk(disk) = self else { return Ok(None) };
+        let attached = repositories.of_place(disk)?;
+        let repository = attached.repository.lock();
+        let (disk, _) = repository.disk(&disk.key)?;
+        Ok(Some((disk.iops, disk.bandwidth)))
+    }
+
+    /// Notes them.
+    pub(crate) fn set_limits(
+        &self,
+        repositories: &Repositories,
+        iops: u64,
+        bandwidth: u64,
+    ) -> anyhow::Result<()> {
+        let Place::Disk(disk) = self else { return Ok(()) };
+        let attached = repositories.of_place(disk)?;
+        let mut repository = attached.repository.lock();
+        Ok(repository.set_limits(&disk.key, iops, bandwidth, &author())?)
     }
 
     pub(crate) fn open(
