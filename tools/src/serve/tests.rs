@@ -23,6 +23,7 @@ mod broken;
 mod copies;
 mod died;
 mod many;
+mod measures;
 mod nbd;
 mod repository;
 mod waiting;

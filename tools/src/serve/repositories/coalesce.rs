@@ -23,8 +23,9 @@ use super::fault::Fault;
 use super::{Repositories, author};
 use crate::serve::images::Images;
 
-/// Between two looks whether there is something to do.
-const LOOK: Duration = Duration::from_millis(250);
+/// Between two merges, or looks whether there is something to do: each has guests wait a few times for a
+/// moment, which they should not notice.
+const REST: Duration = Duration::from_millis(500);
 
 /// Until a merge that failed is tried again, in nanoseconds, and one that gave way to somebody.
 const AGAIN_NS: u64 = 30_000_000_000;
@@ -81,9 +82,8 @@ impl Coalescer {
     /// The thread's body.
     pub(crate) fn run(mut self) {
         while !self.end.load(Ordering::Relaxed) {
-            if !self.one() {
-                std::thread::sleep(LOOK);
-            }
+            self.one();
+            std::thread::sleep(REST);
         }
     }
 
@@ -91,8 +91,8 @@ impl Coalescer {
         self.images.reactors().clock()
     }
 
-    /// Looks for something to merge, and does that. Returns whether there was something.
-    fn one(&mut self) -> bool {
+    /// Looks for something to merge, and does that.
+    fn one(&mut self) {
         let now = self.clock().now();
         self.failed.retain(|(_, _, until)| now < *until);
         for sr in self.repositories.names() {
@@ -106,7 +106,7 @@ impl Coalescer {
                 match self.merge(&sr, &attached, &merge) {
                     Ok(Outcome::Done) => {
                         log::info!("{sr}: {} is one with {} now", merge.upper, merge.lower);
-                        return true;
+                        return;
                     }
                     Ok(Outcome::NotNow) => {}
                     Ok(Outcome::GaveWay) => {
@@ -125,7 +125,6 @@ impl Coalescer {
                 }
             }
         }
-        false
     }
 
     fn merge(&self, sr: &str, attached: &Attached, merge: &Merge) -> Result<Outcome, Fault> {

@@ -6,23 +6,28 @@ use super::died::Corpse;
 use super::*;
 use crate::serve::repositories::Coalescer;
 
-const SR: &str = "7c1b6e3a-0f5d-4a47-9d0e-3b8c2f1a6d55";
+pub(super) const SR: &str = "7c1b6e3a-0f5d-4a47-9d0e-3b8c2f1a6d55";
 
 /// A repository on a file.
-struct Rig {
-    world: World,
+pub(super) struct Rig {
+    pub(super) world: World,
     device: PathBuf,
     _folder: tempfile::TempDir,
 }
 
 impl Rig {
     fn new() -> Rig {
+        Rig::of(160 << 20)
+    }
+
+    /// On a file of so many bytes.
+    pub(super) fn of(bytes: u64) -> Rig {
         let world = World::new();
         // In memory, where there is some: else all of it waits for the drive that others write to.
         let memory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
         let folder = memory.unwrap();
         let device = folder.path().join("drive");
-        std::fs::File::create(&device).unwrap().set_len(160 << 20).unwrap();
+        std::fs::File::create(&device).unwrap().set_len(bytes).unwrap();
         Rig { world, device, _folder: folder }
     }
 
@@ -33,11 +38,11 @@ impl Rig {
         repository.group().vg().lvs.iter().map(|lv| lv.name.clone()).collect()
     }
 
-    fn configuration(&self) -> Value {
+    pub(super) fn configuration(&self) -> Value {
         json!({"device": self.device.to_str().unwrap()})
     }
 
-    fn make(&self, ours: &Ours) {
+    pub(super) fn make(&self, ours: &Ours) {
         let configuration = self.configuration();
         let new =
             json!({"uuid": SR, "configuration": configuration, "name": "", "description": ""});
@@ -56,13 +61,13 @@ impl Rig {
         self.world.plug(domid, "w", xen[1]["extra"]["polldisk"].as_str().unwrap());
     }
 
-    fn guest(&self, ours: &Ours, domid: u16, key: &str) -> Guest {
+    pub(super) fn guest(&self, ours: &Ours, domid: u16, key: &str) -> Guest {
         self.plug(ours, domid, key);
         Guest::start(&self.world, domid, SETUP)
     }
 
     /// The guest closes its disk, and the toolstack takes it away.
-    fn unplug(&self, ours: &Ours, guest: Guest, key: &str) {
+    pub(super) fn unplug(&self, ours: &Ours, guest: Guest, key: &str) {
         let domid = guest.domid;
         guest.say("6");
         self.world.reaches(domid, "6");
@@ -78,7 +83,7 @@ impl Rig {
     }
 
     /// All volumes, by their names, judged one by one.
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let storage = node::HostStorage::open(&self.device, true).unwrap();
         let host = volume::HostIds::of_this_host().unwrap();
         let mut repository = sr::Repository::open(vec![storage], &host).unwrap();
@@ -103,12 +108,12 @@ impl Rig {
     }
 }
 
-fn uri(key: &str) -> String {
+pub(super) fn uri(key: &str) -> String {
     format!("fast://{SR}/{key}")
 }
 
 /// The thread that merges, as long as this is.
-struct Merging {
+pub(super) struct Merging {
     end: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -121,7 +126,7 @@ impl Drop for Merging {
 }
 
 impl Ours {
-    fn merging(&self, rate: u64) -> Merging {
+    pub(super) fn merging(&self, rate: u64) -> Merging {
         let end = Arc::new(AtomicBool::new(false));
         let (repositories, images) =
             (self.control.repositories.clone(), self.control.images.clone());
@@ -133,7 +138,7 @@ impl Ours {
         self.call("smapiv3", json!({"method": method, "args": args}))
     }
 
-    fn smapi(&self, method: &str, args: Value) -> Value {
+    pub(super) fn smapi(&self, method: &str, args: Value) -> Value {
         let answer = self.asked(method, args);
         assert!(answer["error"].is_null(), "{method}: {answer}");
         answer["result"].clone()
@@ -143,7 +148,7 @@ impl Ours {
         self.call("list", json!({}))["images"].as_array().unwrap().clone()
     }
 
-    fn disk(&self, size: u64) -> String {
+    pub(super) fn disk(&self, size: u64) -> String {
         let new =
             json!({"sr": SR, "name": "d", "description": "", "size": size, "sharable": false});
         self.smapi("Volume.create", new)["key"].as_str().unwrap().to_owned()
