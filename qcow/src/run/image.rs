@@ -207,6 +207,14 @@ impl Image {
         self.shared.tables.borrow_mut().journal = Some(journal);
     }
 
+    /// Says whose the journal is, after the image has come to lie in another file
+    /// ([`Image::put_in_front`]).
+    pub fn journal_is_of(&mut self, owner: u64) {
+        if let Some(journal) = &mut self.shared.tables.borrow_mut().journal {
+            journal.own(owner);
+        }
+    }
+
     /// Has compressed clusters decompressed by these threads, instead of by the reactor, which `wake`
     /// wakes.
     pub fn use_workers(&mut self, workers: Arc<Workers>, wake: Wake) {

@@ -112,9 +112,10 @@ impl Journal {
         self.region.store64(AT_SHAPE, shape, Ordering::Release);
     }
 
-    /// The image lies in another file now: only its shape tells it from others.
-    pub(super) fn disown(&mut self) {
-        self.region.store64(AT_OWNER, 0, Ordering::Release);
+    /// Says whose it is from now on. 0: the image lies in another file, and only its shape tells it from
+    /// others.
+    pub(super) fn own(&mut self, owner: u64) {
+        self.region.store64(AT_OWNER, owner, Ordering::Release);
     }
 
     /// Whose a journal is, whatever stands in it. `None` if this is none.

@@ -171,7 +171,7 @@ impl Image {
         if let Some(journal) = &mut journal {
             journal.bind(stack.top.shape);
             if !same_top {
-                journal.disown();
+                journal.own(0);
             }
         }
         shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));

@@ -191,6 +191,15 @@ impl Disk {
         self.on_image(move |i, _| i.keep_journal(qcow::run::Journal::new(memory, owner)))
     }
 
+    /// Says whose the journal is from now on: the image lies in another file or volume
+    /// ([`Disk::snapshot_onto`]).
+    ///
+    /// # Errors
+    /// If it is no QCOW2 image.
+    pub fn journal_is_of(&self, owner: u64) -> Result<(), Error> {
+        self.on_image(move |i, _| i.journal_is_of(owner))
+    }
+
     /// Index of the image in its home reactor's core.
     pub fn image(&self) -> usize {
         self.home.image

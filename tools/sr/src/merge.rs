@@ -54,7 +54,9 @@ impl<S: Storage> Repository<S> {
     /// If there is no such node, or no space.
     pub fn grow_to(&mut self, of: &str, bytes: u64, author: &Author) -> Result<()> {
         let Some(node) = self.state().nodes.get(of) else { return refused(format!("no {of}")) };
-        let most = node.size + node.size / 512 + (4 << 20);
+        // What is above may be of a time when the disk was larger.
+        let size = self.above(of).map(|above| above.size).fold(node.size, u64::max);
+        let most = size + size / 512 + (4 << 20);
         let more = bytes.min(most).saturating_sub(node.used);
         if more == 0 {
             return Ok(());

@@ -391,3 +391,21 @@ fn a_thousand_disks() {
     assert_eq!(again.list().count(), 1002);
     assert_eq!(again.disk(&key(500)).unwrap(), r.disk(&key(500)).unwrap());
 }
+
+/// The disk became larger after the lower image was frozen.
+#[test]
+fn a_lower_image_gets_space_for_a_larger_one_above() {
+    let (_devices, mut r) = make(1, 1024 * MIB);
+    let key = r.create_disk(&disk(8 * MIB), &author()).unwrap();
+    let first = r.snapshot(&key, &author()).unwrap();
+    r.resized(&key, 512 * MIB, &author()).unwrap();
+    r.snapshot(&key, &author()).unwrap();
+    r.destroy(&first.key, &author()).unwrap();
+    let merge = r.merges().remove(0);
+    let used = |r: &Repository<Memory>| r.chain(&key).unwrap()[2].used;
+    r.grow_to(&merge.lower, 300 * MIB, &author()).unwrap();
+    assert_eq!(used(&r), 300 * MIB);
+    // Not more than the larger one can need.
+    r.grow_to(&merge.lower, 4096 * MIB, &author()).unwrap();
+    assert_eq!(used(&r), 520 * MIB);
+}

@@ -216,7 +216,8 @@ impl Changes {
                 if let Some(disk) = state.disk.take() {
                     return Ok(Held { changes: self.clone(), disk: Some(disk) });
                 }
-                state.jobs.iter().for_each(|j| j.stop.store(true, Ordering::Relaxed));
+                let running = state.jobs.iter().filter(|j| j.ended.lock().is_none());
+                running.for_each(|j| j.stop.store(true, Ordering::Relaxed));
             }
             std::thread::sleep(LOOK);
         }

@@ -179,7 +179,7 @@ impl Images {
 
     /// Opens an image, to be there until [`Images::detach`].
     pub(crate) fn attach(&self, wanted: Wanted) -> anyhow::Result<()> {
-        self.begin(wanted.name())?;
+        begin(&mut self.all.lock(), wanted.name())?;
         self.open(wanted, None, Left::Nothing).map(drop)
     }
 
@@ -190,17 +190,36 @@ impl Images {
         user: &str,
         left: Left,
     ) -> anyhow::Result<Arc<Image>> {
-        if self.is_open(&wanted) {
-            return self.take(wanted.name(), user);
+        let name = wanted.name();
+        let there = self.at_peace(name, |all| match all.get(name) {
+            Some(Entry::Busy) => None,
+            Some(Entry::Open { image, .. }) if image.wanted.is_same(&wanted) => {
+                Some(give(all, name, user).map(Some))
+            }
+            _ => Some(begin(all, name).map(|()| None)),
+        })??;
+        match there {
+            Some(image) => Ok(image),
+            None => self.open(wanted, Some(user), left),
         }
-        self.begin(wanted.name())?;
-        self.open(wanted, Some(user), left)
     }
 
-    /// Whether this very image is open already.
-    fn is_open(&self, wanted: &Wanted) -> bool {
+    /// Whether a daemon that died has left changes of an image that is not open yet.
+    pub(crate) fn is_left(&self, name: &str) -> bool {
         let all = self.all.lock();
-        matches!(all.get(wanted.name()), Some(Entry::Open { image, .. }) if image.wanted.is_same(wanted))
+        !matches!(all.get(name), Some(Entry::Open { .. })) && self.keep.has_journal(name)
+    }
+
+    /// Puts in what can be of that, as somebody is going to change the image.
+    pub(crate) fn put_in(&self, wanted: &Wanted) {
+        // Whoever opens it does that himself.
+        let closed = !self.all.lock().contains_key(wanted.name());
+        if closed
+            && self.keep.has_journal(wanted.name())
+            && let Err(e) = self.redo(wanted)
+        {
+            log::warn!("{}: {e:#}", wanted.name());
+        }
     }
 
     /// Opens an image, or keeps the one that a device has opened, until [`Images::let_go`].
@@ -219,6 +238,10 @@ impl Images {
         })
         .and_then(|there| match there {
             Ok(true) => Ok(()),
+            // Its guest may go on, and be found later.
+            Ok(false) if self.keep.has_journal(wanted.name()) => {
+                self.open(wanted, None, Left::Perhaps).map(drop)
+            }
             Ok(false) => self.open(wanted, None, Left::Nothing).map(drop),
             Err(()) => bail!("another image has the name"),
         })
@@ -283,6 +306,8 @@ impl Images {
         let mut source = place.open_image(&self.repositories, which, &options)?;
         qcow::edit::redo(&mut source, &wanted.node, &changes)?;
         source.close()?;
+        // Others may stand on the image, or have it open, when this is asked for again.
+        self.keep.is_put_in(wanted.name(), changes.owner)?;
         let count = changes.list.len();
         log::warn!("{}: {count} changes of a daemon that died are put in", wanted.node);
         Ok(())
@@ -290,17 +315,7 @@ impl Images {
 
     /// Gives an attached image to a device.
     pub(crate) fn take(&self, name: &str, user: &str) -> anyhow::Result<Arc<Image>> {
-        match self.all.lock().get_mut(name) {
-            Some(Entry::Open { user: Some(other), .. }) => {
-                bail!(InUse(name.to_owned(), other.clone()))
-            }
-            Some(Entry::Open { image, user: free, .. }) => {
-                *free = Some(user.to_owned());
-                Ok(image.clone())
-            }
-            Some(Entry::Busy) => bail!("image {name:?} is being opened or closed"),
-            None => bail!("there is no image {name:?}; polldisk ctl attach opens one"),
-        }
+        give(&mut self.all.lock(), name, user)
     }
 
     /// A device is done with its image, `for_all` if the daemon ends. Returns whether all that is
@@ -405,19 +420,6 @@ impl Images {
             }),
         };
         self.all.lock().iter().map(one).collect()
-    }
-
-    /// Takes the name.
-    fn begin(&self, name: &str) -> anyhow::Result<()> {
-        if !is_name(name) {
-            bail!("image {name:?}: a shorter name is needed, and not none");
-        }
-        let mut all = self.all.lock();
-        if all.contains_key(name) {
-            bail!("there is an image {name:?} already");
-        }
-        all.insert(name.to_owned(), Entry::Busy);
-        Ok(())
     }
 
     /// Opens an image whose name was taken.
@@ -533,6 +535,31 @@ impl Images {
         }
         self.all.lock().remove(&image.name);
         closed
+    }
+}
+
+/// Takes a name.
+fn begin(all: &mut BTreeMap<String, Entry>, name: &str) -> anyhow::Result<()> {
+    if !is_name(name) {
+        bail!("image {name:?}: a shorter name is needed, and not none");
+    }
+    if all.contains_key(name) {
+        bail!("there is an image {name:?} already");
+    }
+    all.insert(name.to_owned(), Entry::Busy);
+    Ok(())
+}
+
+/// Gives an image that is open to a device.
+fn give(all: &mut BTreeMap<String, Entry>, name: &str, user: &str) -> anyhow::Result<Arc<Image>> {
+    match all.get_mut(name) {
+        Some(Entry::Open { user: Some(other), .. }) => bail!(InUse(name.to_owned(), other.clone())),
+        Some(Entry::Open { image, user: free, .. }) => {
+            *free = Some(user.to_owned());
+            Ok(image.clone())
+        }
+        Some(Entry::Busy) => bail!("image {name:?} is being opened or closed"),
+        None => bail!("there is no image {name:?}; polldisk ctl attach opens one"),
     }
 }
 

@@ -117,6 +117,17 @@ impl Keep {
         Ok(which.map(|which| (changes, which)))
     }
 
+    /// Whether there is a journal of an image.
+    pub(crate) fn has_journal(&self, image: &str) -> bool {
+        self.dir.join(journal(image)).exists()
+    }
+
+    /// What a journal holds is in its image by now.
+    pub(crate) fn is_put_in(&self, image: &str, owner: u64) -> anyhow::Result<()> {
+        Journal::new(self.map(&journal(image), JOURNAL)?, owner);
+        Ok(())
+    }
+
     /// An image file is going to be changed: what daemons that died have left of it by other names is
     /// outdated.
     pub(crate) fn forget_others(&self, image: &str, owner: u64) -> anyhow::Result<()> {

@@ -22,6 +22,7 @@ use crate::ctl::rpc::Service as _;
 mod broken;
 mod copies;
 mod died;
+mod left;
 mod many;
 mod measures;
 mod nbd;
@@ -58,6 +59,13 @@ impl World {
     }
 
     fn serve_by(&self, policy: Policy, reactors: usize, notify: Notify) -> Ours {
+        let mut ours = self.without_guests(policy, reactors);
+        self.take_up(&mut ours, notify);
+        ours
+    }
+
+    /// A daemon that has not looked for guests yet.
+    fn without_guests(&self, policy: Policy, reactors: usize) -> Ours {
         let start = Start { cpu: None, policy };
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
         let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
@@ -65,15 +73,17 @@ impl World {
         let (options, allow) = (Default::default(), Vec::new());
         let images =
             Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
+        Ours { control: Control { images, repositories, devices: None }, reactors }
+    }
+
+    /// It does.
+    fn take_up(&self, ours: &mut Ours, notify: Notify) {
         let (host, store) = (self.host.clone(), self.store.clone());
-        let guests =
-            Guests::by(&reactors, notify, || Ok(host.gntdev()), || Ok(host.events())).unwrap();
+        let (gntdev, events) = (|| Ok(host.gntdev()), || Ok(host.events()));
+        let guests = Guests::by(&ours.reactors, notify, gntdev, events).unwrap();
         let connect = Box::new(move || Ok(store.connect(0)));
-        let devices = Devices::start(connect, "qdisk", images.clone(), guests).unwrap();
-        Ours {
-            control: Control { images, repositories, devices: Some(Arc::new(devices)) },
-            reactors,
-        }
+        let devices = Devices::start(connect, "qdisk", ours.control.images.clone(), guests);
+        ours.control.devices = Some(Arc::new(devices.unwrap()));
     }
 
     fn image(&self, name: &str) -> PathBuf {
@@ -138,7 +148,7 @@ impl Ours {
 
     fn stop(self) {
         let Control { images, devices, .. } = self.control;
-        devices.unwrap().stop();
+        devices.inspect(|devices| devices.stop());
         images.close_all().unwrap();
         drop(images);
         self.reactors.stop();

@@ -27,6 +27,9 @@ use crate::serve::images::Images;
 /// moment, which they should not notice.
 const REST: Duration = Duration::from_millis(500);
 
+/// Between two looks whether a merge that waits is to end.
+const TICK: Duration = Duration::from_millis(20);
+
 /// Until a merge that failed is tried again, in nanoseconds, and one that gave way to somebody.
 const AGAIN_NS: u64 = 30_000_000_000;
 const SOON_NS: u64 = 500_000_000;
@@ -131,6 +134,10 @@ impl Coalescer {
         // A running disk whose chain it is, if there is one.
         let over: Vec<String> =
             attached.repository.lock().over(&merge.upper).into_iter().map(str::to_owned).collect();
+        // It belongs into an image as that is, which another backing file is the end of.
+        if over.iter().any(|key| self.images.is_left(&format!("{sr}/{key}"))) {
+            return Ok(Outcome::NotNow);
+        }
         let mut running = over.iter().filter_map(|key| self.images.changes(&format!("{sr}/{key}")));
         let (changes, others) = (running.next(), running.count());
         if others > 0 {
@@ -212,9 +219,14 @@ fn live(
         (group.vg().name.clone(), map, id)
     };
     let name = format!("{vg}/{}", merge.upper);
-    let depth = disk.chain().position(|layer| layer == name);
-    let depth =
-        depth.ok_or_else(|| Fault::other(format!("{name} is not in the chain any more")))?;
+    let Some(depth) = disk.chain().position(|layer| layer == name) else {
+        // The layer above names the lower one already: a daemon died before the repository knew.
+        let lower = format!("{vg}/{}", merge.lower);
+        let at = disk.chain().position(|layer| layer == lower);
+        let above = at.and_then(|at| disk.chain().nth(at.checked_sub(1)?));
+        let why = || Fault::other(format!("{name} is not in the chain any more"));
+        return settle(attached, merge, Some(above.ok_or_else(why)?));
+    };
     disk.volume_has_grown(id, map)?;
     let above = disk.chain().nth(depth.saturating_sub(1)).map(str::to_owned);
     disk.commit(depth, watch)?;
@@ -312,7 +324,13 @@ impl Watch for Pace<'_> {
 
     fn moves(&mut self, bytes: u64) -> Result<(), qcow::Error> {
         let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.rate.max(1));
-        std::thread::sleep(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
+        let mut left = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        while !left.is_zero() {
+            self.at(0)?;
+            let step = left.min(TICK);
+            std::thread::sleep(step);
+            left -= step;
+        }
         self.at(0)
     }
 }

@@ -46,7 +46,7 @@ impl Repositories {
     }
 
     /// A disk that there is.
-    fn place(&self, sr: &str, key: &str) -> Result<DiskPlace, Fault> {
+    pub(super) fn place(&self, sr: &str, key: &str) -> Result<DiskPlace, Fault> {
         let attached = self.attached(sr)?;
         attached.repository.lock().disk(key)?;
         let device = attached.device.clone();
@@ -67,7 +67,7 @@ impl Repositories {
     }
 
     /// How the image of a disk is opened. Whoever opens it, it is the same.
-    fn wanted(&self, place: &DiskPlace) -> Result<Wanted, Fault> {
+    pub(super) fn wanted(&self, place: &DiskPlace) -> Result<Wanted, Fault> {
         let attached = self.attached(&place.sr)?;
         let repository = attached.repository.lock();
         let (disk, _) = repository.disk(&place.key)?;

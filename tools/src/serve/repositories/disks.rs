@@ -12,6 +12,7 @@ use sr::{Disk, NewDisk, Node, Repository, Stacked, Text};
 
 use super::attached::Attached;
 use super::fault::Fault;
+use super::place::volume_owner;
 use super::{Repositories, TYPE, author, parse};
 use crate::ctl::Held;
 use crate::serve::images::Images;
@@ -85,6 +86,10 @@ impl Repositories {
         }
         let args: Args = parse(args)?;
         let attached = self.attached(&args.sr)?;
+        if ["snapshot", "clone", "resize"].contains(&method) {
+            // Later the image may be in use by others, or have another shape.
+            images.put_in(&self.wanted(&self.place(&args.sr, &args.key)?)?);
+        }
         let with_disk =
             |touches, f: &mut Change<'_>| with_disk(images, &attached, &args, touches, f);
         match method {
@@ -199,10 +204,15 @@ fn go_on(
 ) -> Result<(), Fault> {
     let (Some(running), Some(above)) = (running, &stacked.above) else { return Ok(()) };
     let group = repository.group();
+    let owner = volume_owner(&group.vg().lv(above).map_err(sr::Error::from)?.id);
     let done = attached.devices.volume(group, above, true).and_then(|overlay| {
         let name = format!("{}/{above}", group.vg().name);
         running.snapshot_onto(overlay, &name)
     });
+    if done.is_ok() {
+        // Before another one is made: the uppermost volume may be none of the journal's then.
+        return Ok(running.journal_is_of(owner)?);
+    }
     done.map_err(|e| {
         if let Err(again) = repository.take_back(stacked, &author()) {
             // The guest goes on below. Nothing is lost: whoever opens the disk next sees all of it.
@@ -222,10 +232,12 @@ fn resize(
 ) -> Result<(), Fault> {
     let size = Repository::<Member>::size_for(size)?;
     let (disk, node) = repository.disk(key)?;
-    if disk.read_only || size < node.size {
+    // More than the repository knows of, if it could not be told the last time.
+    let has = running.as_ref().map_or(0, |running| running.info().size).max(node.size);
+    if disk.read_only || size < has {
         let why = match disk.read_only {
             true => "a snapshot stays as it is".to_owned(),
-            false => format!("a disk of {} bytes cannot become smaller ({size})", node.size),
+            false => format!("a disk of {has} bytes cannot become smaller ({size})"),
         };
         return Err(Fault::cannot_resize(why));
     }

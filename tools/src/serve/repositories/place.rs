@@ -73,6 +73,11 @@ impl DiskPlace {
         let attached = repositories.of_place(self)?;
         // Until all of them are in use, so that the chain stays as it is.
         let mut repository = attached.repository.lock();
+        if options.writable && repository.disk(&self.key)?.0.read_only {
+            bail!(
+                "{self}: is a snapshot, on which others may stand: it can be opened for reading only"
+            );
+        }
         let mut volumes = self.volumes(&repository)?;
         while attached.interrupt(&volumes.iter().map(|(lv, _)| lv.clone()).collect::<Vec<_>>()) {
             drop(repository);
@@ -112,6 +117,11 @@ impl DiskPlace {
         if at + 1 != volumes.len() {
             bail!("{self}: its lowest image stands on others in the repository, and names none");
         }
+        // A daemon may have died when the image had its new size already: guests see that.
+        let size = chain.size();
+        if options.writable && size > repository.disk(&self.key)?.1.size {
+            repository.resized(&self.key, size, &author())?;
+        }
         Ok(chain)
     }
 }
@@ -134,7 +144,7 @@ impl Place {
             Place::Disk(disk) => {
                 let attached = repositories.of_place(disk)?;
                 let volumes = disk.volumes(&attached.repository.lock())?;
-                Ok(volumes.iter().map(|(_, id)| hash(id.raw())).collect())
+                Ok(volumes.iter().map(|(_, id)| volume_owner(id)).collect())
             }
         }
     }
@@ -203,6 +213,11 @@ fn owner(spec: &NodeSpec) -> anyhow::Result<u64> {
         other => other.to_string(),
     };
     Ok(hash(what.as_bytes()))
+}
+
+/// The same of a volume.
+pub(super) fn volume_owner(id: &Id) -> u64 {
+    hash(id.raw())
 }
 
 /// Not a hash of `std`, which may be another in the next version of the daemon.
