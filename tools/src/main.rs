@@ -11,6 +11,7 @@ mod args;
 mod bench;
 mod ctl;
 mod demo;
+mod describe;
 mod device;
 mod image;
 mod model;
@@ -67,6 +68,10 @@ enum Command {
     /// Volume groups of LVM2: create-group, list, create, remove, extend, rename, check.
     #[command(subcommand)]
     Volume(volume::Command),
+    /// Print what completes this command line in a shell: bash, zsh, fish and others.
+    Completions(describe::Completions),
+    /// Write the manual pages into a folder.
+    Man(describe::Man),
 }
 
 fn main() -> std::process::ExitCode {
@@ -87,6 +92,8 @@ fn main() -> std::process::ExitCode {
         Command::Device(command) => device::run(command),
         Command::Image(command) => image::run(command),
         Command::Volume(command) => volume::run(command),
+        Command::Completions(args) => describe::completions(&args),
+        Command::Man(args) => describe::man(&args),
     };
     let result = result.or_else(output::usage_code);
     match result {

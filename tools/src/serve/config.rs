@@ -128,6 +128,17 @@ mod tests {
     }
 
     #[test]
+    fn the_file_that_is_installed_says_the_defaults() {
+        let text = include_str!("../../dist/polldisk.toml");
+        assert_eq!(Config::parse(text).unwrap(), Config::default());
+        // Its settings, which have no space after the sign.
+        let settings = text.lines().filter_map(|line| line.strip_prefix('#'));
+        let settings: Vec<_> = settings.filter(|line| !line.starts_with(' ')).collect();
+        assert_eq!(Config::parse(&settings.join("\n")).unwrap(), Config::default());
+        assert_eq!(settings.len(), 9, "a setting is missing: {settings:?}");
+    }
+
+    #[test]
     fn all_of_it_can_be_said() {
         let config = Config::parse(
             "control = '/x'\ncores = [0, 1]\npolicy = 'poll'\nl2-cache = '1G'\n\

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
@@ -24,8 +24,11 @@ fn script(binary: &str, kind: Kind, method: &str) -> String {
 }
 
 /// `polldisk smapiv3 install`.
-pub(super) fn run(root: &Path) -> anyhow::Result<u8> {
-    let binary = std::env::current_exe().context("where this program is")?;
+pub(super) fn run(root: &Path, binary: Option<PathBuf>) -> anyhow::Result<u8> {
+    let binary = match binary {
+        Some(binary) => binary,
+        None => std::env::current_exe().context("where this program is")?,
+    };
     let Some(binary) = binary.to_str().filter(|path| path.bytes().all(|b| b > b' ' && b != b'"'))
     else {
         bail!(

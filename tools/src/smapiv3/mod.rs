@@ -33,6 +33,9 @@ pub(crate) enum Command {
         /// The folder that has the folders `volume` and `datapath`.
         #[arg(long, value_name = "DIR", default_value = "/usr/libexec/xapi-storage-script")]
         root: PathBuf,
+        /// The program that they run, where that is not this one: for packages.
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
     },
     /// Carry out a method: its arguments are read as JSON from the standard input, its answer is
     /// written. The daemon is started if it does not run; POLLDISK_SOCKET says where it is.
@@ -47,7 +50,7 @@ pub(crate) enum Command {
 /// Runs a command.
 pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
     match command {
-        Command::Install { root } => install::run(&root),
+        Command::Install { root, binary } => install::run(&root, binary),
         Command::Call { kind, method } => call::run(kind, &method),
     }
 }

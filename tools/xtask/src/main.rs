@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cmd;
+mod dist;
 mod fuzz;
 mod gates;
 mod lab;
@@ -49,6 +50,8 @@ enum Task {
     Lab(lab::Lab),
     /// The counts that a change may not raise, measured on the release binary.
     Gates,
+    /// Make a tarball, a .deb and an .rpm.
+    Dist(dist::Args),
     /// Check the direction of imports between our crates.
     Layers,
     /// Check the house rules that no compiler lint knows.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => fuzz::command(&args),
         Task::Lab(lab) => lab::command(&lab),
         Task::Gates => gates::command(),
+        Task::Dist(args) => dist::command(&args),
         Task::Layers => layers::command(),
         Task::Tidy => tidy::command(),
     };

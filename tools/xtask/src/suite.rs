@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{fuzz, gates, layers, matrix, real_input, simulate, tidy, tools};
+use crate::{dist, fuzz, gates, layers, matrix, real_input, simulate, tidy, tools};
 
 /// Compiling and running all tests may take so long on a new, slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -90,7 +90,7 @@ impl Step {
 }
 
 /// All parts, cheap ones first.
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     Step::new("layers", || layers::command().map(Tally::one)).quick(),
     Step::new("tidy", || tidy::command().map(Tally::one)).quick(),
     Step::new("tests", cargo_test).quick(),
@@ -99,6 +99,7 @@ const STEPS: [Step; 9] = [
     Step::new("fuzz", fuzz::step).optional(),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
+    Step::new("dist", dist::step),
     Step::new("real-input", || real_input::run(&real_input::Args::default())),
 ];
 
@@ -223,19 +224,46 @@ fn count(line: &str) -> Option<Tally> {
     Some(tally)
 }
 
-/// Builds `polldisk` for release and returns the binary's path.
+/// Builds `polldisk` as it is given out and returns the binary's path. It is linked statically, with the
+/// C library: so it runs whatever the host has, and what is tested here is what is given out.
 pub(crate) fn build_polldisk() -> Result<PathBuf> {
-    Ok(build(&["--package", "polldisk"])?.join("polldisk"))
+    let what = ["--package", "polldisk", "--bin", "polldisk"];
+    // For the program alone: what the compiler itself loads (derives) cannot be static.
+    let linked = ["--", "-C", "target-feature=+crt-static"];
+    Ok(release("rustc", &[&what[..], &linked].concat())?.join("polldisk"))
 }
 
 /// Builds something for release and returns the folder of what is built.
 pub(crate) fn build(what: &[&str]) -> Result<PathBuf> {
+    release("build", what)
+}
+
+fn release(command: &str, what: &[&str]) -> Result<PathBuf> {
     say(&format!("building for release: {}", what.join(" ")));
-    let status = cargo().args(["build", "--release"]).args(what).status()?;
+    let status =
+        cargo().args([command, "--release", "--config", &no_paths()?]).args(what).status()?;
     if !status.success() {
         bail!("{} does not build", what.join(" "));
     }
     Ok(target_folder()?.join("release"))
+}
+
+/// Flags, beside those in .cargo/config.toml, by which nothing that is built tells where it was built.
+fn no_paths() -> Result<String> {
+    let home = cargo_home()?;
+    let maps = [(crate::root(), "/polldisk"), (home, "/cargo")];
+    let flags: Vec<String> = maps
+        .iter()
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+        .collect();
+    Ok(format!("target.x86_64-unknown-linux-gnu.rustflags={}", serde_json::to_string(&flags)?))
+}
+
+/// Where cargo keeps other people's sources.
+pub(crate) fn cargo_home() -> Result<PathBuf> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo"));
+    let set = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    set.or_else(home).context("neither CARGO_HOME nor HOME is set")
 }
 
 /// The folder that cargo builds in.

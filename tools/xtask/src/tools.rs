@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 17] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -30,10 +30,18 @@ const PACKAGES: [(&str, &str); 17] = [
     ("gcc", "gcc"),
     ("strace", "strace"),
     ("xz", "xz-utils"),
+    ("gzip", "gzip"),
+    ("tar", "tar"),
+    ("strip", "binutils"),
+    ("rpm", "rpm"),
+    ("rpmbuild", "rpm"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("unshare", "util-linux"),
+    ("systemd-analyze", "systemd"),
 ];
 
 /// Limit for one step of apt, which may have to wait for a slow mirror or another installation.
-const APT: Duration = Duration::from_secs(600);
+pub(crate) const APT: Duration = Duration::from_secs(600);
 
 /// Something outside the repository is missing, so that a part cannot run here.
 #[derive(Debug)]
