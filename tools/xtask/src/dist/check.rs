@@ -43,6 +43,9 @@ const RPM_NEEDS: [&str; 5] = [
     "rpmlib(TildeInVersions) <= 4.10.0-1",
 ];
 
+/// Where rpm keeps what it knows: Debian's would have it elsewhere.
+const RPM_DATA: &str = "/var/lib/rpm";
+
 /// What an administrator has put into the configuration.
 const CHANGED: &str = "l2-cache = \"64M\"\n";
 
@@ -223,7 +226,7 @@ fn rpm(package: &Package, out: &Path) -> Result<()> {
     let before = tree::list(root.path())?;
     // Run from outside, as the root has no rpm; Debian's asks whether alien was not meant.
     let rpm = |arguments: &[&str]| {
-        let mut rpm = program("rpm", ["--force-debian", "--root"]);
+        let mut rpm = program("rpm", ["--force-debian", "--dbpath", RPM_DATA, "--root"]);
         cmd::ok(rpm.arg(root.path()).args(arguments))
     };
     let query = |what: &[&str]| cmd::ok(program("rpm", ["-qp"]).args(what).arg(&package.path));
@@ -242,7 +245,7 @@ fn rpm(package: &Package, out: &Path) -> Result<()> {
     let version = rpm(&["-q", "--qf", "%{VERSION}", "polldisk"])?;
     ensure!(version == Release::this()?.version, "{version} is installed");
     works(&root, package)?;
-    let mut verify = program("rpm", ["--root"]);
+    let mut verify = program("rpm", ["--dbpath", RPM_DATA, "--root"]);
     let verified =
         cmd::run(verify.arg(root.path()).args(["-V", "--nodeps", "polldisk"]), cmd::LIMIT)?;
     let verified = verified.tail();
