@@ -141,9 +141,11 @@ fn works(root: &Root, package: &Package) -> Result<()> {
     }
     root.run(&["polldisk", "--version"])?;
     root.run(&["/usr/bin/polldisk", "serve", "--check", "--config", "/etc/polldisk.toml"])?;
-    let plugin = format!("/{}/volume/org.xen.xapi.storage.fast/Plugin.query", tree::PLUGINS);
-    let query: Value = serde_json::from_str(&root.run(&[&plugin, "--json"])?)?;
-    ensure!(query["plugin"] == "fast", "Plugin.query says {query}");
+    for plugin in ["volume/org.xen.xapi.storage.fast", "datapath/fast"] {
+        let query = root.run(&[&format!("/{}/{plugin}/Plugin.query", tree::PLUGINS), "--json"])?;
+        let query: Value = serde_json::from_str(&query)?;
+        ensure!(query["plugin"] == "fast", "{plugin}/Plugin.query says {query}");
+    }
     let disks: Value = serde_json::from_str(&root.run(&["sh", "-c", LIFE])?)?;
     ensure!(disks[0]["name"] == "root", "the repository's disks are {disks}");
     root.run(&["bash", "-n", "/usr/share/bash-completion/completions/polldisk"])?;

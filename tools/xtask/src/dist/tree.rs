@@ -62,6 +62,17 @@ pub(super) fn make(root: &Path, format: Format, parts: &Path) -> Result<()> {
         let text = cmd::ok(Command::new(binary).args(["completions", shell]))?;
         put(&root.join(to), text.as_bytes(), false)?;
     }
+    usual_modes(root)
+}
+
+/// What programs wrote has the mode that it has with the usual mask, whatever this process's is.
+fn usual_modes(root: &Path) -> Result<()> {
+    for name in list(root)? {
+        let path = root.join(name);
+        let executable = fs::metadata(&path)?.permissions().mode() & 0o100 != 0;
+        let mode = if executable { 0o755 } else { 0o644 };
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+    }
     Ok(())
 }
 
