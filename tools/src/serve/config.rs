@@ -135,7 +135,7 @@ mod tests {
         let settings = text.lines().filter_map(|line| line.strip_prefix('#'));
         let settings: Vec<_> = settings.filter(|line| !line.starts_with(' ')).collect();
         assert_eq!(Config::parse(&settings.join("\n")).unwrap(), Config::default());
-        assert_eq!(settings.len(), 9, "a setting is missing: {settings:?}");
+        assert_eq!(settings.len(), 10, "a setting is missing: {settings:?}");
     }
 
     #[test]
