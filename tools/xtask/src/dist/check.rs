@@ -110,11 +110,10 @@ fn alone(binary: &Path, out: &Path) -> Result<()> {
 }
 
 fn again(packages: &[Package], out: &Path) -> Result<()> {
-    let release = Release::this()?;
     let second = out.join("again");
     fs::create_dir_all(&second)?;
     for package in packages {
-        let other = pack::make(package.format, &release, out, &second)?;
+        let other = pack::make(package.format, &package.release, out, &second)?;
         let same = fs::read(&package.path)? == fs::read(&other.path)?;
         ensure!(same, "{} differs from {}", other.path.display(), package.path.display());
     }
@@ -207,7 +206,7 @@ fn deb(package: &Package, out: &Path) -> Result<()> {
     root.run(&["dpkg", "--force-unsafe-io", "-i", &new])?;
     unchanged(&root, "etc/polldisk.toml")?;
     let state = root.run(&["dpkg-query", "-W", "-f", "${Version} ${Status}", "polldisk"])?;
-    ensure!(state == format!("{} install ok installed", Release::this()?.version), "{state}");
+    ensure!(state == format!("{} install ok installed", package.release.version), "{state}");
     works(&root, package)?;
     // A `c` stands before configuration files, and only one of them was changed.
     let verified = root.run(&["dpkg", "-V", "polldisk"])?;
@@ -245,7 +244,7 @@ fn rpm(package: &Package, out: &Path) -> Result<()> {
     rpm(&["--nodeps", "-U", &path(new)])?;
     unchanged(&root, "etc/polldisk.toml")?;
     let version = rpm(&["-q", "--qf", "%{VERSION}", "polldisk"])?;
-    ensure!(version == Release::this()?.version, "{version} is installed");
+    ensure!(version == package.release.version, "{version} is installed");
     works(&root, package)?;
     let mut verify = program("rpm", ["--dbpath", RPM_DATA, "--root"]);
     let verified =

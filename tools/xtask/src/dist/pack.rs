@@ -56,6 +56,7 @@ impl Format {
 #[derive(Debug)]
 pub(super) struct Package {
     pub(super) format: Format,
+    pub(super) release: Release,
     pub(super) path: PathBuf,
     /// Its files and folders, without a slash before them, folders with one behind.
     pub(super) files: Vec<String>,
@@ -90,7 +91,7 @@ pub(super) fn make(format: Format, release: &Release, parts: &Path, out: &Path) 
         }
     };
     fs::metadata(&path).with_context(|| path.display().to_string())?;
-    Ok(Package { format, path, files: list })
+    Ok(Package { format, release: release.clone(), path, files: list })
 }
 
 /// A folder that goes when it is not needed any more.
