@@ -2,11 +2,13 @@
 //! [`super::reclaim`]; refcount blocks and their table grow in [`super::refblocks`].
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use block::Status;
 
 use super::refblocks::Block;
 use super::shared::{Key, META, Shared};
+use super::space::Space;
 use super::stack::Top;
 use crate::format::{Geometry, get_refcount, set_refcount};
 use crate::open::MetadataSet;
@@ -43,7 +45,9 @@ pub(super) struct Allocator {
     /// Where the search goes on.
     pub(super) cursor: u64,
     /// Everything at and behind this cluster has never been in use.
-    pub(super) high: u64,
+    high: u64,
+    /// Where others read `high`.
+    space: Arc<Space>,
     /// The file's length when it was opened.
     len: u64,
     /// First byte behind everything that was handed out.
@@ -76,10 +80,11 @@ pub(super) struct Run {
 
 impl Allocator {
     /// For the image that is written to, on a device (or in a file that may grow) of `capacity`.
-    pub(super) fn new(top: &mut Top, capacity: u64) -> Allocator {
+    pub(super) fn new(top: &mut Top, capacity: u64, space: Arc<Space>) -> Allocator {
         let g = top.geometry;
         let slice_bytes = META.min(g.cluster_size() as usize);
         let slice_bits = (slice_bytes as u32 * 8).ilog2() - g.refcount_order();
+        space.set_used(g.clusters_for(top.end) << g.cluster_bits());
         Allocator {
             geometry: g,
             table: std::mem::take(&mut top.refcount_table),
@@ -89,6 +94,7 @@ impl Allocator {
             slices: BTreeMap::new(),
             cursor: g.clusters_for(top.end),
             high: g.clusters_for(top.end),
+            space,
             len: top.len,
             grown: 0,
             exhausted: false,
@@ -106,6 +112,10 @@ impl Allocator {
         if limit > self.limit {
             (self.limit, self.exhausted) = (limit, false);
         }
+    }
+
+    pub(super) fn space(&self) -> &Arc<Space> {
+        &self.space
     }
 
     pub(super) fn is_metadata(&self, cluster: u64) -> bool {
@@ -216,10 +226,18 @@ impl Allocator {
             self.freed.remove(&cluster);
         }
         if count > 0 {
-            self.high = self.high.max(first + count);
+            self.raise(first + count);
             self.grown = self.grown.max((first + count) << self.geometry.cluster_bits());
         }
         (count > 0).then_some(Run { first, count, fresh })
+    }
+
+    /// Nothing behind this cluster was ever in use.
+    pub(super) fn raise(&mut self, end: u64) {
+        if end > self.high {
+            self.high = end;
+            self.space.set_used(end << self.geometry.cluster_bits());
+        }
     }
 
     /// Gives out again what has count 0 now.
@@ -264,11 +282,15 @@ impl Shared {
     /// Takes 1 to `want` host clusters side by side. For a task as in [`Shared::at_rest`].
     pub(super) async fn allocate(&self, slot: u16, want: u64) -> Result<Run, Status> {
         let mut result = self.try_allocate(slot, want).await;
-        while result == Err(Status::NoSpace) && self.let_go.borrow().is_anything() {
-            // What guests let go of comes back by a batch of metadata, and when older requests have
-            // ended. They do: none of them waits for this one without being `at_rest`.
-            self.write_back(slot).await?;
-            self.at_rest(slot, self.pause(slot)).await;
+        while result == Err(Status::NoSpace) {
+            if self.let_go.borrow().is_anything() {
+                // What guests let go of comes back by a batch of metadata, and when older requests
+                // have ended. They do: none of them waits for this one without being `at_rest`.
+                self.write_back(slot).await?;
+                self.at_rest(slot, self.pause(slot)).await;
+            } else if !self.wait_for_space(slot).await {
+                break;
+            }
             result = self.try_allocate(slot, want).await;
         }
         if let Ok(run) = result {

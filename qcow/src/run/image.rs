@@ -146,7 +146,7 @@ impl Image {
         let bits = page_bits(&geometry);
         let map = Arc::new(Map::new(geometry.guest_units(), bits, options.l2_cache, least)?);
         let tables = Tables::new(geometry, std::mem::take(&mut top.l1));
-        let alloc = Allocator::new(top, device.size);
+        let alloc = Allocator::new(top, device.size, Arc::default());
         let bitmaps = std::mem::take(&mut top.bitmaps);
         let marks = Marks::new(bitmaps, geometry.cluster_bits(), options.durable_bitmaps);
         let info = info(&stack, max_transfer);
@@ -236,12 +236,6 @@ impl Image {
     /// file may be cut after a clean close. `u64::MAX` if that is not known.
     pub fn end(&self) -> u64 {
         self.shared.alloc.borrow().end()
-    }
-
-    /// The device of the layer that is written to has so many bytes now, more than before: what found
-    /// no space on it finds some.
-    pub fn has_more_space(&mut self, capacity: u64) {
-        self.shared.alloc.borrow_mut().has_more_space(capacity);
     }
 
     /// Requests that went straight down so far.
@@ -457,6 +451,7 @@ impl Image {
         if !self.lost {
             log::error!("a device was lost and may still use memory: the image is out of service");
             self.lost = true;
+            self.may_grow(false);
             self.tell_satellites(Phase::Lost);
             self.hits.end();
         }
@@ -467,6 +462,7 @@ impl Image {
         if !self.lost {
             log::error!("the image is out of service: it must be opened again");
             self.lost = true;
+            self.may_grow(false);
             self.tell_satellites(Phase::Lost);
             self.hits.end();
         }
@@ -564,6 +560,7 @@ impl<L: BlockQueue> Layer<L> for Image {
     fn close(&mut self) {
         if !self.closing {
             self.closing = true;
+            self.may_grow(false);
             self.hits.end();
             self.tell_satellites(Phase::Closing);
             self.begin_close();

@@ -4,7 +4,7 @@
 //! leaf → [`Layer::complete`]). Everything else becomes the job of the slot's task ([`serve`]): an
 //! `async fn` that loads pages of the map ([`resolve`]), allocates ([`alloc`]), fills ([`write`]),
 //! zeroes and discards ([`zero`]), records that in bitmaps ([`marks`]), and writes metadata back in ordered batches ([`flush`]); host
-//! clusters that nothing refers to any more come back by [`reclaim`].
+//! clusters that nothing refers to any more come back by [`reclaim`]. What finds none may wait: [`space`].
 //!
 //! One reactor, the home reactor, owns an image; its tasks share [`shared::Shared`] by `Rc` and never
 //! hold a borrow across an `.await`. Any number of other reactors serve the image too, each with a
@@ -32,6 +32,7 @@ mod resolve;
 mod satellite;
 mod serve;
 mod shared;
+mod space;
 mod stack;
 mod stream;
 mod tables;
@@ -44,6 +45,7 @@ use crate::atomics;
 pub use image::{Counters, Image, Options};
 pub use journal::{Change, Changes, Journal};
 pub use satellite::{Reseat, Satellite, Seat, Wakes};
+pub use space::Space;
 pub use stack::Stack;
 pub use stream::Progress;
 pub use workers::Workers;

@@ -176,7 +176,7 @@ impl Image {
         }
         shared.tables = RefCell::new(Tables::new(geometry, std::mem::take(&mut stack.top.l1)));
         shared.tables.get_mut().journal = journal;
-        let mut alloc = Allocator::new(&mut stack.top, device.size);
+        let mut alloc = Allocator::new(&mut stack.top, device.size, shared.space.clone());
         if distrusted {
             let _ = alloc.distrust();
         }

@@ -15,7 +15,7 @@ use super::epochs;
 use super::io::Child;
 use super::link::Link;
 use super::read::check;
-use super::shared::Shared;
+use super::shared::{Key, Shared};
 use crate::format::L2Entry;
 
 /// Clusters that go back at a time: between two times others have their turn.
@@ -148,6 +148,7 @@ impl Shared {
             self.lower(slot, &clusters).await;
             self.let_go.borrow_mut().clusters -= clusters.len() as u64;
             self.unlock_alloc();
+            self.unpark(Key::Space);
             if clusters.is_empty() {
                 return;
             }

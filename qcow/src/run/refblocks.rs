@@ -56,7 +56,7 @@ impl Shared {
         // if that fails: a close must not cut it off.
         let (at, bytes) = {
             let mut a = self.alloc.borrow_mut();
-            a.high = a.high.max(place + 1);
+            a.raise(place + 1);
             let first = index & !(SECTOR_WORDS - 1);
             let mut words = a.table[first..(first + SECTOR_WORDS).min(a.table.len())].to_vec();
             words[index - first] = place << a.geometry.cluster_bits();
@@ -156,7 +156,7 @@ impl Shared {
             // cut it off.
             let mut a = self.alloc.borrow_mut();
             a.table_moving = true;
-            a.high = a.high.max(end);
+            a.raise(end);
         }
         self.write_bytes(slot, 0, &header).await?;
         check(self.device_flush(slot).await)?;

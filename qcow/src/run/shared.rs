@@ -22,6 +22,7 @@ use super::marks::Marks;
 use super::meta::Tables;
 use super::read::Decompressed;
 use super::reclaim::LetGo;
+use super::space::Space;
 use super::stack::Stack;
 use super::stream::Stream;
 use super::workers::Unpacker;
@@ -64,6 +65,8 @@ pub(super) enum Key {
     Table(u64),
     /// The allocator.
     Alloc,
+    /// Space on the device.
+    Space,
     /// The end of a batch of metadata writes.
     Batch,
     /// A buffer.
@@ -128,6 +131,9 @@ pub(super) struct Shared {
     pub(super) pages: RefCell<Pages>,
     pub(super) tables: RefCell<Tables>,
     pub(super) alloc: RefCell<Allocator>,
+    pub(super) space: Arc<Space>,
+    /// See [`super::Image::may_grow`].
+    pub(super) grows: Cell<bool>,
     pub(super) batches: RefCell<Batches>,
     pub(super) let_go: RefCell<LetGo>,
     pub(super) decompressed: RefCell<Decompressed>,
@@ -200,6 +206,8 @@ impl Shared {
             map,
             pages,
             tables: RefCell::new(tables),
+            space: alloc.space().clone(),
+            grows: Cell::new(false),
             alloc: RefCell::new(alloc),
             batches: RefCell::default(),
             let_go: RefCell::default(),

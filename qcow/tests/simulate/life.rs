@@ -57,6 +57,8 @@ pub(crate) struct Outcome {
     /// Requests that failed, and those for want of space.
     pub(crate) failed: u64,
     pub(crate) no_space: u64,
+    /// Times that a device became larger for requests that waited.
+    pub(crate) extended: u64,
     /// Images that qemu-img looked at; and those that it could not, as it is not there.
     pub(crate) qemu: u64,
     pub(crate) no_qemu: u64,
@@ -127,6 +129,8 @@ pub(crate) struct Attached {
     journal: Option<Arc<Region>>,
     /// Changes of the image's disks after which their power fails.
     cut_at: u64,
+    /// Bytes of a device that becomes larger.
+    size: Option<u64>,
 }
 
 /// How far a guest has come.
@@ -326,7 +330,13 @@ impl Run<'_> {
         opened
     }
 
-    fn attach(&mut self, life: &Life, layers: Vec<Layer>) -> Result<Attached, String> {
+    fn attach(&mut self, life: &Life, mut layers: Vec<Layer>) -> Result<Attached, String> {
+        let mut size = None;
+        if life.extends {
+            let end = image_end(&mut layers[0].disk)?.next_multiple_of(4096);
+            layers[0].disk.set_size(end);
+            size = Some(end);
+        }
         let mut count = 0..;
         let mut number = |l: &Layer| l.disks().zip(&mut count).map(|(_, n)| n).collect();
         let leaves = layers.iter().map(&mut number).collect();
@@ -343,8 +353,19 @@ impl Run<'_> {
         let (stage, begun, leaks) = (Stage::Later, 0, self.leaks);
         let faults = Faults::default();
         let journal = life.dies.map(|bytes| Region::new(bytes, PageSize::Small).expect("memory"));
-        let mut a =
-            Attached { layers, leaves, reactors, stage, begun, leaks, faults, journal, cut_at };
+        let mut a = Attached {
+            layers,
+            leaves,
+            reactors,
+            stage,
+            begun,
+            leaks,
+            faults,
+            journal,
+            cut_at,
+            size,
+        };
+        a.reactors.image().may_grow(life.extends);
         if let Some(region) = &a.journal {
             a.reactors.image().keep_journal(Journal::new(region.clone(), 0));
         }
@@ -406,6 +427,7 @@ impl Run<'_> {
                 a.reactors.leave();
             }
         }
+        self.extend(a, rng);
         if d.sent < life.requests && rng.one_in(3) {
             for _ in 0..rng.within(1, 4) {
                 d.sent += u64::from(self.send(&d.load, a, rng));
@@ -451,6 +473,24 @@ impl Run<'_> {
             self.probe(a, rng)?;
         }
         Ok(None)
+    }
+
+    /// Makes the device larger for those that wait, a little, until it is as large as it gets.
+    fn extend(&mut self, a: &mut Attached, rng: &mut Rng) {
+        let Some(size) = a.size.filter(|_| a.reactors.waits_for_space()) else { return };
+        if !rng.one_in(50) {
+            return;
+        }
+        if size >= self.plan.disk.size {
+            a.reactors.image().may_grow(false);
+            return;
+        }
+        let more = rng.within(1, 16) << self.plan.cluster_bits;
+        let size = (size + more).next_multiple_of(4096).min(self.plan.disk.size);
+        a.layers[0].disk.set_size(size);
+        a.reactors.image().has_more_space(size);
+        a.size = Some(size);
+        self.outcome.extended += 1;
     }
 
     fn send(&mut self, load: &Load, a: &mut Attached, rng: &mut Rng) -> bool {
@@ -525,9 +565,16 @@ impl Outcome {
         self.allocated += other.allocated;
         self.failed += other.failed;
         self.no_space += other.no_space;
+        self.extended += other.extended;
         self.qemu += other.qemu;
         self.no_qemu += other.no_qemu;
     }
+}
+
+/// Where an image ends.
+fn image_end(disk: &mut Disk) -> Result<u64, String> {
+    let report = qcow::check::run(disk, "sim", Repair::None, &mut |_| {});
+    report.map(|report| report.image_end_offset).map_err(|e| e.to_string())
 }
 
 /// Whether something was not done for want of space.

@@ -110,7 +110,7 @@ fn seeds() {
     println!("simulate: {count} runs from seed {first}, trace {:016x}:", o.hash);
     println!(
         "simulate: {} lives ({} in a file, {} with a data file), {} requests ({} failed, {} of them for want of \
-         space), {} clusters allocated, {} entries redone after {} deaths, {} pages loaded, {} waits, {} overlays, {} internal \
+         space), {} clusters allocated, {} times more space, {} entries redone after {} deaths, {} pages loaded, {} waits, {} overlays, {} internal \
          snapshots, {} streams, {} commits, \
          {} other sizes; {} power cuts looked at, {} bitmaps found good in them, {} not saved; {} images \
          by qemu-img",
@@ -121,6 +121,7 @@ fn seeds() {
         o.failed,
         o.no_space,
         o.allocated,
+        o.extended,
         o.redone,
         o.deaths,
         o.loads,
@@ -140,7 +141,16 @@ fn seeds() {
     }
     if count >= 50 {
         // Runs in which nothing happens prove nothing.
-        let all = [o.failed, o.no_space, o.allocated, o.loads, o.parked, o.snapshots, o.streams];
+        let all = [
+            o.failed,
+            o.no_space,
+            o.extended,
+            o.allocated,
+            o.loads,
+            o.parked,
+            o.snapshots,
+            o.streams,
+        ];
         let later = [
             o.kept,
             o.files,

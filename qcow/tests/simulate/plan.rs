@@ -90,6 +90,8 @@ pub(crate) struct Life {
     pub(crate) changes: Vec<(Change, u64)>,
     pub(crate) marks: Option<Marks>,
     pub(crate) keeps: Option<Keeps>,
+    /// Its device is as small as it can be at first, and becomes larger.
+    pub(crate) extends: bool,
     pub(crate) end: End,
     /// What a power cut would leave is looked at so often before the end.
     pub(crate) probes: u64,
@@ -243,6 +245,7 @@ impl Plan {
             plan.disk.file = true;
         }
         plan.die(&mut Rng::new(seed ^ 0xdead));
+        plan.extend(&mut Rng::new(seed ^ 0xe47e));
         plan
     }
 
@@ -317,6 +320,16 @@ impl Plan {
         for life in &mut self.lives {
             let dies = matches!(life.end, End::Cut(_)) && !self.lazy && rng.one_in(2);
             life.dies = dies.then(|| rng.pick(&[4096, 64 << 10, 256 << 10]));
+        }
+    }
+
+    /// Some begin on a device that becomes larger when they need it.
+    fn extend(&mut self, rng: &mut Rng) {
+        // What emulates smaller blocks keeps to the size that was there first.
+        let emulated = self.disk.block_size > 512;
+        let fixed = self.disk.file || self.data.is_some() || emulated;
+        for life in &mut self.lives {
+            life.extends = !fixed && rng.one_in(3);
         }
     }
 
@@ -399,6 +412,7 @@ impl Plan {
             marks: None,
             dies: None,
             keeps: None,
+            extends: false,
             probes: rng.within(0, 3),
             repair: rng.one_in(3),
             cut_repair: rng.within(0, 6),

@@ -168,6 +168,11 @@ impl Reactors {
         self.home.core.image(0).expect("it is attached")
     }
 
+    /// Whether requests wait for space. Nobody is woken for that.
+    pub(crate) fn waits_for_space(&mut self) -> bool {
+        self.home.core.image(0).is_some_and(|i| i.space().waiting() > 0)
+    }
+
     /// The image rests: from now on it has these layers.
     pub(crate) fn restack(
         &mut self,

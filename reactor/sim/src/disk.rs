@@ -219,6 +219,13 @@ impl Disk {
         self.state().no_space_from = offset;
     }
 
+    /// The device has so many bytes from now on, up to those of its configuration. Queues say what was so
+    /// when they were made, and take what is so now.
+    pub fn set_size(&self, bytes: u64) {
+        let mut s = self.state();
+        s.info.size = bytes.min(s.config.size);
+    }
+
     /// The disk is lost: from now on everything fails, also what it was asked already.
     pub fn lose(&self) {
         let mut s = self.state();
