@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use block::{Layer, Status};
 use dma::Region;
+use reactor::sync::Mutex;
 use reactor::{Clock, Core, Mailbox, Portal, Reactor, Start};
 
 use crate::door::{Door, Entry};
+use crate::groups::TopVolume;
 use crate::parts::{Further, Parts, Rest, take_seat};
 use crate::reactors::take_leaves;
 use crate::{Error, Frontend, Image, Leaf, Model, Reactors};
@@ -47,6 +49,9 @@ pub struct Disk {
     /// Without a close the reactors run on until the process ends, and so must what is below them:
     /// controllers, and the locks that keep others from the image.
     pub(crate) rest: ManuallyDrop<Rest>,
+    /// The volume that is written to, if it is one, until the end. Locked while the image goes over to
+    /// another one, or is told that it has grown.
+    pub(crate) volume: Arc<Mutex<Option<TopVolume>>>,
     pub(crate) info: block::DeviceInfo,
     pub(crate) clock: Clock,
 }
@@ -122,9 +127,11 @@ impl Disk {
             home: Running { reactor: first, image },
             further: Vec::new(),
             rest: ManuallyDrop::new(rest),
+            volume: Arc::default(),
             info,
             clock: reactors.clock().clone(),
         };
+        *disk.volume.lock() = disk.top_volume(0);
         for &number in others {
             if let Err(e) = disk.start_further(number) {
                 if let Err(e) = disk.close() {
@@ -240,6 +247,11 @@ impl Disk {
     pub fn close(mut self) -> Result<(), Error> {
         let name = self.rest.name().to_owned();
         let gone = || Error::node(&name, ENDED);
+        // No more space comes from now on.
+        if let Some(growing) = self.growing() {
+            growing.may_grow(false);
+        }
+        *self.volume.lock() = None;
         self.wait_for_frontends();
         // Their queue pairs go before the devices below the home reactor.
         while self.rest.further().is_some() {}

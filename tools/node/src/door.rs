@@ -50,6 +50,11 @@ impl Door {
         self.entries[0].mailbox.ask(call)
     }
 
+    /// The image on all of its reactors, the home reactor first.
+    pub(crate) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
     /// One of its reactors: the home reactor, and then the others in turn.
     pub(crate) fn entry(&self, number: usize) -> &Entry {
         &self.entries[number % self.entries.len()]

@@ -52,7 +52,7 @@ pub use disk::{Disk, DiskOptions, NodeReactor, ReactorCore};
 pub use door::Door;
 pub use extents::{Extent, ExtentSource};
 pub use frontend::{Frontend, Ring};
-pub use groups::{GroupDevices, Member};
+pub use groups::{GroupDevices, Growing, Member};
 pub use guests::{GuestRing, Guests, Notify, Records, Rings};
 pub use host::HostStorage;
 pub use image::Image;

@@ -4,12 +4,13 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Flags, LeafAccess, Op, Port, Status};
 use file::ImageLock;
 use qcow::open::{BackingRef, ChainOptions, FileId, Format, Opened};
-use qcow::run::Stack;
+use qcow::run::{Space, Stack};
 use reactor::PortalRequest;
 
 use crate::chain::Chain;
@@ -24,6 +25,47 @@ const LOOK: Duration = Duration::from_micros(20);
 /// How long a pause is waited for, in nanoseconds: longer than a device may take for a command, and
 /// a file for a flush behind much that others write.
 const PAUSE_NS: u64 = 180_000_000_000;
+
+/// How long requests that wait for space may keep a pause from being reached, in nanoseconds. Whoever
+/// pauses the image may have what is needed to make its volume larger.
+const SPACE_NS: u64 = 2_000_000_000;
+
+/// Of somebody who waits for a running image to come to rest.
+struct Patience<'d> {
+    disk: &'d Disk,
+    space: Arc<Space>,
+    began: u64,
+    /// When no request waited for space.
+    room: u64,
+}
+
+impl Patience<'_> {
+    fn new(disk: &Disk) -> Result<Patience<'_>, Error> {
+        let space = disk.on_image(|i, _| i.space())?;
+        let now = disk.clock.now();
+        Ok(Patience { disk, space, began: now, room: now })
+    }
+
+    /// Waits for a moment.
+    ///
+    /// # Errors
+    /// If that was done for too long.
+    fn wait(&mut self) -> Result<(), Error> {
+        let now = self.disk.clock.now();
+        if self.space.waiting() == 0 {
+            self.room = now;
+        }
+        let name = self.disk.rest.name();
+        if now.saturating_sub(self.room) > SPACE_NS {
+            return Err(Error::node(name, "requests wait for space in its volume: try again"));
+        }
+        if now.saturating_sub(self.began) > PAUSE_NS {
+            return Err(Error::node(name, "requests in flight do not end"));
+        }
+        std::thread::sleep(LOOK);
+        Ok(())
+    }
+}
 
 /// The files of the chain of a running image, the one that is written to first.
 #[derive(Default)]
@@ -260,20 +302,25 @@ impl Disk {
             len: 0,
             seg: None,
         };
-        let _ = self.portal(1, Vec::new())?.call(flush);
+        let mut portal = self.portal(1, Vec::new())?;
+        let mut patience = Patience::new(self)?;
+        if portal.send(flush).is_ok() {
+            while portal.receive().is_none() {
+                patience.wait()?;
+            }
+        }
         self.on_image(|i, _| i.pause())?;
-        let began = self.clock.now();
-        while self.clock.now().saturating_sub(began) < PAUSE_NS {
+        let mut patience = Patience::new(self)?;
+        loop {
             match self.on_image(|i, _| i.paused())? {
                 Some(Status::Ok) => return self.cut_top(),
                 Some(status) => {
                     let why = format!("its metadata cannot be written: {status}");
                     return Err(Error::node(self.rest.name(), why));
                 }
-                None => std::thread::sleep(LOOK),
+                None => patience.wait()?,
             }
         }
-        Err(Error::node(self.rest.name(), "requests in flight do not end"))
     }
 
     /// Cuts the file that is written to where the image ends: it may have been allocated ahead.
@@ -318,6 +365,8 @@ impl Disk {
         let name = self.rest.name().to_owned();
         let ports = self.ports(which);
         let top = ports[0];
+        let volume = self.volume.clone();
+        let mut volume = volume.lock();
         let news = self.on_image(move |i, leaves| {
             f(i, leaves)?;
             if let Some(Leaf::File(queue)) = leaves.get_mut(usize::from(top.leaf)) {
@@ -339,6 +388,7 @@ impl Disk {
                 log::warn!("{name}: a reactor is slow from now on: {e}");
             }
         }
+        *volume = self.top_volume(which[0]);
         self.rest.top = top;
         self.info = info;
         Ok(())

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use block::{Flags, Op, Status, Storage};
 use dma::Pool;
@@ -207,7 +208,8 @@ fn a_volume_grows_while_its_image_is_written_to() {
         rig.volume("behind", 2, 2);
         let node = format!("vol:vg/disk@{}", rig.list(kind));
         make_image(&node, 1 << 30);
-        let mut disk = serve(&node, Format::Qcow2, reactors);
+        let disk = serve(&node, Format::Qcow2, reactors);
+        let growing = disk.growing().unwrap();
         let devices = rig.managed(kind);
         let mut group = Group::open(devices.members().unwrap(), None).unwrap();
         let mut pool = Pool::new(1, 65536).unwrap();
@@ -247,8 +249,8 @@ fn a_volume_grows_while_its_image_is_written_to() {
                 group.change(&author(), "", |vg| vg.grow_lv("disk", 8).map(drop)).unwrap();
                 let map = group.map("disk").unwrap();
                 sizes.push(map.len());
-                let id = group.vg().lv("disk").unwrap().id;
-                disk.volume_has_grown(id, map).unwrap();
+                let volume = group.vg().lv("disk").unwrap().id;
+                assert!(growing.has_grown(volume, &map).unwrap());
             }
         }
         pool.give(buf);
@@ -257,9 +259,13 @@ fn a_volume_grows_while_its_image_is_written_to() {
         let (disks, other) =
             (group.vg().lv("disk").unwrap().id, group.vg().lv("behind").unwrap().id);
         let map = group.map("behind").unwrap();
-        let said = disk.volume_has_grown(disks, map.clone()).unwrap_err().to_string();
+        let said = growing.has_grown(disks, &map).unwrap_err().to_string();
         assert!(said.contains("was moved"), "{said}");
-        let said = disk.volume_has_grown(other, map).unwrap_err().to_string();
+        // The image is elsewhere by now, as far as that one knows.
+        assert!(!growing.has_grown(other, &map).unwrap());
+        let said = disk.volume_has_grown(disks, &map).unwrap_err().to_string();
+        assert!(said.contains("was moved"), "{said}");
+        let said = disk.volume_has_grown(other, &map).unwrap_err().to_string();
         assert!(said.contains("no layer lies in that volume"), "{said}");
         clusters(&disk, Op::Read, 560, 9);
         disk.close().unwrap();
@@ -274,14 +280,83 @@ fn a_volume_grows_while_its_image_is_written_to() {
         disk.close().unwrap();
     }
     // What lies in no volume has nothing to grow.
-    let mut disk = serve("mem:1M", Format::Raw, 1);
+    let disk = serve("mem:1M", Format::Raw, 1);
     let rig = Rig::new(1, None);
     rig.volume("disk", 16, 1);
     let group = rig.group();
     let (id, map) = (group.vg().lv("disk").unwrap().id, group.map("disk").unwrap());
-    let said = disk.volume_has_grown(id, map).unwrap_err().to_string();
+    let said = disk.volume_has_grown(id, &map).unwrap_err().to_string();
     assert!(said.contains("no layer lies in that volume"), "{said}");
+    assert!(disk.growing().is_none());
     disk.close().unwrap();
+}
+
+/// Who pauses an image may be the one who would make its volume larger. And a close is for good.
+#[test]
+fn neither_a_pause_nor_a_close_waits_for_space() {
+    let rig = Rig::new(1, None);
+    rig.volume("disk", 16, 1);
+    let node = format!("vol:vg/disk@{}", rig.list(""));
+    make_image(&node, 1 << 30);
+    let mut disk = serve(&node, Format::Qcow2, 1);
+    let growing = disk.growing().unwrap();
+    growing.may_grow(true);
+    let mut pool = Pool::new(1, 65536).unwrap();
+    let buf = pool.take().unwrap();
+    let mut portal = disk.portal(400, vec![pool.region().clone()]).unwrap();
+    let write = |portal: &mut reactor::Portal, cluster: u64| {
+        let (op, offset, seg) = (Op::Write, cluster * 65536, Some(buf.seg()));
+        let (id, flags, len) = (cluster, Flags::NONE, 65536);
+        portal.send(PortalRequest { id, op, flags, offset, len, seg }).unwrap();
+    };
+    // More than the image has slots.
+    let (mut sent, mut answered) = (0, 0);
+    while sent - answered < 300 {
+        while sent - answered < 300 {
+            write(&mut portal, sent);
+            sent += 1;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        while let Some(reply) = portal.receive() {
+            assert_eq!(reply.status, Status::Ok);
+            answered += 1;
+        }
+    }
+    assert!(growing.space().waiting() > 200 && growing.space().used() == 16 * MIB);
+    let clock = Clock::real();
+    let began = clock.now();
+    let said = disk.resize(2 << 30).unwrap_err().to_string();
+    assert!(said.contains("wait for space"), "{said}");
+    let took = (clock.now() - began) / 1_000_000;
+    assert!((2000..10_000).contains(&took), "{took} ms");
+    // It goes on as before.
+    let devices = rig.managed("");
+    let mut group = Group::open(devices.members().unwrap(), None).unwrap();
+    group.change(&author(), "", |vg| vg.grow_lv("disk", 8).map(drop)).unwrap();
+    let (volume, map) = (group.vg().lv("disk").unwrap().id, group.map("disk").unwrap());
+    assert_eq!(growing.volume(), Some((volume, 16 * MIB)));
+    assert!(growing.has_grown(volume, &map).unwrap());
+    assert_eq!(growing.volume(), Some((volume, 24 * MIB)));
+    let mut more = 0;
+    while more < 100 {
+        assert_eq!(portal.wait().status, Status::Ok);
+        more += 1;
+    }
+    // The portal is still there, and what it has sent waits.
+    let close = std::thread::spawn(move || disk.close());
+    while portal.in_flight() > 0 {
+        let status = portal.wait().status;
+        assert!(matches!(status, Status::Ok | Status::NoSpace | Status::Gone), "{status}");
+    }
+    drop(portal);
+    close.join().unwrap().unwrap();
+    assert_eq!(growing.volume(), None);
+    assert!(!growing.has_grown(volume, &map).unwrap());
+    growing.may_grow(true);
+    pool.give(buf);
+    drop(group);
+    devices.close().unwrap();
+    qemu_check(&rig.extract("disk"));
 }
 
 /// On reactors that serve many images a group needs one queue for each of them, and one for control
@@ -325,7 +400,7 @@ fn volumes_share_the_queues_of_reactors() {
         for n in [3, 7, 19] {
             disks[n].take().unwrap().close().unwrap();
         }
-        assert!(!devices.uses(group.vg().lv("v3").unwrap().id) == 1);
+        assert_eq!(devices.uses(group.vg().lv("v3").unwrap().id), 0);
         assert!(devices.uses(group.vg().lv("v4").unwrap().id) == 1);
         for n in [19, 3] {
             disks[n] = Some(serve(n));

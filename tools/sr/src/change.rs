@@ -56,6 +56,12 @@ pub enum Text {
     Description,
 }
 
+/// How many bytes a disk of this size and its image's tables need at most, as long as there are no snapshots
+/// inside the image.
+pub fn most_bytes(size: u64) -> u64 {
+    size.saturating_add(size / 512).saturating_add(4 << 20)
+}
+
 fn key() -> String {
     Uuid::new_v4().to_string()
 }
@@ -160,9 +166,7 @@ impl<S: Storage> Repository<S> {
         let stripe_size = if stripes > 1 { STRIPE / 512 } else { 0 };
         self.commit(author, why, &images, |vg| {
             for node in nodes {
-                // All of the disk and its tables, if it is that small.
-                let most = node.size + node.size / 512 + (4 << 20);
-                let extents = vg.extents_for(most.min(FIRST));
+                let extents = vg.extents_for(most_bytes(node.size).min(FIRST));
                 let shape = Shape { stripes, stripe_size };
                 let id =
                     Id::random().map_err(|e| Error::Refused(format!("random numbers: {e}")))?;
@@ -366,19 +370,19 @@ impl<S: Storage> Repository<S> {
         self.commit(author, &format!("{what} of {of}"), &[], |vg| put(vg, &node))
     }
 
-    /// Makes a disk's volume larger, by at least so many bytes and in steps that grow with it. Returns
-    /// how many bytes it has then.
+    /// Makes a node's volume larger, by at least so many bytes and in steps that grow with it.
     ///
     /// # Errors
-    /// If there is no such disk, or no space.
-    pub fn grow(&mut self, of: &str, more: u64, author: &Author) -> Result<u64> {
-        let (_, node) = self.known(of)?;
+    /// If there is no such node, or no space.
+    pub fn grow(&mut self, of: &str, more: u64, author: &Author) -> Result<()> {
+        if !self.state().nodes.contains_key(of) {
+            return refused(format!("no image is in {of}"));
+        }
         self.commit(author, &format!("grow {of}"), &[], |vg| {
             let extents = vg.extents_for(more);
-            vg.grow_lv(&node.lv, extents)?;
+            vg.grow_lv(of, extents)?;
             Ok(())
-        })?;
-        Ok(self.disk(of)?.1.used)
+        })
     }
 
     /// A disk and its node, to be changed.

@@ -21,7 +21,7 @@ mod merge;
 mod repository;
 mod state;
 
-pub use change::{NewDisk, Stacked, Text};
+pub use change::{NewDisk, Stacked, Text, most_bytes};
 pub use error::{Error, Result};
 pub use merge::Merge;
 pub use repository::{NewRepository, Repository, Stat, probe};

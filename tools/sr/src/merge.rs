@@ -3,7 +3,7 @@
 use block::Storage;
 use volume::Author;
 
-use crate::change::{lv, put};
+use crate::change::{lv, most_bytes, put};
 use crate::error::{Result, refused};
 use crate::repository::Repository;
 use crate::state::Node;
@@ -56,16 +56,11 @@ impl<S: Storage> Repository<S> {
         let Some(node) = self.state().nodes.get(of) else { return refused(format!("no {of}")) };
         // What is above may be of a time when the disk was larger.
         let size = self.above(of).map(|above| above.size).fold(node.size, u64::max);
-        let most = size + size / 512 + (4 << 20);
-        let more = bytes.min(most).saturating_sub(node.used);
-        if more == 0 {
-            return Ok(());
+        let more = bytes.min(most_bytes(size)).saturating_sub(node.used);
+        match more {
+            0 => Ok(()),
+            more => self.grow(of, more, author),
         }
-        self.commit(author, &format!("more space for {of}"), &[], |vg| {
-            let extents = vg.extents_for(more);
-            vg.grow_lv(of, extents)?;
-            Ok(())
-        })
     }
 
     /// Notes that two nodes are one: the lower image holds all that the upper one does, and what stood

@@ -192,7 +192,8 @@ fn there_is_an_end_to_chains_texts_and_space() {
     assert_eq!(seen(&mut r), before);
     let full = (0..).find_map(|_| r.create_disk(&disk(1 << 40), &author()).err()).unwrap();
     assert!(matches!(full, Error::Group(volume::Error::NoSpace { .. })), "{full}");
-    let grown = (0..).find_map(|_| r.grow(&a, 1, &author()).err()).unwrap();
+    let lv = r.disk(&a).unwrap().1.lv.clone();
+    let grown = (0..).find_map(|_| r.grow(&lv, 1, &author()).err()).unwrap();
     assert!(matches!(grown, Error::Group(volume::Error::NoSpace { .. })), "{grown}");
     assert!(r.disk(&a).unwrap().1.used > 8 * MIB);
 }
@@ -212,7 +213,10 @@ fn operate(r: &mut Repository<Memory>, rng: &mut Rng) -> sr::Result<()> {
         4 => r.revert(&other, &key, &author()),
         5 => r.set_key(&key, "k", Some(&"v".repeat(rng.below(3000) as usize)), &author()),
         6 => r.set_text(&key, Text::Description, "text", &author()),
-        _ => r.grow(&key, 1, &author()).map(drop),
+        _ => {
+            let lv = r.disk(&key)?.1.lv.clone();
+            r.grow(&lv, 1, &author())
+        }
     }
 }
 

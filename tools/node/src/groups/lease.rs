@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use block::{Port, SplitQueue};
+use reactor::sync::Mutex;
 use volume::{Group, Id, Map, View};
 
 use super::{GROUPS, Member, Shared, Use};
@@ -19,7 +20,8 @@ pub(crate) struct Lease {
     writable: bool,
     /// The group's devices in the order of its metadata.
     order: Vec<usize>,
-    map: Map,
+    /// Who makes it larger has it too.
+    map: Arc<Mutex<Map>>,
     /// Where it lies on reactors that others share.
     port: Option<(Arc<Reactors>, Port)>,
 }
@@ -35,6 +37,7 @@ impl Lease {
     ) -> Lease {
         let order = of.storages().map(Member::at).collect();
         let (number, node, port) = (None, node.to_owned(), None);
+        let map = Arc::new(Mutex::new(map));
         Lease { group, number, node, volume, writable, order, map, port }
     }
 
@@ -42,7 +45,7 @@ impl Lease {
     pub(super) fn view(&self, shared: &Shared, writable: bool) -> View<'static, Member> {
         let read_only = !writable || !self.writable;
         let members = self.order.iter().map(|&at| shared.devices[at].member(at, read_only));
-        View::own(self.map.clone(), read_only, members.collect())
+        View::own(self.map.lock().clone(), read_only, members.collect())
     }
 
     /// The same of an open group.
@@ -68,7 +71,7 @@ impl Lease {
         self.with(|shared| {
             let leaves = self.order.iter().map(|&at| shared.devices[at].queue());
             let leaves = leaves.collect::<Result<_, _>>()?;
-            let queue = SplitQueue::over(leaves, self.map.clone(), !self.writable);
+            let queue = SplitQueue::over(leaves, self.map.lock().clone(), !self.writable);
             Ok(Leaf::Volume(Box::new(queue.map_err(|e| Error::node(&self.node, e))?)))
         })
     }
@@ -95,7 +98,7 @@ impl Lease {
     pub(crate) fn appear_on(&self, number: usize) -> Result<(), Error> {
         let Some((reactors, port)) = &self.port else { return Ok(()) };
         self.with(|shared| {
-            let volume = (&self.order[..], self.map.clone(), !self.writable);
+            let volume = (&self.order[..], self.map.lock().clone(), !self.writable);
             let done = shared.put(reactors, number, *port, volume);
             done.map_err(|e| Error::node(&self.node, e))
         })
@@ -106,16 +109,9 @@ impl Lease {
         self.volume
     }
 
-    /// The volume has grown; nothing of it has moved.
-    ///
-    /// # Errors
-    /// If that is not so.
-    pub(crate) fn grown(&mut self, map: Map) -> Result<(), Error> {
-        if !map.extends(&self.map) || map.align() < 4096 {
-            return Err(Error::node(&self.node, "the volume was moved: close it"));
-        }
-        self.map = map;
-        Ok(())
+    /// Where it lies, for [`extended`].
+    pub(super) fn map(&self) -> Arc<Mutex<Map>> {
+        self.map.clone()
     }
 
     /// From now on nobody writes to it through this use, and others may read it.
@@ -182,4 +178,16 @@ impl Drop for Lease {
             log::error!("{e}");
         }
     }
+}
+
+/// The volume lies as `map` says: it has grown, and nothing of it has moved.
+///
+/// # Errors
+/// If that is not so.
+pub(super) fn extended(known: &mut Map, map: Map) -> Result<(), String> {
+    if !map.extends(known) || map.align() < 4096 {
+        return Err("the volume was moved: close it".to_owned());
+    }
+    *known = map;
+    Ok(())
 }

@@ -1,9 +1,9 @@
 //! [`GroupDevices`]: a group for whoever changes it, and its volumes from there.
 
-use volume::{Group, Id, Map};
+use volume::{Group, Id};
 
 use super::{GROUPS, Member};
-use crate::{Disk, Error, Leaf, NodeSpec, OpenOptions, ReactorCore, Source};
+use crate::{Error, NodeSpec, OpenOptions, Source};
 use qcow::open::Format;
 
 /// The devices of a group that its holder may change: nobody else in the process, and none outside.
@@ -90,45 +90,6 @@ impl Drop for GroupDevices {
     fn drop(&mut self) {
         if let Err(e) = self.give_back() {
             log::error!("{e}");
-        }
-    }
-}
-
-impl Disk {
-    /// A volume that one of the layers lies in has grown to what the map says: what found no space in
-    /// it goes on.
-    ///
-    /// # Errors
-    /// If no layer lies in it, or the map is none of it.
-    pub fn volume_has_grown(&mut self, volume: Id, map: Map) -> Result<(), Error> {
-        let name = self.rest.name().to_owned();
-        let rest = &mut *self.rest;
-        let devices = &mut rest.devices;
-        let mut is_it = |n: usize| devices[n].as_volume().is_some_and(|l| l.volume() == volume);
-        let layers = rest.chain.layers.iter();
-        let mut found = layers.filter_map(|layer| Some((layer.port, layer.lies.device()?)));
-        let found = found.find(|&(_, device)| is_it(device));
-        let nowhere = || Error::node(&name, "no layer lies in that volume");
-        let (port, device) = found.ok_or_else(nowhere)?;
-        let lease = rest.devices[device].as_volume().ok_or_else(nowhere)?;
-        lease.grown(map.clone())?;
-        let size = map.len();
-        // All queues before the first request that goes past the old end.
-        for running in self.running() {
-            let map = map.clone();
-            let grown = self.mailbox(running).ask(move |core: &mut ReactorCore| {
-                match core.leaves().get_mut(usize::from(port.leaf)) {
-                    Some(Leaf::Volume(queue)) => queue.grow(port.unit, map),
-                    _ => Err("the volume has no queue".to_owned()),
-                }
-            });
-            grown
-                .unwrap_or_else(|| Err("its reactor has ended".to_owned()))
-                .map_err(|e| Error::node(&name, e))?;
-        }
-        match port == self.rest.top {
-            true => self.on_image(move |image, _| image.has_more_space(size)),
-            false => Ok(()),
         }
     }
 }

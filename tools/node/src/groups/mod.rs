@@ -13,6 +13,7 @@
 //!
 //! Control path; under one lock, as opening and closing wait for devices. No reactor takes it.
 
+mod growing;
 mod lease;
 mod managed;
 mod member;
@@ -26,6 +27,8 @@ use qcow::open::{FileId, Format};
 use reactor::sync::Mutex;
 use volume::{Group, HostIds, Id, Vg, View};
 
+pub use self::growing::Growing;
+pub(crate) use self::growing::TopVolume;
 pub(crate) use self::lease::Lease;
 pub use self::managed::GroupDevices;
 pub use self::member::Member;

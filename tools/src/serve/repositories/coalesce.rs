@@ -227,7 +227,7 @@ fn live(
         let why = || Fault::other(format!("{name} is not in the chain any more"));
         return settle(attached, merge, Some(above.ok_or_else(why)?));
     };
-    disk.volume_has_grown(id, map)?;
+    disk.volume_has_grown(id, &map)?;
     let above = disk.chain().nth(depth.saturating_sub(1)).map(str::to_owned);
     disk.commit(depth, watch)?;
     settle(attached, merge, above.as_deref())
