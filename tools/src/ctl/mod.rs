@@ -290,7 +290,11 @@ fn print_daemon(result: &Value) -> anyhow::Result<()> {
             (Some(path), Some(n)) => format!(", on {path} by {n} NBD clients"),
             _ => String::new(),
         };
-        line(&format!("image {name} {state} {node} {format} {size} used by {user}{nbd}"))?;
+        let space = match image["space"].as_str() {
+            Some(space) => format!(", space {space}"),
+            None => String::new(),
+        };
+        line(&format!("image {name} {state} {node} {format} {size} used by {user}{nbd}{space}"))?;
     }
     for (n, reactor) in list("reactors").iter().enumerate() {
         let busy = reactor["busy-ns"].as_f64().unwrap_or(0.0);

@@ -417,6 +417,7 @@ impl Images {
                 "used-by": user,
                 "nbd": image.wanted.nbd,
                 "nbd-clients": clients(nbd),
+                "space": self.repositories.is_exhausted(name).then_some("exhausted"),
             }),
         };
         self.all.lock().iter().map(one).collect()
@@ -433,8 +434,9 @@ impl Images {
                 Ok(())
             }),
         };
-        let opened =
-            redone.and_then(|()| self.start(&wanted)).and_then(|disk| self.serve(wanted, disk));
+        let opened = redone
+            .and_then(|()| self.start(&wanted))
+            .and_then(|(disk, place)| self.serve(wanted, disk, &place));
         let mut all = self.all.lock();
         match opened {
             Ok((image, nbd)) => {
@@ -454,14 +456,17 @@ impl Images {
         &self,
         wanted: Wanted,
         disk: Disk,
+        place: &Place,
     ) -> anyhow::Result<(Arc<Image>, Option<::nbd::Server>)> {
-        let (door, info) = (disk.door(), disk.info().clone());
-        let changes = Changes::new(disk, self.reactors.clock().clone(), self.allow_backing.clone());
-        let limits = Place::parse(&wanted.node)?.limits(&self.repositories)?;
+        let (door, info, growing) = (disk.door(), disk.info().clone(), disk.growing());
+        let clock = self.reactors.clock();
+        let changes = Changes::new(disk, clock.clone(), self.allow_backing.clone());
+        let limits = place.limits(&self.repositories)?;
         let (iops, bandwidth) = limits.unwrap_or((wanted.iops, wanted.bandwidth));
         if iops > 0 || bandwidth > 0 {
             changes.limit(iops, bandwidth);
         }
+        self.repositories.watch(wanted.name(), place, growing, changes.size(), clock);
         let listen = |path: &PathBuf| {
             let export = ::nbd::Export {
                 name: wanted.export.clone(),
@@ -477,6 +482,7 @@ impl Images {
                 Ok((Arc::new(Image { name, wanted, door, changes, info }), nbd))
             }
             Err(e) => {
+                self.repositories.unwatch(wanted.name());
                 if let Err(e) = changes.end().close() {
                     log::error!("{}: {e}", wanted.name());
                 }
@@ -485,7 +491,7 @@ impl Images {
         }
     }
 
-    fn start(&self, wanted: &Wanted) -> anyhow::Result<Disk> {
+    fn start(&self, wanted: &Wanted) -> anyhow::Result<(Disk, Place)> {
         let place = Place::parse(&wanted.node)?;
         let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
         let options = OpenOptions {
@@ -515,7 +521,7 @@ impl Images {
                 return Err(e);
             }
         }
-        Ok(disk)
+        Ok((disk, place))
     }
 
     /// `goes_on`: another daemon will serve its guest, who must know that nothing is missing.
@@ -529,6 +535,7 @@ impl Images {
         if left > 0 {
             log::warn!("{}: {left} NBD clients had requests in flight after {DRAIN:?}", image.name);
         }
+        self.repositories.unwatch(&image.name);
         let closed = image.changes.end().close().context("closing it");
         if closed.is_ok() && !goes_on {
             self.keep.forget_journal(&image.name);

@@ -30,7 +30,7 @@ use devices::Devices;
 use images::Images;
 use keep::Keep;
 pub(crate) use repositories::TYPE as REPOSITORY_TYPE;
-use repositories::{Coalescer, Repositories};
+use repositories::{Coalescer, Growth, Repositories};
 
 /// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
 #[derive(Args)]
@@ -73,17 +73,23 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
         .name("coalesce".to_owned())
         .spawn(|| coalescer.run())
         .context("cannot start a thread")?;
-    let served = limited.and_then(|()| start(&config, &images, &repositories));
-    let served = served.map(|(server, devices)| {
-        tell_manager("READY=1");
-        log::info!("ready");
-        let signal = stop.recv().context("cannot wait for signals");
-        tell_manager("STOPPING=1");
-        log::info!("stopping: {signal:?}");
-        server.shutdown();
-        if let Some(devices) = devices {
-            devices.stop();
-        }
+    let clock = reactors.clock().clone();
+    let growth = limited.and_then(|()| Growth::start(repositories.clone(), clock));
+    let served = growth.and_then(|growth| {
+        let served = start(&config, &images, &repositories).map(|(server, devices)| {
+            tell_manager("READY=1");
+            log::info!("ready");
+            let signal = stop.recv().context("cannot wait for signals");
+            tell_manager("STOPPING=1");
+            log::info!("stopping: {signal:?}");
+            server.shutdown();
+            if let Some(devices) = devices {
+                devices.stop();
+            }
+        });
+        // What guests have sent may have needed space to the end.
+        growth.stop();
+        served
     });
     end.store(true, Ordering::Relaxed);
     if coalescer.join().is_err() {

@@ -16,12 +16,13 @@ use super::control::Control;
 use super::devices::Devices;
 use super::images::Images;
 use super::keep::Keep;
-use super::repositories::Repositories;
+use super::repositories::{Growth, Repositories};
 use crate::ctl::rpc::Service as _;
 
 mod broken;
 mod copies;
 mod died;
+mod growth;
 mod left;
 mod many;
 mod measures;
@@ -44,6 +45,7 @@ struct World {
 struct Ours {
     control: Control,
     reactors: Arc<Reactors>,
+    growth: Growth,
 }
 
 impl World {
@@ -70,10 +72,11 @@ impl World {
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
         let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
         let repositories = Arc::new(Repositories::new(self.dir.path().join("state")));
+        let growth = Growth::start(repositories.clone(), Clock::real()).unwrap();
         let (options, allow) = (Default::default(), Vec::new());
         let images =
             Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
-        Ours { control: Control { images, repositories, devices: None }, reactors }
+        Ours { control: Control { images, repositories, devices: None }, reactors, growth }
     }
 
     /// It does.
@@ -149,6 +152,7 @@ impl Ours {
     fn stop(self) {
         let Control { images, devices, .. } = self.control;
         devices.inspect(|devices| devices.stop());
+        self.growth.stop();
         images.close_all().unwrap();
         drop(images);
         self.reactors.stop();

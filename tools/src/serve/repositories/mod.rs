@@ -7,6 +7,7 @@ mod coalesce;
 mod datapath;
 mod disks;
 mod fault;
+mod growth;
 mod place;
 mod whole;
 
@@ -26,6 +27,7 @@ use crate::volume::author;
 use attached::Attached;
 pub(super) use coalesce::Coalescer;
 use fault::Fault;
+pub(super) use growth::Growth;
 pub(super) use place::Place;
 
 /// What a repository's devices are called in its configuration (xapi's device-config).
@@ -43,6 +45,8 @@ pub(crate) struct Repositories {
     /// The domains that have a disk activated, by the name of its image. Locked while images are opened
     /// and closed for that.
     active: Mutex<BTreeMap<String, BTreeSet<String>>>,
+    /// The images whose volumes grow, by their names.
+    watched: Mutex<BTreeMap<String, Arc<growth::Watched>>>,
 }
 
 type Configuration = BTreeMap<String, String>;
@@ -86,7 +90,8 @@ fn close(sources: Vec<Source>) -> Result<(), Fault> {
 impl Repositories {
     /// None, of a daemon whose files are in this folder.
     pub(crate) fn new(run: PathBuf) -> Repositories {
-        Repositories { run, all: Mutex::default(), active: Mutex::default() }
+        let (all, active, watched) = Default::default();
+        Repositories { run, all, active, watched }
     }
 
     /// Carries out a method: `{"result": …}`, or `{"error": {"code", "params"}}` as the toolstack wants it.

@@ -51,7 +51,7 @@ impl Rig {
     }
 
     /// Plugs a disk in as the toolstack does, after it was activated.
-    fn plug(&self, ours: &Ours, domid: u16, key: &str) {
+    pub(super) fn plug(&self, ours: &Ours, domid: u16, key: &str) {
         let uri = uri(key);
         let domain = json!({"uri": uri, "domain": domid.to_string()});
         let answer = ours.smapi("Datapath.attach", domain.clone());
