@@ -8,12 +8,14 @@
 //! - [`Mailbox`] is how control threads reach it; [`Portal`] is how a service thread does I/O
 //!   through it (NBD connections, conversion, verification).
 //! - [`task`] drives what cannot be a straight function: allocation, copy-on-write, flush.
-//! - [`Clock`] tells the time (TSC, or virtual for tests), [`Stats`] is read from outside.
+//! - [`Clock`] tells the time (TSC, or virtual for tests), [`Stats`] is read from outside, as
+//!   a [`Histogram`] of what requests took is.
 //! - [`sync::Mutex`] is the one lock that control paths may use, and it counts.
 
 mod affinity;
 mod clock;
 mod core;
+mod histogram;
 mod mailbox;
 mod portal;
 mod stats;
@@ -25,6 +27,7 @@ mod wake;
 pub use crate::core::Core;
 pub use affinity::{online_cpus, pin_current_thread};
 pub use clock::Clock;
+pub use histogram::{Distribution, Histogram};
 pub use mailbox::{Call, Mailbox};
 pub use portal::{Portal, PortalFrontend, PortalReply, PortalRequest};
 pub use stats::Stats;

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use block::Status;
+use reactor::Histogram;
 
 use crate::abi::{DISCARD, EOPNOTSUPP, ERROR, OKAY};
 
@@ -107,6 +108,16 @@ pub struct Stats {
     pub held_flushes: Counter,
     /// The disk could not flush: every later request fails. 0 or 1.
     pub failed: Counter,
+    /// Requests taken and not yet answered.
+    pub in_flight: Counter,
+    /// How long requests were in flight, in nanoseconds: the sum over all of them, those that still are
+    /// included. Its growth in a second is the mean depth of the queue; its growth by the number of
+    /// requests that ended, what one took.
+    pub in_flight_ns: Counter,
+    /// How long reads took, of those that were watched: see [`crate::Backend`].
+    pub read_latency: Histogram,
+    /// The same of writes.
+    pub write_latency: Histogram,
     pub(crate) detached: AtomicBool,
 }
 

@@ -3,12 +3,14 @@
 //!
 //! This file is the straight path of a read or write of one segment, from ring slot to disk and
 //! back. Everything else has a slot of the same kind and goes through a list of things to do:
-//! `request` takes and checks it, `data` moves its bytes, `steps` brings it to its end.
+//! `request` takes and checks it, `data` moves its bytes, `steps` brings it to its end. How long
+//! requests take is found out by `watch`.
 
 mod data;
 mod request;
 mod slot;
 mod steps;
+mod watch;
 
 use std::hint::cold_path;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use crate::pages::{AGE_SHIFT, PageTable};
 use crate::{BackRing, EventChannel, Grants, RingMemory, Runaway, Stats};
 use data::Batch;
 use slot::{NO_BUFFER, Slot, Stage};
+use watch::Watched;
 
 /// What a ring is served with: what was agreed with the frontend, and what it was offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,6 +139,7 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     replaying: Option<u16>,
     tail: [u64; 10],
     stats: Arc<Stats>,
+    watched: Watched,
     /// Time of this turn in units of 2^27 ns.
     stamp: u32,
     owner: u16,
@@ -286,6 +290,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             replaying: None,
             tail: [0; 10],
             stats: Arc::default(),
+            watched: Watched::NOTHING,
             stamp: 0,
             owner: config.owner,
             gates: 0,
@@ -403,6 +408,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             || !self.batch.is_empty()
             || !self.left.is_empty()
             || self.pages.pending() > 0;
+        self.stats.in_flight.set(u64::from(self.ring.unanswered()));
         busy
     }
 
@@ -410,6 +416,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     #[inline]
     fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
         let limits = self.limits(disk);
+        let first = self.free;
         for _ in 0..(waiting as usize).min(disk.room()) {
             let head = self.ring.head();
             let taken = match head.first as u16 {
@@ -423,6 +430,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
         // Before any of them can be answered: that is done in other turns.
         self.ring.count_taken();
+        self.watch(first);
     }
 
     /// Takes the next request, unless something is wrong with it.
@@ -464,18 +472,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.no_room(index);
         }
         true
-    }
-
-    /// The disk did not take a request of one segment, which counts as sent.
-    #[cold]
-    fn no_room(&mut self, index: u16) {
-        let slot = &self.slots[usize::from(index)];
-        if slot.operation == READ {
-            self.stats.other_reads.add(1);
-        } else {
-            self.stats.written_bytes.add(u64::from(slot.len).wrapping_neg());
-        }
-        self.again(index, Stage::PutData);
     }
 
     /// A slot for a request that was just taken: there are as many as the ring has.
@@ -526,6 +522,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline]
     fn publish(&mut self) {
+        // Before slots are used again.
+        self.see_ends();
         self.stats.publishes.add(1);
         if self.ring.publish() {
             self.stats.events.add(1);
@@ -603,6 +601,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
 
     #[inline]
     fn poll<D: Submit>(&mut self, disk: &mut D, now: u64) -> bool {
+        self.count_in_flight(now);
         self.now = now;
         self.stamp = (now >> AGE_SHIFT) as u32;
         self.turn(disk)

@@ -35,6 +35,18 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         self.todo.push(index);
     }
 
+    /// The disk did not take a request of one segment, which counts as sent.
+    #[cold]
+    pub(super) fn no_room(&mut self, index: u16) {
+        let slot = &self.slots[usize::from(index)];
+        if slot.operation == READ {
+            self.stats.other_reads.add(1);
+        } else {
+            self.stats.written_bytes.add(u64::from(slot.len).wrapping_neg());
+        }
+        self.again(index, Stage::PutData);
+    }
+
     /// Answers a request that may need more than that.
     pub(super) fn answer(&mut self, index: u16, status: i16) {
         let slot = &mut self.slots[usize::from(index)];

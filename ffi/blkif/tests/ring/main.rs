@@ -8,4 +8,5 @@ mod events;
 mod grants;
 mod hostile;
 mod kept;
+mod latency;
 mod rules;
