@@ -7,7 +7,7 @@
 //!
 //! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
 //! - [`Extents`] answers block-status queries; [`AllData`] is the answer of who does not know.
-//! - [`Counters`] is what was done, of one connection or of all.
+//! - [`Counters`] is what was done, of one connection or of all, [`Latencies`] how long it took.
 //!
 //! Protocol: the NBD project's `doc/proto.md`. Not spoken: TLS, oldstyle, extended headers.
 //!
@@ -35,4 +35,4 @@ mod work;
 pub use export::{AllData, Attach, Export, Extent, Extents};
 pub use listen::{Error, SocketFile, listen_on};
 pub use server::{ConnectionInfo, Server};
-pub use stats::Counters;
+pub use stats::{Counters, Latencies};

@@ -38,6 +38,8 @@ pub(crate) struct Req {
     /// Command flags.
     pub(crate) flags: u16,
     pub(crate) cookie: u64,
+    /// When it was found right, on the server's clock in nanoseconds.
+    pub(crate) began: u64,
     pub(crate) phase: Phase,
     /// Which buffers its data goes through.
     pub(crate) class: Class,
@@ -73,6 +75,7 @@ impl Default for Req {
             kind: Kind::Read,
             flags: 0,
             cookie: 0,
+            began: 0,
             phase: Phase::Free,
             class: Class::Small,
             cursor: 0,

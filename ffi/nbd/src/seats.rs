@@ -11,7 +11,7 @@ use reactor::sync::Mutex;
 
 use crate::buffers::Buffers;
 use crate::claims::Signal;
-use crate::stats::{Cells, Counters};
+use crate::stats::{Cells, Clocked, Counters, Latencies};
 
 /// How many connections there can be.
 pub(crate) const SEATS: usize = 64;
@@ -24,6 +24,7 @@ pub(crate) struct Guest {
     /// Counted from 1 in the order of arrival.
     pub(crate) number: u64,
     pub(crate) cells: Arc<Cells>,
+    pub(crate) latency: Arc<Clocked>,
     pub(crate) signal: Arc<Signal>,
 }
 
@@ -43,13 +44,15 @@ struct State {
     guests: u64,
     /// What connections did that are gone.
     past: Counters,
+    past_latencies: Latencies,
 }
 
 impl Seats {
     /// All free.
     pub(crate) fn new() -> Seats {
         let places = (0..SEATS).map(|_| Place::default()).collect();
-        Seats(Mutex::new(State { places, guests: 0, past: Counters::default() }))
+        let (past, past_latencies) = (Counters::default(), Latencies::default());
+        Seats(Mutex::new(State { places, guests: 0, past, past_latencies }))
     }
 
     /// Takes the first free seat; `None` if there is none or no descriptor for its wake-up.
@@ -58,7 +61,8 @@ impl Seats {
         let seat = s.places.iter().position(|p| p.guest.is_none())?;
         let signal = Arc::new(Signal::new().ok()?);
         s.guests += 1;
-        let guest = Guest { number: s.guests, cells: Arc::default(), signal };
+        let (cells, latency) = (Arc::default(), Arc::default());
+        let guest = Guest { number: s.guests, cells, latency, signal };
         s.places[seat].guest = Some(guest.clone());
         Some((seat, guest))
     }
@@ -79,12 +83,21 @@ impl Seats {
         place.memory = memory.or(place.memory.take());
         if let Some(guest) = place.guest.take() {
             s.past += guest.cells.read();
+            s.past_latencies.add(&guest.latency);
         }
     }
 
     /// The connections that are there.
     pub(crate) fn guests(&self) -> Vec<Guest> {
         self.0.lock().places.iter().filter_map(|p| p.guest.clone()).collect()
+    }
+
+    /// How long requests of all of them took.
+    pub(crate) fn latencies(&self) -> Latencies {
+        let s = self.0.lock();
+        let mut all = s.past_latencies.clone();
+        s.places.iter().filter_map(|p| p.guest.as_ref()).for_each(|g| all.add(&g.latency));
+        all
     }
 
     /// How many connections came, and what all of them did, at one instant of the list.
@@ -115,6 +128,12 @@ mod tests {
         let (seat, guest) = seats.take().unwrap();
         assert_eq!((seat, guest.number), (20, 65));
         guest.cells.reads.add(1);
+        guest.latency.read.record(7000);
+        seats.leave(seat, None);
+        assert_eq!(seats.latencies().read.sum(), 7000);
+        let (_, guest) = seats.take().unwrap();
+        guest.latency.write.record(5);
+        assert_eq!((seats.latencies().read.count(), seats.latencies().write.sum()), (1, 5));
         assert_eq!(seats.totals().1.reads, 4);
         assert_eq!(seats.memory(20).unwrap().regions()[0].id(), region);
         assert_eq!(seats.guests().len(), SEATS);

@@ -21,7 +21,7 @@ use crate::handshake::{End, Line, Session, negotiate};
 use crate::listen::{Error, SocketFile, listen_on};
 use crate::proto::Rules;
 use crate::seats::{Guest, Seats};
-use crate::stats::Counters;
+use crate::stats::{Counters, Latencies};
 
 /// How long a client may take from its connection until it enters transmission.
 const HANDSHAKE_NS: u64 = 10_000_000_000;
@@ -95,6 +95,11 @@ impl Server {
     /// How many clients came so far, and what all of them did together.
     pub fn totals(&self) -> (u64, Counters) {
         self.shared.seats.totals()
+    }
+
+    /// How long the requests of all clients took, of those who have left too.
+    pub fn latencies(&self) -> Latencies {
+        self.shared.seats.latencies()
     }
 
     /// How many connections were closed at once because all seats were taken or the process was

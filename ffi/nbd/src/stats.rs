@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use reactor::{Distribution, Histogram};
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Counts of one connection, or the sums over all.
@@ -33,6 +35,10 @@ macro_rules! counters {
 }
 
 counters! {
+    /// Requests of all kinds that were found right.
+    begun,
+    /// Those of them whose reply was sent.
+    ended,
     /// Read requests.
     reads,
     /// Write requests.
@@ -66,6 +72,30 @@ pub(crate) struct Cell(AtomicU64);
 impl Cell {
     pub(crate) fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+}
+
+/// How long requests took, from being read off the socket to the end of their reply.
+#[derive(Clone, Default, Debug)]
+pub struct Latencies {
+    /// Read requests.
+    pub read: Distribution,
+    /// Write requests.
+    pub write: Distribution,
+}
+
+/// The same as it is counted, by one writer.
+#[derive(Default, Debug)]
+pub(crate) struct Clocked {
+    pub(crate) read: Histogram,
+    pub(crate) write: Histogram,
+}
+
+impl Latencies {
+    /// Adds those of a connection.
+    pub(crate) fn add(&mut self, of: &Clocked) {
+        self.read += &of.read.read();
+        self.write += &of.write.read();
     }
 }
 

@@ -23,8 +23,10 @@ impl Conn<'_> {
         let around = proto::span(offset, len, block);
         let fua = header.flags & flag::FUA != 0;
         let cells = &self.guest.cells;
+        cells.begun.add(1);
         let q = &mut self.reqs[r];
         q.kind = kind;
+        q.began = self.shared.clock.now();
         (q.cursor, q.end) = (offset, offset + len);
         q.class = match around <= u64::from(self.longest[Class::Small as usize]) {
             true => Class::Small,
@@ -468,6 +470,16 @@ impl Conn<'_> {
         let q = &self.reqs[r];
         if q.phase == Phase::Answered && q.unsent == 0 {
             debug_assert!(q.pieces == 0 && !q.queued);
+            // One that was wrong never began.
+            if q.began > 0 {
+                let took = self.shared.clock.now().saturating_sub(q.began);
+                match q.kind {
+                    Kind::Read => self.guest.latency.read.record(took),
+                    Kind::Write => self.guest.latency.write.record(took),
+                    _ => {}
+                }
+                self.guest.cells.ended.add(1);
+            }
             self.reqs.give(r);
         }
     }

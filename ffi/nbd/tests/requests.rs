@@ -110,7 +110,10 @@ fn wrong_requests_get_their_error_and_the_connection_goes_on() {
         assert_eq!(c.read(512, 512), [3; 512]);
     }
     h.wait_empty();
-    assert_eq!(h.server().totals().1.errors, 26);
+    let (counters, took) = (h.server().totals().1, h.server().latencies());
+    assert_eq!((counters.errors, counters.begun), (26, counters.ended));
+    assert_eq!((took.read.count(), took.write.count()), (counters.reads, counters.writes));
+    assert!(took.read.sum() > 0);
 }
 
 #[test]
