@@ -283,9 +283,9 @@ impl Rings {
         self.stats().any(|stats| stats.ring_stops.get() > 0)
     }
 
-    /// Counters of each.
-    pub fn stats(&self) -> impl Iterator<Item = &Stats> {
-        self.list.iter().map(|r| &*r.stats)
+    /// Counters of each, which stay readable when the rings have gone.
+    pub fn stats(&self) -> impl Iterator<Item = &Arc<Stats>> {
+        self.list.iter().map(|r| &r.stats)
     }
 }
 

@@ -7,6 +7,9 @@ use node::Notify;
 use reactor::{Policy, Start};
 use serde::Deserialize;
 
+use super::metrics::Address;
+use super::rrd;
+
 /// What the file says; everything has a default.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -32,6 +35,10 @@ pub(crate) struct Config {
     notify: String,
     /// Bytes a second that are moved to merge what is left of deleted snapshots, as in "100M".
     coalesce_rate: String,
+    /// Where Prometheus gets figures: `unix:/PATH` or an address of the loopback; nowhere if empty.
+    metrics: String,
+    /// The file by which the toolstack's rrdd gets figures; none if empty.
+    pub(crate) rrd: PathBuf,
 }
 
 impl Default for Config {
@@ -47,6 +54,8 @@ impl Default for Config {
             backend: "qdisk".into(),
             notify: "thread".into(),
             coalesce_rate: "100M".into(),
+            metrics: String::new(),
+            rrd: PathBuf::new(),
         }
     }
 }
@@ -64,6 +73,8 @@ impl Config {
         config.l2_cache()?;
         config.notify()?;
         config.coalesce_rate()?;
+        config.metrics()?;
+        config.rrd()?;
         if config.backend.is_empty() || !config.backend.bytes().all(|b| b.is_ascii_alphanumeric()) {
             bail!("backend: {:?} is no kind of backend, as qdisk is", config.backend);
         }
@@ -104,6 +115,23 @@ impl Config {
         }
     }
 
+    /// Where Prometheus gets figures.
+    pub(crate) fn metrics(&self) -> anyhow::Result<Option<Address>> {
+        match self.metrics.as_str() {
+            "" => Ok(None),
+            address => address.parse().map(Some),
+        }
+    }
+
+    /// Where rrdd gets figures.
+    pub(crate) fn rrd(&self) -> anyhow::Result<Option<&Path>> {
+        if self.rrd.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        rrd::check(&self.rrd)?;
+        Ok(Some(&self.rrd))
+    }
+
     /// How to start the reactors.
     pub(crate) fn starts(&self) -> anyhow::Result<Vec<Start>> {
         let policy = self.policy()?;
@@ -125,6 +153,7 @@ mod tests {
         assert_eq!(config, Config::default());
         assert_eq!(config.starts().unwrap().len(), 1);
         assert_eq!(config.l2_cache().unwrap(), 128 << 20);
+        assert_eq!((config.metrics().unwrap(), config.rrd().unwrap()), (None, None));
     }
 
     #[test]
@@ -142,11 +171,14 @@ mod tests {
     fn all_of_it_can_be_said() {
         let config = Config::parse(
             "control = '/x'\ncores = [0, 1]\npolicy = 'poll'\nl2-cache = '1G'\n\
-             allow-backing = ['/']\nxen = false\nbackend = 'vbd'\nnotify = 'direct'\n",
+             allow-backing = ['/']\nxen = false\nbackend = 'vbd'\nnotify = 'direct'\n\
+             metrics = 'unix:/m'\nrrd = '/dev/shm/metrics/polldisk'\n",
         );
         let config = config.unwrap();
         assert_eq!((config.starts().unwrap().len(), config.xen), (2, false));
         assert_eq!(config.notify().unwrap(), Notify::Direct);
+        assert_eq!(config.metrics().unwrap(), Some(Address::Unix("/m".into())));
+        assert_eq!(config.rrd().unwrap(), Some(Path::new("/dev/shm/metrics/polldisk")));
     }
 
     #[test]
@@ -156,6 +188,10 @@ mod tests {
             ("policy = 'pol'", "policy"),
             ("l2-cache = 'much'", "l2-cache"),
             ("notify = 'mail'", "notify"),
+            ("metrics = '0.0.0.0:80'", "loopback"),
+            ("metrics = '/run/x'", "neither"),
+            ("rrd = 'polldisk'", "absolute"),
+            ("rrd = '/dev/shm/metrics/a b'", "letters"),
             ("backend = '../x'", "backend"),
             ("cores = [1, 1]", "cores"),
             ("cores = 'all'", "cores"),

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use reactor::Stats;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::devices::Devices;
+use super::figures::{Figures, Vbd};
 use super::images::{Images, Wanted};
 use super::repositories::Repositories;
 use crate::ctl::rpc::{Failure, INVALID_PARAMS, Service};
@@ -62,18 +62,24 @@ impl Service for Control {
             }
             "list" => Ok(json!({
                 "images": self.images.list(),
-                "devices": self.devices.as_ref().map_or(json!([]), |d| d.list()),
+                "devices": self.devices(),
             })),
-            "stats" => Ok(json!({
-                "reactors": self.images.reactors().iter().map(|r| reactor(r.stats())).collect::<Value>(),
-                "devices": self.devices.as_ref().map_or(json!([]), |d| d.list()),
-            })),
+            "stats" => {
+                let mut stats = Figures::of(&self.images, self.devices.as_deref()).as_json();
+                stats["devices"] = self.devices();
+                Ok(stats)
+            }
             _ => self.of_image(method, params),
         }
     }
 }
 
 impl Control {
+    fn devices(&self) -> Value {
+        let list = self.devices.iter().flat_map(|devices| devices.list());
+        list.map(|vbd: Vbd| vbd.as_json()).collect()
+    }
+
     /// What is done to one image: its name goes with the parameters.
     fn of_image(&self, method: &str, params: &Value) -> Result<Value, Failure> {
         let invalid = |message: &str| Failure { code: INVALID_PARAMS, message: message.to_owned() };
@@ -112,16 +118,4 @@ const MAY: [&str; 5] = ["chain", "jobs", "cancel", "limit", "snapshot-internal-l
 
 fn text<'a>(args: &'a Value, name: &str) -> Option<&'a str> {
     args.get(name)?.as_str()
-}
-
-fn reactor(stats: &Stats) -> Value {
-    json!({
-        "turns": stats.turns.get(),
-        "idle-turns": stats.idle_turns.get(),
-        "sleeps": stats.sleeps.get(),
-        "completions": stats.completions.get(),
-        "busy-ns": stats.busy_ns.get(),
-        "idle-ns": stats.idle_ns.get(),
-        "strays": stats.strays.get(),
-    })
 }

@@ -13,10 +13,10 @@ use anyhow::{Context, bail};
 use blkif::negotiate::{Offer, agree};
 use blkif::{Action, Event, Life, State};
 use node::{Records, Rings};
-use serde_json::{Value, json};
 use xen::store::{Error as StoreError, Nodes, Store};
 
 use super::devices::{Shared, by_script};
+use super::figures::{Vbd, vbd_name, vm_of};
 use super::images::{Image, Left, Wanted, is_in_use};
 
 /// In our directory, while nobody serves the rings of a guest that is connected: they were left in
@@ -78,15 +78,15 @@ pub(crate) struct Bell {
     ring: SyncSender<()>,
     resized: AtomicBool,
     stop: AtomicBool,
-    /// For those who ask what it does: see [`Device::tell`].
-    pub(crate) seen: reactor::sync::Mutex<Value>,
+    /// For those who ask what it does: see [`Device::tell`]. `None` before it has looked.
+    pub(crate) seen: reactor::sync::Mutex<Option<Vbd>>,
 }
 
 impl Bell {
     pub(crate) fn new() -> (Arc<Bell>, Receiver<()>) {
         let (ring, hear) = std::sync::mpsc::sync_channel(1);
         let (resized, stop) = (AtomicBool::new(false), AtomicBool::new(false));
-        let seen = reactor::sync::Mutex::new(Value::Null);
+        let seen = reactor::sync::Mutex::new(None);
         (Arc::new(Bell { ring, resized, stop, seen }), hear)
     }
 
@@ -125,6 +125,9 @@ pub(crate) struct Device {
     /// Our directory, and the frontend's.
     dir: String,
     frontend: String,
+    /// What the toolstack calls the disk in the guest, and the guest: [`Vbd::vm`].
+    name: String,
+    vm: Option<String>,
     life: Life,
     image: Option<Arc<Image>>,
     offer: Option<Offer>,
@@ -149,6 +152,8 @@ impl Device {
             bell,
             dir,
             frontend: String::new(),
+            name: vbd_name(id.devid),
+            vm: None,
             life: Life::new(),
             image: None,
             offer: None,
@@ -304,6 +309,14 @@ impl Device {
         store.watch(format!("{dir}/state"), ours)?;
         if text("frontend-id")?.parse() != Ok(self.id.domid) {
             bail!("{dir}/frontend-id names another domain");
+        }
+        self.vm = vm_of(&store, self.id.domid)?;
+        let plain = |name: &String| {
+            let bytes = name.as_bytes();
+            (1..=16).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_alphanumeric)
+        };
+        if let Some(name) = text("dev").ok().filter(plain) {
+            self.name = name;
         }
         let handed_over = self.take_over()?;
         let scripted = by_script(&store, &dir)?;
@@ -554,32 +567,15 @@ impl Device {
 
     /// For those who ask.
     fn tell(&self) {
-        let rings: Vec<Value> = self.rings.iter().flat_map(Rings::stats).map(ring).collect();
-        *self.bell.seen.lock() = json!({
-            "domid": self.id.domid,
-            "devid": self.id.devid,
-            "image": self.image.as_ref().map(|i| &i.name),
-            "state": format!("{:?}", self.life.state()),
-            "rings": rings,
+        *self.bell.seen.lock() = Some(Vbd {
+            id: self.id,
+            name: self.name.clone(),
+            vm: self.vm.clone(),
+            image: self.image.as_ref().map(|i| i.name.clone()),
+            state: self.life.state(),
+            rings: self.rings.iter().flat_map(Rings::stats).cloned().collect(),
         });
     }
-}
-
-fn ring(stats: &blkif::Stats) -> Value {
-    json!({
-        "reads": stats.reads(),
-        "writes": stats.writes(),
-        "flushes": stats.flushes.get(),
-        "discards": stats.discards.get(),
-        "read-bytes": stats.read_bytes.get(),
-        "written-bytes": stats.written_bytes.get(),
-        "page-hits": stats.page_hits(),
-        "page-misses": stats.page_misses.get(),
-        "copy-batches": stats.copy_batches.get(),
-        "events": stats.events.get(),
-        "errors": stats.errors.get(),
-        "bad-requests": stats.bad_requests.get(),
-    })
 }
 
 /// Which image a device wants.

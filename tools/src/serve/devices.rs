@@ -9,10 +9,10 @@ use std::time::Duration;
 use anyhow::Context;
 use node::Guests;
 use reactor::sync::Mutex;
-use serde_json::Value;
 use xen::store::{Error as StoreError, Event, Nodes, Store};
 
 use super::device::{Bell, Device, Id};
+use super::figures::Vbd;
 use super::images::Images;
 
 /// How a device of ours begins its `qemu-params`.
@@ -111,19 +111,16 @@ impl Devices {
     }
 
     /// What each does.
-    pub(crate) fn list(&self) -> Value {
+    pub(crate) fn list(&self) -> Vec<Vbd> {
         let all = self.shared.all.lock();
-        let seen = all.values().map(|(bell, _)| {
-            bell.ring();
-            bell.seen.lock().clone()
-        });
-        seen.filter(|v| !v.is_null()).collect()
+        all.values().filter_map(|(bell, _)| bell.seen.lock().clone()).collect()
     }
 
     /// The devices of an image whose size has changed are told.
     pub(crate) fn resized(&self, image: &str) {
         for (bell, _) in self.shared.all.lock().values() {
-            if bell.seen.lock()["image"] == image {
+            let its = bell.seen.lock().as_ref().and_then(|vbd| vbd.image.clone());
+            if its.as_deref() == Some(image) {
                 bell.resized();
             }
         }

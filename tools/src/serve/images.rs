@@ -14,6 +14,7 @@ use reactor::sync::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::figures::Io;
 use super::keep::{Keep, is_name};
 use super::repositories::{Place, Repositories};
 use crate::args;
@@ -421,6 +422,29 @@ impl Images {
             }),
         };
         self.all.lock().iter().map(one).collect()
+    }
+
+    /// What was done over NBD with each that is served so.
+    pub(crate) fn nbd_io(&self) -> Vec<(String, Io)> {
+        let all = self.all.lock();
+        let served = all.iter().filter_map(|(name, entry)| match entry {
+            Entry::Open { nbd: Some(server), .. } => Some((name.clone(), Io::of_nbd(server))),
+            _ => None,
+        });
+        served.collect()
+    }
+
+    /// Takes the name.
+    fn begin(&self, name: &str) -> anyhow::Result<()> {
+        if !is_name(name) {
+            bail!("image {name:?}: a shorter name is needed, and not none");
+        }
+        let mut all = self.all.lock();
+        if all.contains_key(name) {
+            bail!("there is an image {name:?} already");
+        }
+        all.insert(name.to_owned(), Entry::Busy);
+        Ok(())
     }
 
     /// Opens an image whose name was taken.

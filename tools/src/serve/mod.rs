@@ -6,9 +6,12 @@ mod confine;
 mod control;
 mod device;
 mod devices;
+mod figures;
 mod images;
 mod keep;
+mod metrics;
 mod repositories;
+mod rrd;
 #[cfg(test)]
 mod tests;
 
@@ -27,10 +30,13 @@ use config::Config;
 use confine::Mode;
 use control::Control;
 use devices::Devices;
+use figures::Figures;
 use images::Images;
 use keep::Keep;
+use metrics::Listener;
 pub(crate) use repositories::TYPE as REPOSITORY_TYPE;
 use repositories::{Coalescer, Growth, Repositories};
+use rrd::Rrd;
 
 /// Serve the disks of Xen guests, and images that are attached: see polldisk ctl attach.
 #[derive(Args)]
@@ -60,11 +66,16 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let options = qcow::run::Options { l2_cache: config.l2_cache()?, ..Default::default() };
     let allow = config.allow_backing.clone();
     let keep = Arc::new(Keep::new(config.state.clone())?);
-    let repositories = Arc::new(Repositories::new(config.state.clone()));
+    // Guests are served whether or not anybody is told figures.
+    let rrd = or_said(config.rrd()?.map(rrd::Target::open));
+    let uid = rrd.as_ref().and_then(rrd::Target::uid);
+    let repositories = Arc::new(Repositories::new(config.state.clone(), uid));
     let images =
         Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
     let stop = signals.told();
     let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
+    // No socket of a network can be made later.
+    let listener = or_said(config.metrics()?.map(|address| Listener::bind(&address)));
     let limited = confine::limit_system_calls(mode, &reactors);
     let end = Arc::new(AtomicBool::new(false));
     let coalescer =
@@ -77,12 +88,14 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     let growth = limited.and_then(|()| Growth::start(repositories.clone(), clock));
     let served = growth.and_then(|growth| {
         let served = start(&config, &images, &repositories).map(|(server, devices)| {
+            let told = Told::start(listener, rrd, &images, &devices);
             tell_manager("READY=1");
             log::info!("ready");
             let signal = stop.recv().context("cannot wait for signals");
             tell_manager("STOPPING=1");
             log::info!("stopping: {signal:?}");
             server.shutdown();
+            told.shutdown();
             if let Some(devices) = devices {
                 devices.stop();
             }
@@ -135,6 +148,44 @@ fn start(
             Err(e)
         }
     }
+}
+
+/// Those whom figures are told to without being asked on the control socket.
+struct Told {
+    metrics: Option<metrics::Server>,
+    rrd: Option<Rrd>,
+}
+
+impl Told {
+    fn start(
+        listener: Option<Listener>,
+        rrd: Option<rrd::Target>,
+        images: &Arc<Images>,
+        devices: &Option<Arc<Devices>>,
+    ) -> Told {
+        let clock = || images.reactors().clock().clone();
+        let source = || -> figures::Source {
+            let (images, devices) = (images.clone(), devices.clone());
+            Box::new(move || Figures::of(&images, devices.as_deref()))
+        };
+        let metrics = listener.map(|l| metrics::Server::start(l, clock(), source()));
+        let rrd = rrd.map(|target| Rrd::start(target, clock(), source()));
+        Told { metrics: or_said(metrics), rrd: or_said(rrd) }
+    }
+
+    fn shutdown(self) {
+        if let Some(metrics) = self.metrics {
+            metrics.shutdown();
+        }
+        if let Some(rrd) = self.rrd {
+            rrd.shutdown();
+        }
+    }
+}
+
+/// What has started; else why not is said.
+fn or_said<T>(started: Option<anyhow::Result<T>>) -> Option<T> {
+    started.and_then(|started| started.inspect_err(|e| log::error!("{e:#}")).ok())
 }
 
 /// Tells systemd, if that started us: sd_notify(3).

@@ -22,6 +22,7 @@ use crate::ctl::rpc::Service as _;
 mod broken;
 mod copies;
 mod died;
+mod figures;
 mod growth;
 mod left;
 mod many;
@@ -71,7 +72,7 @@ impl World {
         let start = Start { cpu: None, policy };
         let reactors = Reactors::start(&vec![start; reactors], Clock::real()).unwrap();
         let keep = Arc::new(Keep::new(self.dir.path().join("state")).unwrap());
-        let repositories = Arc::new(Repositories::new(self.dir.path().join("state")));
+        let repositories = Arc::new(Repositories::new(self.dir.path().join("state"), None));
         let growth = Growth::start(repositories.clone(), Clock::real()).unwrap();
         let (options, allow) = (Default::default(), Vec::new());
         let images =

@@ -47,6 +47,8 @@ pub(crate) struct Repositories {
     active: Mutex<BTreeMap<String, BTreeSet<String>>>,
     /// The images whose volumes grow, by their names.
     watched: Mutex<BTreeMap<String, Arc<growth::Watched>>>,
+    /// Where rrdd finds figures: addresses of files in memory.
+    datasources: Vec<String>,
 }
 
 type Configuration = BTreeMap<String, String>;
@@ -88,10 +90,12 @@ fn close(sources: Vec<Source>) -> Result<(), Fault> {
 }
 
 impl Repositories {
-    /// None, of a daemon whose files are in this folder.
-    pub(crate) fn new(run: PathBuf) -> Repositories {
+    /// None, of a daemon whose files are in this folder. `rrd` is the name of a file with figures for rrdd, if
+    /// there is one: the toolstack has rrdd read it once a repository is attached.
+    pub(crate) fn new(run: PathBuf, rrd: Option<&str>) -> Repositories {
+        let datasources = rrd.map(|uid| format!("xeno+shm:///{uid}")).into_iter().collect();
         let (all, active, watched) = Default::default();
-        Repositories { run, all, active, watched }
+        Repositories { run, all, active, watched, datasources }
     }
 
     /// Carries out a method: `{"result": …}`, or `{"error": {"code", "params"}}` as the toolstack wants it.

@@ -136,6 +136,14 @@ impl Place {
         }
     }
 
+    /// The UUID of the repository that it is in, if it is in one.
+    pub(crate) fn repository(&self) -> Option<&str> {
+        match self {
+            Place::Node(_) => None,
+            Place::Disk(disk) => Some(&disk.sr),
+        }
+    }
+
     /// What tells each of its images from others that take its name later, the one that is written to
     /// first; none is 0.
     pub(crate) fn owners(&self, repositories: &Repositories) -> anyhow::Result<Vec<u64>> {

@@ -49,7 +49,7 @@ fn device(configuration: &Configuration) -> String {
     configuration.get(DEVICE).cloned().unwrap_or_default()
 }
 
-fn stat(stat: &Stat) -> Value {
+fn stat(stat: &Stat, datasources: &[String]) -> Value {
     json!({
         "sr": stat.id,
         "uuid": stat.id,
@@ -57,7 +57,7 @@ fn stat(stat: &Stat) -> Value {
         "description": stat.description,
         "free_space": stat.free,
         "total_space": stat.total,
-        "datasources": [],
+        "datasources": datasources,
         "clustered": false,
         "health": ["Healthy", ""],
     })
@@ -74,7 +74,7 @@ impl Repositories {
             "stat" => {
                 let attached = self.attached(&parse::<Named>(args)?.sr)?;
                 let found = attached.repository.lock().stat();
-                Ok(stat(&found))
+                Ok(stat(&found, &self.datasources))
             }
             "ls" => {
                 let attached = self.attached(&parse::<Named>(args)?.sr)?;
@@ -144,7 +144,7 @@ impl Repositories {
         Ok(json!([{
             "configuration": configuration,
             "complete": true,
-            "sr": stat(&found),
+            "sr": stat(&found, &self.datasources),
             "extra_info": {},
         }]))
     }
