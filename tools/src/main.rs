@@ -19,6 +19,7 @@ mod nbd;
 mod serve;
 mod signals;
 mod smapiv3;
+mod top;
 mod volume;
 
 use clap::{Parser, Subcommand};
@@ -51,6 +52,8 @@ enum Command {
     Serve(serve::Serve),
     /// Change the image of a running server: snapshots, commits, streams, its size.
     Ctl(ctl::Ctl),
+    /// Show what the daemon's reactors and disks are doing.
+    Top(top::Top),
     /// The plugins by which the toolstack (xapi) uses repositories of type fast.
     #[command(subcommand)]
     Smapiv3(smapiv3::Command),
@@ -86,6 +89,7 @@ fn main() -> std::process::ExitCode {
         Command::Nbd(nbd) => nbd::run(&nbd),
         Command::Serve(serve) => serve::run(&serve, cli.unsafe_noiommu),
         Command::Ctl(ctl) => ctl::run(&ctl),
+        Command::Top(top) => top::run(&top),
         Command::Smapiv3(command) => smapiv3::run(command),
         Command::Model(model) => model::run(&model),
         Command::Bench(bench) => bench::run(&bench),
