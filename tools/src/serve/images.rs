@@ -434,19 +434,6 @@ impl Images {
         served.collect()
     }
 
-    /// Takes the name.
-    fn begin(&self, name: &str) -> anyhow::Result<()> {
-        if !is_name(name) {
-            bail!("image {name:?}: a shorter name is needed, and not none");
-        }
-        let mut all = self.all.lock();
-        if all.contains_key(name) {
-            bail!("there is an image {name:?} already");
-        }
-        all.insert(name.to_owned(), Entry::Busy);
-        Ok(())
-    }
-
     /// Opens an image whose name was taken.
     fn open(&self, wanted: Wanted, user: Option<&str>, left: Left) -> anyhow::Result<Arc<Image>> {
         let name = wanted.name().to_owned();
