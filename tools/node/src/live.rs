@@ -19,6 +19,7 @@ use qcow::run::Stack;
 use qcow::{ChainReader, ImageMeta, Mode};
 
 use crate::chain::{Chain, file_id, file_leaf, lock};
+use crate::device::Device;
 use crate::groups::Lease;
 use crate::running::{Lies, RunningLayer};
 use crate::{Disk, Error, HostStorage, OpenOptions};
@@ -171,7 +172,9 @@ impl Disk {
         let top = &self.layers()[0];
         let leads_to = |b: &BackingRef| match &top.lies {
             // Volumes go by their names; what is written in an image leads nowhere here.
-            Lies::Device(_) => b.name == format!("/dev/{}", top.name),
+            Lies::Device(n) if matches!(self.rest.devices[*n], Device::Volume(_)) => {
+                b.name == format!("/dev/{}", top.name)
+            }
             _ => HostStorage::open(&b.path, false).is_ok_and(|host| file_id(&host).ok() == top.id),
         };
         let backing = layer.backing.as_ref();
