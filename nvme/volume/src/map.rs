@@ -130,6 +130,10 @@ fn lowest_bit(n: u64) -> u64 {
 impl Layout for Map {
     const SHARED: bool = true;
 
+    fn nothing() -> Map {
+        Map { segments: Vec::new(), areas: Vec::new(), len: 0, align: 1 << 63, run: u64::MAX }
+    }
+
     fn size(&self) -> u64 {
         self.len
     }

@@ -56,6 +56,9 @@ pub trait Layout {
     /// the whole may become longer, so that a write past its end finds no space.
     const SHARED: bool;
 
+    /// Nothing: no bytes on no members.
+    fn nothing() -> Self;
+
     /// Bytes of the whole.
     fn size(&self) -> u64;
 
@@ -92,7 +95,28 @@ struct Unit<L> {
     open: u64,
 }
 
-impl<L> Unit<L> {
+impl<L: Layout> Unit<L> {
+    /// What stands where there is none: without bytes, so that a request finds that out as it finds
+    /// out where it ends.
+    fn nothing() -> Unit<L> {
+        let info = DeviceInfo {
+            size: 0,
+            block_size: 512,
+            physical_block_size: 512,
+            read_only: true,
+            volatile_cache: false,
+            write_zeroes: false,
+            discard: false,
+            discard_granularity: 512,
+            max_transfer: 512,
+        };
+        Unit { layout: L::nothing(), info, open: 0 }
+    }
+
+    fn is_there(&self) -> bool {
+        self.info.size > 0
+    }
+
     /// Whether a request is right.
     fn takes(&self, r: &Request<'_>) -> bool {
         let moves = matches!(r.op, Op::Read | Op::Write);
@@ -114,7 +138,9 @@ impl<L> Unit<L> {
 #[derive(Debug)]
 pub struct SplitQueue<Q, L> {
     members: Vec<(Q, u16)>,
-    units: Vec<Option<Unit<L>>>,
+    /// Unit 0, which most queues have alone, and the others.
+    zero: Unit<L>,
+    others: Vec<Unit<L>>,
     slots: Box<[Slot]>,
     free: Vec<u16>,
     /// Slots with parts that found no place, in the order in which they came.
@@ -158,7 +184,8 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
         infos(&members)?;
         let mut queue = SplitQueue {
             members,
-            units: Vec::new(),
+            zero: Unit::nothing(),
+            others: Vec::new(),
             slots: (0..SLOTS).map(|_| Slot::FREE).collect(),
             free: (0..SLOTS as u16).rev().collect(),
             waiting: VecDeque::with_capacity(SLOTS),
@@ -176,7 +203,8 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Makes a unit of this number, which nobody asks for anything yet: see [`SplitQueue::over`].
     ///
     /// # Errors
-    /// If there is one, a member is shorter than the layout says, or runs are not whole blocks.
+    /// If there is one, the layout has no bytes or says more than a member has, or runs are not whole
+    /// blocks.
     pub fn put(&mut self, unit: u16, layout: L, read_only: bool) -> Result<(), String> {
         let infos = infos(&self.members)?;
         let block_size = infos[0].block_size;
@@ -198,30 +226,38 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             discard_granularity: most(|i| i.discard_granularity),
             max_transfer: transfer.min(layout.run().saturating_mul(MAX_RUNS)).min(1 << 30) as u32,
         };
-        let at = usize::from(unit);
-        if at >= self.units.len() {
-            self.units.resize_with(at + 1, || None);
+        if info.size == 0 {
+            return Err("a unit of no bytes".to_owned());
         }
-        let place = &mut self.units[at];
-        if place.is_some() {
-            return Err(format!("there is a unit {unit} already"));
+        if usize::from(unit) > self.others.len() {
+            self.others.resize_with(usize::from(unit), Unit::nothing);
         }
         let open = if self.lost { 0 } else { info.size };
-        *place = Some(Unit { layout, info, open });
+        match self.place(unit) {
+            Some(place) if !place.is_there() => *place = Unit { layout, info, open },
+            _ => return Err(format!("there is a unit {unit} already")),
+        }
         Ok(())
     }
 
     /// Takes a unit away of which nothing is in flight. Returns whether that was the last one.
     pub fn remove(&mut self, unit: u16) -> bool {
-        if let Some(place) = self.units.get_mut(usize::from(unit)) {
-            *place = None;
+        if let Some(place) = self.place(unit) {
+            *place = Unit::nothing();
         }
-        self.units.iter().all(Option::is_none)
+        std::iter::once(&self.zero).chain(&self.others).all(|unit| !unit.is_there())
     }
 
-    #[inline(always)]
+    /// Where a unit of this number is, or would be.
+    fn place(&mut self, unit: u16) -> Option<&mut Unit<L>> {
+        match unit.checked_sub(1) {
+            None => Some(&mut self.zero),
+            Some(other) => self.others.get_mut(usize::from(other)),
+        }
+    }
+
     fn unit(&self, unit: u16) -> Option<&Unit<L>> {
-        self.units.get(usize::from(unit))?.as_ref()
+        find(&self.zero, &self.others, unit)
     }
 
     /// A unit's layout.
@@ -236,13 +272,13 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// If there is no such unit, it is smaller, or a member is shorter than it says.
     pub fn grow(&mut self, unit: u16, layout: L) -> Result<(), String> {
         let size = layout.size();
-        let Some(Some(unit)) = self.units.get_mut(usize::from(unit)) else {
+        fits(&self.members, &layout)?;
+        let Some(unit) = self.place(unit).filter(|unit| unit.is_there()) else {
             return Err(format!("there is no unit {unit}"));
         };
         if size < unit.info.size || !size.is_multiple_of(unit.info.block_size.into()) {
             return Err(format!("{size} bytes after {}", unit.info.size));
         }
-        fits(&self.members, &layout)?;
         if unit.open != 0 {
             unit.open = size;
         }
@@ -277,8 +313,8 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             len: r.len,
             ..Slot::FREE
         };
-        match self.units.get(usize::from(r.unit)) {
-            Some(Some(unit)) => {
+        match find(&self.zero, &self.others, r.unit) {
+            Some(unit) => {
                 let pieces = match r.op {
                     Op::Read | Op::Write => 0..r.len,
                     Op::Flush => 0..self.members.len() as u64,
@@ -294,7 +330,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
                     slot.fail(Status::ReadOnly, 0);
                 }
             }
-            _ => slot.fail(Status::Invalid, 0),
+            None => slot.fail(Status::Invalid, 0),
         }
         if self.lost {
             slot.fail(Status::Gone, 0);
@@ -320,7 +356,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Sends the next part. Returns whether there was room for it.
     fn send_part(&mut self, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
-        let Some(Some(Unit { layout, .. })) = self.units.get(usize::from(slot.unit)) else {
+        let Some(Unit { layout, .. }) = find(&self.zero, &self.others, slot.unit) else {
             slot.fail(Status::Gone, 0);
             return true;
         };
@@ -427,7 +463,12 @@ impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         let r = request;
-        if let Some(Some(unit)) = self.units.get(usize::from(r.unit)) {
+        // Only what is shared has more units than one. Where there is none nothing is open.
+        let unit = match r.unit.checked_sub(1) {
+            Some(other) if L::SHARED => self.others.get(usize::from(other)),
+            _ => Some(&self.zero),
+        };
+        if let Some(unit) = unit {
             let Place { member, offset, len: left } = unit.layout.locate(r.offset);
             // A flush, like everything without length, is no request within a run.
             if r.offset < unit.open
@@ -463,7 +504,7 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
         }
         if out.iter_from(before).any(|c| c.is_quarantined()) {
             self.lost = true;
-            self.units.iter_mut().flatten().for_each(|unit| unit.open = 0);
+            std::iter::once(&mut self.zero).chain(&mut self.others).for_each(|u| u.open = 0);
         }
         if self.has_slots() {
             self.settle(before, out);
@@ -534,6 +575,15 @@ impl<Q: LeafAccess, L: Layout> LeafAccess for SplitQueue<Q, L> {
     fn set_unit_len(&mut self, _: u16, _: u64) -> Result<(), Status> {
         Ok(())
     }
+}
+
+/// A unit of this number that is there.
+fn find<'u, L: Layout>(zero: &'u Unit<L>, others: &'u [Unit<L>], unit: u16) -> Option<&'u Unit<L>> {
+    let place = match unit.checked_sub(1) {
+        None => Some(zero),
+        Some(other) => others.get(usize::from(other)),
+    };
+    place.filter(|unit| unit.is_there())
 }
 
 /// What the members are like; there are as many as there may be, with blocks of one size.

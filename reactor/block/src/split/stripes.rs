@@ -68,6 +68,10 @@ impl Stripes {
 impl Layout for Stripes {
     const SHARED: bool = false;
 
+    fn nothing() -> Stripes {
+        Stripes::linear(0)
+    }
+
     fn size(&self) -> u64 {
         self.size
     }
