@@ -159,9 +159,14 @@ fn miri() -> Result<Tally> {
 fn cargo_test() -> Result<Tally> {
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
-    let needs = [("volume groups judged by LVM2", "lvm"), ("plugins of the toolstack", "python3")];
+    let needs: [(&str, &[&str]); 4] = [
+        ("images judged by QEMU", &["qemu-img", "qemu-io"]),
+        ("clients of NBD", &["nbdinfo", "nbdcopy", "fio"]),
+        ("volume groups judged by LVM2", &["lvm"]),
+        ("plugins of the toolstack", &["python3"]),
+    ];
     let missing: Vec<_> =
-        needs.iter().filter_map(|n| Some((n.0, tools::need(&[n.1]).err()?))).collect();
+        needs.iter().filter_map(|n| Some((n.0, tools::need(n.1).err()?))).collect();
     let mut tally = counted(command)?;
     for (what, missing) in missing {
         println!("skipped: {what}: {missing}");
