@@ -172,6 +172,14 @@ impl ImageMeta {
     }
 }
 
+/// The name of the backing file that an image's header gives, and nothing else of the image.
+///
+/// # Errors
+/// If the header cannot be read, or is none.
+pub fn backing_name(storage: &mut dyn Storage, name: &str) -> Result<Option<Vec<u8>>> {
+    Ok(read_header(storage, name)?.backing_name)
+}
+
 /// Reads and parses the first cluster.
 fn read_header(storage: &mut dyn Storage, name: &str) -> Result<Header> {
     let io = Error::io(name, "header");

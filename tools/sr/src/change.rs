@@ -8,6 +8,7 @@ use volume::{Author, Id, Lv, Shape, Vg};
 
 use crate::error::{Error, Result, refused};
 use crate::fields::Fields;
+use crate::images::backing;
 use crate::repository::Repository;
 use crate::state::{
     BANDWIDTH, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, PARENT, READ_ONLY,
@@ -150,7 +151,7 @@ impl<S: Storage> Repository<S> {
         let images: Vec<(String, CreateOptions)> = nodes
             .iter()
             .map(|node| {
-                let backing = node.parent.as_ref().map(|lv| format!("/dev/{group}/{lv}"));
+                let backing = node.parent.as_ref().map(|lv| backing(&group, lv));
                 let backing = backing.map(|path| (path, Format::Qcow2));
                 (node.lv.clone(), CreateOptions { backing, ..CreateOptions::new(node.size) })
             })

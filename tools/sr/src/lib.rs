@@ -17,12 +17,14 @@
 mod change;
 mod error;
 pub mod fields;
+mod images;
 mod merge;
 mod repository;
 mod state;
 
 pub use change::{NewDisk, Stacked, Text, most_bytes};
 pub use error::{Error, Result};
+pub use images::open_chain;
 pub use merge::Merge;
 pub use repository::{NewRepository, Repository, Stat, probe};
 pub use state::{Disk, Node};

@@ -1,10 +1,26 @@
 //! Nodes that nobody needs apart any more: what is left of snapshots that were taken away.
+//!
+//! A merge has three steps, each of which leaves every disk what it was, so that the power may fail after
+//! any write:
+//! 1. What the upper image holds is written into the lower one ([`Merge::commit`]). Through the upper one
+//!    nobody sees that.
+//! 2. What stands on the upper image names the lower one, which shows the same by now.
+//! 3. One commit of the group makes them one ([`Repository::merged`]).
+//!
+//! After a cut all of it is done again. Until then an image may name the lower one although the repository
+//! says that it stands on the upper one: it is opened like that ([`crate::open_chain`]), and the merge
+//! *below* waits ([`Repository::comes_first`]), which would take away what only the repository thinks is
+//! named by the upper one alone.
 
 use block::Storage;
-use volume::Author;
+use qcow::ChainReader;
+use qcow::edit::Watch;
+use qcow::open::{Chain, Format};
+use volume::{Author, Group};
 
 use crate::change::{lv, most_bytes, put};
 use crate::error::{Result, refused};
+use crate::images::backing;
 use crate::repository::Repository;
 use crate::state::Node;
 
@@ -18,6 +34,25 @@ pub struct Merge {
     pub lower: String,
     /// Bytes of the upper volume.
     pub used: u64,
+}
+
+impl Merge {
+    /// Writes what the upper image holds into the lower one: those are the first two of this chain, and
+    /// the lower one's volume can be written to, and is large enough.
+    ///
+    /// # Errors
+    /// If the upper image has another one below it, as [`qcow::edit::commit`], or if `watch` says so. It
+    /// can be done again.
+    pub fn commit<T: Storage>(&self, chain: Chain<T>, watch: &mut dyn Watch) -> Result<()> {
+        let ends = |n: usize, lv: &str| {
+            chain.layers.get(n).is_some_and(|layer| layer.name.ends_with(&format!("/{lv}")))
+        };
+        if !ends(0, &self.upper) || !ends(1, &self.lower) {
+            return refused(format!("{} does not stand on {} by itself", self.upper, self.lower));
+        }
+        qcow::edit::commit(&mut ChainReader::new(chain), 1, false, watch)?;
+        Ok(())
+    }
 }
 
 impl<S: Storage> Repository<S> {
@@ -41,6 +76,30 @@ impl<S: Storage> Repository<S> {
         self.state().nodes.values().filter(move |node| node.parent.as_deref() == Some(lv))
     }
 
+    /// A node's volume and those of the nodes below it, in this order.
+    pub fn down_from(&self, lv: &str) -> Vec<String> {
+        self.state().chain(lv).map(|node| node.lv.clone()).collect()
+    }
+
+    /// Whether what stands on the upper volume of a merge has to be merged into that first, because this
+    /// was begun, and something above names it already.
+    ///
+    /// # Errors
+    /// If an image cannot be read.
+    pub fn comes_first(&mut self, merge: &Merge) -> Result<bool> {
+        let upper = backing(&self.group().vg().name, &merge.upper);
+        let above: Vec<String> = self.above(&merge.upper).map(|node| node.lv.clone()).collect();
+        let over: Vec<String> =
+            above.iter().flat_map(|lv| self.above(lv)).map(|node| node.lv.clone()).collect();
+        for lv in over {
+            let named = qcow::open::backing_name(&mut self.storage(&lv)?, &lv)?;
+            if named.is_some_and(|named| named == upper.as_bytes()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The disks and snapshots whose images include a node's.
     pub fn over(&self, lv: &str) -> Vec<&str> {
         let includes = |of: &Node| self.state().chain(&of.lv).any(|node| node.lv == lv);
@@ -61,6 +120,27 @@ impl<S: Storage> Repository<S> {
             0 => Ok(()),
             more => self.grow(of, more, author),
         }
+    }
+
+    /// Ends a merge when the lower image shows what the upper one does: what stands on the upper one is
+    /// told, but for the image in `told`, which knows; then [`Repository::merged`]. `open` opens a volume
+    /// for writing.
+    ///
+    /// # Errors
+    /// If a volume cannot be opened or written to, and as [`Repository::merged`]. It can be done again.
+    pub fn settle<T: Storage>(
+        &mut self,
+        merge: &Merge,
+        told: Option<&str>,
+        author: &Author,
+        mut open: impl FnMut(&Group<S>, &str) -> Result<T>,
+    ) -> Result<()> {
+        let lower = backing(&self.group().vg().name, &merge.lower);
+        for node in self.above(&merge.upper).filter(|node| Some(&*node.lv) != told) {
+            let mut storage = open(self.group(), &node.lv)?;
+            qcow::edit::set_backing(&mut storage, &node.lv, Some((&lower, Format::Qcow2)))?;
+        }
+        self.merged(merge, author)
     }
 
     /// Notes that two nodes are one: the lower image holds all that the upper one does, and what stood

@@ -1,20 +1,15 @@
 //! Merging in the background: what is left of snapshots that were taken away becomes one with what stands
 //! on it, while guests go on.
 //!
-//! The upper image is written into the lower one, which shows the same then, whoever looks at it through
-//! either. Then what stands on the upper one names the lower one, and last of all one commit of the group
-//! makes them one. A daemon that dies in between leaves something that shows what it did: an image that
-//! names a lower one than the repository says is opened like that ([`super::place`]). All of it can be
-//! done again.
+//! What is written in which order, so that a daemon may die at any time, is in crate `sr`: see [`Merge`].
+//! Here is who may use what meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use node::{Disk as Running, JobWatch, Member};
-use qcow::ChainReader;
 use qcow::edit::Watch;
-use qcow::open::{ChainOptions, Format, Opened};
 use reactor::Clock;
 use sr::{Merge, Repository};
 
@@ -147,7 +142,9 @@ impl Coalescer {
         let gave_way = AtomicBool::new(false);
         {
             let mut repository = attached.repository.lock();
-            if !begins(attached, &repository, merge, changes.is_some())? {
+            if !begins(attached, &repository, merge, changes.is_some())?
+                || repository.comes_first(merge)?
+            {
                 return Ok(Outcome::NotNow);
             }
             let lower = repository.group().vg().lv(&merge.lower).map_err(sr::Error::from)?;
@@ -235,50 +232,26 @@ fn live(
 
 /// Merges what no guest uses.
 fn offline(attached: &Attached, merge: &Merge, watch: &mut dyn Watch) -> Result<(), Fault> {
-    let repository = attached.repository.lock();
-    let group = repository.group();
-    let vg = group.vg().name.clone();
-    let parents: Vec<String> = {
-        let key = repository.over(&merge.upper).first().map(|key| (*key).to_owned());
-        let key = key.ok_or_else(|| Fault::other(format!("no disk has {}", merge.upper)))?;
-        let chain = repository.chain(&key)?;
-        chain.iter().skip_while(|node| node.lv != merge.upper).map(|n| n.lv.clone()).collect()
+    let chain = {
+        let repository = attached.repository.lock();
+        let group = repository.group();
+        let open = |lv: &str| attached.devices.volume(group, lv, lv == merge.lower);
+        let lvs = repository.down_from(&merge.upper);
+        sr::open_chain(&group.vg().name, &lvs, open(&merge.upper)?, false, &mut |lv| {
+            open(lv).map_err(|e| qcow::Error::refused(lv, e.to_string()))
+        })
     };
-    let mut opened = Vec::new();
-    for (n, lv) in parents.iter().enumerate() {
-        let storage = attached.devices.volume(group, lv, n == 1)?;
-        opened.push(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None });
-    }
-    drop(repository);
-    let mut opened = opened.into_iter();
-    let top = opened.next().ok_or_else(|| Fault::other("no volume".to_owned()))?;
-    let options = ChainOptions { format: Some(Format::Qcow2), ..Default::default() };
-    let chain = node::Chain::open(top, options, &mut |backing| {
-        let why = "names an image that is not below it";
-        opened
-            .next()
-            .filter(|below| backing.name == format!("/dev/{}", below.name))
-            .ok_or_else(|| qcow::Error::refused(&backing.named_by, why))
-    });
-    let mut reader = ChainReader::new(chain.map_err(node::Error::from)?);
-    qcow::edit::commit(&mut reader, 1, false, watch).map_err(node::Error::from)?;
-    Ok(())
+    Ok(merge.commit(chain.map_err(sr::Error::from)?, watch)?)
 }
 
 /// The images are one: what stands on the upper one is told, but for the layer that has been, and the
 /// repository.
 fn settle(attached: &Attached, merge: &Merge, told: Option<&str>) -> Result<(), Fault> {
     let mut repository = attached.repository.lock();
-    let vg = repository.group().vg().name.clone();
-    let above: Vec<String> = repository.above(&merge.upper).map(|n| n.lv.clone()).collect();
-    let lower = format!("/dev/{vg}/{}", merge.lower);
-    for lv in above.iter().filter(|lv| Some(format!("{vg}/{lv}").as_str()) != told) {
-        let mut storage = attached.devices.volume(repository.group(), lv, true)?;
-        let done = qcow::edit::set_backing(&mut storage, lv, Some((&lower, Format::Qcow2)));
-        done.map_err(node::Error::from)?;
-        storage.close()?;
-    }
-    repository.merged(merge, &author())?;
+    let told = told.and_then(|layer| layer.rsplit('/').next());
+    repository.settle(merge, told, &author(), |group, lv| {
+        attached.devices.volume(group, lv, true).map_err(|e| sr::Error::Refused(e.to_string()))
+    })?;
     repository.discard();
     Ok(())
 }

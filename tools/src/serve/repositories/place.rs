@@ -9,7 +9,6 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context, bail};
 use fnv::FnvHasher;
 use node::{Chain, Member, NodeSpec, OpenOptions, Source, open_chain, open_source};
-use qcow::open::{ChainOptions, Format, Opened};
 use sr::Repository;
 use volume::Id;
 
@@ -87,36 +86,13 @@ impl DiskPlace {
         }
         let group = repository.group();
         let vg = &group.vg().name;
-        let opened = |n: usize| {
-            let (lv, _) = volumes.get(n).context("the disk has no volume")?;
-            let storage = attached.devices.volume(group, lv, n == 0 && options.writable)?;
-            anyhow::Ok(Opened { storage, path: None, name: format!("{vg}/{lv}"), id: None })
-        };
-        let top = opened(0)?;
-        let chain_options = ChainOptions {
-            format: Some(Format::Qcow2),
-            writable: options.writable,
-            ..Default::default()
-        };
-        let mut at = 0;
-        let chain = Chain::open(top, chain_options, &mut |backing| {
-            let refuse = |why: String| qcow::Error::refused(&backing.named_by, why);
-            let name = |n: usize| format!("/dev/{vg}/{}", volumes[n].0);
-            // What is left out has been merged into the one that is named.
-            match (at + 1..volumes.len()).find(|&n| name(n) == backing.name) {
-                Some(n) => {
-                    at = n;
-                    opened(n).map_err(|e| refuse(format!("{e:#}")))
-                }
-                None => Err(refuse(format!(
-                    "names {} as its backing file, which is not below it in the repository",
-                    backing.name,
-                ))),
-            }
+        let lvs: Vec<String> = volumes.into_iter().map(|(lv, _)| lv).collect();
+        let top = lvs.first().context("the disk has no volume")?;
+        let top = attached.devices.volume(group, top, options.writable)?;
+        let chain = sr::open_chain(vg, &lvs, top, options.writable, &mut |lv| {
+            let below = attached.devices.volume(group, lv, false);
+            below.map_err(|e| qcow::Error::refused(lv, e.to_string()))
         })?;
-        if at + 1 != volumes.len() {
-            bail!("{self}: its lowest image stands on others in the repository, and names none");
-        }
         // A daemon may have died when the image had its new size already: guests see that.
         let size = chain.size();
         if options.writable && size > repository.disk(&self.key)?.1.size {

@@ -1,6 +1,7 @@
 //! Repositories on devices in memory: operations against a plain model, cut at every write.
 
-#[path = "../../../nvme/volume/tests/rig/mod.rs"]
+mod merges;
+#[path = "../../../../nvme/volume/tests/rig/mod.rs"]
 mod rig;
 
 use std::collections::BTreeMap;
@@ -275,18 +276,22 @@ fn a_cut_leaves_the_state_before_or_the_one_after() {
     assert!(done > 50 && old > 200 && new > 50, "{done} {old} {new}");
 }
 
-/// Operations on a drive with a volatile cache, of which any part is lost when its power fails: after
-/// each write of each. How often old and new were left, and how often neither was.
-fn cut_a_cache(sabotage: Sabotage) -> (u32, u32, u32) {
+/// A drive with a volatile cache.
+fn drive(bytes: Vec<u8>) -> SimDisk {
     let config = DiskConfig {
-        size: 56 * MIB,
+        size: bytes.len() as u64,
         block_size: 512,
         volatile_cache: true,
         discarded: None,
         fresh: 0,
         file: false,
     };
-    let drive = |bytes: Vec<u8>| SimDisk::new(config, bytes, Rng::new(1), Trace::default());
+    SimDisk::new(config, bytes, Rng::new(1), Trace::default())
+}
+
+/// Operations on a drive with a volatile cache, of which any part is lost when its power fails: after
+/// each write of each. How often old and new were left, and how often neither was.
+fn cut_a_cache(sabotage: Sabotage) -> (u32, u32, u32) {
     let open = |drive: SimDisk| Repository::open(vec![drive], &host("me"));
     // What was there before must not be taken for an image's.
     let r = Repository::create(vec![drive(vec![0xa5; 56 << 20])], &new(1), &author()).unwrap();
