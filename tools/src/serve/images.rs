@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use super::figures::Io;
 use super::keep::{Keep, is_name};
 use super::repositories::{Place, Repositories};
-use crate::args;
 use crate::ctl::Changes;
 use crate::nbd::DRAIN;
 
@@ -286,11 +285,11 @@ impl Images {
     }
 
     fn redo(&self, wanted: &Wanted) -> anyhow::Result<()> {
-        let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
+        let place = Place::parse(&wanted.node)?;
+        let format = place.format(&wanted.format)?;
         if format != Format::Qcow2 || wanted.read_only {
             return Ok(());
         }
-        let place = Place::parse(&wanted.node)?;
         let owners = place.owners(&self.repositories)?;
         let found = self.keep.changes(wanted.name(), &owners)?;
         let (changes, which) = found.with_context(|| {
@@ -472,12 +471,6 @@ impl Images {
         let (door, info, growing) = (disk.door(), disk.info().clone(), disk.growing());
         let clock = self.reactors.clock();
         let changes = Changes::new(disk, clock.clone(), self.allow_backing.clone());
-        let limits = place.limits(&self.repositories)?;
-        let (iops, bandwidth) = limits.unwrap_or((wanted.iops, wanted.bandwidth));
-        if iops > 0 || bandwidth > 0 {
-            changes.limit(iops, bandwidth);
-        }
-        self.repositories.watch(wanted.name(), place, growing, changes.size(), clock);
         let listen = |path: &PathBuf| {
             let export = ::nbd::Export {
                 name: wanted.export.clone(),
@@ -487,7 +480,15 @@ impl Images {
             };
             anyhow::Ok(::nbd::Server::bind(path, export)?)
         };
-        match wanted.nbd.as_ref().map(listen).transpose() {
+        let ready = place.limits(&self.repositories).and_then(|limits| {
+            let (iops, bandwidth) = limits.unwrap_or((wanted.iops, wanted.bandwidth));
+            if iops > 0 || bandwidth > 0 {
+                changes.limit(iops, bandwidth);
+            }
+            self.repositories.watch(wanted.name(), place, growing, changes.size(), clock);
+            wanted.nbd.as_ref().map(listen).transpose()
+        });
+        match ready {
             Ok(nbd) => {
                 let name = wanted.name().to_owned();
                 Ok((Arc::new(Image { name, wanted, door, changes, info }), nbd))
@@ -504,7 +505,7 @@ impl Images {
 
     fn start(&self, wanted: &Wanted) -> anyhow::Result<(Disk, Place)> {
         let place = Place::parse(&wanted.node)?;
-        let format = args::format(&wanted.format).map_err(anyhow::Error::msg)?;
+        let format = place.format(&wanted.format)?;
         let options = OpenOptions {
             writable: !wanted.read_only,
             allow_backing: self.allow_backing.clone(),

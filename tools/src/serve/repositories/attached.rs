@@ -124,19 +124,40 @@ impl Repositories {
         found.ok_or_else(|| Fault::other(format!("{device} has another repository by now")))
     }
 
-    /// Takes one out of the list. Under the lock of those that are attached.
-    pub(super) fn forget(&self, sr: &str) -> Result<(), Fault> {
-        let mut list = self.remembered()?;
-        match list.remove(sr) {
-            Some(_) => self.write(&list),
-            None => Ok(()),
-        }
+    /// Takes one out of the list, which is not attached any more.
+    pub(super) fn forget(
+        &self,
+        all: &BTreeMap<String, Arc<Attached>>,
+        sr: &str,
+    ) -> Result<(), Fault> {
+        self.change(all, |list| drop(list.remove(sr)))
     }
 
     fn remember(&self, all: &BTreeMap<String, Arc<Attached>>) -> Result<(), Fault> {
-        let mut list = self.remembered()?;
+        self.change(all, |_| {})
+    }
+
+    /// Changes the list, in which at least those are that are attached. One that is damaged is made anew: it
+    /// must not keep anybody from detaching.
+    fn change(
+        &self,
+        all: &BTreeMap<String, Arc<Attached>>,
+        edit: impl FnOnce(&mut BTreeMap<String, String>),
+    ) -> Result<(), Fault> {
+        let before = self.remembered();
+        let mut list = match &before {
+            Ok(list) => list.clone(),
+            Err(fault) => {
+                log::warn!("{fault}: made anew; what is not attached now is not in it any more");
+                BTreeMap::new()
+            }
+        };
         list.extend(all.iter().map(|(sr, attached)| (sr.clone(), attached.device.clone())));
-        self.write(&list)
+        edit(&mut list);
+        match before {
+            Ok(before) if before == list => Ok(()),
+            _ => self.write(&list),
+        }
     }
 
     fn list(&self) -> PathBuf {
@@ -146,7 +167,8 @@ impl Repositories {
     fn remembered(&self) -> Result<BTreeMap<String, String>, Fault> {
         use std::io::Read as _;
         let failed = |e: &dyn std::fmt::Display| {
-            Fault::other(format!("{}: {e}: remove it, and attach again", self.list().display()))
+            let list = self.list();
+            Fault::other(format!("{}: {e}: attach the repository again", list.display()))
         };
         let mut text = Vec::new();
         match std::fs::File::open(self.list()) {

@@ -9,8 +9,11 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context, bail};
 use fnv::FnvHasher;
 use node::{Chain, Member, NodeSpec, OpenOptions, Source, open_chain, open_source};
+use qcow::open::Format;
 use sr::Repository;
 use volume::Id;
+
+use crate::args;
 
 use super::{Repositories, TYPE, author};
 
@@ -109,6 +112,14 @@ impl Place {
                 .map(Place::Disk)
                 .with_context(|| format!("{text:?} is no {TYPE}:REPOSITORY/DISK@NODES")),
             None => Ok(Place::Node(NodeSpec::parse(text)?)),
+        }
+    }
+
+    /// Its format, of which somebody said this.
+    pub(crate) fn format(&self, said: &str) -> anyhow::Result<Format> {
+        match (self, args::format(said).map_err(anyhow::Error::msg)?) {
+            (Place::Disk(disk), Format::Raw) => bail!("{disk}: is an image in qcow2, not raw"),
+            (_, format) => Ok(format),
         }
     }
 

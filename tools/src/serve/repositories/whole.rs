@@ -107,7 +107,7 @@ impl Repositories {
     fn detach(&self, sr: &str) -> Result<Value, Fault> {
         let mut all = self.all.lock();
         let attached = Repositories::take_out(&mut all, sr)?;
-        self.forget(sr)?;
+        self.forget(&all, sr)?;
         if let Some(attached) = attached {
             attached.close()?;
         }
@@ -123,7 +123,7 @@ impl Repositories {
             all.insert(sr.to_owned(), Arc::new(attached));
             return Err(Fault::other(format!("repository {sr} has volumes: destroy them first")));
         }
-        self.forget(sr)?;
+        self.forget(&all, sr)?;
         let Attached { repository, devices, .. } = attached;
         drop(repository.into_inner().remove()?);
         devices.close()?;

@@ -319,3 +319,40 @@ fn a_merge_without_guests_gives_way() {
     ours.stop();
     rig.check();
 }
+
+#[test]
+fn a_list_of_repositories_that_is_damaged_is_made_anew() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let list = rig.world.dir.path().join("state/repositories.json");
+    let listed = || serde_json::from_slice::<Value>(&std::fs::read(&list).unwrap()).unwrap();
+    assert_eq!(listed(), json!({SR: rig.device}));
+    for damage in [&b"{\"half"[..], b"", b"[1, 2]", &[0xff; 2 << 20]] {
+        std::fs::write(&list, damage).unwrap();
+        ours.smapi("SR.detach", json!({"sr": SR}));
+        assert_eq!(listed(), json!({}));
+        // Also of what is not attached.
+        std::fs::write(&list, damage).unwrap();
+        ours.smapi("SR.detach", json!({"sr": SR}));
+        std::fs::write(&list, damage).unwrap();
+        let why = ours.asked("SR.stat", json!({"sr": SR}))["error"]["params"][1].to_string();
+        assert!(why.contains("repositories.json") && why.contains("attach"), "{why}");
+        ours.smapi("SR.attach", json!({"configuration": rig.configuration()}));
+        assert_eq!(listed(), json!({SR: rig.device}));
+    }
+    ours.stop();
+}
+
+#[test]
+fn a_disk_of_a_repository_is_never_raw() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let node = format!("fast:{SR}/{}@{}", ours.disk(SIZE), rig.device.display());
+    let attach = |format| json!({"name": "a", "node": node, "format": format});
+    let raw = ours.control.call("attach", &attach("raw")).unwrap_err().message;
+    assert!(raw.contains("qcow2, not raw"), "{raw}");
+    ours.call("attach", attach("qcow2"));
+    ours.stop();
+}
