@@ -222,8 +222,12 @@ impl<S: Storage> ChainReader<S> {
         }
     }
 
-    /// What the top layer itself says about `start`, and for how many bytes, at most `max`.
-    pub(crate) fn top_run(&mut self, start: u64, max: u64) -> Result<(u64, Source)> {
+    /// What the top layer itself says about `start`, inside the disk, and for how many bytes, at most `max` (not 0):
+    /// [`Source::Unallocated`] where it holds nothing, so that what is below shows.
+    ///
+    /// # Errors
+    /// As [`ChainReader::span`].
+    pub fn top_run(&mut self, start: u64, max: u64) -> Result<(u64, Source)> {
         match self.layers[0].kind {
             LayerKind::Raw(_) => Ok((max, Source::Data(start))),
             LayerKind::Qcow2(_) => self.run_in_image(0, start, max),

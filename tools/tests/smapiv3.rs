@@ -191,6 +191,38 @@ fn a_repository_lives_its_life() {
     host.ok("Volume.revert", of(json!({"snapshot": taken})));
     assert_eq!(host.ok("SR.ls", json!({"sr": SR})).as_array().unwrap().len(), 3);
 
+    // A backup's cycle, of which only the record of the last snapshot is left.
+    assert!(query["features"].as_array().unwrap().contains(&json!("VDI_CONFIG_CBT")));
+    assert_eq!(host.ok("Volume.enable_cbt", of(json!({}))), Value::Null);
+    assert_eq!(host.ok("Volume.stat", of(json!({})))["cbt_enabled"], true);
+    let first = host.ok("Volume.snapshot", of(json!({})))["key"].clone();
+    let backup = |method: &str, key: &Value| host.ok(method, json!({"sr": SR, "key": key}));
+    assert_eq!(backup("Volume.data_destroy", &first), Value::Null);
+    host.ok("Volume.set", json!({"sr": SR, "key": first, "k": "vdi-type", "v": "cbt_metadata"}));
+    let record = backup("Volume.stat", &first);
+    assert_eq!(record["volume_type"], json!(["CBT_Metadata", null]));
+    assert_eq!(record["keys"], json!({"vdi-type": "cbt_metadata"}));
+    host.datapath("Datapath.activate", domain.clone());
+    let wrote = Command::new("qemu-io")
+        .args(["-f", "raw", &url, "-c", "write -P 7 2M 128k", "-c", "write -P 7 4097k 4k"])
+        .output();
+    host.datapath("Datapath.deactivate", domain.clone());
+    let second = host.ok("Volume.snapshot", of(json!({})))["key"].clone();
+    let args = json!({"sr": SR, "key": first, "key2": second, "offset": 0, "length": -1});
+    let changed = host.ok("Volume.list_changed_blocks", args.clone());
+    // Blocks 32, 33 and 64 of 96, the most significant bit of a byte first.
+    let want = if wrote.is_ok() { "AAAAAMAAAACAAAAA" } else { "AAAAAAAAAAAAAAAA" };
+    assert_eq!(changed, json!({"granularity": 65536, "bitmap": want}));
+    host.kill_daemon();
+    assert_eq!(host.ok("Volume.list_changed_blocks", args), changed);
+    backup("Volume.destroy", &first);
+    let again = json!({"sr": SR, "key": first, "key2": second, "offset": 0, "length": -1});
+    assert_eq!(host.code("Volume.list_changed_blocks", again), "Volume_does_not_exist");
+    let none = json!({"sr": SR, "key": taken, "key2": second, "offset": 0, "length": -1});
+    assert_eq!(host.code("Volume.list_changed_blocks", none), "SR_BACKEND_FAILURE_460");
+    backup("Volume.destroy", &second);
+    assert_eq!(host.ok("Volume.disable_cbt", of(json!({}))), Value::Null);
+
     // Whatever becomes of the daemon, all of it is on the drive, and what was attached is.
     host.kill_daemon();
     assert_eq!(host.ok("SR.stat", json!({"sr": SR}))["name"], "fast ones");

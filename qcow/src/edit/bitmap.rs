@@ -7,7 +7,7 @@ use super::bitmaps::not_there;
 use super::tx::{Tx, run};
 use crate::bitmaps::inconsistent;
 use crate::format::{BITMAP_GRANULARITY_BITS, BitmapEntry, MAX_BITMAP_NAME, MAX_BITMAPS};
-use crate::{Bitmap, ImageMeta, Mode, Result};
+use crate::{Bitmap, ChainReader, ImageMeta, Mode, Result, Source};
 
 /// What is to be done to a bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +83,36 @@ pub fn change_bitmap<S: Storage>(
                     }
                 }
             }
+        }
+        Ok(())
+    })
+    .map(|_| ())
+}
+
+/// Sets those bits of bitmap `bitmap` of an image whose part of the disk the uppermost layer of `of` itself holds
+/// something for, be it data or zeroes; all or nothing. What that has behind the end of the image's disk is left
+/// out.
+///
+/// # Errors
+/// If the bitmap is not there or was not saved, a layer cannot be read, there is no room, or a write fails. The
+/// image is as it was then.
+pub fn mark_held<S: Storage>(
+    st: &mut dyn Storage,
+    name: &str,
+    bitmap: &str,
+    of: &mut ChainReader<S>,
+) -> Result<()> {
+    run(st, name, |tx, st| {
+        let index = tx.usable(bitmap)?;
+        let bits = tx.bitmaps.all[index].entry.granularity_bits;
+        let end = tx.geometry().size().min(of.size());
+        let mut at = 0;
+        while at < end {
+            let (len, source) = of.top_run(at, end - at)?;
+            if source != Source::Unallocated {
+                tx.set_bits(st, index, at >> bits, ((at + len - 1) >> bits) + 1, true)?;
+            }
+            at += len;
         }
         Ok(())
     })

@@ -23,7 +23,7 @@ mod tree;
 mod tx;
 
 pub use amend::{Amend, amend};
-pub use bitmap::{BitmapAction, change_bitmap};
+pub use bitmap::{BitmapAction, change_bitmap, mark_held};
 pub(crate) use bitmaps::give_bits_places;
 pub use commit::{Committed, Watch, commit};
 pub use differ::{ClusterSet, differing};

@@ -25,6 +25,7 @@ mod extents;
 mod frontend;
 mod groups;
 mod guests;
+mod held;
 mod host;
 mod image;
 mod internal;

@@ -9,10 +9,10 @@ use volume::{Author, Id, Lv, Shape, Vg};
 use crate::error::{Error, Result, refused};
 use crate::fields::Fields;
 use crate::images::backing;
-use crate::repository::Repository;
+use crate::repository::{NewImage, Repository};
 use crate::state::{
-    BANDWIDTH, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, PARENT, READ_ONLY,
-    SHARABLE, SIZE, State, THEIRS,
+    AT, BANDWIDTH, CBT, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, PARENT,
+    READ_ONLY, SHARABLE, SIZE, State, THEIRS,
 };
 
 /// Bytes of a new volume at most: it grows with what is written.
@@ -68,7 +68,7 @@ fn key() -> String {
 }
 
 /// A name for a logical volume.
-fn lv_name() -> String {
+pub(crate) fn lv_name() -> String {
     format!("pd-{}", Uuid::new_v4())
 }
 
@@ -84,11 +84,16 @@ pub(crate) fn put(vg: &mut Vg, node: &Node) -> Result<()> {
     if let Some(parent) = &node.parent {
         fields.set(PARENT, &**parent);
     }
+    if let Some(record) = &node.record {
+        fields.set(AT, record.at.as_deref().unwrap_or_default());
+    }
     if let Some(disk) = &node.disk {
         fields.set(KEY, &*disk.key);
         fields.set(NAME, &*disk.name);
         fields.set(DESCRIPTION, &*disk.description);
-        for (flag, is_set) in [(READ_ONLY, disk.read_only), (SHARABLE, disk.sharable)] {
+        for (flag, is_set) in
+            [(READ_ONLY, disk.read_only), (SHARABLE, disk.sharable), (CBT, disk.cbt)]
+        {
             if is_set {
                 fields.set(flag, "1");
             }
@@ -113,7 +118,7 @@ fn alone<'s>(state: &'s State, node: &'s Node) -> impl Iterator<Item = &'s Node>
 }
 
 /// Takes a node away, and those below that nobody needs without it.
-fn remove(vg: &mut Vg, state: &State, node: &Node) -> Result<()> {
+pub(crate) fn remove(vg: &mut Vg, state: &State, node: &Node) -> Result<()> {
     Ok(alone(state, node).try_for_each(|node| vg.remove_lv(&node.lv).map(drop))?)
 }
 
@@ -130,11 +135,13 @@ impl<S: Storage> Repository<S> {
             description: new.description.clone(),
             read_only: false,
             sharable: new.sharable,
+            cbt: false,
             iops: 0,
             bandwidth: 0,
             keys: std::collections::BTreeMap::new(),
         };
-        let node = Node { lv: lv_name(), parent: None, size, used: 0, disk: Some(disk.clone()) };
+        let of = Some(disk.clone());
+        let node = Node { lv: lv_name(), parent: None, size, used: 0, disk: of, record: None };
         self.make(&format!("create {}", disk.key), &[node], author, |_| Ok(()))?;
         Ok(disk.key)
     }
@@ -148,12 +155,13 @@ impl<S: Storage> Repository<S> {
         more: impl FnOnce(&mut Vg) -> Result<()>,
     ) -> Result<()> {
         let group = self.group().vg().name.clone();
-        let images: Vec<(String, CreateOptions)> = nodes
+        let images: Vec<NewImage> = nodes
             .iter()
             .map(|node| {
                 let backing = node.parent.as_ref().map(|lv| backing(&group, lv));
                 let backing = backing.map(|path| (path, Format::Qcow2));
-                (node.lv.clone(), CreateOptions { backing, ..CreateOptions::new(node.size) })
+                let options = CreateOptions { backing, ..CreateOptions::new(node.size) };
+                NewImage { lv: node.lv.clone(), options, bitmap: None }
             })
             .collect();
         let deepest = nodes.iter().filter_map(|node| node.parent.as_ref());
@@ -187,7 +195,7 @@ impl<S: Storage> Repository<S> {
     /// # Errors
     /// If there is no such disk, no space, or too many images would stand on each other.
     pub fn snapshot(&mut self, of: &str, author: &Author) -> Result<Stacked> {
-        let (disk, node) = self.known(of)?;
+        let (disk, node) = self.with_data(of)?;
         let copy = Disk { key: key(), read_only: true, keys: Default::default(), ..disk.clone() };
         let why = format!("snapshot {of}");
         let key = copy.key.clone();
@@ -209,8 +217,9 @@ impl<S: Storage> Repository<S> {
     /// # Errors
     /// As [`Repository::snapshot`].
     pub fn clone_disk(&mut self, of: &str, author: &Author) -> Result<Stacked> {
-        let (disk, node) = self.known(of)?;
-        let copy = Disk { key: key(), read_only: false, keys: Default::default(), ..disk.clone() };
+        let (disk, node) = self.with_data(of)?;
+        let keys = Default::default();
+        let copy = Disk { key: key(), read_only: false, cbt: false, keys, ..disk.clone() };
         let why = format!("clone {of}");
         let key = copy.key.clone();
         let above =
@@ -269,7 +278,7 @@ impl<S: Storage> Repository<S> {
     /// # Errors
     /// As [`Repository::snapshot`]; if the one is no snapshot or the other one.
     pub fn revert(&mut self, snapshot: &str, to: &str, author: &Author) -> Result<()> {
-        let (taken, below) = self.known(snapshot)?;
+        let (taken, below) = self.with_data(snapshot)?;
         let (disk, node) = self.known(to)?;
         if !taken.read_only || disk.read_only {
             return refused(format!(
@@ -277,7 +286,7 @@ impl<S: Storage> Repository<S> {
             ));
         }
         let (parent, disk) = (Some(below.lv.clone()), Some(disk));
-        let new = Node { lv: lv_name(), parent, size: below.size, used: 0, disk };
+        let new = Node { lv: lv_name(), parent, size: below.size, used: 0, disk, record: None };
         let state = self.state().clone();
         self.make(&format!("revert {to} to {snapshot}"), &[new], author, |vg| {
             if state.children(&node.lv) > 0 {
@@ -354,7 +363,7 @@ impl<S: Storage> Repository<S> {
         })
     }
 
-    fn change(
+    pub(crate) fn change(
         &mut self,
         of: &str,
         what: &str,
@@ -387,8 +396,17 @@ impl<S: Storage> Repository<S> {
     }
 
     /// A disk and its node, to be changed.
-    fn known(&self, key: &str) -> Result<(Disk, Node)> {
+    pub(crate) fn known(&self, key: &str) -> Result<(Disk, Node)> {
         let (disk, node) = self.disk(key)?;
         Ok((disk.clone(), node.clone()))
+    }
+
+    /// The same of one that is more than a record.
+    fn with_data(&self, key: &str) -> Result<(Disk, Node)> {
+        let (disk, node) = self.known(key)?;
+        match node.record {
+            None => Ok((disk, node)),
+            Some(_) => refused(format!("the data of {key} was destroyed")),
+        }
     }
 }

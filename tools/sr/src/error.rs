@@ -18,6 +18,16 @@ pub enum Error {
     /// The group is no repository of ours.
     #[error("the volume group {0} is no storage repository of polldisk's: it has no tag pd:sr=…")]
     NoRepository(String),
+    /// What changed between two is not known.
+    #[error("what changed from {from} to {to} is not known: {why}; make a full backup")]
+    NoChanges {
+        /// The one.
+        from: String,
+        /// The other.
+        to: String,
+        /// Why not.
+        why: String,
+    },
     /// Not done because it would be wrong.
     #[error("{0}")]
     Refused(String),

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod change;
+pub mod changed;
 mod error;
 pub mod fields;
 mod images;
@@ -23,8 +24,9 @@ mod repository;
 mod state;
 
 pub use change::{NewDisk, Stacked, Text, most_bytes};
+pub use changed::{Blocks, Difference, note_held};
 pub use error::{Error, Result};
 pub use images::open_chain;
 pub use merge::Merge;
 pub use repository::{NewRepository, Repository, Stat, probe};
-pub use state::{Disk, Node};
+pub use state::{Disk, Node, Record};

@@ -1,11 +1,13 @@
 //! Nodes that nobody needs apart any more: what is left of snapshots that were taken away.
 //!
-//! A merge has three steps, each of which leaves every disk what it was, so that the power may fail after
+//! A merge has four steps, each of which leaves every disk what it was, so that the power may fail after
 //! any write:
 //! 1. What the upper image holds is written into the lower one ([`Merge::commit`]). Through the upper one
 //!    nobody sees that.
-//! 2. What stands on the upper image names the lower one, which shows the same by now.
-//! 3. One commit of the group makes them one ([`Repository::merged`]).
+//! 2. Records that stand at the lower image note what the upper one holds ([`crate::changed`]): if too much,
+//!    that is not wrong.
+//! 3. What stands on the upper image names the lower one, which shows the same by now.
+//! 4. One commit of the group makes them one ([`Repository::merged`]).
 //!
 //! After a cut all of it is done again. Until then an image may name the lower one although the repository
 //! says that it stands on the upper one: it is opened like that ([`crate::open_chain`]), and the merge
@@ -19,10 +21,11 @@ use qcow::open::{Chain, Format};
 use volume::{Author, Group};
 
 use crate::change::{lv, most_bytes, put};
+use crate::changed::note_held;
 use crate::error::{Result, refused};
 use crate::images::backing;
 use crate::repository::Repository;
-use crate::state::Node;
+use crate::state::{Node, Record};
 
 /// A node, and the hidden one below it on which nothing else stands: the images in them can become one,
 /// which lies in the lower one's volume and is what the upper one is.
@@ -62,7 +65,10 @@ impl<S: Storage> Repository<S> {
         let hidden = |lv: &String| nodes.get(lv).filter(|node| node.disk.is_none());
         let merges = nodes.values().filter_map(|upper| {
             let lower = hidden(upper.parent.as_ref()?)?;
-            (self.state().children(&lower.lv) == 1).then(|| Merge {
+            // Records say what was there by what the lower one is: nobody may write to it then.
+            let writable = upper.disk.as_ref().is_some_and(|disk| !disk.read_only);
+            let frozen = !writable || self.records_at(&lower.lv).next().is_none();
+            (self.state().children(&lower.lv) == 1 && frozen).then(|| Merge {
                 upper: upper.lv.clone(),
                 lower: lower.lv.clone(),
                 used: upper.used,
@@ -122,9 +128,9 @@ impl<S: Storage> Repository<S> {
         }
     }
 
-    /// Ends a merge when the lower image shows what the upper one does: what stands on the upper one is
-    /// told, but for the image in `told`, which knows; then [`Repository::merged`]. `open` opens a volume
-    /// for writing.
+    /// Ends a merge when the lower image shows what the upper one does: records that stand at the lower one are
+    /// told what the upper one holds, and what stands on the upper one what is below it now, but for the image in
+    /// `told`, which knows; then [`Repository::merged`]. `open` opens a volume for writing.
     ///
     /// # Errors
     /// If a volume cannot be opened or written to, and as [`Repository::merged`]. It can be done again.
@@ -135,20 +141,27 @@ impl<S: Storage> Repository<S> {
         author: &Author,
         mut open: impl FnMut(&Group<S>, &str) -> Result<T>,
     ) -> Result<()> {
+        let records: Vec<String> =
+            self.records_at(&merge.lower).map(|record| record.lv.clone()).collect();
+        for record in &records {
+            let upper = open(self.group(), &merge.upper)?;
+            note_held((&mut open(self.group(), record)?, record), (upper, &merge.upper))?;
+        }
         let lower = backing(&self.group().vg().name, &merge.lower);
         for node in self.above(&merge.upper).filter(|node| Some(&*node.lv) != told) {
             let mut storage = open(self.group(), &node.lv)?;
             qcow::edit::set_backing(&mut storage, &node.lv, Some((&lower, Format::Qcow2)))?;
         }
-        self.merged(merge, author)
+        self.merged(merge, &records, author)
     }
 
     /// Notes that two nodes are one: the lower image holds all that the upper one does, and what stood
-    /// on the upper one names the lower one. The upper volume goes.
+    /// on the upper one names the lower one. The upper volume goes. `noted`: the volumes of the records that stand at
+    /// the lower one, in which it was noted what the upper one holds ([`crate::note_held`]).
     ///
     /// # Errors
-    /// If they are not what they were, or a device fails.
-    pub fn merged(&mut self, merge: &Merge, author: &Author) -> Result<()> {
+    /// If they are not what they were, there is a record that is not among those, or a device fails.
+    pub fn merged(&mut self, merge: &Merge, noted: &[String], author: &Author) -> Result<()> {
         let now = self
             .merges()
             .into_iter()
@@ -161,6 +174,12 @@ impl<S: Storage> Repository<S> {
                 merge.upper, merge.lower
             ));
         };
+        if let Some(record) = self.records_at(&merge.lower).find(|r| !noted.contains(&r.lv)) {
+            return refused(format!(
+                "{}: it was not noted what {} changes: later changes could be told wrong",
+                record.lv, merge.upper
+            ));
+        }
         let one = Node {
             lv: lower.lv.clone(),
             parent: lower.parent.clone(),
@@ -168,10 +187,14 @@ impl<S: Storage> Repository<S> {
             ..upper.clone()
         };
         let above: Vec<Node> = self.above(&merge.upper).cloned().collect();
+        let records: Vec<Node> = self.records_at(&merge.upper).cloned().collect();
         self.commit(author, &format!("merge {}", merge.upper), &[], |vg| {
             lv(vg, &merge.upper)?;
             vg.remove_lv(&merge.upper)?;
             put(vg, &one)?;
+            for node in records {
+                put(vg, &Node { record: Some(Record { at: Some(one.lv.clone()) }), ..node })?;
+            }
             above
                 .into_iter()
                 .try_for_each(|node| put(vg, &Node { parent: Some(one.lv.clone()), ..node }))

@@ -2,6 +2,7 @@
 
 use block::Storage;
 use qcow::create::CreateOptions;
+use qcow::edit::{BitmapAction, change_bitmap};
 use volume::{Author, Group, HostIds, NewGroup, Run, Vg, View};
 
 use crate::error::{Error, Result, refused};
@@ -50,6 +51,15 @@ pub struct Repository<S> {
     state: State,
     /// Extents that no volume has any more since they were last asked for.
     freed: Vec<Run>,
+}
+
+/// An image that is made with its volume.
+pub(crate) struct NewImage {
+    /// The volume.
+    pub(crate) lv: String,
+    pub(crate) options: CreateOptions,
+    /// Name and granularity of a bitmap in it.
+    pub(crate) bitmap: Option<(&'static str, u64)>,
 }
 
 /// Whose repository a device is a part of, if it is of one: the UUID.
@@ -222,7 +232,7 @@ impl<S: Storage> Repository<S> {
         &mut self,
         author: &Author,
         why: &str,
-        images: &[(String, CreateOptions)],
+        images: &[NewImage],
         edit: impl FnOnce(&mut Vg) -> Result<()>,
     ) -> Result<()> {
         let mut failed = None;
@@ -236,8 +246,14 @@ impl<S: Storage> Repository<S> {
         let prepared = prepared.map_err(|error| failed.take().unwrap_or(Error::Group(error)))?;
         // Whatever was done must be something that can be opened again.
         let state = State::read(prepared.vg())?;
-        for (lv, options) in images {
-            qcow::create::create(&mut self.group.new_volume(&prepared, lv)?, lv, options)?;
+        for NewImage { lv, options, bitmap } in images {
+            let mut storage = self.group.new_volume(&prepared, lv)?;
+            qcow::create::create(&mut storage, lv, options)?;
+            if let Some((name, granularity)) = bitmap {
+                let granularity = Some(*granularity);
+                let actions = [BitmapAction::Add { granularity }, BitmapAction::Disable];
+                change_bitmap::<View<'_, S>>(&mut storage, lv, name, &actions, None)?;
+            }
         }
         self.freed.append(&mut self.group.commit(prepared)?);
         self.state = state;

@@ -27,6 +27,8 @@ pub(crate) const READ_ONLY: &str = "ro";
 pub(crate) const SHARABLE: &str = "sharable";
 pub(crate) const IOPS: &str = "iops";
 pub(crate) const BANDWIDTH: &str = "bandwidth";
+pub(crate) const CBT: &str = "cbt";
+pub(crate) const AT: &str = "at";
 /// What the names of the toolstack's own keys begin with.
 pub(crate) const THEIRS: &str = "k.";
 
@@ -43,6 +45,16 @@ pub struct Node {
     pub used: u64,
     /// The disk whose it is; `None`: several have it in common.
     pub disk: Option<Disk>,
+    /// If it holds no data, but says what is known of a snapshot whose data was destroyed.
+    pub record: Option<Record>,
+}
+
+/// What was a snapshot ([`crate::changed`]).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Record {
+    /// The node that shows what the snapshot showed, but for the blocks whose bits are set in the record's bitmap.
+    /// `None`, or one that is not there: nothing shows that any more.
+    pub at: Option<String>,
 }
 
 /// A disk or snapshot, as the toolstack knows it.
@@ -58,6 +70,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Several guests may have it at once.
     pub sharable: bool,
+    /// What changes in it is told of ([`crate::changed`]).
+    pub cbt: bool,
     /// Requests that it takes in a second; 0: as many as come.
     pub iops: u64,
     /// Bytes that it reads and writes in a second; 0: as many as come.
@@ -104,16 +118,25 @@ fn node(vg: &Vg, lv: &Lv) -> Result<Option<Node>> {
         description: text(DESCRIPTION),
         read_only: fields.get(READ_ONLY).is_some(),
         sharable: fields.get(SHARABLE).is_some(),
+        cbt: fields.get(CBT).is_some(),
         iops: limit(IOPS),
         bandwidth: limit(BANDWIDTH),
         keys: fields.beginning(THEIRS).map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
     });
+    let at = |at: &str| Record { at: Some(at.to_owned()).filter(|at| !at.is_empty()) };
+    let record = fields.get(AT).map(at);
+    let parent = fields.get(PARENT).map(str::to_owned);
+    let is_snapshot = disk.as_ref().is_some_and(|disk| disk.read_only && disk.cbt);
+    if record.is_some() && (parent.is_some() || !is_snapshot) {
+        return corrupt(format!("{} has the tag pd:at, but was no snapshot", lv.name));
+    }
     Ok(Some(Node {
         lv: lv.name.clone(),
-        parent: fields.get(PARENT).map(str::to_owned),
+        parent,
         size,
         used: lv.extents() * vg.extent_bytes(),
         disk,
+        record,
     }))
 }
 
@@ -160,6 +183,13 @@ impl State {
                 next = node.parent.as_deref();
             }
             good.extend(path);
+        }
+        let stands_on_record = |node: &Node| {
+            let below = node.parent.as_ref().and_then(|lv| state.nodes.get(lv));
+            below.is_some_and(|below| below.record.is_some())
+        };
+        if let Some(node) = state.nodes.values().find(|node| stands_on_record(node)) {
+            return corrupt(format!("{} stands on one that has no data", node.lv));
         }
         Ok(state)
     }

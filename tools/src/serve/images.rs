@@ -210,8 +210,8 @@ impl Images {
         !matches!(all.get(name), Some(Entry::Open { .. })) && self.keep.has_journal(name)
     }
 
-    /// Puts in what can be of that, as somebody is going to change the image.
-    pub(crate) fn put_in(&self, wanted: &Wanted) {
+    /// Puts in what can be of that, as somebody is going to change the image. Whether nothing is left of it.
+    pub(crate) fn put_in(&self, wanted: &Wanted) -> bool {
         // Whoever opens it does that himself.
         let closed = !self.all.lock().contains_key(wanted.name());
         if closed
@@ -219,7 +219,9 @@ impl Images {
             && let Err(e) = self.redo(wanted)
         {
             log::warn!("{}: {e:#}", wanted.name());
+            return false;
         }
+        true
     }
 
     /// Opens an image, or keeps the one that a device has opened, until [`Images::let_go`].

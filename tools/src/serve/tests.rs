@@ -20,6 +20,7 @@ use super::repositories::{Growth, Repositories};
 use crate::ctl::rpc::Service as _;
 
 mod broken;
+mod changed;
 mod copies;
 mod died;
 mod figures;

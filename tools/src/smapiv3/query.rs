@@ -6,7 +6,7 @@ use super::Kind;
 use crate::serve::REPOSITORY_TYPE;
 
 /// Methods of the volume plugin, beside `Plugin.query`.
-pub(super) const VOLUME: [&str; 20] = [
+pub(super) const VOLUME: [&str; 24] = [
     "SR.probe",
     "SR.create",
     "SR.attach",
@@ -27,6 +27,10 @@ pub(super) const VOLUME: [&str; 20] = [
     "Volume.set_name",
     "Volume.set_description",
     "Volume.stat",
+    "Volume.enable_cbt",
+    "Volume.disable_cbt",
+    "Volume.data_destroy",
+    "Volume.list_changed_blocks",
 ];
 
 /// Methods of the datapath plugin, beside `Plugin.query`.
@@ -39,7 +43,8 @@ pub(super) const DATAPATH: [&str; 5] = [
 ];
 
 /// What the volume plugin can do that is not seen from its methods.
-const FEATURES: [&str; 4] = ["VDI_RESIZE_ONLINE", "VDI_REVERT", "LARGE_VDI", "THIN_PROVISIONING"];
+const FEATURES: [&str; 5] =
+    ["VDI_RESIZE_ONLINE", "VDI_REVERT", "VDI_CONFIG_CBT", "LARGE_VDI", "THIN_PROVISIONING"];
 
 /// The answer.
 pub(super) fn answer(kind: Kind) -> Value {

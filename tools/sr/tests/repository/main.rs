@@ -1,5 +1,6 @@
 //! Repositories on devices in memory: operations against a plain model, cut at every write.
 
+mod changed;
 mod merges;
 #[path = "../../../../nvme/volume/tests/rig/mod.rs"]
 mod rig;
@@ -162,6 +163,8 @@ fn tags_that_make_no_sense_are_refused() {
         (&*parent, "pd:parent=nobody"),
         (&*parent, &*mine),
         (&*format!("pd:key={a}"), "pd:key=#zz"),
+        ("pd:ro=1", "pd:at="),
+        (&*parent, "pd:at="),
     ] {
         let copy: Vec<Memory> = devices.iter().map(Memory::deep).collect();
         let mut group = Group::open(copy.clone(), Some("me")).unwrap();
@@ -207,13 +210,15 @@ fn operate(r: &mut Repository<Memory>, rng: &mut Rng) -> sr::Result<()> {
     }
     let key = keys[rng.below(keys.len() as u64) as usize].clone();
     let other = keys[rng.below(keys.len() as u64) as usize].clone();
-    match rng.below(8) {
+    match rng.below(10) {
         0 | 1 => r.snapshot(&key, &author()).map(drop),
         2 => r.clone_disk(&key, &author()).map(drop),
         3 => r.destroy(&key, &author()),
         4 => r.revert(&other, &key, &author()),
         5 => r.set_key(&key, "k", Some(&"v".repeat(rng.below(3000) as usize)), &author()),
         6 => r.set_text(&key, Text::Description, "text", &author()),
+        7 => r.track(&key, true, &author()),
+        8 => r.destroy_data(&key, &author()),
         _ => {
             let lv = r.disk(&key)?.1.lv.clone();
             r.grow(&lv, 1, &author())
@@ -222,14 +227,20 @@ fn operate(r: &mut Repository<Memory>, rng: &mut Rng) -> sr::Result<()> {
 }
 
 /// What it says, without the names that are drawn anew each time.
-fn shape<S: Storage>(r: &mut Repository<S>) -> Vec<(bool, usize, u64, u64, usize, String)> {
+fn shape<S: Storage>(r: &mut Repository<S>) -> Vec<(String, usize, u64, u64, usize, String)> {
     let all = seen(r);
     let mut shape: Vec<_> = all
         .into_iter()
         .map(|(key, (disk, node))| {
             let depth = r.chain(&key).unwrap().len();
             let keys = disk.keys.values().map(String::len).sum();
-            (disk.read_only, depth, node.size, node.used, keys, disk.description)
+            let flags = format!(
+                "{} {} {:?}",
+                disk.read_only,
+                disk.cbt,
+                node.record.map(|r| r.at.is_some())
+            );
+            (flags, depth, node.size, node.used, keys, disk.description)
         })
         .collect();
     shape.sort();

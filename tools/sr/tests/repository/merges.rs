@@ -20,7 +20,7 @@ type Contents = BTreeMap<String, Vec<u8>>;
 
 const CLUSTER: usize = 65536;
 
-fn volume<S: Storage + Clone + 'static>(
+pub(super) fn volume<S: Storage + Clone + 'static>(
     r: &Repository<S>,
     lv: &str,
     writable: bool,
@@ -107,7 +107,10 @@ fn build<S: Storage + Clone + 'static>(r: &mut Repository<S>, rng: &mut Rng) -> 
 }
 
 /// As the daemon does it. Whether there was something to do before.
-fn merge<S: Storage + Clone + 'static>(r: &mut Repository<S>, merge: &Merge) -> sr::Result<bool> {
+pub(super) fn merge<S: Storage + Clone + 'static>(
+    r: &mut Repository<S>,
+    merge: &Merge,
+) -> sr::Result<bool> {
     if r.comes_first(merge)? {
         return Ok(false);
     }

@@ -90,7 +90,7 @@ impl Coalescer {
     }
 
     /// Looks for something to merge, and does that.
-    fn one(&mut self) {
+    pub(crate) fn one(&mut self) {
         let now = self.clock().now();
         self.failed.retain(|(_, _, until)| now < *until);
         for sr in self.repositories.names() {

@@ -48,7 +48,9 @@ impl Repositories {
     /// A disk that there is.
     pub(super) fn place(&self, sr: &str, key: &str) -> Result<DiskPlace, Fault> {
         let attached = self.attached(sr)?;
-        attached.repository.lock().disk(key)?;
+        if attached.repository.lock().disk(key)?.1.record.is_some() {
+            return Err(Fault::other(format!("the data of {key} was destroyed")));
+        }
         let device = attached.device.clone();
         Ok(DiskPlace { sr: sr.to_owned(), key: key.to_owned(), device })
     }

@@ -57,8 +57,8 @@ pub(super) fn answer(sr: &str, disk: &Disk, node: &Node) -> Value {
         "physical_utilisation": node.used,
         "uri": [format!("{TYPE}://{sr}/{}", disk.key)],
         "keys": disk.keys,
-        "volume_type": ["Data", null],
-        "cbt_enabled": false,
+        "volume_type": [if node.record.is_some() { "CBT_Metadata" } else { "Data" }, null],
+        "cbt_enabled": disk.cbt,
     })
 }
 
@@ -84,11 +84,18 @@ impl Repositories {
             let (disk, node) = repository.disk(&key)?;
             return Ok(answer(&sr, disk, node));
         }
+        if method == "list_changed_blocks" {
+            return self.list_changed(images, args);
+        }
         let args: Args = parse(args)?;
         let attached = self.attached(&args.sr)?;
         if ["snapshot", "clone", "resize"].contains(&method) {
             // Later the image may be in use by others, or have another shape.
-            images.put_in(&self.wanted(&self.place(&args.sr, &args.key)?)?);
+            let all = images.put_in(&self.wanted(&self.place(&args.sr, &args.key)?)?);
+            // It would come into a snapshot that was compared already.
+            if !all && attached.repository.lock().disk(&args.key)?.0.cbt {
+                return Err(Fault::not_put_in(&args.key));
+            }
         }
         let with_disk =
             |touches, f: &mut Change<'_>| with_disk(images, &attached, &args, touches, f);
@@ -125,6 +132,15 @@ impl Repositories {
                     Err(fault) if fault.is_no_disk() => {}
                     Err(fault) => return Err(fault),
                 }
+            }
+            "data_destroy" => {
+                with_disk(Touches::All, &mut |repository, running| {
+                    if running.is_some() {
+                        return Err(Fault::in_use(&args.key));
+                    }
+                    Ok(repository.destroy_data(&args.key, &author)?)
+                })?;
+                attached.repository.lock().discard();
             }
             "revert" => {
                 let snapshot = wanted(&args.snapshot, "snapshot")?;
@@ -275,6 +291,9 @@ fn set(attached: &Attached, method: &str, args: &Args) -> Result<Value, Fault> {
         "set" => {
             let (k, v) = (wanted(&args.k, "k")?, wanted(&args.v, "v")?);
             repository.set_key(&args.key, k, Some(v), &author)?;
+        }
+        "enable_cbt" | "disable_cbt" => {
+            repository.track(&args.key, method == "enable_cbt", &author)?;
         }
         "unset" => repository.set_key(&args.key, wanted(&args.k, "k")?, None, &author)?,
         "set_name" => {

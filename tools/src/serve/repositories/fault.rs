@@ -26,6 +26,14 @@ impl Fault {
         Fault::numbered(24, "VDIInUse", why)
     }
 
+    /// What a daemon that died has left of a disk is not in its image, and would be missed later.
+    pub(super) fn not_put_in(key: &str) -> Fault {
+        Fault::other(format!(
+            "changes of {key} that a daemon that died has left cannot be put into its image (see the log): \
+             activate it once, then again"
+        ))
+    }
+
     pub(super) fn cannot_resize(why: String) -> Fault {
         Fault::numbered(110, "VDISize", why)
     }
@@ -93,6 +101,7 @@ impl From<sr::Error> for Fault {
         let why = error.to_string();
         match error {
             sr::Error::NoDisk(key) => Fault::of(NO_DISK, &key),
+            sr::Error::NoChanges { .. } => Fault::numbered(460, "CBTChangedBlocksError", why),
             sr::Error::NoRepository(_) => Fault::of("SR_does_not_exist", &why),
             sr::Error::Group(volume::Error::NoSpace { .. }) => {
                 Fault::numbered(44, "SRNoSpace", why)

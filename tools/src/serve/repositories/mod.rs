@@ -3,6 +3,7 @@
 //! ocaml/xapi-storage). On the threads of the control socket; one repository by one of them at a time.
 
 mod attached;
+mod changed;
 mod coalesce;
 mod datapath;
 mod disks;

@@ -68,6 +68,9 @@ impl DiskPlace {
     fn volumes(&self, repository: &Repository<Member>) -> anyhow::Result<Vec<(String, Id)>> {
         let vg = repository.group().vg();
         let chain = repository.chain(&self.key)?;
+        if chain.iter().any(|node| node.record.is_some()) {
+            bail!("{self}: its data was destroyed");
+        }
         chain.iter().map(|node| Ok((node.lv.clone(), vg.lv(&node.lv)?.id))).collect()
     }
 
