@@ -370,9 +370,9 @@ fn load_page(core: &mut ReactorCore, at: usize, request: &Request<'_>) -> Result
             for l in 0..leaves.len() {
                 let mut done = block::Completions::new();
                 block::BlockQueue::poll(&mut leaves[l], &mut done);
-                for c in done.iter() {
-                    if let Some(up) = block::Layer::complete(image, leaves, c) {
-                        out.push(up);
+                for mut c in done.iter() {
+                    if block::Layer::complete(image, leaves, &mut c) {
+                        out.push(c);
                     }
                 }
             }

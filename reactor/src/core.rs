@@ -365,8 +365,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
                     self.stats.strays.add(1);
                     continue;
                 };
-                let Some(up) = image.complete(&mut self.leaves, c) else { continue };
-                c = up;
+                if !image.complete(&mut self.leaves, &mut c) {
+                    continue;
+                }
             }
             to_frontend(c, &mut self.frontends, &self.stats);
         }

@@ -511,7 +511,7 @@ impl<L: BlockQueue> Layer<L> for Image {
     }
 
     #[inline(always)]
-    fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
+    fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool {
         if done.is_quarantined() {
             self.lose();
         }
@@ -519,17 +519,17 @@ impl<L: BlockQueue> Layer<L> for Image {
         let Some(work) = self.shared.get_work(at) else {
             // A task's: those are numbered behind the slots.
             self.complete_child(leaves, done.tag, done.status);
-            return None;
+            return false;
         };
         if !work.direct.get() || done.tag.generation() != work.generation.get() {
             self.shared.stale();
-            return None;
+            return false;
         }
         work.direct.set(false);
         work.retire();
-        let up = Completion { tag: work.up.get(), ..done };
+        done.tag = work.up.get();
         self.give_back(at);
-        Some(up)
+        true
     }
 
     #[inline(always)]

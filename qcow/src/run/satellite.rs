@@ -403,7 +403,7 @@ impl<L: BlockQueue> Layer<L> for Satellite {
     }
 
     #[inline(always)]
-    fn complete(&mut self, _leaves: &mut [L], done: Completion) -> Option<Completion> {
+    fn complete(&mut self, _leaves: &mut [L], done: &mut Completion) -> bool {
         if done.is_quarantined() {
             self.lose();
         }
@@ -411,10 +411,10 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         let slot = self.slots.get(usize::from(at));
         if !slot.is_some_and(|s| s.used == Use::Direct && s.generation == done.tag.generation()) {
             self.stale += 1;
-            return None;
+            return false;
         }
-        let tag = self.release(at);
-        Some(Completion { tag, ..done })
+        done.tag = self.release(at);
+        true
     }
 
     #[inline(always)]

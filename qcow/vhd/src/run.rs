@@ -316,7 +316,7 @@ impl<L: BlockQueue> Layer<L> for Image {
         Ok(())
     }
 
-    fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion> {
+    fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool {
         if done.is_quarantined() && !self.lost {
             log::error!("a device was lost and may still use memory: the image is out of service");
             self.lost = true;
@@ -325,27 +325,32 @@ impl<L: BlockQueue> Layer<L> for Image {
         let known = self.slots.get_mut(usize::from(at));
         let Some(slot) = known.filter(|s| s.generation == done.tag.generation()) else {
             self.stale += 1;
-            return None;
+            return false;
         };
         let wait = std::mem::replace(&mut slot.wait, Wait::Nothing);
-        match wait {
+        let ended = match wait {
             Wait::Nothing | Wait::Room => {
                 slot.wait = wait;
                 self.stale += 1;
-                return None;
+                return false;
             }
-            _ if !done.status.is_ok() => return Some(self.release(at, done.status)),
+            _ if !done.status.is_ok() => Some(done.status),
             Wait::Data(len) => {
                 slot.done += len;
                 slot.walk = None;
+                self.go_on(leaves, at)
             }
             Wait::Bitmap(load) => {
                 let bytes = &mut self.scratch[..load.len as usize];
                 self.own.read(usize::from(at) * self.place as usize, bytes);
                 self.map.loaded(&load, bytes);
+                self.go_on(leaves, at)
             }
+        };
+        if let Some(status) = ended {
+            *done = self.release(at, status);
         }
-        self.go_on(leaves, at).map(|status| self.release(at, status))
+        ended.is_some()
     }
 
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool {

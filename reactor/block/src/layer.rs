@@ -41,8 +41,9 @@ pub trait Layer<L: BlockQueue> {
     /// [`Full`] if there is no place; never while [`Layer::room`] is not 0.
     fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full>;
 
-    /// One of the layer's own requests ended. Returns the frontend's completion if that ends one.
-    fn complete(&mut self, leaves: &mut [L], done: Completion) -> Option<Completion>;
+    /// One of the layer's own requests ended. If that ends one of a frontend, `done` becomes the frontend's
+    /// completion. Returns whether it did.
+    fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool;
 
     /// Goes on with what waits for something else than a completion, as far as `out` has room.
     /// Called once in each turn of the reactor. Returns whether anything was done.

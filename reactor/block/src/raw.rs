@@ -62,11 +62,11 @@ impl<L: BlockQueue> Layer<L> for RawImage {
         leaves[usize::from(self.port.leaf)].submit(&below)
     }
 
-    fn complete(&mut self, _leaves: &mut [L], done: Completion) -> Option<Completion> {
+    fn complete(&mut self, _leaves: &mut [L], done: &mut Completion) -> bool {
         if self.closing == Closing::Flushing {
             self.closing = Closing::Done(done.status);
         }
-        None
+        false
     }
 
     fn poll(&mut self, leaves: &mut [L], _out: &mut Completions) -> bool {

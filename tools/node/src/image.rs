@@ -67,7 +67,7 @@ impl Layer<Leaf> for Image {
     }
 
     #[inline(always)]
-    fn complete(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
+    fn complete(&mut self, leaves: &mut [Leaf], done: &mut Completion) -> bool {
         match self {
             Image::Qcow(i) => i.complete(leaves, done),
             Image::Satellite(i) => i.complete(leaves, done),
@@ -96,7 +96,7 @@ impl Layer<Leaf> for Image {
 impl Image {
     /// Of kinds that are there less: by themselves, so that the others' code is the better for it.
     #[inline(never)]
-    fn complete_elsewhere(&mut self, leaves: &mut [Leaf], done: Completion) -> Option<Completion> {
+    fn complete_elsewhere(&mut self, leaves: &mut [Leaf], done: &mut Completion) -> bool {
         each!(self, i => i.complete(leaves, done))
     }
 }

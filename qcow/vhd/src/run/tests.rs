@@ -95,7 +95,10 @@ impl Rig {
         let mut answers = Vec::new();
         for i in 0..done.len() {
             self.reads += 1;
-            answers.extend(self.image.complete(&mut self.leaves, done.get(i)));
+            let mut done = done.get(i);
+            if self.image.complete(&mut self.leaves, &mut done) {
+                answers.push(done);
+            }
         }
         let mut done = Completions::new();
         self.image.poll(&mut self.leaves, &mut done);
