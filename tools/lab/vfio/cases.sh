@@ -1,6 +1,7 @@
 # The cases of the VFIO lab; sourced by init.sh. Devices: serial A (512-byte blocks), B (namespaces
-# 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged), S (slow).
-A=$(address A); B=$(address B); E=$(address E); H=$(address H); S=$(address S)
+# 1 of 512, 3 of 4096 bytes, MDTS 8 KiB), H (behind a port that can be unplugged), S (slow), V (two
+# namespaces of 40 MiB).
+A=$(address A); B=$(address B); E=$(address E); H=$(address H); S=$(address S); V=$(address V)
 
 # What is found before anything is bound.
 case_refusals() {
@@ -296,6 +297,57 @@ case_stripe() {
     cat /tmp/a /tmp/h > /tmp/both
     dd if=/tmp/data bs=64k count=2 skip=6 of=/tmp/part 2>/dev/null
     cmp /tmp/both /tmp/part
+}
+
+# A volume group, an image in a striped volume of it: Linux gets at the files in it without polldisk, by
+# LVM, device-mapper and qemu-nbd, and writes one, which polldisk finds.
+case_volumes() {
+    echo 0123456789abcdef0123456789abcdef > /etc/machine-id
+    mkdir -p /etc/lvm /run/lock /run/lvm /var/lock
+    cat > /etc/lvm/lvm.conf <<'END'
+global { system_id_source = "machineid" event_activation = 0 }
+devices { use_devicesfile = 0 obtain_device_list_from_udev = 0 }
+activation { udev_sync = 0 udev_rules = 0 }
+backup { backup = 0 archive = 0 }
+END
+    to_vfio $V
+    nodes="vfio:$V/1 vfio:$V/2"
+    disk=vol:lab/disk@vfio:$V/1,vfio:$V/2
+    mkdir /tmp/tree
+    random /tmp/tree/one 64
+    /bin/mke2fs -q -t ext4 -d /tmp/tree /tmp/fs 16M
+    polldisk volume create-group lab $nodes
+    polldisk volume create --stripes 2 -L 24M lab/disk $nodes
+    polldisk image convert -f raw /tmp/fs $disk
+
+    to_kernel $V
+    disk $V 2
+    lvm vgck lab
+    lvm vgchange -ay lab
+    polldisk device list | grep "^$V"
+    refused 'lab-disk' polldisk device bind $V
+    qemu-img check -f qcow2 /dev/lab/disk
+    qemu-nbd -c /dev/nbd0 -f qcow2 /dev/lab/disk
+    mount -t ext4 /dev/nbd0 /mnt
+    cmp /tmp/tree/one /mnt/one
+    random /mnt/two 32
+    want=$(sum < /mnt/two)
+    umount /mnt
+    qemu-nbd -d /dev/nbd0
+    for _ in $(seq 100); do lvm vgchange -an lab && break; sleep 0.1; done
+    [ ! -e /dev/lab/disk ]
+
+    to_vfio $V
+    polldisk volume check $nodes
+    polldisk image check $disk
+    polldisk image convert -O raw $disk /tmp/back
+    qemu-nbd -r -c /dev/nbd0 -f raw /tmp/back
+    mount -t ext4 -o ro /dev/nbd0 /mnt
+    same "$want" "$(sum < /mnt/two)" "what Linux wrote into the volume"
+    cmp /tmp/tree/one /mnt/one
+    umount /mnt
+    qemu-nbd -d /dev/nbd0
+    to_kernel $V
 }
 
 # Measured for a moment: requests, none of them failed.

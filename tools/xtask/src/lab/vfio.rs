@@ -16,8 +16,9 @@ use crate::tools::{self, Missing};
 const INIT: &str = include_str!("../../../lab/vfio/init.sh");
 const CASES: &str = include_str!("../../../lab/vfio/cases.sh");
 
-/// What the guest loads: VFIO for PCI devices behind an IOMMU.
-const DRIVERS: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
+/// What the guest loads: VFIO for PCI devices behind an IOMMU; logical volumes, images as block devices
+/// and a file system, by which the kernel gets at what polldisk wrote.
+const DRIVERS: [&str; 5] = ["vfio-pci", "vfio_iommu_type1", "dm-mod", "nbd", "ext4"];
 
 /// One boot: what it is called, its cases.
 struct Boot {
@@ -40,6 +41,7 @@ const BOOTS: [Boot; 3] = [
             "client",
             "qcow2",
             "stripe",
+            "volumes",
             "bench",
             "memlock",
         ],
@@ -81,14 +83,15 @@ pub(crate) fn command(args: &Args) -> Result<bool> {
 }
 
 fn run(args: &Args) -> Result<Tally> {
-    tools::need(&["qemu-img", "qemu-io"])?;
+    const PROGRAMS: [&str; 5] = ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs", "lvm"];
+    tools::need(&PROGRAMS)?;
     let machine = Machine::prepare()?;
     let folder = crate::cache().join("lab-vfio");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let mut paths = vec![suite::build_polldisk()?];
     paths
         .push(suite::build(&["--package", "node", "--example", "ladder"])?.join("examples/ladder"));
-    paths.extend(["qemu-img", "qemu-io"].map(|name| tools::find(name).unwrap_or_default()));
+    paths.extend(PROGRAMS.map(|name| tools::find(name).unwrap_or_default()));
     let programs = guest::programs(&paths)?;
     let mut total = Tally::default();
     for boot in &BOOTS {
@@ -147,7 +150,8 @@ fn run_boot(
         fs::File::create(&path)?.set_len(mib << 20)?;
         Ok(format!("file,node-name={name},filename={},discard=unmap", path.display()))
     };
-    for (name, mib) in [("a", 16), ("b1", 8), ("b3", 8), ("s", 16), ("hot", 16), ("e", 16)] {
+    let disks = [("a", 16), ("b1", 8), ("b3", 8), ("s", 16), ("hot", 16), ("e", 16)];
+    for (name, mib) in disks.into_iter().chain([("v1", 40), ("v2", 40)]) {
         qemu.args(["-blockdev", &disk(name, mib)?]);
     }
     // Reads of the block at 1 MiB and writes of the one at 2 MiB fail.
@@ -167,6 +171,9 @@ fn run_boot(
         "nvme-ns,bus=b,drive=b1,nsid=1",
         &format!("nvme-ns,bus=b,drive=b3,nsid=3,{blocks}"),
         "nvme,id=s,serial=S,drive=slow",
+        "nvme,id=v,serial=V",
+        "nvme-ns,bus=v,drive=v1,nsid=1",
+        "nvme-ns,bus=v,drive=v2,nsid=2",
         "nvme,id=e,serial=E,drive=bad",
         "pcie-root-port,id=rp0,chassis=1,slot=1",
         "nvme,id=hot,serial=H,drive=hot,bus=rp0",
