@@ -1,12 +1,14 @@
 //! `polldisk nbd`: serve one image over NBD until a signal says to stop.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use ::nbd::{Security, TlsServer};
 use anyhow::Context;
 use block::DeviceInfo;
 use clap::Args;
@@ -22,12 +24,29 @@ use crate::output::usage;
 /// How long clients may take to finish what they asked for.
 pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 
-/// Serve one image over NBD on a unix socket until SIGTERM or SIGINT.
+/// The port that NBD has by itself.
+const NBD_PORT: u16 = 10809;
+
+/// Serve one image over NBD, on a unix socket or an address of a network, until SIGTERM or SIGINT.
 #[derive(Args)]
 pub(crate) struct Nbd {
     /// Where to listen; a stale socket is replaced, a live one refused.
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "listen")]
+    socket: Option<PathBuf>,
+    /// Listen on an address of a network instead, with TLS unless it is the loopback's; the port is
+    /// 10809 if none is given.
+    #[arg(long, value_name = "ADDRESS[:PORT]", conflicts_with = "socket", value_parser = address)]
+    listen: Option<SocketAddr>,
+    /// Speak TLS, and serve nobody without: a folder with ca-cert.pem, server-cert.pem and
+    /// server-key.pem, as QEMU and nbdkit have them. Clients need certificates of the same authority.
+    #[arg(long, value_name = "DIR", requires = "listen", conflicts_with = "socket")]
+    tls_certificates: Option<PathBuf>,
+    /// Let clients in that show no certificate.
+    #[arg(long, requires = "tls_certificates")]
+    tls_any_client: bool,
+    /// Listen without TLS on other addresses than the loopback's too.
+    #[arg(long, requires = "listen", conflicts_with_all = ["socket", "tls_certificates"])]
+    plain_text: bool,
     /// The image's format: qcow2, raw or vhd; vhd only with --read-only.
     #[arg(short, long, default_value = "qcow2", value_parser = crate::args::any_format)]
     format: AnyFormat,
@@ -132,6 +151,22 @@ fn vhd_parts(nbd: &Nbd, spec: &NodeSpec, options: &OpenOptions) -> anyhow::Resul
     Ok(Parts::of_vhd(node::open_vhd(spec, options)?)?)
 }
 
+/// An address, with NBD's port if it has none.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let alone = || text.trim_matches(['[', ']']).parse().map(|ip| SocketAddr::new(ip, NBD_PORT));
+    let address = text.parse().or_else(|_| alone());
+    address.map_err(|_| "an address like 10.0.0.1:10809 is needed (names are not looked up)".into())
+}
+
+/// Who may come over a network. Certificates are read before anything is served.
+fn security(nbd: &Nbd) -> anyhow::Result<Security> {
+    match &nbd.tls_certificates {
+        Some(folder) => Ok(Security::Tls(TlsServer::load(folder, !nbd.tls_any_client)?)),
+        None if nbd.plain_text => Ok(Security::Plain),
+        None => Ok(Security::Loopback),
+    }
+}
+
 fn serve(
     nbd: &Nbd,
     spec: &NodeSpec,
@@ -146,9 +181,16 @@ fn serve(
         size,
         ..export(spec.to_string(), door, info)?
     };
-    let server = ::nbd::Server::bind(&nbd.socket, export)?;
+    let server = match (nbd.listen, &nbd.socket) {
+        (Some(address), _) => ::nbd::Server::listen(address, security(nbd)?, export)?,
+        (None, Some(socket)) => ::nbd::Server::bind(socket, export)?,
+        (None, None) => return usage("--socket or --listen says where to listen"),
+    };
     let mut out = std::io::stdout();
-    writeln!(out, "listening on {}", nbd.socket.display())?;
+    match (server.address(), &nbd.socket) {
+        (None, Some(socket)) => writeln!(out, "listening on {}", socket.display())?,
+        (address, _) => writeln!(out, "listening on {}", address.context("no address")?)?,
+    }
     out.flush()?;
     let signal = stop.recv().context("cannot wait for signals")?;
     log::info!("{signal}: stopping");

@@ -6,13 +6,12 @@
 //! for it, however the client leaves.
 
 use std::collections::VecDeque;
-use std::net::Shutdown;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, shutdown};
 use reactor::Portal;
 
 use crate::buffers::{Buffers, Class, LARGE, SMALL};
@@ -52,7 +51,7 @@ pub(crate) struct Conn<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) seat: usize,
     pub(crate) guest: Guest,
-    pub(crate) socket: UnixStream,
+    pub(crate) socket: OwnedFd,
     pub(crate) portal: Portal,
     pub(crate) memory: Buffers,
     pub(crate) rules: Rules,
@@ -89,7 +88,7 @@ impl<'a> Conn<'a> {
     pub(crate) fn new(
         shared: &'a Shared,
         (seat, guest): (usize, Guest),
-        socket: UnixStream,
+        socket: OwnedFd,
         (memory, portal): (Buffers, Portal),
         rules: Rules,
     ) -> Conn<'a> {
@@ -217,7 +216,7 @@ impl<'a> Conn<'a> {
     pub(crate) fn cut(&mut self) {
         self.busy = true;
         // Fails if the client has gone already.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
         self.end_input();
         self.go_mute();
     }

@@ -1,6 +1,7 @@
 //! Fixed newstyle negotiation, on the connection's thread, before any DMA memory is taken.
 //!
 //! Everything is bounded: the length of an option, their number, and the time for all of it.
+//! Where TLS is required ([`start_tls`]) nothing is said of the export before it is spoken.
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -177,16 +178,13 @@ struct Talk<'a, A> {
     export: &'a Export,
     attach: A,
     no_zeroes: bool,
+    secure: bool,
     structured: bool,
     contexts: bool,
 }
 
-/// Negotiates with a client until it enters transmission; `attach` is called when it is about to.
-pub(crate) fn negotiate<T>(
-    line: &Line<'_>,
-    export: &Export,
-    attach: impl FnMut() -> Result<T, String>,
-) -> Result<Session<T>, End> {
+/// Greets a client; returns whether it wants no zeroes behind an answer to EXPORT_NAME.
+pub(crate) fn greet(line: &Line<'_>) -> Result<bool, End> {
     let flags = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
     let mut hello = [0; 18];
     hello[..8].copy_from_slice(&proto::GREETING.to_be_bytes());
@@ -197,8 +195,68 @@ pub(crate) fn negotiate<T>(
     if client & !u32::from(flags) != 0 {
         return Err(End::Broke("unknown client flags"));
     }
-    let no_zeroes = client & u32::from(handshake_flag::NO_ZEROES) != 0;
-    let mut talk = Talk { line, export, attach, no_zeroes, structured: false, contexts: false };
+    Ok(client & u32::from(handshake_flag::NO_ZEROES) != 0)
+}
+
+/// An option and its data.
+fn read_option(line: &Line<'_>) -> Result<(u32, Vec<u8>), End> {
+    let [magic @ .., o0, o1, o2, o3, l0, l1, l2, l3] = line.read_array::<16>()?;
+    if u64::from_be_bytes(magic) != proto::OPTION_MAGIC {
+        return Err(End::Broke("wrong option magic"));
+    }
+    let option = u32::from_be_bytes([o0, o1, o2, o3]);
+    let len = u32::from_be_bytes([l0, l1, l2, l3]);
+    if len > MAX_DATA {
+        return Err(End::Broke("option data too long"));
+    }
+    let mut data = vec![0; len as usize];
+    line.read(&mut data)?;
+    Ok((option, data))
+}
+
+/// Has a client that was greeted go over to TLS: until it asks for that it gets nothing else. When
+/// this returns, its next byte is TLS'.
+pub(crate) fn start_tls(line: &Line<'_>) -> Result<(), End> {
+    for _ in 0..MAX_OPTIONS {
+        let (option, data) = read_option(line)?;
+        let mut replies = Replies { option, bytes: Vec::new() };
+        let (mut left, mut ready) = (false, false);
+        match option {
+            // There is no way to say so.
+            option::EXPORT_NAME => return Err(End::Refused("the client wants no TLS".to_owned())),
+            option::STARTTLS if data.is_empty() => ready = true,
+            option::STARTTLS => {
+                replies.error(option_reply::ERR_INVALID, "this option has no data");
+            }
+            option::ABORT => left = true,
+            _ => replies.error(option_reply::ERR_TLS_REQD, "TLS is required here"),
+        }
+        if left || ready {
+            replies.ack();
+        }
+        let written = line.write(&replies.bytes);
+        if left {
+            return Err(End::Left);
+        }
+        written?;
+        if ready {
+            return Ok(());
+        }
+    }
+    Err(End::Broke("too many options"))
+}
+
+/// Negotiates with a client that was greeted until it enters transmission; `attach` is called when it
+/// is about to. `secure`: it speaks TLS by now.
+pub(crate) fn negotiate<T>(
+    line: &Line<'_>,
+    export: &Export,
+    no_zeroes: bool,
+    secure: bool,
+    attach: impl FnMut() -> Result<T, String>,
+) -> Result<Session<T>, End> {
+    let (structured, contexts) = (false, false);
+    let mut talk = Talk { line, export, attach, no_zeroes, secure, structured, contexts };
     for _ in 0..MAX_OPTIONS {
         if let Some(session) = talk.option()? {
             return Ok(session);
@@ -210,17 +268,7 @@ pub(crate) fn negotiate<T>(
 impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
     /// Reads and answers one option; returns the session if it began one.
     fn option(&mut self) -> Result<Option<Session<T>>, End> {
-        let [magic @ .., o0, o1, o2, o3, l0, l1, l2, l3] = self.line.read_array::<16>()?;
-        if u64::from_be_bytes(magic) != proto::OPTION_MAGIC {
-            return Err(End::Broke("wrong option magic"));
-        }
-        let option = u32::from_be_bytes([o0, o1, o2, o3]);
-        let len = u32::from_be_bytes([l0, l1, l2, l3]);
-        if len > MAX_DATA {
-            return Err(End::Broke("option data too long"));
-        }
-        let mut data = vec![0; len as usize];
-        self.line.read(&mut data)?;
+        let (option, data) = read_option(self.line)?;
         if option == option::EXPORT_NAME {
             return self.export_name(&data).map(Some);
         }
@@ -244,9 +292,10 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
                 self.structured = true;
                 replies.ack();
             }
-            option::STARTTLS if data.is_empty() => {
-                replies.error(option_reply::ERR_POLICY, "no TLS on a unix socket");
-            }
+            option::STARTTLS if data.is_empty() => match self.secure {
+                true => replies.error(option_reply::ERR_INVALID, "TLS is spoken already"),
+                false => replies.error(option_reply::ERR_POLICY, "no TLS here"),
+            },
             option::LIST | option::STRUCTURED_REPLY | option::STARTTLS => {
                 replies.error(option_reply::ERR_INVALID, "this option has no data");
             }

@@ -9,6 +9,15 @@ use super::*;
 use crate::export::AllData;
 use crate::export::tests::export;
 
+/// The whole of it.
+fn greeted<T>(
+    line: &Line<'_>,
+    attach: impl FnMut() -> Result<T, String>,
+) -> Result<Session<T>, End> {
+    let no_zeroes = greet(line)?;
+    negotiate(line, &export(Box::new(AllData)), no_zeroes, false, attach)
+}
+
 /// A client's end of a handshake that runs on another thread.
 struct Client {
     s: UnixStream,
@@ -101,7 +110,7 @@ fn with(
     let deadline = clock.now() + ms * 1_000_000;
     let line = Line { fd: ours.as_fd(), wake: &wake, stop: &stop, clock: &clock, deadline };
     let mut left = refusals;
-    let end = negotiate(&line, &export(Box::new(AllData)), || {
+    let end = greeted(&line, || {
         if left == 0 {
             return Ok(());
         }
@@ -255,7 +264,7 @@ fn a_shutdown_ends_it_at_once() {
     });
     let deadline = clock.now() + 60_000_000_000;
     let line = Line { fd: ours.as_fd(), wake: &wake, stop: &stop, clock: &clock, deadline };
-    let end = negotiate(&line, &export(Box::new(AllData)), || Ok(()));
+    let end = greeted(&line, || Ok(()));
     assert_eq!(end.unwrap_err(), End::Stopped);
     thread.join().unwrap();
 }

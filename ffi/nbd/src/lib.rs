@@ -1,4 +1,5 @@
-//! An NBD server on a unix socket: fixed newstyle negotiation, structured replies, block status.
+//! An NBD server on a unix socket or an address of a network: fixed newstyle negotiation, TLS,
+//! structured replies, block status.
 //!
 //! Serves one image that a reactor owns. Nothing here runs on the reactor: each connection has a
 //! service thread of its own, which may block in system calls, and does its I/O through a
@@ -6,10 +7,13 @@
 //! to the device (or back) without another copy where they are large.
 //!
 //! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
+//! - [`Client`] writes to another server, at a [`Remote`] address.
 //! - [`Extents`] answers block-status queries; [`AllData`] is the answer of who does not know.
 //! - [`Counters`] is what was done, of one connection or of all, [`Latencies`] how long it took.
 //!
-//! Protocol: the NBD project's `doc/proto.md`. Not spoken: TLS, oldstyle, extended headers.
+//! Over a network it speaks TLS ([`TlsServer`]): a second thread seals and opens a connection's bytes.
+//!
+//! Protocol: the NBD project's `doc/proto.md`. Not spoken: oldstyle, extended headers.
 //!
 //! A connection that breaks a rule of the protocol is cut; it never costs another connection more
 //! than the processor time of its thread. Memory of a connection is bounded by [`Server`]'s seats,
@@ -17,8 +21,10 @@
 
 mod buffers;
 mod claims;
+mod client;
 mod conn;
 mod export;
+mod gate;
 mod handshake;
 mod input;
 mod listen;
@@ -30,9 +36,12 @@ mod seats;
 mod server;
 mod sockio;
 mod stats;
+mod tls;
 mod work;
 
+pub use client::{Client, ClientError, Network, Remote};
 pub use export::{AllData, Attach, Export, Extent, Extents};
 pub use listen::{Error, SocketFile, listen_on};
-pub use server::{ConnectionInfo, Server};
+pub use server::{ConnectionInfo, Security, Server};
 pub use stats::{Counters, Latencies};
+pub use tls::{TlsClient, TlsError, TlsServer};

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -34,6 +35,12 @@ pub enum Error {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// Whoever is on the network could read what is served, and write it.
+    #[error(
+        "{0}: not without TLS, as it is no address of this host's loopback; give certificates, or say \
+         that plain text is meant"
+    )]
+    Plain(SocketAddr),
     /// The export makes no sense.
     #[error("cannot serve this export: {0}")]
     Export(&'static str),

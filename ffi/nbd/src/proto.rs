@@ -58,6 +58,7 @@ pub(crate) mod option_reply {
     pub(crate) const ERR_POLICY: u32 = 1 << 31 | 2;
     pub(crate) const ERR_INVALID: u32 = 1 << 31 | 3;
     pub(crate) const ERR_PLATFORM: u32 = 1 << 31 | 4;
+    pub(crate) const ERR_TLS_REQD: u32 = 1 << 31 | 5;
     pub(crate) const ERR_UNKNOWN: u32 = 1 << 31 | 6;
     pub(crate) const ERR_TOO_BIG: u32 = 1 << 31 | 9;
 }
@@ -104,6 +105,17 @@ pub(crate) fn error_of(status: Status, fast: bool) -> u32 {
         Status::Medium | Status::Timeout | Status::Corrupt => error::IO,
         Status::Gone => error::SHUTDOWN,
     }
+}
+
+/// Commands of requests.
+pub(crate) mod command {
+    pub(crate) const READ: u16 = 0;
+    pub(crate) const WRITE: u16 = 1;
+    pub(crate) const DISCONNECT: u16 = 2;
+    pub(crate) const FLUSH: u16 = 3;
+    pub(crate) const TRIM: u16 = 4;
+    pub(crate) const WRITE_ZEROES: u16 = 6;
+    pub(crate) const BLOCK_STATUS: u16 = 7;
 }
 
 /// What a request does.
@@ -186,13 +198,13 @@ impl Header {
     /// What is to be done, or the error that the request is answered with.
     pub(crate) fn check(&self, rules: &Rules) -> Result<Kind, u32> {
         let (kind, allowed) = match self.command {
-            0 => (Kind::Read, if rules.structured { flag::DF } else { 0 }),
-            1 => (Kind::Write, 0),
-            2 => return Ok(Kind::Disconnect),
-            3 => (Kind::Flush, 0),
-            4 => (Kind::Trim, 0),
-            6 => (Kind::WriteZeroes, flag::NO_HOLE | flag::FAST_ZERO),
-            7 => (Kind::BlockStatus, flag::REQ_ONE),
+            command::READ => (Kind::Read, if rules.structured { flag::DF } else { 0 }),
+            command::WRITE => (Kind::Write, 0),
+            command::DISCONNECT => return Ok(Kind::Disconnect),
+            command::FLUSH => (Kind::Flush, 0),
+            command::TRIM => (Kind::Trim, 0),
+            command::WRITE_ZEROES => (Kind::WriteZeroes, flag::NO_HOLE | flag::FAST_ZERO),
+            command::BLOCK_STATUS => (Kind::BlockStatus, flag::REQ_ONE),
             _ => return Err(error::INVAL),
         };
         if self.flags & !(allowed | flag::FUA) != 0 {
@@ -308,6 +320,7 @@ impl Head {
 /// A few words for people about an error value.
 pub(crate) fn error_text(error: u32) -> &'static str {
     match error {
+        0 => "",
         error::PERM => "export is read-only",
         error::IO => "input/output error",
         error::INVAL => "invalid request",
@@ -315,7 +328,7 @@ pub(crate) fn error_text(error: u32) -> &'static str {
         error::OVERFLOW => "too long for one chunk",
         error::NOTSUP => "not faster than a write",
         error::SHUTDOWN => "server is shutting down",
-        _ => "",
+        _ => "an error without a name",
     }
 }
 

@@ -1,9 +1,9 @@
-//! [`Server`]: listens on a unix socket, seats connections, ends them.
+//! [`Server`]: listens on a unix socket or an address of a network, seats connections, ends them.
 //!
 //! One thread accepts, one thread serves each connection. Made, asked and ended by control code.
 
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,11 +17,14 @@ use reactor::{Clock, Wake};
 use crate::claims::Claims;
 use crate::conn::{Conn, DEPTH};
 use crate::export::Export;
+use crate::gate::{Gate, Way, admit};
 use crate::handshake::{End, Line, Session, negotiate};
 use crate::listen::{Error, SocketFile, listen_on};
 use crate::proto::Rules;
 use crate::seats::{Guest, Seats};
 use crate::stats::{Counters, Latencies};
+use crate::tls::TlsServer;
+use crate::tls::pump::Pump;
 
 /// How long a client may take from its connection until it enters transmission.
 const HANDSHAKE_NS: u64 = 10_000_000_000;
@@ -38,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) clock: Clock,
     pub(crate) claims: Claims,
     pub(crate) seats: Seats,
+    /// What comes before NBD on a connection.
+    pub(crate) way: Way,
     pub(crate) stop: AtomicBool,
     /// Until when clients may finish, once `stop` is set.
     pub(crate) drain_until: AtomicU64,
@@ -53,10 +58,22 @@ pub struct ConnectionInfo {
     pub counters: Counters,
 }
 
-/// A running NBD server for one export on one unix socket.
+/// Who may come over a network, and how.
+#[derive(Clone, Debug)]
+pub enum Security {
+    /// Nothing is said of the export before TLS is spoken, and nothing served without.
+    Tls(TlsServer),
+    /// Anybody of this host: the address must be the loopback's.
+    Loopback,
+    /// Anybody who can reach the address, in plain text.
+    Plain,
+}
+
+/// A running NBD server for one export on one socket.
 pub struct Server {
     shared: Arc<Shared>,
-    file: SocketFile,
+    file: Option<SocketFile>,
+    address: Option<SocketAddr>,
     accept: Option<(JoinHandle<()>, Wake)>,
 }
 
@@ -69,27 +86,70 @@ impl Server {
     /// the kernel refuses.
     pub fn bind(path: &Path, export: Export) -> Result<Server, Error> {
         export.check()?;
-        let os = |what| move |source| Error::Os { path: path.to_owned(), what, source };
-        let wake = Wake::new().map_err(|e| os("cannot make a wake-up")(e.into()))?;
         let (listener, file) = listen_on(path)?;
+        Server::start(Gate::Unix(listener), Way::Open, Some(file), path, export)
+    }
+
+    /// Listens on an address of a network: when this returns, clients can connect.
+    ///
+    /// # Errors
+    /// If the address cannot be had, plain text is not meant for it, the export makes no sense or the
+    /// kernel refuses.
+    pub fn listen(
+        address: SocketAddr,
+        security: Security,
+        export: Export,
+    ) -> Result<Server, Error> {
+        export.check()?;
+        let way = match security {
+            Security::Tls(tls) => Way::Tls(tls),
+            Security::Loopback if !address.ip().is_loopback() => return Err(Error::Plain(address)),
+            Security::Loopback | Security::Plain => Way::Open,
+        };
+        let name = address.to_string();
+        let gate = Gate::listen(address, Path::new(&name))?;
+        Server::start(gate, way, None, Path::new(&name), export)
+    }
+
+    /// `name`: of the socket, for messages.
+    fn start(
+        gate: Gate,
+        way: Way,
+        file: Option<SocketFile>,
+        name: &Path,
+        export: Export,
+    ) -> Result<Server, Error> {
+        let os = |what| move |source| Error::Os { path: name.to_owned(), what, source };
+        let address = gate.address();
         let shared = Arc::new(Shared {
             export,
             clock: Clock::real(),
             claims: Claims::new(),
             seats: Seats::new(),
+            way,
             stop: AtomicBool::new(false),
             drain_until: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         });
-        let (s, w) = (shared.clone(), wake.clone());
-        let body = move || accept(&s, &w, &listener);
-        match std::thread::Builder::new().name("nbd-accept".to_owned()).spawn(body) {
-            Ok(thread) => Ok(Server { shared, file, accept: Some((thread, wake)) }),
+        let started = Wake::new().map_err(|e| os("cannot make a wake-up")(e.into()));
+        let started = started.and_then(|wake| {
+            let (s, w) = (shared.clone(), wake.clone());
+            let body = move || accept(&s, &w, &gate);
+            let thread = std::thread::Builder::new().name("nbd-accept".to_owned()).spawn(body);
+            Ok((thread.map_err(os("cannot start a thread"))?, wake))
+        });
+        match started {
+            Ok(accept) => Ok(Server { shared, file, address, accept: Some(accept) }),
             Err(e) => {
-                file.remove();
-                Err(os("cannot start a thread")(e))
+                file.iter().for_each(SocketFile::remove);
+                Err(e)
             }
         }
+    }
+
+    /// Where it listens, if that is an address of a network: with the port that it was given.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
     }
 
     /// How many clients came so far, and what all of them did together.
@@ -133,7 +193,7 @@ impl Server {
             log::error!("the NBD accepting thread panicked");
         }
         // First the name, so that nobody knocks in vain; then those who are in.
-        self.file.remove();
+        self.file.iter().for_each(SocketFile::remove);
         let last = now.saturating_add(drain).saturating_add(GRACE_NS);
         loop {
             let guests = self.shared.seats.guests();
@@ -155,7 +215,7 @@ impl Drop for Server {
 }
 
 /// The accepting thread.
-fn accept(shared: &Arc<Shared>, wake: &Wake, listener: &UnixListener) {
+fn accept(shared: &Arc<Shared>, wake: &Wake, gate: &Gate) {
     let stopping = || shared.stop.load(Ordering::Acquire);
     let mut short = false;
     while !stopping() {
@@ -163,7 +223,7 @@ fn accept(shared: &Arc<Shared>, wake: &Wake, listener: &UnixListener) {
         if !stopping() {
             let mut fds = [
                 PollFd::new(wake.fd(), PollFlags::POLLIN),
-                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(gate.as_fd(), PollFlags::POLLIN),
             ];
             // A connection that cannot be accepted keeps the listener readable: do not look then.
             let (count, timeout) =
@@ -173,8 +233,8 @@ fn accept(shared: &Arc<Shared>, wake: &Wake, listener: &UnixListener) {
         wake.awake();
         short = false;
         while !stopping() && !short {
-            match listener.accept() {
-                Ok((stream, _)) => seat(shared, stream),
+            match gate.accept() {
+                Ok(socket) => seat(shared, socket),
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 // The client has gone while it waited.
@@ -189,7 +249,7 @@ fn accept(shared: &Arc<Shared>, wake: &Wake, listener: &UnixListener) {
 }
 
 /// Gives a new client a seat and a thread, or turns it away.
-fn seat(shared: &Arc<Shared>, stream: UnixStream) {
+fn seat(shared: &Arc<Shared>, socket: OwnedFd) {
     let refuse = |why: &str| {
         if shared.refused.fetch_add(1, Ordering::Relaxed).is_power_of_two() {
             log::warn!("an NBD client was turned away: {why}");
@@ -198,7 +258,7 @@ fn seat(shared: &Arc<Shared>, stream: UnixStream) {
     let Some((seat, guest)) = shared.seats.take() else { return refuse("no free seat") };
     let (s, number) = (shared.clone(), guest.number);
     let name = format!("nbd-{number}");
-    let body = move || serve(&s, seat, guest, stream);
+    let body = move || serve(&s, seat, guest, socket);
     if let Err(e) = std::thread::Builder::new().name(name).spawn(body) {
         shared.seats.leave(seat, None);
         refuse(&e.to_string());
@@ -206,35 +266,42 @@ fn seat(shared: &Arc<Shared>, stream: UnixStream) {
 }
 
 /// A connection's thread.
-fn serve(shared: &Shared, seat: usize, guest: Guest, stream: UnixStream) {
-    // Fails only for a descriptor that is no socket; every call says MSG_DONTWAIT besides.
-    let _ = stream.set_nonblocking(true);
-    let _ = setsockopt(&stream, sockopt::SndBuf, &SEND_BUFFER);
-    let line = Line {
-        fd: stream.as_fd(),
-        wake: &guest.signal.wake,
-        stop: &shared.stop,
-        clock: &shared.clock,
-        deadline: shared.clock.now() + HANDSHAKE_NS,
-    };
+fn serve(shared: &Arc<Shared>, seat: usize, guest: Guest, socket: OwnedFd) {
+    let (number, wake) = (guest.number, guest.signal.wake.clone());
+    let deadline = shared.clock.now() + HANDSHAKE_NS;
     let mut memory = None;
-    let number = guest.number;
-    let session = negotiate(&line, &shared.export, || {
-        if memory.is_none() {
-            memory = Some(shared.seats.memory(seat).map_err(|e| e.to_string())?);
-        }
-        let regions = memory.as_ref().map(|m| m.regions()).unwrap_or_default();
-        (shared.export.attach)(DEPTH, regions)
-    });
-    match (session, memory.take()) {
-        (Ok(session), Some(memory)) => {
+    let mut pump = None;
+    let talk = || {
+        let admitted = admit(shared, socket, &wake, deadline, number)?;
+        pump = admitted.pump;
+        let _ = setsockopt(&admitted.socket, sockopt::SndBuf, &SEND_BUFFER);
+        let line = Line {
+            fd: admitted.socket.as_fd(),
+            wake: &wake,
+            stop: &shared.stop,
+            clock: &shared.clock,
+            deadline,
+        };
+        let (no_zeroes, secure) = (admitted.no_zeroes, pump.is_some());
+        let session = negotiate(&line, &shared.export, no_zeroes, secure, || {
+            if memory.is_none() {
+                memory = Some(shared.seats.memory(seat).map_err(|e| e.to_string())?);
+            }
+            let regions = memory.as_ref().map(|m| m.regions()).unwrap_or_default();
+            (shared.export.attach)(DEPTH, regions)
+        })?;
+        Ok((session, admitted.socket))
+    };
+    let talked = talk();
+    let memory = match (talked, memory) {
+        (Ok((session, socket)), Some(memory)) => {
             let rules = rules(&shared.export, &session);
             let both = (memory, session.attached);
-            let memory = Conn::new(shared, (seat, guest), stream, both, rules).run();
+            let memory = Conn::new(shared, (seat, guest), socket, both, rules).run();
             log::debug!("NBD client {number} has left");
-            shared.seats.leave(seat, Some(memory));
+            Some(memory)
         }
-        (Ok(_), None) => shared.seats.leave(seat, None),
+        (Ok(_), None) => None,
         (Err(end), memory) => {
             match end {
                 End::Left | End::Stopped => {}
@@ -242,9 +309,13 @@ fn serve(shared: &Shared, seat: usize, guest: Guest, stream: UnixStream) {
                 End::Broke(what) => log::warn!("NBD client {number} broke the protocol: {what}"),
                 End::Refused(why) => log::warn!("NBD client {number} was refused: {why}"),
             }
-            shared.seats.leave(seat, memory);
+            memory
         }
+    };
+    if let Some(Err(e)) = pump.map(Pump::join) {
+        log::warn!("NBD client {number}, TLS: {e}");
     }
+    shared.seats.leave(seat, memory);
 }
 
 fn rules<T>(export: &Export, session: &Session<T>) -> Rules {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 25] = [
+const PACKAGES: [(&str, &str); 26] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -25,6 +25,7 @@ const PACKAGES: [(&str, &str); 25] = [
     ("dpkg-deb", "dpkg"),
     ("lvm", "lvm2"),
     ("python3", "python3-minimal"),
+    ("openssl", "openssl"),
     ("valgrind", "valgrind"),
     ("make", "make"),
     ("gcc", "gcc"),

@@ -15,7 +15,7 @@ use block::{
     RawImage, Request, Status, Submit,
 };
 use dma::Region;
-use nbd::{Export, Extent, Extents, Server};
+use nbd::{Export, Extent, Extents, Security, Server};
 use reactor::sync::Mutex;
 use reactor::{Clock, Core, Policy, Portal, PortalFrontend, Reactor, Start};
 
@@ -161,6 +161,16 @@ pub(crate) struct Harness {
 
 impl Harness {
     pub(crate) fn new(setup: Setup) -> Harness {
+        Harness::with(setup, |path, export| Server::bind(path, export).unwrap())
+    }
+
+    /// On an address of the loopback.
+    pub(crate) fn on_loopback(setup: Setup, security: Security) -> Harness {
+        let any = "127.0.0.1:0".parse().unwrap();
+        Harness::with(setup, |_, export| Server::listen(any, security, export).unwrap())
+    }
+
+    fn with(setup: Setup, bind: impl FnOnce(&std::path::Path, Export) -> Server) -> Harness {
         let control = Arc::new(Control::default());
         let c = control.clone();
         let (send, receive) = std::sync::mpsc::channel();
@@ -198,7 +208,7 @@ impl Harness {
             attach: Box::new(attach),
             extents: Box::new(Holes(data.clone())),
         };
-        let server = Some(Server::bind(&path, export).unwrap());
+        let server = Some(bind(&path, export));
         Harness { control, data, path, server, reactor: Some(reactor), _dir: dir }
     }
 
