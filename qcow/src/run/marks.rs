@@ -328,19 +328,26 @@ impl Shared {
         if saved { Ok(()) } else { self.write_in_use(slot, false).await }
     }
 
-    /// The word of a unit as it is to stand in the map: with the flag if a bitmap lacks a bit.
+    /// Whether writes are recorded, or were, so that words may have flags.
+    pub(super) fn records(&self) -> bool {
+        self.flags.get() || self.marks.borrow().is_active()
+    }
+
+    /// The word of a unit as it is to stand in the map: with the flag if a bitmap lacks a bit, or
+    /// whoever watches for changes does.
     pub(super) fn flagged(&self, unit: u64, word: Word) -> Word {
-        let marks = self.marks.borrow();
-        if !marks.is_active() || word.kind() != Kind::Mapped {
+        if !self.records() || word.kind() != Kind::Mapped {
             return word;
         }
+        let marks = self.marks.borrow();
         let start = unit << self.geometry.unit_bits();
         let len = self.geometry.unit_size().min(self.info.size.saturating_sub(start));
-        if len == 0 || marks.covers(start, len) { word.marked() } else { word.unmarked() }
+        let covered = len == 0 || (marks.covers(start, len) && self.watch_covers(start, len));
+        if covered { word.marked() } else { word.unmarked() }
     }
 
     /// Takes the flag from words of this range whose bits are all there.
-    fn unflag(&self, offset: u64, len: u64) {
+    pub(super) fn unflag(&self, offset: u64, len: u64) {
         let bits = self.geometry.unit_bits();
         // Longer ones are no writes, and have new words published for what they change.
         if len > u64::from(self.info.max_transfer) {

@@ -3,7 +3,8 @@
 //! A request whose clusters are mapped in one run goes straight down ([`Image::submit`] →
 //! leaf → [`Layer::complete`]). Everything else becomes the job of the slot's task ([`serve`]): an
 //! `async fn` that loads pages of the map ([`resolve`]), allocates ([`alloc`]), fills ([`write`]),
-//! zeroes and discards ([`zero`]), records that in bitmaps ([`marks`]), and writes metadata back in ordered batches ([`flush`]); host
+//! zeroes and discards ([`zero`]), records that in bitmaps ([`marks`]) and for whoever
+//! copies the disk meanwhile ([`watch`]), and writes metadata back in ordered batches ([`flush`]); host
 //! clusters that nothing refers to any more come back by [`reclaim`]. What finds none may wait: [`space`].
 //!
 //! One reactor, the home reactor, owns an image; its tasks share [`shared::Shared`] by `Rc` and never
@@ -36,6 +37,7 @@ mod space;
 mod stack;
 mod stream;
 mod tables;
+mod watch;
 mod workers;
 mod write;
 mod zero;
@@ -48,4 +50,5 @@ pub use satellite::{Reseat, Satellite, Seat, Wakes};
 pub use space::Space;
 pub use stack::Stack;
 pub use stream::Progress;
+pub use watch::Taken;
 pub use workers::Workers;

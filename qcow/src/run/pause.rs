@@ -188,6 +188,9 @@ impl Image {
         let durable = shared.marks.borrow().is_durable();
         let bitmaps = std::mem::take(&mut stack.top.bitmaps);
         shared.marks = RefCell::new(Marks::new(bitmaps, geometry.cluster_bits(), durable));
+        if !same_size {
+            shared.watch = RefCell::default();
+        }
         shared.batches = RefCell::default();
         shared.let_go = RefCell::default();
         shared.decompressed = RefCell::default();

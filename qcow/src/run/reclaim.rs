@@ -158,10 +158,9 @@ impl Shared {
 
     /// Takes some clusters out whose epoch is over.
     fn take_retired(&self) -> Vec<u64> {
-        let oldest = (0..self.slots()).map(|s| self.work(s as u16).epoch.get()).min();
         let mut let_go = self.let_go.borrow_mut();
         match let_go.retired.front_mut() {
-            Some((epoch, runs)) if oldest.is_none_or(|o| o > *epoch) && self.all_past(*epoch) => {
+            Some((epoch, runs)) if self.is_past(*epoch) => {
                 let taken = runs.take(CHUNK);
                 if runs.clusters == 0 {
                     let_go.retired.pop_front();
@@ -170,6 +169,12 @@ impl Shared {
             }
             _ => Vec::new(),
         }
+    }
+
+    /// Whether nothing is in flight, here or elsewhere, that was looked up in `epoch` or before.
+    pub(super) fn is_past(&self, epoch: u64) -> bool {
+        let oldest = (0..self.slots()).map(|s| self.work(s as u16).epoch.get()).min();
+        oldest.is_none_or(|o| o > epoch) && self.all_past(epoch)
     }
 
     /// Whether nothing is in flight on another reactor that was looked up in `epoch` or before.

@@ -38,7 +38,7 @@ impl Shared {
             self.unpark(Key::Page(page));
             let mut words = words?;
             let first = page << self.map.page_bits();
-            if self.marks.borrow().is_active() {
+            if self.records() {
                 let all = words.iter_mut().enumerate();
                 all.for_each(|(i, word)| *word = self.flagged(first + i as u64, *word));
             }

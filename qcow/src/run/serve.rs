@@ -43,6 +43,9 @@ impl Shared {
             }
             What::Guest(Op::Discard) => self.discard(slot, job.offset, job.len).await,
         };
+        if changes {
+            self.record(job.offset, job.len);
+        }
         if changes && self.mark.get() == Mark::Wanted {
             self.at_rest(slot, self.mark_corrupt(slot)).await;
         }

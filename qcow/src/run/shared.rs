@@ -25,6 +25,7 @@ use super::reclaim::LetGo;
 use super::space::Space;
 use super::stack::Stack;
 use super::stream::Stream;
+use super::watch::Watch;
 use super::workers::Unpacker;
 use crate::compress::Decompressor;
 use crate::format::Geometry;
@@ -145,6 +146,10 @@ pub(super) struct Shared {
     pub(super) counters: super::image::Counters,
     pub(super) stream: Stream,
     pub(super) marks: RefCell<Marks>,
+    /// What changes, while somebody wants to know.
+    pub(super) watch: RefCell<Option<Watch>>,
+    /// Words of the map may have flags on account of `watch`, now or before.
+    pub(super) flags: Cell<bool>,
     /// What other reactors know of the image too.
     pub(super) common: Arc<Common>,
     /// To the satellites.
@@ -218,6 +223,8 @@ impl Shared {
             counters: super::image::Counters::default(),
             stream: Stream::default(),
             marks: RefCell::new(marks),
+            watch: RefCell::default(),
+            flags: Cell::default(),
             common: Arc::new(Common::new()),
             links: RefCell::default(),
             complaints: Cell::new(0),
