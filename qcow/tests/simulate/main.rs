@@ -164,7 +164,7 @@ fn seeds() {
         ];
         let all = [&all[..], &later].concat();
         assert!(all.iter().all(|&n| n > 0) && o.cuts > count, "too little happened");
-        assert!(o.no_place * 50 < o.lives, "{} bitmaps had no room", o.no_place);
+        assert!(o.no_place * 20 < o.lives, "{} bitmaps had no room", o.no_place);
     }
     assert!(failed.is_empty(), "{} of {count} seeds failed: {failed:?}", failed.len());
 }

@@ -11,7 +11,7 @@ use crate::fields::Fields;
 use crate::images::backing;
 use crate::repository::{NewImage, Repository};
 use crate::state::{
-    AT, BANDWIDTH, CBT, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, PARENT,
+    AT, BANDWIDTH, CBT, DEPTH, DESCRIPTION, Disk, IOPS, KEY, LARGEST, NAME, Node, ONTO, PARENT,
     READ_ONLY, SHARABLE, SIZE, State, THEIRS,
 };
 
@@ -84,6 +84,9 @@ pub(crate) fn put(vg: &mut Vg, node: &Node) -> Result<()> {
     if let Some(parent) = &node.parent {
         fields.set(PARENT, &**parent);
     }
+    if let Some(onto) = &node.onto {
+        fields.set(ONTO, &**onto);
+    }
     if let Some(record) = &node.record {
         fields.set(AT, record.at.as_deref().unwrap_or_default());
     }
@@ -141,7 +144,8 @@ impl<S: Storage> Repository<S> {
             keys: std::collections::BTreeMap::new(),
         };
         let of = Some(disk.clone());
-        let node = Node { lv: lv_name(), parent: None, size, used: 0, disk: of, record: None };
+        let node =
+            Node { lv: lv_name(), parent: None, onto: None, size, used: 0, disk: of, record: None };
         self.make(&format!("create {}", disk.key), &[node], author, |_| Ok(()))?;
         Ok(disk.key)
     }
@@ -286,7 +290,15 @@ impl<S: Storage> Repository<S> {
             ));
         }
         let (parent, disk) = (Some(below.lv.clone()), Some(disk));
-        let new = Node { lv: lv_name(), parent, size: below.size, used: 0, disk, record: None };
+        let new = Node {
+            lv: lv_name(),
+            parent,
+            onto: None,
+            size: below.size,
+            used: 0,
+            disk,
+            record: None,
+        };
         let state = self.state().clone();
         self.make(&format!("revert {to} to {snapshot}"), &[new], author, |vg| {
             if state.children(&node.lv) > 0 {
@@ -398,11 +410,16 @@ impl<S: Storage> Repository<S> {
     /// A disk and its node, to be changed.
     pub(crate) fn known(&self, key: &str) -> Result<(Disk, Node)> {
         let (disk, node) = self.disk(key)?;
+        if node.onto.is_some() {
+            return refused(format!(
+                "{key} was being put on another disk, which failed: detach and attach the repository"
+            ));
+        }
         Ok((disk.clone(), node.clone()))
     }
 
     /// The same of one that is more than a record.
-    fn with_data(&self, key: &str) -> Result<(Disk, Node)> {
+    pub(crate) fn with_data(&self, key: &str) -> Result<(Disk, Node)> {
         let (disk, node) = self.known(key)?;
         match node.record {
             None => Ok((disk, node)),

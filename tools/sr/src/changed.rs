@@ -123,6 +123,7 @@ impl<S: Storage> Repository<S> {
         let record = Node {
             lv: lv_name(),
             parent: None,
+            onto: None,
             disk: Some(disk),
             record: Some(Record { at: stays.then(|| node.lv.clone()) }),
             ..node.clone()

@@ -16,6 +16,7 @@
 
 mod change;
 pub mod changed;
+mod compose;
 mod error;
 pub mod fields;
 mod images;

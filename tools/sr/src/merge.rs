@@ -63,7 +63,8 @@ impl<S: Storage> Repository<S> {
     pub fn merges(&self) -> Vec<Merge> {
         let nodes = &self.state().nodes;
         let hidden = |lv: &String| nodes.get(lv).filter(|node| node.disk.is_none());
-        let merges = nodes.values().filter_map(|upper| {
+        let settled = nodes.values().filter(|node| node.onto.is_none());
+        let merges = settled.filter_map(|upper| {
             let lower = hidden(upper.parent.as_ref()?)?;
             // Records say what was there by what the lower one is: nobody may write to it then.
             let writable = upper.disk.as_ref().is_some_and(|disk| !disk.read_only);

@@ -29,6 +29,7 @@ pub(crate) const IOPS: &str = "iops";
 pub(crate) const BANDWIDTH: &str = "bandwidth";
 pub(crate) const CBT: &str = "cbt";
 pub(crate) const AT: &str = "at";
+pub(crate) const ONTO: &str = "onto";
 /// What the names of the toolstack's own keys begin with.
 pub(crate) const THEIRS: &str = "k.";
 
@@ -43,6 +44,8 @@ pub struct Node {
     pub size: u64,
     /// Bytes of the logical volume.
     pub used: u64,
+    /// The node that its backing file is going to be instead: [`Repository::finish`](crate::Repository::finish).
+    pub onto: Option<String>,
     /// The disk whose it is; `None`: several have it in common.
     pub disk: Option<Disk>,
     /// If it holds no data, but says what is known of a snapshot whose data was destroyed.
@@ -133,6 +136,7 @@ fn node(vg: &Vg, lv: &Lv) -> Result<Option<Node>> {
     Ok(Some(Node {
         lv: lv.name.clone(),
         parent,
+        onto: fields.get(ONTO).map(str::to_owned),
         size,
         used: lv.extents() * vg.extent_bytes(),
         disk,
@@ -206,8 +210,10 @@ impl State {
         std::iter::successors(first, |node| self.nodes.get(node.parent.as_ref()?))
     }
 
-    /// How many nodes stand on this one.
+    /// How many nodes stand on this one, or are going to.
     pub(crate) fn children(&self, lv: &str) -> usize {
-        self.nodes.values().filter(|node| node.parent.as_deref() == Some(lv)).count()
+        let stands =
+            |node: &&Node| [&node.parent, &node.onto].iter().any(|on| on.as_deref() == Some(lv));
+        self.nodes.values().filter(stands).count()
     }
 }

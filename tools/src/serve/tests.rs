@@ -21,6 +21,7 @@ use crate::ctl::rpc::Service as _;
 
 mod broken;
 mod changed;
+mod compose;
 mod copies;
 mod died;
 mod figures;

@@ -6,7 +6,7 @@ use super::Kind;
 use crate::serve::REPOSITORY_TYPE;
 
 /// Methods of the volume plugin, beside `Plugin.query`.
-pub(super) const VOLUME: [&str; 24] = [
+pub(super) const VOLUME: [&str; 25] = [
     "SR.probe",
     "SR.create",
     "SR.attach",
@@ -21,6 +21,7 @@ pub(super) const VOLUME: [&str; 24] = [
     "Volume.clone",
     "Volume.destroy",
     "Volume.revert",
+    "Volume.compose",
     "Volume.resize",
     "Volume.set",
     "Volume.unset",
@@ -43,8 +44,14 @@ pub(super) const DATAPATH: [&str; 5] = [
 ];
 
 /// What the volume plugin can do that is not seen from its methods.
-const FEATURES: [&str; 5] =
-    ["VDI_RESIZE_ONLINE", "VDI_REVERT", "VDI_CONFIG_CBT", "LARGE_VDI", "THIN_PROVISIONING"];
+const FEATURES: [&str; 6] = [
+    "VDI_RESIZE_ONLINE",
+    "VDI_REVERT",
+    "VDI_COMPOSE",
+    "VDI_CONFIG_CBT",
+    "LARGE_VDI",
+    "THIN_PROVISIONING",
+];
 
 /// The answer.
 pub(super) fn answer(kind: Kind) -> Value {

@@ -1,6 +1,7 @@
 //! Repositories on devices in memory: operations against a plain model, cut at every write.
 
 mod changed;
+mod compose;
 mod merges;
 #[path = "../../../../nvme/volume/tests/rig/mod.rs"]
 mod rig;

@@ -29,7 +29,7 @@ pub(super) fn volume<S: Storage + Clone + 'static>(
     View::own(group.map(lv).unwrap(), !writable, group.storages().cloned().collect())
 }
 
-fn contents<S: Storage + Clone + 'static>(
+pub(super) fn contents<S: Storage + Clone + 'static>(
     r: &Repository<S>,
     key: &str,
 ) -> Result<Vec<u8>, qcow::Error> {
@@ -50,7 +50,7 @@ fn right<S: Storage + Clone + 'static>(r: &Repository<S>, all: &Contents) -> boo
 }
 
 /// Writes to a disk whose uppermost image is empty.
-fn write<S: Storage + Clone + 'static>(
+pub(super) fn write<S: Storage + Clone + 'static>(
     r: &Repository<S>,
     key: &str,
     bytes: &mut [u8],

@@ -12,7 +12,7 @@ use sr::Repository;
 
 use super::coalesce::Merging;
 use super::fault::Fault;
-use super::{Repositories, host, nodes};
+use super::{Repositories, author, host, nodes};
 
 /// How often, and how long after each other, somebody is waited for who uses one.
 const LOOKS: u32 = 1000;
@@ -36,11 +36,12 @@ impl Attached {
     fn open(device: &str) -> Result<Attached, Fault> {
         let nodes = nodes(device)?;
         let devices = GroupDevices::open(&nodes)?;
-        let repository = Repository::open(devices.members()?, &host()?)?;
+        let mut repository = Repository::open(devices.members()?, &host()?)?;
         let vg = repository.group().vg();
         if let Some(why) = vg.lvs.iter().find_map(|lv| node::active_volume(&nodes, vg, lv)) {
             return Err(Fault::other(why));
         }
+        repository.finish(&author())?;
         let (repository, device) = (Mutex::new(repository), device.to_owned());
         Ok(Attached { repository, devices, device, merging: Mutex::default() })
     }

@@ -37,6 +37,8 @@ struct Args {
     key: String,
     /// Of a revert.
     snapshot: Option<String>,
+    /// Of what is composed: what the other one shall stand on.
+    key2: Option<String>,
     k: Option<String>,
     v: Option<String>,
     new_name: Option<String>,
@@ -152,6 +154,16 @@ impl Repositories {
                 })?;
                 attached.repository.lock().discard();
             }
+            "compose" => {
+                let below = wanted(&args.key2, "key2")?;
+                with_disk(Touches::With(below), &mut |repository, running| {
+                    if running.is_some() {
+                        return Err(Fault::in_use(&args.key));
+                    }
+                    Ok(repository.compose(&args.key, below, &author)?)
+                })?;
+                attached.repository.lock().discard();
+            }
             "resize" => {
                 let size = *wanted(&args.new_size, "new_size")?;
                 with_disk(Touches::Top, &mut |repository, running| {
@@ -170,11 +182,13 @@ type Change<'a> =
 
 /// What a change does to the volumes that are there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Touches {
+enum Touches<'a> {
     /// The disk's own, if it is one for writing, is not written to any more, or by us.
     Top,
     /// What nobody needs without the disk goes.
     All,
+    /// The disk's own, and that of this disk.
+    With(&'a str),
 }
 
 /// Changes a disk, which nobody opens or closes meanwhile.
@@ -182,7 +196,7 @@ fn with_disk(
     images: &Images,
     attached: &Attached,
     args: &Args,
-    touches: Touches,
+    touches: Touches<'_>,
     f: &mut Change<'_>,
 ) -> Result<(), Fault> {
     let name = format!("{}/{}", args.sr, args.key);
@@ -193,6 +207,7 @@ fn with_disk(
             let (disk, node) = repository.disk(&args.key)?;
             let touched = match touches {
                 Touches::All => repository.goes_with(&args.key)?,
+                Touches::With(other) => vec![node, repository.disk(other)?.1],
                 Touches::Top if disk.read_only => Vec::new(),
                 Touches::Top => vec![node],
             };

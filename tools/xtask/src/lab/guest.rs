@@ -86,7 +86,7 @@ pub(super) fn run(
                 writeln!(file, "{line}")?;
                 if let Some(command) = judge.line(&line) {
                     // What the guest has just let go of, the emulator may still hold for a moment.
-                    let mut tries = (0..20).map(|_| {
+                    let mut tries = (0..240).map(|_| {
                         thread::sleep(Duration::from_millis(250));
                         qmp(&socket, command)
                     });
