@@ -214,6 +214,7 @@ pub(crate) fn export(
         read_only: false,
         info: info.clone(),
         size: None,
+        bitmaps: None,
         attach: Box::new(move |depth, regions| {
             door.open(depth, regions).map_err(|e| e.to_string())
         }),

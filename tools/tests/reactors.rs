@@ -120,6 +120,7 @@ fn clients_of_two_and_three_reactors() {
         let attach = move |depth, regions| door.open(depth, regions).map_err(|e| e.to_string());
         let export = ::nbd::Export {
             size: None,
+            bitmaps: None,
             name: String::new(),
             description: String::new(),
             read_only: false,

@@ -15,6 +15,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use reactor::Portal;
 
 use crate::buffers::{Buffers, Class, LARGE, SMALL};
+use crate::contexts::Context;
 use crate::input::Input;
 use crate::output::Output;
 use crate::pieces::{PIECES, Piece, REQUESTS, Req, Slots};
@@ -55,6 +56,8 @@ pub(crate) struct Conn<'a> {
     pub(crate) portal: Portal,
     pub(crate) memory: Buffers,
     pub(crate) rules: Rules,
+    /// Metadata contexts: their numbers are counted from 1.
+    pub(crate) contexts: Vec<Context>,
     /// Longest piece per class of buffer, in bytes, whole blocks.
     pub(crate) longest: [u32; 2],
     pub(crate) reqs: Slots<Req>,
@@ -90,7 +93,7 @@ impl<'a> Conn<'a> {
         (seat, guest): (usize, Guest),
         socket: OwnedFd,
         (memory, portal): (Buffers, Portal),
-        rules: Rules,
+        (rules, contexts): (Rules, Vec<Context>),
     ) -> Conn<'a> {
         let whole = shared.export.info.max_transfer & !(rules.block - 1);
         Conn {
@@ -101,6 +104,7 @@ impl<'a> Conn<'a> {
             portal,
             memory,
             rules,
+            contexts,
             longest: [SMALL.min(whole), LARGE.min(whole)],
             reqs: Slots::new(REQUESTS),
             pieces: Slots::new(PIECES),

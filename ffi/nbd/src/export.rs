@@ -7,6 +7,7 @@ use block::{DeviceInfo, Status};
 use dma::Region;
 use reactor::Portal;
 
+use crate::contexts::Bitmaps;
 use crate::listen::Error;
 use crate::proto::{self, export_flag};
 
@@ -30,6 +31,8 @@ pub struct Export {
     pub attach: Box<Attach>,
     /// What is allocated in the image.
     pub extents: Box<dyn Extents>,
+    /// Bitmaps of it that clients may ask for.
+    pub bitmaps: Option<Box<dyn Bitmaps>>,
     /// Its size in bytes by now, for an image that is given others while it is served: clients that
     /// come see that one, those that are there keep theirs.
     pub size: Option<Arc<AtomicU64>>,
@@ -196,6 +199,7 @@ pub(crate) mod tests {
             },
             attach: Box::new(|_, _| Err("not here".to_owned())),
             size: None,
+            bitmaps: None,
             extents,
         }
     }

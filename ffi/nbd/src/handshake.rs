@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use reactor::{Clock, Wake};
 
+use crate::contexts::{self, Context};
 use crate::export::Export;
 use crate::proto::{self, handshake_flag, info, option, option_reply};
 use crate::sockio::{self, Gather};
@@ -40,7 +41,8 @@ pub(crate) enum End {
 #[derive(Debug)]
 pub(crate) struct Session<T> {
     pub(crate) structured: bool,
-    pub(crate) contexts: bool,
+    /// A context's number is its place, counted from 1.
+    pub(crate) contexts: Vec<Context>,
     /// The client asked for the block sizes on its way in.
     pub(crate) aligned: bool,
     pub(crate) attached: T,
@@ -180,7 +182,7 @@ struct Talk<'a, A> {
     no_zeroes: bool,
     secure: bool,
     structured: bool,
-    contexts: bool,
+    contexts: Vec<Context>,
 }
 
 /// Greets a client; returns whether it wants no zeroes behind an answer to EXPORT_NAME.
@@ -255,7 +257,7 @@ pub(crate) fn negotiate<T>(
     secure: bool,
     attach: impl FnMut() -> Result<T, String>,
 ) -> Result<Session<T>, End> {
-    let (structured, contexts) = (false, false);
+    let (structured, contexts) = (false, Vec::new());
     let mut talk = Talk { line, export, attach, no_zeroes, secure, structured, contexts };
     for _ in 0..MAX_OPTIONS {
         if let Some(session) = talk.option()? {
@@ -310,8 +312,8 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
         Ok(session)
     }
 
-    fn begin(&self, attached: T, aligned: bool) -> Session<T> {
-        let (structured, contexts) = (self.structured, self.contexts);
+    fn begin(&mut self, attached: T, aligned: bool) -> Session<T> {
+        let (structured, contexts) = (self.structured, std::mem::take(&mut self.contexts));
         Session { structured, contexts, aligned, attached }
     }
 
@@ -376,7 +378,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
         let set = replies.option == option::SET_META_CONTEXT;
         if set {
             // Also a request that fails takes back what was selected before.
-            self.contexts = false;
+            self.contexts.clear();
             if !self.structured {
                 replies.error(option_reply::ERR_INVALID, "structured replies come first");
                 return;
@@ -389,11 +391,16 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
         if name != self.export.name.as_bytes() {
             return replies.error(option_reply::ERR_UNKNOWN, "no such export");
         }
-        let all = !set && (queries.is_empty() || queries.contains(&&b"base:"[..]));
-        if all || queries.contains(&proto::ALLOCATION) {
-            let id = if set { proto::ALLOCATION_ID } else { 0 };
-            replies.add(option_reply::META_CONTEXT, &[&id.to_be_bytes(), proto::ALLOCATION]);
-            self.contexts |= set;
+        let names = match set {
+            true => {
+                self.contexts = contexts::selected(self.export, &queries);
+                self.contexts.iter().map(Context::name).collect()
+            }
+            false => contexts::listed(self.export, &queries),
+        };
+        for (number, name) in (1u32..).zip(&names) {
+            let id = if set { number } else { 0 };
+            replies.add(option_reply::META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
         }
         replies.ack();
     }

@@ -8,7 +8,8 @@
 //!
 //! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
 //! - [`Client`] writes to another server, at a [`Remote`] address.
-//! - [`Extents`] answers block-status queries; [`AllData`] is the answer of who does not know.
+//! - [`Extents`] answers block-status queries; [`AllData`] is the answer of who does not know. [`Bitmaps`] are what
+//!   else clients may ask for so.
 //! - [`Counters`] is what was done, of one connection or of all, [`Latencies`] how long it took.
 //!
 //! Over a network it speaks TLS ([`TlsServer`]): a second thread seals and opens a connection's bytes.
@@ -23,6 +24,7 @@ mod buffers;
 mod claims;
 mod client;
 mod conn;
+mod contexts;
 mod export;
 mod gate;
 mod handshake;
@@ -40,6 +42,7 @@ mod tls;
 mod work;
 
 pub use client::{Client, ClientError, Network, Remote};
+pub use contexts::{Bitmap, Bitmaps};
 pub use export::{AllData, Attach, Export, Extent, Extents};
 pub use listen::{Error, SocketFile, listen_on};
 pub use server::{ConnectionInfo, Security, Server};

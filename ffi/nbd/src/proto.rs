@@ -73,8 +73,6 @@ pub(crate) mod info {
 
 /// The one metadata context that is offered, and the id it is given.
 pub(crate) const ALLOCATION: &[u8] = b"base:allocation";
-/// See [`ALLOCATION`].
-pub(crate) const ALLOCATION_ID: u32 = 1;
 
 /// Longest string of the protocol, in bytes.
 pub(crate) const MAX_STRING: usize = 4096;
@@ -159,7 +157,7 @@ pub(crate) struct Rules {
     pub(crate) read_only: bool,
     /// Structured replies were negotiated.
     pub(crate) structured: bool,
-    /// `base:allocation` was selected.
+    /// Metadata contexts were selected.
     pub(crate) contexts: bool,
     /// The client asked for the block sizes, and so has to keep to them.
     pub(crate) aligned: bool,
@@ -299,9 +297,9 @@ impl Head {
         Head::chunk(cookie, done, 1, len + 8).put(&offset.to_be_bytes())
     }
 
-    /// The chunk that answers a block-status query, with `descriptors` descriptors to follow.
-    pub(crate) fn status(cookie: u64, descriptors: u32) -> Head {
-        Head::chunk(cookie, true, 5, 4 + descriptors * 8).put(&ALLOCATION_ID.to_be_bytes())
+    /// The chunk that answers a block-status query for one context, with `descriptors` descriptors to follow.
+    pub(crate) fn status(cookie: u64, done: bool, context: u32, descriptors: u32) -> Head {
+        Head::chunk(cookie, done, 5, 4 + descriptors * 8).put(&context.to_be_bytes())
     }
 
     /// A chunk that ends a reply with an error, at an offset of the request if that is known.
@@ -464,8 +462,9 @@ mod tests {
         assert_eq!(data.bytes()[20..], 0x1000u64.to_be_bytes());
         let none = Head::none(1);
         assert_eq!((none.bytes().len(), &none.bytes()[4..8]), (20, &[0, 1, 0, 0][..]));
-        let status = Head::status(1, 3);
-        assert_eq!(status.bytes()[16..], [0, 0, 0, 28, 0, 0, 0, 1]);
+        let status = Head::status(1, false, 2, 3);
+        assert_eq!(status.bytes()[4..8], [0, 0, 0, 5]);
+        assert_eq!(status.bytes()[16..], [0, 0, 0, 28, 0, 0, 0, 2]);
         let long = "a message that is longer than what there is place for";
         let error = Head::error(1, 22, Some(0x77), long);
         assert_eq!(error.bytes().len(), Head::MAX);

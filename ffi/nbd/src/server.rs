@@ -296,8 +296,8 @@ fn serve(shared: &Arc<Shared>, seat: usize, guest: Guest, socket: OwnedFd) {
     let memory = match (talked, memory) {
         (Ok((session, socket)), Some(memory)) => {
             let rules = rules(&shared.export, &session);
-            let both = (memory, session.attached);
-            let memory = Conn::new(shared, (seat, guest), socket, both, rules).run();
+            let (both, contexts) = ((memory, session.attached), session.contexts);
+            let memory = Conn::new(shared, (seat, guest), socket, both, (rules, contexts)).run();
             log::debug!("NBD client {number} has left");
             Some(memory)
         }
@@ -324,7 +324,7 @@ fn rules<T>(export: &Export, session: &Session<T>) -> Rules {
         block: export.info.block_size,
         read_only: export.is_read_only(),
         structured: session.structured,
-        contexts: session.contexts,
+        contexts: !session.contexts.is_empty(),
         aligned: session.aligned,
         df_limit: crate::buffers::LARGE
             .min(export.info.max_transfer & !(export.info.block_size - 1)),

@@ -11,7 +11,7 @@ use crate::proto::{self, Head, Header, Kind, error, flag};
 
 /// Writes of zeroes in flight at a time for a request that the image cannot do itself.
 const FILLS: u32 = 4;
-/// Most descriptors in the answer to a block-status query.
+/// Most descriptors in the answer to a block-status query, of all contexts together.
 const DESCRIPTORS: usize = 2048;
 
 impl Conn<'_> {
@@ -86,22 +86,38 @@ impl Conn<'_> {
     }
 
     fn block_status(&mut self, r: u16, header: &Header) {
-        let limit = if header.flags & flag::REQ_ONE != 0 { 1 } else { DESCRIPTORS };
         self.reqs[r].cursor = self.reqs[r].end;
-        match self.shared.export.descriptors(header.offset, header.len, limit) {
-            Ok(list) => {
-                let head = Head::status(header.cookie, list.len() as u32);
-                let bytes = list.iter().flat_map(|&(len, flags)| {
-                    (u64::from(len) << 32 | u64::from(flags)).to_be_bytes()
-                });
+        match self.statuses(header) {
+            Ok((head, bytes)) => {
                 self.reqs[r].phase = Phase::Answered;
-                self.push(Part { head, data: Data::Owned(bytes.collect()), req: r });
+                self.push(Part { head, data: Data::Owned(bytes), req: r });
             }
             Err(status) => {
                 self.note(r, proto::error_of(status, false), header.offset);
                 self.settle(r);
             }
         }
+    }
+
+    /// A chunk for each context: the head of the first one, and all that follows it.
+    fn statuses(&self, header: &Header) -> Result<(Head, Vec<u8>), Status> {
+        let count = self.contexts.len();
+        let one = header.flags & flag::REQ_ONE != 0;
+        let limit = if one { 1 } else { DESCRIPTORS / count.max(1) };
+        let (mut first, mut bytes) = (Head::EMPTY, Vec::new());
+        for (n, context) in self.contexts.iter().enumerate() {
+            let export = &self.shared.export;
+            let list = context.descriptors(export, header.offset, header.len, limit)?;
+            let (done, number) = (n + 1 == count, n as u32 + 1);
+            let head = Head::status(header.cookie, done, number, list.len() as u32);
+            match n {
+                0 => first = head,
+                _ => bytes.extend(head.bytes()),
+            }
+            let words = list.iter().map(|&(len, flags)| u64::from(len) << 32 | u64::from(flags));
+            bytes.extend(words.flat_map(u64::to_be_bytes));
+        }
+        Ok((first, bytes))
     }
 
     fn queue(&mut self, r: u16, need: Need) {

@@ -84,6 +84,31 @@ fn nbdinfo_sees_what_is_offered() {
 }
 
 #[test]
+fn clients_see_bitmaps() {
+    let h = Harness::new(Setup { bitmaps: true, ..Setup::default() });
+    if have("nbdinfo") {
+        let json = run("nbdinfo", &["--json", &h.uri()]);
+        assert!(json.contains("\"qemu:dirty-bitmap:half\""), "{json}");
+        let map = run("nbdinfo", &["--map=qemu:dirty-bitmap:half", &h.uri()]);
+        let map: Vec<Vec<&str>> = map.lines().map(|l| l.split_whitespace().collect()).collect();
+        assert_eq!(map.len(), 32);
+        assert_eq!(
+            (&map[0][..3], &map[31][..3]),
+            (&["0", "524288", "1"][..], &["16252928", "524288", "0"][..])
+        );
+    }
+    if have("qemu-img") {
+        // QEMU shows clear bits as data, and set ones as none.
+        let image = format!(
+            "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:half",
+            h.path.display()
+        );
+        let map = run("qemu-img", &["map", "--output=json", "--image-opts", &image]);
+        assert_eq!(map.matches("\"length\": 524288").count(), 32, "{map}");
+    }
+}
+
+#[test]
 fn nbdcopy_copies_in_and_out() {
     if !have("nbdcopy") {
         return;

@@ -232,6 +232,28 @@ fn block_status_tells_holes_and_merges_neighbours() {
 }
 
 #[test]
+fn a_status_of_two_contexts_has_a_chunk_for_each() {
+    let h = Harness::new(Setup { bitmaps: true, ..Setup::default() });
+    h.data.write(0x30000, &[1; 0x20000]);
+    let mut c = h.connect();
+    c.greet();
+    c.structured = true;
+    assert_eq!(c.option(8, b""), 1);
+    let mut set = [0, 0, 0, 0, 0, 0, 0, 3].to_vec();
+    for query in ["qemu:dirty-bitmap:half", "qemu:dirty-bitmap:none", "base:allocation"] {
+        set.extend((query.len() as u32).to_be_bytes());
+        set.extend(query.as_bytes());
+    }
+    assert_eq!(c.option(10, &set), 1);
+    assert_eq!(c.option(7, b"\0\0\0\0\0\0"), 1);
+    let answer = c.ask(STATUS, 0, 0, 2 << 20, b"");
+    assert_eq!(answer.extents, [(0x30000, 3), (0x20000, 0), (0x1b0000, 3)]);
+    assert_eq!(answer.seconds, [(0x80000, 1), (0x80000, 0), (0x80000, 1), (0x80000, 0)]);
+    let answer = c.ask(STATUS, REQ_ONE, 0x7fe00, 1 << 20, b"");
+    assert_eq!((answer.extents.len(), answer.seconds), (1, vec![(512, 1)]));
+}
+
+#[test]
 fn errors_of_the_device_reach_the_client() {
     let h = Harness::new(Setup::default());
     let mut c = h.connect().go(true, false);

@@ -312,6 +312,7 @@ fn plain_text_stays_on_the_loopback_unless_it_is_meant() {
         attach: Box::new(|_, _| Err("nobody".to_owned())),
         extents: Box::new(nbd::AllData),
         size: None,
+        bitmaps: None,
     };
     let any = "0.0.0.0:0".parse().unwrap();
     let Err(e) = Server::listen(any, Security::Loopback, export()) else { panic!("it listens") };

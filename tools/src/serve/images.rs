@@ -478,6 +478,7 @@ impl Images {
                 name: wanted.export.clone(),
                 read_only: wanted.read_only,
                 size: Some(changes.size()),
+                bitmaps: self.repositories.bitmaps(place, &self.keep)?,
                 ..crate::nbd::export(wanted.node.clone(), &door, &info)?
             };
             anyhow::Ok(::nbd::Server::bind(path, export)?)

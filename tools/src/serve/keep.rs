@@ -122,6 +122,13 @@ impl Keep {
         self.dir.join(journal(image)).exists()
     }
 
+    /// Whether a daemon that died has left of an image what is not put in, or is not known.
+    pub(crate) fn has_changes(&self, image: &str) -> bool {
+        let read =
+            || Some(Journal::read(&*self.map(&journal(image), JOURNAL).ok()?)?.list.is_empty());
+        self.has_journal(image) && read() != Some(true)
+    }
+
     /// What a journal holds is in its image by now.
     pub(crate) fn is_put_in(&self, image: &str, owner: u64) -> anyhow::Result<()> {
         Journal::new(self.map(&journal(image), JOURNAL)?, owner);

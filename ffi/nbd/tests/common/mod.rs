@@ -15,7 +15,7 @@ use block::{
     RawImage, Request, Status, Submit,
 };
 use dma::Region;
-use nbd::{Export, Extent, Extents, Security, Server};
+use nbd::{Bitmap, Bitmaps, Export, Extent, Extents, Security, Server};
 use reactor::sync::Mutex;
 use reactor::{Clock, Core, Policy, Portal, PortalFrontend, Reactor, Start};
 
@@ -133,6 +133,26 @@ impl Extents for Holes {
     }
 }
 
+/// A bitmap whose bits are set for the first half of each MiB.
+pub(crate) struct Halves;
+
+impl Bitmaps for Halves {
+    fn names(&self) -> Vec<String> {
+        vec!["half".to_owned()]
+    }
+
+    fn open(&self, name: &str) -> Option<Arc<dyn Bitmap>> {
+        (name == "half").then(|| Arc::new(Halves) as Arc<dyn Bitmap>)
+    }
+}
+
+impl Bitmap for Halves {
+    fn run(&self, offset: u64, most: u64) -> (u64, bool) {
+        let half = 512 << 10;
+        ((half - offset % half).min(most), (offset / half).is_multiple_of(2))
+    }
+}
+
 /// How to set up a [`Harness`].
 pub(crate) struct Setup {
     pub(crate) size: u64,
@@ -140,11 +160,14 @@ pub(crate) struct Setup {
     pub(crate) name: &'static str,
     pub(crate) read_only: bool,
     pub(crate) write_zeroes: bool,
+    /// There is a bitmap "half" ([`Halves`]).
+    pub(crate) bitmaps: bool,
 }
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { size: 16 << 20, block: 512, name: "", read_only: false, write_zeroes: true }
+        let (name, read_only, write_zeroes, bitmaps) = ("", false, true, false);
+        Setup { size: 16 << 20, block: 512, name, read_only, write_zeroes, bitmaps }
     }
 }
 
@@ -206,6 +229,7 @@ impl Harness {
             read_only: setup.read_only,
             info,
             attach: Box::new(attach),
+            bitmaps: setup.bitmaps.then(|| Box::new(Halves) as Box<dyn Bitmaps>),
             extents: Box::new(Holes(data.clone())),
         };
         let server = Some(bind(&path, export));
@@ -280,6 +304,8 @@ pub(crate) struct Answer {
     /// `(offset, bytes)` of each chunk; offset 0 in a simple reply.
     pub(crate) data: Vec<(u64, Vec<u8>)>,
     pub(crate) extents: Vec<(u32, u32)>,
+    /// The same of the second context.
+    pub(crate) seconds: Vec<(u32, u32)>,
 }
 
 impl Answer {
@@ -431,10 +457,14 @@ impl Client {
                 into.data.push((at, payload[8..].to_vec()));
             }
             5 => {
-                assert_eq!(payload[..4], [0, 0, 0, 1]);
+                let list = match payload[..4] {
+                    [0, 0, 0, 1] => &mut into.extents,
+                    [0, 0, 0, 2] => &mut into.seconds,
+                    _ => panic!("context {:?}", &payload[..4]),
+                };
                 let word = |b: &[u8]| u32::from_be_bytes(b.try_into().unwrap());
                 let each = payload[4..].chunks(8).map(|c| (word(&c[..4]), word(&c[4..])));
-                into.extents.extend(each);
+                list.extend(each);
             }
             kind @ (0x8001 | 0x8002) => {
                 into.error = u32::from_be_bytes(payload[..4].try_into().unwrap());

@@ -1,11 +1,13 @@
-//! Changed blocks: `Volume.list_changed_blocks`. See [`sr::changed`].
+//! Changed blocks: `Volume.list_changed_blocks`, and bitmaps for NBD clients. See [`sr::changed`].
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use node::{Disk as Running, Member};
+use reactor::sync::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sr::changed::BLOCK;
@@ -13,8 +15,10 @@ use sr::{Blocks, Difference, Repository};
 
 use super::attached::Attached;
 use super::fault::Fault;
+use super::place::DiskPlace;
 use super::{Repositories, parse};
 use crate::serve::images::Images;
+use crate::serve::keep::Keep;
 
 /// How often, and how long after each other, a disk is looked for that is being opened, closed or merged.
 const LOOKS: u32 = 1000;
@@ -88,6 +92,14 @@ fn changed(
     Err(Fault::in_use(to))
 }
 
+/// The disks that are written to above images of a difference. What a daemon that died was to write belongs into
+/// these images, also into one that has become a snapshot's in the moment when it died.
+fn written(repository: &Repository<Member>, difference: &Difference) -> BTreeSet<String> {
+    let over = difference.images.iter().flat_map(|lv| repository.over(lv));
+    let disks = over.filter(|key| repository.disk(key).is_ok_and(|(disk, _)| !disk.read_only));
+    disks.map(str::to_owned).collect()
+}
+
 impl Repositories {
     /// `Volume.list_changed_blocks`.
     pub(super) fn list_changed(&self, images: &Images, args: &Value) -> Result<Value, Fault> {
@@ -103,21 +115,97 @@ impl Repositories {
                 return Err(Fault::other("arguments: `offset` or `length` is negative".to_owned()));
             }
         };
-        let disks: BTreeSet<String> = {
+        let disks = {
             let repository = attached.repository.lock();
-            let difference = repository.difference(from, to)?;
-            let over = difference.images.iter().flat_map(|lv| repository.over(lv));
-            let disks = over.filter(|key| repository.disk(key).is_ok_and(|(d, _)| !d.read_only));
-            disks.map(str::to_owned).collect()
+            written(&repository, &repository.difference(from, to)?)
         };
         for key in disks {
-            // What a daemon that died was to write belongs to the images as they are, also into one that has become
-            // a snapshot's in the moment when it died.
             if !images.put_in(&self.wanted(&self.place(sr, &key)?)?) {
                 return Err(Fault::not_put_in(&key));
             }
         }
         let blocks = changed(Some(images), &attached, (sr, from, to), range)?;
         Ok(json!({"granularity": BLOCK, "bitmap": STANDARD.encode(blocks.bytes())}))
+    }
+
+    /// What NBD clients are told of a snapshot's changes; `None`: it is no snapshot.
+    pub(crate) fn bitmaps(
+        self: &Arc<Self>,
+        place: &super::Place,
+        keep: &Arc<Keep>,
+    ) -> anyhow::Result<Option<Box<dyn ::nbd::Bitmaps>>> {
+        let super::Place::Disk(place) = place else { return Ok(None) };
+        let attached = self.of_place(place)?;
+        if !attached.repository.lock().disk(&place.key)?.0.read_only {
+            return Ok(None);
+        }
+        let (repositories, place, keep) = (self.clone(), place.clone(), keep.clone());
+        Ok(Some(Box::new(Since { repositories, place, keep, last: Mutex::default() })))
+    }
+}
+
+/// Blocks as a bitmap.
+struct Shown(Blocks);
+
+impl ::nbd::Bitmap for Shown {
+    fn run(&self, offset: u64, most: u64) -> (u64, bool) {
+        self.0.run(offset, most)
+    }
+}
+
+/// The blocks of a snapshot that have changed since others: a bitmap for each of those, by its key.
+struct Since {
+    repositories: Arc<Repositories>,
+    place: DiskPlace,
+    keep: Arc<Keep>,
+    /// What was asked for last: several connections ask for the same.
+    last: Mutex<Option<(String, Arc<Shown>)>>,
+}
+
+impl Since {
+    fn read(&self, from: &str) -> Result<Blocks, Fault> {
+        let DiskPlace { sr, key, .. } = &self.place;
+        let attached =
+            self.repositories.at_hand(sr).ok_or_else(|| Fault::of("Sr_not_attached", sr))?;
+        {
+            let repository = attached.repository.lock();
+            for disk in written(&repository, &repository.difference(from, key)?) {
+                let (_, node) = repository.disk(&disk)?;
+                let top = repository.group().vg().lv(&node.lv).map_err(sr::Error::from)?.id;
+                // Whoever opened it has put in what there was.
+                if attached.devices.uses(top) == 0 && self.keep.has_changes(&format!("{sr}/{disk}"))
+                {
+                    return Err(Fault::not_put_in(&disk));
+                }
+            }
+        }
+        changed(None, &attached, (sr, from, key), (0, u64::MAX))
+    }
+}
+
+impl ::nbd::Bitmaps for Since {
+    fn names(&self) -> Vec<String> {
+        let Some(attached) = self.repositories.at_hand(&self.place.sr) else { return Vec::new() };
+        let repository = attached.repository.lock();
+        let all = repository.list().map(|(disk, _)| disk.key.clone());
+        all.filter(|from| repository.difference(from, &self.place.key).is_ok()).collect()
+    }
+
+    fn open(&self, name: &str) -> Option<Arc<dyn ::nbd::Bitmap>> {
+        let mut last = self.last.lock();
+        if let Some((_, blocks)) = last.as_ref().filter(|(from, _)| from == name) {
+            return Some(blocks.clone());
+        }
+        match self.read(name) {
+            Ok(blocks) => {
+                let blocks = Arc::new(Shown(blocks));
+                *last = Some((name.to_owned(), blocks.clone()));
+                Some(blocks)
+            }
+            Err(fault) => {
+                log::info!("a bitmap for a client: {fault}");
+                None
+            }
+        }
     }
 }
