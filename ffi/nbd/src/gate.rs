@@ -8,12 +8,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{SockType, getsockopt, setsockopt, sockopt};
 use reactor::Wake;
 
 use crate::handshake::{End, Line, greet, start_tls};
 use crate::listen::Error;
 use crate::server::Shared;
+use crate::sockio::receive_descriptor;
 use crate::tls::TlsServer;
 use crate::tls::pump::{Limits, Pump};
 
@@ -34,6 +37,8 @@ pub(crate) enum Way {
     /// Nothing but the greeting.
     Open,
     Tls(TlsServer),
+    /// The client's connection is another one, whose descriptor comes on this one.
+    Passed,
 }
 
 impl Gate {
@@ -85,6 +90,29 @@ pub(crate) fn watch_over(socket: &impl AsFd) {
     let _ = setsockopt(socket, sockopt::TcpUserTimeout, &SILENCE_MS);
 }
 
+/// Takes the descriptor of a client's connection; what else is said is of no interest.
+fn take_over(
+    shared: &Shared,
+    control: &OwnedFd,
+    wake: &Wake,
+    deadline: u64,
+) -> Result<OwnedFd, End> {
+    let fd = control.as_fd();
+    let line = Line { fd, wake, stop: &shared.stop, clock: &shared.clock, deadline };
+    let socket = loop {
+        match receive_descriptor(fd) {
+            Ok(Some(socket)) => break socket,
+            Ok(None) => return Err(End::Broke("no connection was handed over")),
+            Err(Errno::EAGAIN | Errno::EINTR) => line.wait(PollFlags::POLLIN)?,
+            Err(_) => return Err(End::Left),
+        }
+    };
+    match getsockopt(&socket, sockopt::SockType) {
+        Ok(SockType::Stream) => Ok(socket),
+        _ => Err(End::Broke("what was handed over is no stream socket")),
+    }
+}
+
 /// A connection whose next word is an option.
 pub(crate) struct Admitted {
     pub(crate) socket: OwnedFd,
@@ -101,6 +129,10 @@ pub(crate) fn admit(
     deadline: u64,
     number: u64,
 ) -> Result<Admitted, End> {
+    let socket = match shared.way {
+        Way::Passed => take_over(shared, &socket, wake, deadline)?,
+        Way::Open | Way::Tls(_) => socket,
+    };
     let line =
         Line { fd: socket.as_fd(), wake, stop: &shared.stop, clock: &shared.clock, deadline };
     let no_zeroes = greet(&line)?;

@@ -59,7 +59,7 @@ pub(crate) struct Line<'a> {
 }
 
 impl Line<'_> {
-    fn wait(&self, events: PollFlags) -> Result<(), End> {
+    pub(crate) fn wait(&self, events: PollFlags) -> Result<(), End> {
         let left = self.deadline.saturating_sub(self.clock.now()).div_ceil(1_000_000);
         if left == 0 {
             return Err(End::Late);
@@ -174,13 +174,23 @@ fn parse_queries(mut data: &[u8]) -> Result<(&[u8], Vec<&[u8]>), u32> {
     if data.is_empty() { Ok((name, queries)) } else { Err(option_reply::ERR_INVALID) }
 }
 
+/// What is so from the beginning.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Terms {
+    /// The client wants no zeroes behind an answer to EXPORT_NAME.
+    pub(crate) no_zeroes: bool,
+    /// It speaks TLS.
+    pub(crate) secure: bool,
+    /// Whatever it calls the export is right.
+    pub(crate) any_name: bool,
+}
+
 /// A negotiation under way.
 struct Talk<'a, A> {
     line: &'a Line<'a>,
     export: &'a Export,
     attach: A,
-    no_zeroes: bool,
-    secure: bool,
+    terms: Terms,
     structured: bool,
     contexts: Vec<Context>,
 }
@@ -249,16 +259,15 @@ pub(crate) fn start_tls(line: &Line<'_>) -> Result<(), End> {
 }
 
 /// Negotiates with a client that was greeted until it enters transmission; `attach` is called when it
-/// is about to. `secure`: it speaks TLS by now.
+/// is about to.
 pub(crate) fn negotiate<T>(
     line: &Line<'_>,
     export: &Export,
-    no_zeroes: bool,
-    secure: bool,
+    terms: Terms,
     attach: impl FnMut() -> Result<T, String>,
 ) -> Result<Session<T>, End> {
     let (structured, contexts) = (false, Vec::new());
-    let mut talk = Talk { line, export, attach, no_zeroes, secure, structured, contexts };
+    let mut talk = Talk { line, export, attach, terms, structured, contexts };
     for _ in 0..MAX_OPTIONS {
         if let Some(session) = talk.option()? {
             return Ok(session);
@@ -294,7 +303,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
                 self.structured = true;
                 replies.ack();
             }
-            option::STARTTLS if data.is_empty() => match self.secure {
+            option::STARTTLS if data.is_empty() => match self.terms.secure {
                 true => replies.error(option_reply::ERR_INVALID, "TLS is spoken already"),
                 false => replies.error(option_reply::ERR_POLICY, "no TLS here"),
             },
@@ -312,19 +321,23 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
         Ok(session)
     }
 
+    fn is_ours(&self, name: &[u8]) -> bool {
+        self.terms.any_name || name == self.export.name.as_bytes()
+    }
+
     fn begin(&mut self, attached: T, aligned: bool) -> Session<T> {
         let (structured, contexts) = (self.structured, std::mem::take(&mut self.contexts));
         Session { structured, contexts, aligned, attached }
     }
 
     fn export_name(&mut self, name: &[u8]) -> Result<Session<T>, End> {
-        if name != self.export.name.as_bytes() {
+        if !self.is_ours(name) {
             return Err(End::Refused("the client asked for another export".to_owned()));
         }
         let attached = (self.attach)().map_err(End::Refused)?;
         let mut answer = self.export.size().to_be_bytes().to_vec();
         answer.extend(self.export.flags(self.structured).to_be_bytes());
-        if !self.no_zeroes {
+        if !self.terms.no_zeroes {
             answer.extend([0; 124]);
         }
         self.line.write(&answer)?;
@@ -337,7 +350,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
             replies.error(option_reply::ERR_INVALID, "lengths do not fit");
             return None;
         };
-        if name != self.export.name.as_bytes() {
+        if !self.is_ours(name) {
             replies.error(option_reply::ERR_UNKNOWN, "no such export");
             return None;
         }
@@ -388,7 +401,7 @@ impl<T, A: FnMut() -> Result<T, String>> Talk<'_, A> {
             Ok(parsed) => parsed,
             Err(kind) => return replies.error(kind, "queries too many or lengths wrong"),
         };
-        if name != self.export.name.as_bytes() {
+        if !self.is_ours(name) {
             return replies.error(option_reply::ERR_UNKNOWN, "no such export");
         }
         let names = match set {

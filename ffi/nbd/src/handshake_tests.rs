@@ -15,7 +15,8 @@ fn greeted<T>(
     attach: impl FnMut() -> Result<T, String>,
 ) -> Result<Session<T>, End> {
     let no_zeroes = greet(line)?;
-    negotiate(line, &export(Box::new(AllData)), no_zeroes, false, attach)
+    let terms = Terms { no_zeroes, ..Terms::default() };
+    negotiate(line, &export(Box::new(AllData)), terms, attach)
 }
 
 /// A client's end of a handshake that runs on another thread.

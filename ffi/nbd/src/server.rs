@@ -18,7 +18,7 @@ use crate::claims::Claims;
 use crate::conn::{Conn, DEPTH};
 use crate::export::Export;
 use crate::gate::{Gate, Way, admit};
-use crate::handshake::{End, Line, Session, negotiate};
+use crate::handshake::{End, Line, Session, Terms, negotiate};
 use crate::listen::{Error, SocketFile, listen_on};
 use crate::proto::Rules;
 use crate::seats::{Guest, Seats};
@@ -88,6 +88,18 @@ impl Server {
         export.check()?;
         let (listener, file) = listen_on(path)?;
         Server::start(Gate::Unix(listener), Way::Open, Some(file), path, export)
+    }
+
+    /// Listens on `path` as [`Server::bind`] does, for those who hand connections over: on each of
+    /// theirs comes the descriptor of another one (`SCM_RIGHTS`), and the client on that is served,
+    /// whatever it calls the export.
+    ///
+    /// # Errors
+    /// As [`Server::bind`].
+    pub fn bind_passing(path: &Path, export: Export) -> Result<Server, Error> {
+        export.check()?;
+        let (listener, file) = listen_on(path)?;
+        Server::start(Gate::Unix(listener), Way::Passed, Some(file), path, export)
     }
 
     /// Listens on an address of a network: when this returns, clients can connect.
@@ -282,8 +294,12 @@ fn serve(shared: &Arc<Shared>, seat: usize, guest: Guest, socket: OwnedFd) {
             clock: &shared.clock,
             deadline,
         };
-        let (no_zeroes, secure) = (admitted.no_zeroes, pump.is_some());
-        let session = negotiate(&line, &shared.export, no_zeroes, secure, || {
+        let terms = Terms {
+            no_zeroes: admitted.no_zeroes,
+            secure: pump.is_some(),
+            any_name: matches!(shared.way, Way::Passed),
+        };
+        let session = negotiate(&line, &shared.export, terms, || {
             if memory.is_none() {
                 memory = Some(shared.seats.memory(seat).map_err(|e| e.to_string())?);
             }

@@ -3,11 +3,16 @@
 //! Region memory is never behind a reference, so the standard library's reads and writes cannot
 //! be used on it; the kernel is given checked addresses instead. Called by service threads.
 
+use std::io::IoSliceMut;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use dma::Region;
 use nix::errno::Errno;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+/// As many as the kernel lets through with one message: all of them are taken, so that none is lost.
+const DESCRIPTORS: usize = 253;
 
 /// Most parts of one gathered send.
 const PARTS: usize = 64;
@@ -100,6 +105,28 @@ pub(crate) fn receive(
     // alive (which anybody may write at any time), and `rest`, which is exclusively ours.
     let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
     Errno::result(got).map(|n| n as usize)
+}
+
+/// Receives some bytes and the descriptor that came with them, without waiting; `None` if none came.
+/// The bytes, and further descriptors, are dropped.
+///
+/// # Errors
+/// `EAGAIN` if nothing is there now.
+pub(crate) fn receive_descriptor(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+    let (mut bytes, mut space) = ([0; 4096], nix::cmsg_space!([RawFd; DESCRIPTORS]));
+    let mut iov = [IoSliceMut::new(&mut bytes)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let got = recvmsg::<()>(fd.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
+    let mut all = Vec::new();
+    for message in got.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            for fd in raw {
+                // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+                all.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    Ok(all.into_iter().next())
 }
 
 #[cfg(test)]

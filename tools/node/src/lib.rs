@@ -8,6 +8,7 @@
 //! - [`Leaf`], [`Image`] and [`Frontend`] are the enums over which the reactor is instantiated once,
 //!   for `tools` and `bench` alike.
 //! - [`Guests`] connects rings of Xen guests to running disks.
+//! - [`Watched`] follows a running disk, for a copy of it elsewhere.
 //! - [`Admin`] is a controller as a whole, without queues (`device …` commands).
 //!
 //! Control path throughout, but for the enums' forwarding.
@@ -46,6 +47,7 @@ mod spec;
 mod transport;
 mod vfio;
 mod vhd_chain;
+mod watch;
 
 pub use admin::{Admin, DeviceSpec};
 pub use chain::{Chain, OpenOptions, open_chain, open_source};
@@ -72,6 +74,7 @@ pub use source::Source;
 pub use spec::{ModelSpec, NodeSpec, RemoteSpec, VfioSpec, VolumeSpec, parse_size};
 pub use vfio::{VfioBar, VfioDoorbell, VfioMapper, use_unsafe_noiommu};
 pub use vhd_chain::{VhdChain, open_vhd};
+pub use watch::{Content, Round, Watched};
 
 /// Why a node could not be opened; the text says what, where and why.
 #[derive(Debug, thiserror::Error)]

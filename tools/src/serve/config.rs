@@ -8,6 +8,7 @@ use reactor::{Policy, Start};
 use serde::Deserialize;
 
 use super::metrics::Address;
+use super::mirrors::Reach;
 use super::rrd;
 
 /// What the file says; everything has a default.
@@ -37,6 +38,9 @@ pub(crate) struct Config {
     coalesce_rate: String,
     /// Where Prometheus gets figures: `unix:/PATH` or an address of the loopback; nowhere if empty.
     metrics: String,
+    /// Where disks may be mirrored to beside sockets of this host: `tls:FOLDER` with certificates, or
+    /// `plain`; nowhere if empty.
+    mirror: String,
     /// The file by which the toolstack's rrdd gets figures; none if empty.
     pub(crate) rrd: PathBuf,
 }
@@ -55,6 +59,7 @@ impl Default for Config {
             notify: "thread".into(),
             coalesce_rate: "100M".into(),
             metrics: String::new(),
+            mirror: String::new(),
             rrd: PathBuf::new(),
         }
     }
@@ -74,6 +79,7 @@ impl Config {
         config.notify()?;
         config.coalesce_rate()?;
         config.metrics()?;
+        config.mirror()?;
         config.rrd()?;
         if config.backend.is_empty() || !config.backend.bytes().all(|b| b.is_ascii_alphanumeric()) {
             bail!("backend: {:?} is no kind of backend, as qdisk is", config.backend);
@@ -123,6 +129,11 @@ impl Config {
         }
     }
 
+    /// Where disks may be mirrored to; certificates are read for it.
+    pub(crate) fn mirror(&self) -> anyhow::Result<Reach> {
+        Reach::parse(&self.mirror).context("mirror")
+    }
+
     /// Where rrdd gets figures.
     pub(crate) fn rrd(&self) -> anyhow::Result<Option<&Path>> {
         if self.rrd.as_os_str().is_empty() {
@@ -164,7 +175,7 @@ mod tests {
         let settings = text.lines().filter_map(|line| line.strip_prefix('#'));
         let settings: Vec<_> = settings.filter(|line| !line.starts_with(' ')).collect();
         assert_eq!(Config::parse(&settings.join("\n")).unwrap(), Config::default());
-        assert_eq!(settings.len(), 10, "a setting is missing: {settings:?}");
+        assert_eq!(settings.len(), 11, "a setting is missing: {settings:?}");
     }
 
     #[test]
@@ -190,6 +201,8 @@ mod tests {
             ("notify = 'mail'", "notify"),
             ("metrics = '0.0.0.0:80'", "loopback"),
             ("metrics = '/run/x'", "neither"),
+            ("mirror = 'yes'", "mirror: \"yes\" is neither"),
+            ("mirror = 'tls:/no/such/folder'", "ca-cert.pem"),
             ("rrd = 'polldisk'", "absolute"),
             ("rrd = '/dev/shm/metrics/a b'", "letters"),
             ("backend = '../x'", "backend"),

@@ -23,6 +23,8 @@ pub(crate) struct Mode {
     pub(crate) xen: bool,
     /// Devices are driven without an IOMMU.
     pub(crate) noiommu: bool,
+    /// Disks may be mirrored to other hosts.
+    pub(crate) network: bool,
 }
 
 /// Threads that have the same list.
@@ -77,8 +79,11 @@ fn filter(mode: Mode, threads: Threads) -> anyhow::Result<BpfProgram> {
     rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![own])?]);
     if threads == Threads::Others {
         // Figures may be had on this host's loopback, by a socket that was made before.
-        let unix = word(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
-        rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![unix])?]);
+        let network = [libc::AF_INET, libc::AF_INET6];
+        let families =
+            [libc::AF_UNIX].into_iter().chain(network.into_iter().filter(|_| mode.network));
+        let of = |family| SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, family as u64)?]);
+        rules.insert(libc::SYS_socket, families.map(of).collect::<Result<_, _>>()?);
     }
     if threads == Threads::Reactors {
         let of = |&(_, mask, value): &(Who, u64, u64)| {
@@ -319,7 +324,7 @@ mod tests {
 
     use super::*;
 
-    const POLL: Mode = Mode { policy: Policy::Poll, xen: true, noiommu: false };
+    const POLL: Mode = Mode { policy: Policy::Poll, xen: true, noiommu: false, network: false };
 
     /// Runs `f` on a thread with that list.
     fn limited<T: Send>(mode: Mode, threads: Threads, f: impl FnOnce() -> T + Send) -> T {
@@ -383,6 +388,21 @@ mod tests {
             assert_eq!(network, Some(ErrorKind::PermissionDenied), "{threads:?}");
             assert_eq!(socket, threads == Threads::Others);
         }
+    }
+
+    /// But for mirrors, if they are wanted; and reactors never.
+    #[test]
+    fn a_network_is_there_only_if_it_is_asked_for() {
+        let network = Mode { network: true, ..POLL };
+        let binds = || std::net::TcpListener::bind("127.0.0.1:0").is_ok();
+        assert!(!limited(POLL, Threads::Others, binds));
+        assert!(limited(network, Threads::Others, binds));
+        assert!(!limited(network, Threads::Reactors, binds));
+        let other = || {
+            use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), None).err()
+        };
+        assert_eq!(limited(network, Threads::Others, other), Some(nix::errno::Errno::EPERM));
     }
 
     /// What a reactor may ask of devices is asked by number: see the cases with guests whose pages are

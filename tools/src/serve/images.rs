@@ -389,6 +389,14 @@ impl Images {
         }
     }
 
+    /// One that is open.
+    pub(crate) fn image(&self, name: &str) -> Option<Arc<Image>> {
+        match self.all.lock().get(name)? {
+            Entry::Open { image, .. } => Some(image.clone()),
+            Entry::Busy => None,
+        }
+    }
+
     /// The changes of one of them, for calls.
     pub(crate) fn changes(&self, name: &str) -> Option<Arc<Changes>> {
         match self.all.lock().get(name)? {
@@ -546,6 +554,7 @@ impl Images {
         nbd: Option<::nbd::Server>,
         goes_on: bool,
     ) -> anyhow::Result<()> {
+        self.repositories.before_close(&image.name);
         let left = nbd.map_or(0, |server| server.shutdown(DRAIN));
         if left > 0 {
             log::warn!("{}: {left} NBD clients had requests in flight after {DRAIN:?}", image.name);

@@ -10,6 +10,7 @@ mod figures;
 mod images;
 mod keep;
 mod metrics;
+mod mirrors;
 mod repositories;
 mod rrd;
 #[cfg(test)]
@@ -69,12 +70,15 @@ pub(crate) fn run(serve: &Serve, noiommu: bool) -> anyhow::Result<u8> {
     // Guests are served whether or not anybody is told figures.
     let rrd = or_said(config.rrd()?.map(rrd::Target::open));
     let uid = rrd.as_ref().and_then(rrd::Target::uid);
-    let repositories = Arc::new(Repositories::new(config.state.clone(), uid));
+    let reach = config.mirror()?;
+    let network = reach.is_network();
+    let repositories = Repositories::new(config.state.clone(), uid).reaching(reach);
+    let repositories = Arc::new(repositories);
     let images =
         Arc::new(Images::new(reactors.clone(), options, allow, keep, repositories.clone()));
     let stop = signals.told();
-    let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu };
-    // No socket of a network can be made later.
+    let mode = Mode { policy: config.policy()?, xen: config.xen, noiommu, network };
+    // No socket of a network can be made later, unless disks are mirrored over one.
     let listener = or_said(config.metrics()?.map(|address| Listener::bind(&address)));
     let limited = confine::limit_system_calls(mode, &reactors);
     let end = Arc::new(AtomicBool::new(false));

@@ -29,6 +29,7 @@ mod growth;
 mod left;
 mod many;
 mod measures;
+mod mirror;
 mod nbd;
 mod repository;
 mod waiting;

@@ -35,20 +35,28 @@ pub(super) const VOLUME: [&str; 25] = [
 ];
 
 /// Methods of the datapath plugin, beside `Plugin.query`.
-pub(super) const DATAPATH: [&str; 5] = [
+pub(super) const DATAPATH: [&str; 11] = [
     "Datapath.attach",
     "Datapath.activate",
     "Datapath.activate_readonly",
     "Datapath.deactivate",
     "Datapath.detach",
+    "Datapath.import_activate",
+    "Data.mirror",
+    "Data.stat",
+    "Data.cancel",
+    "Data.destroy",
+    "Data.ls",
 ];
 
 /// What the volume plugin can do that is not seen from its methods.
-const FEATURES: [&str; 6] = [
+const FEATURES: [&str; 8] = [
     "VDI_RESIZE_ONLINE",
     "VDI_REVERT",
     "VDI_COMPOSE",
     "VDI_CONFIG_CBT",
+    "VDI_MIRROR",
+    "VDI_MIRROR_IN",
     "LARGE_VDI",
     "THIN_PROVISIONING",
 ];
@@ -57,7 +65,7 @@ const FEATURES: [&str; 6] = [
 pub(super) fn answer(kind: Kind) -> Value {
     let features: &[&str] = match kind {
         Kind::Volume => &FEATURES,
-        Kind::Datapath => &[],
+        Kind::Datapath => &["VDI_MIRROR_IN"],
     };
     json!({
         "plugin": REPOSITORY_TYPE,

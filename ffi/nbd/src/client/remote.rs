@@ -127,6 +127,11 @@ impl Remote {
         }
     }
 
+    /// Whether it is on this host, by an address of the loopback.
+    pub fn is_loopback(&self) -> bool {
+        matches!(self.place, Place::Network(address) if address.ip().is_loopback())
+    }
+
     pub(super) fn export(&self) -> &str {
         &self.export
     }

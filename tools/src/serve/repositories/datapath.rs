@@ -1,6 +1,8 @@
 //! The methods of the datapath: `Datapath.*`. A disk's image is open while a domain has it activated, or a
 //! device of a guest uses it. All of them may be called again, and in the wrong order.
 
+use std::collections::btree_map::Entry;
+
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -37,6 +39,10 @@ impl Repositories {
             "activate" | "activate_readonly" => {
                 let place = self.place(sr, key)?;
                 self.activate(images, &place, domain()?)
+            }
+            "import_activate" => {
+                let place = self.place(sr, key)?;
+                self.import(images, &place, domain()?)
             }
             "deactivate" => self.deactivate(images, sr, key, domain()?),
             // Nothing is held for it.
@@ -96,7 +102,39 @@ impl Repositories {
         Ok(json!({ "implementations": implementations }))
     }
 
-    fn activate(&self, images: &Images, place: &DiskPlace, domain: &str) -> Result<Value, Fault> {
+    /// Activates a disk, for clients whose connections are handed over on a socket; returns its path.
+    fn import(&self, images: &Images, place: &DiskPlace, domain: &str) -> Result<Value, Fault> {
+        self.activate(images, place, domain)?;
+        let name = place.name();
+        let folder = self.run.join("import");
+        let path = folder.join(&place.key);
+        // Nobody closes the image meanwhile.
+        let _active = self.active.lock();
+        let mut imports = self.imports.lock();
+        if let Entry::Vacant(free) = imports.entry(name) {
+            let name = free.key();
+            let image = images.image(name);
+            let image =
+                image.ok_or_else(|| Fault::other(format!("{name} was closed meanwhile")))?;
+            std::fs::create_dir_all(&folder)
+                .map_err(|e| Fault::other(format!("{}: {e}", folder.display())))?;
+            let export = ::nbd::Export {
+                name: place.key.clone(),
+                size: Some(image.changes.size()),
+                ..crate::nbd::export(name.clone(), &image.door, &image.info())?
+            };
+            let server = ::nbd::Server::bind_passing(&path, export).map_err(anyhow::Error::from)?;
+            free.insert(server);
+        }
+        Ok(json!(path.display().to_string()))
+    }
+
+    pub(super) fn activate(
+        &self,
+        images: &Images,
+        place: &DiskPlace,
+        domain: &str,
+    ) -> Result<Value, Fault> {
         let wanted = self.wanted(place)?;
         let mut active = self.active.lock();
         let sockets = self.run.join("nbd");
@@ -110,7 +148,7 @@ impl Repositories {
         Ok(Value::Null)
     }
 
-    fn deactivate(
+    pub(super) fn deactivate(
         &self,
         images: &Images,
         sr: &str,
@@ -118,6 +156,8 @@ impl Repositories {
         domain: &str,
     ) -> Result<Value, Fault> {
         let name = format!("{sr}/{key}");
+        // What a copy elsewhere lacks goes there before anybody may go on with that.
+        self.mirrors.finish(&name, domain)?;
         let mut active = self.active.lock();
         if let Some(domains) = active.get_mut(&name) {
             domains.remove(domain);

@@ -108,6 +108,10 @@ impl Repositories {
                 return Ok(answer(&args.sr, disk, node));
             }
             "snapshot" | "clone" => {
+                if method == "snapshot" {
+                    // So the toolstack ends a migration that is called off: it says nothing else.
+                    self.mirrors.stop(&format!("{}/{}", args.sr, args.key));
+                }
                 let mut made = Value::Null;
                 with_disk(Touches::Top, &mut |repository, running| {
                     let stacked = match method {
@@ -166,6 +170,10 @@ impl Repositories {
             }
             "resize" => {
                 let size = *wanted(&args.new_size, "new_size")?;
+                if self.mirrors.is_mirrored(&format!("{}/{}", args.sr, args.key)) {
+                    let why = "the disk is being copied elsewhere (Data.mirror): try again when that has ended";
+                    return Err(Fault::cannot_resize(why.to_owned()));
+                }
                 with_disk(Touches::Top, &mut |repository, running| {
                     resize(&attached, repository, running, &args.key, size)
                 })?;

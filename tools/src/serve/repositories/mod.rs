@@ -5,6 +5,7 @@
 mod attached;
 mod changed;
 mod coalesce;
+mod data;
 mod datapath;
 mod disks;
 mod fault;
@@ -24,6 +25,8 @@ use serde_json::{Value, json};
 use volume::HostIds;
 
 use super::images::Images;
+use super::mirrors::{Mirrors, Reach};
+use crate::nbd::DRAIN;
 use crate::volume::author;
 use attached::Attached;
 pub(super) use coalesce::Coalescer;
@@ -50,6 +53,9 @@ pub(crate) struct Repositories {
     watched: Mutex<BTreeMap<String, Arc<growth::Watched>>>,
     /// Where rrdd finds figures: addresses of files in memory.
     datasources: Vec<String>,
+    mirrors: Mirrors,
+    /// Servers for connections that are handed over, by the names of their images.
+    imports: Mutex<BTreeMap<String, ::nbd::Server>>,
 }
 
 type Configuration = BTreeMap<String, String>;
@@ -96,7 +102,20 @@ impl Repositories {
     pub(crate) fn new(run: PathBuf, rrd: Option<&str>) -> Repositories {
         let datasources = rrd.map(|uid| format!("xeno+shm:///{uid}")).into_iter().collect();
         let (all, active, watched) = Default::default();
-        Repositories { run, all, active, watched, datasources }
+        let (mirrors, imports) = Default::default();
+        Repositories { run, all, active, watched, datasources, mirrors, imports }
+    }
+
+    /// The same, whose disks may be mirrored so far.
+    pub(crate) fn reaching(self, reach: Reach) -> Repositories {
+        Repositories { mirrors: Mirrors::new(reach), ..self }
+    }
+
+    /// An image is about to be closed: nothing may use it any more.
+    pub(crate) fn before_close(&self, image: &str) {
+        self.mirrors.stop(image);
+        let import = self.imports.lock().remove(image);
+        import.map(|server| server.shutdown(DRAIN));
     }
 
     /// Carries out a method: `{"result": …}`, or `{"error": {"code", "params"}}` as the toolstack wants it.
@@ -104,6 +123,7 @@ impl Repositories {
         let result = match method.split_once('.') {
             Some(("SR", method)) => self.of_repository(method, args),
             Some(("Volume", method)) => self.of_disk(images, method, args),
+            Some(("Data", method)) => self.data(images, method, args),
             Some(("Datapath", method)) => self.datapath(images, method, args),
             _ => Err(Fault::unimplemented(method)),
         };

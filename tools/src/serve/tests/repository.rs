@@ -207,7 +207,7 @@ fn a_guest_on_a_disk_of_a_repository() {
 }
 
 impl Rig {
-    fn unplug_only(&self, ours: &Ours, guest: &Guest, key: &str) {
+    pub(super) fn unplug_only(&self, ours: &Ours, guest: &Guest, key: &str) {
         let domid = guest.domid;
         guest.say("6");
         self.world.reaches(domid, "6");
