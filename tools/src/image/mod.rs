@@ -5,13 +5,13 @@ mod bitmap;
 mod check;
 mod commit;
 mod compare;
-mod convert;
+pub(crate) mod convert;
 mod create;
 mod fresh;
 pub(crate) mod info;
 mod map;
 pub(crate) mod print;
-mod reader;
+pub(crate) mod reader;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -75,13 +75,20 @@ pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
 
 /// What may be opened as a backing file.
 #[derive(Args)]
-struct Backing {
+pub(crate) struct Backing {
     /// Format of backing files whose image states none.
     #[arg(long, value_name = "FORMAT", value_parser = crate::args::format)]
     backing_format: Option<Format>,
     /// Only open backing files in this folder (may be given several times).
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
+}
+
+impl Backing {
+    /// What is in these folders.
+    pub(crate) fn in_folders(folders: &[PathBuf]) -> Backing {
+        Backing { backing_format: None, allow_backing: folders.to_vec() }
+    }
 }
 
 /// How images that are only read are opened.
@@ -122,7 +129,7 @@ fn only_qcow2(format: Format) -> anyhow::Result<()> {
 }
 
 /// Parses a node string, for clap.
-fn node(text: &str) -> Result<NodeSpec, String> {
+pub(crate) fn node(text: &str) -> Result<NodeSpec, String> {
     NodeSpec::parse(text).map_err(|e| e.to_string())
 }
 

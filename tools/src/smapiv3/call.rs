@@ -49,12 +49,15 @@ fn ask(method: &str) -> anyhow::Result<Value> {
     let mut text = String::new();
     std::io::stdin().take(ARGUMENTS).read_to_string(&mut text).context("the arguments")?;
     let args: Value = serde_json::from_str(&text).context("the arguments are no JSON")?;
-    let socket = std::env::var_os("POLLDISK_SOCKET").map_or_else(|| DAEMON.into(), PathBuf::from);
-    let mut daemon = connect(&socket)?;
-    daemon.call("smapiv3", json!({"method": method, "args": args}))
+    daemon()?.call("smapiv3", json!({"method": method, "args": args}))
 }
 
-/// Connects to the daemon, which is started if nobody answers.
+/// Connects to the daemon that the plugins talk to, which is started if nobody answers.
+pub(crate) fn daemon() -> anyhow::Result<Client> {
+    let socket = std::env::var_os("POLLDISK_SOCKET").map_or_else(|| DAEMON.into(), PathBuf::from);
+    connect(&socket)
+}
+
 fn connect(socket: &Path) -> anyhow::Result<Client> {
     if let Ok(client) = Client::connect(socket) {
         return Ok(client);

@@ -5,6 +5,8 @@ mod call;
 mod install;
 mod query;
 
+pub(crate) use call::daemon;
+
 use std::path::PathBuf;
 
 /// The two kinds of plugins.

@@ -9,6 +9,7 @@ mod create;
 mod create_group;
 mod export_text;
 mod extend;
+mod import;
 mod kernel;
 mod list;
 mod open;
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Remove(remove::Remove),
     /// Make a volume larger.
     Extend(extend::Extend),
+    /// Make a disk of a repository of what is in an image.
+    Import(import::Import),
     /// Give a volume another name.
     Rename(rename::Rename),
     /// Tell whether a volume group is sound; exit code 1 if not.
@@ -59,6 +62,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<u8> {
         Command::Create(c) => create::run(&c).map(|()| 0),
         Command::Remove(c) => remove::run(&c).map(|()| 0),
         Command::Extend(c) => extend::run(&c).map(|()| 0),
+        Command::Import(c) => import::run(&c).map(|()| 0),
         Command::Rename(c) => rename::run(&c).map(|()| 0),
         Command::Check(c) => check::run(&c),
         Command::ExportText(c) => export_text::run(&c).map(|()| 0),

@@ -1,5 +1,5 @@
 //! [`Client`]: writes to an export of another server: several requests at a time, each with a limit on
-//! its time. What the server says is believed of nothing but its own export.
+//! its time; and reads back what it wrote. What the server says is believed of nothing but its own export.
 //!
 //! For control code, on a thread that may wait. It negotiates as new clients do (`GO`) and as older ones
 //! did, and asks for no more than simple replies: all that it wants to know is how writes ended.
@@ -185,6 +185,22 @@ impl Client {
     pub fn settle(&mut self) -> Result<()> {
         while !self.asked.is_empty() {
             self.receive()?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes, also what was written just now.
+    ///
+    /// # Errors
+    /// If the server does not give them, or an earlier request failed.
+    pub fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.settle()?;
+        let mut at = offset;
+        for part in into.chunks_mut(self.payload as usize) {
+            self.ask("read", command::READ, at, part.len() as u32, &[])?;
+            self.receive()?;
+            self.wire.read(part)?;
+            at += part.len() as u64;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! `polldisk image convert`: a thread reads the source ([`plan`]), this one writes the
-//! destination ([`target`]).
+//! destination ([`target`]). So does `polldisk volume import` ([`into_new_disk`]).
 
 mod plan;
 mod target;
@@ -18,7 +18,7 @@ use super::print::{self, Output, Progress};
 use super::reader::{Reader, file_id};
 use super::{Backing, reading, snapshot, usage};
 use plan::{Part, Piece, Plan, Under};
-use target::{Existing, NewQcow, NewRaw, NewVhd, Target};
+use target::{Existing, NewDisk, NewQcow, NewRaw, NewVhd, Target};
 
 use crate::args::AnyFormat;
 
@@ -81,13 +81,21 @@ pub(crate) struct Convert {
 }
 
 /// What was done.
-#[derive(Default, Serialize)]
+#[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Done {
     source: String,
     filename: String,
     format: &'static str,
     virtual_size: u64,
+    #[serde(flatten)]
+    moved: Moved,
+}
+
+/// How much of the disk went where.
+#[derive(Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Moved {
     /// Bytes of the disk that were copied.
     data_bytes: u64,
     /// Bytes that read as zeroes.
@@ -192,20 +200,20 @@ fn into_new(
         AnyFormat::Vhd => {
             let mut target = NewVhd::new(place, &wanted.vhd())?;
             let plan = Plan::new(source, under, None, args.sparse_size);
-            let done = copy(plan, &mut target, args)?;
+            let done = args.copy(plan, &mut target)?;
             Ok((Done { virtual_size: target.size(), ..done }, target.finish()?))
         }
         AnyFormat::Raw => {
             let mut target = NewRaw::new(place, wanted.qcow.size, wanted.raw)?;
             let plan = Plan::new(source, under, None, args.sparse_size);
-            let done = copy(plan, &mut target, args)?;
+            let done = args.copy(plan, &mut target)?;
             Ok((done, target.finish()?))
         }
         AnyFormat::Qcow2 => {
             let mut target = NewQcow::new(place, data, &wanted.qcow, args.compress)?;
             let cluster = Some(wanted.qcow.cluster_size);
             let plan = Plan::new(source, under, cluster, args.sparse_size);
-            let done = copy(plan, &mut target, args)?;
+            let done = args.copy(plan, &mut target)?;
             Ok((done, target.finish()?))
         }
     }
@@ -234,7 +242,7 @@ fn into_existing(
         return Err(e);
     }
     let plan = Plan::new(source, Under::Nothing, target.cluster(), args.sparse_size);
-    let done = copy(plan, &mut target, args);
+    let done = args.copy(plan, &mut target);
     // Also after a failure: what was written must be in order.
     let finished = target.finish();
     let done =
@@ -243,16 +251,39 @@ fn into_existing(
     Ok(done)
 }
 
+impl Convert {
+    /// Moves everything.
+    fn copy(&self, plan: Plan, target: &mut dyn Target) -> anyhow::Result<Done> {
+        let virtual_size = plan.size();
+        let moved = copy(plan, target, self.progress && !self.quiet)?;
+        Ok(Done {
+            source: self.source.to_string(),
+            filename: self.destination.to_string(),
+            format: self.output_format.name(),
+            virtual_size,
+            moved,
+        })
+    }
+}
+
+/// Copies all data of an image to a new disk, which reads as zeroes. Returns how many bytes that were.
+///
+/// # Errors
+/// If the source cannot be read, or `write` fails.
+pub(crate) fn into_new_disk(
+    source: Reader,
+    progress: bool,
+    write: &mut dyn FnMut(u64, &[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    // In whole clusters of the image that the disk is: what is left out costs it nothing.
+    let plan = Plan::new(source, Under::Nothing, Some(65536), 4096);
+    Ok(copy(plan, &mut NewDisk(write), progress)?.data_bytes)
+}
+
 /// Moves everything.
-fn copy(plan: Plan, target: &mut dyn Target, args: &Convert) -> anyhow::Result<Done> {
-    let mut done = Done {
-        source: args.source.to_string(),
-        filename: args.destination.to_string(),
-        format: args.output_format.name(),
-        virtual_size: plan.size(),
-        ..Done::default()
-    };
-    let mut progress = Progress::new(args.progress && !args.quiet, plan.size());
+fn copy(plan: Plan, target: &mut dyn Target, progress: bool) -> anyhow::Result<Moved> {
+    let mut done = Moved::default();
+    let mut progress = Progress::new(progress, plan.size());
     let (pieces, received) = sync_channel(4);
     let (used, empty) = sync_channel(8);
     std::thread::scope(|scope| {

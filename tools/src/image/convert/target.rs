@@ -1,5 +1,5 @@
 //! Where a copy goes: a new QCOW2 image ([`NewQcow`]), a new raw one ([`NewRaw`]), a new VHD one
-//! ([`NewVhd`]), or one that exists ([`Existing`]).
+//! ([`NewVhd`]), or one that exists ([`Existing`]), or a new disk elsewhere ([`NewDisk`]).
 
 use std::collections::HashMap;
 
@@ -23,6 +23,19 @@ pub(super) trait Target {
 
     /// Takes zeroes, cut as data is.
     fn zeroes(&mut self, at: u64, len: u64) -> anyhow::Result<()>;
+}
+
+/// A disk that reads as zeroes, by what writes to it.
+pub(super) struct NewDisk<'w>(pub(super) &'w mut dyn FnMut(u64, &[u8]) -> anyhow::Result<()>);
+
+impl Target for NewDisk<'_> {
+    fn data(&mut self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        (self.0)(at, bytes)
+    }
+
+    fn zeroes(&mut self, _at: u64, _len: u64) -> anyhow::Result<()> {
+        Ok(())
+    }
 }
 
 /// Threads that compress, at most.
