@@ -212,8 +212,12 @@ impl Images {
 
     /// Puts in what can be of that, as somebody is going to change the image. Whether nothing is left of it.
     pub(crate) fn put_in(&self, wanted: &Wanted) -> bool {
-        // Whoever opens it does that himself.
-        let closed = !self.all.lock().contains_key(wanted.name());
+        // Whoever opens it does that himself, but may not have come to it.
+        let closed = self.at_peace(wanted.name(), |all| match all.get(wanted.name()) {
+            Some(Entry::Busy) => None,
+            entry => Some(entry.is_none()),
+        });
+        let Ok(closed) = closed.inspect_err(|e| log::warn!("{e:#}")) else { return false };
         if closed
             && self.keep.has_journal(wanted.name())
             && let Err(e) = self.redo(wanted)
