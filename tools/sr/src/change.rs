@@ -325,7 +325,7 @@ impl<S: Storage> Repository<S> {
     /// # Errors
     /// If there is none.
     pub fn destroy(&mut self, key: &str, author: &Author) -> Result<()> {
-        let (_, node) = self.known(key)?;
+        let node = self.disk(key)?.1.clone();
         let state = self.state().clone();
         self.commit(author, &format!("destroy {key}"), &[], |vg| {
             if state.children(&node.lv) > 0 {

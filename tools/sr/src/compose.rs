@@ -10,7 +10,7 @@ use qcow::open::{Format, ImageMeta, Mode};
 use volume::Author;
 
 use crate::change::{put, remove};
-use crate::error::{Result, refused};
+use crate::error::{Error, Result, refused};
 use crate::images::backing;
 use crate::repository::Repository;
 use crate::state::{DEPTH, Node};
@@ -20,9 +20,9 @@ impl<S: Storage> Repository<S> {
     /// other one is nobody's disk any more. Neither is in use.
     ///
     /// # Errors
-    /// If there is no such disk; if the disk stands on something that holds data, which it would not show any
-    /// more, or on nothing and holds data itself, or changes of it are told; if the other one stands on it, or too many images would stand on each
-    /// other; if a device fails.
+    /// If there is no such disk, or their sizes differ; if the disk stands on nothing, or on something that holds
+    /// data, which it would not show any more, or changes of it are told; if the other one stands on it, or too
+    /// many images would stand on each other; if a device fails.
     pub fn compose(&mut self, child: &str, parent: &str, author: &Author) -> Result<()> {
         let (disk, node) = self.with_data(child)?;
         let (_, below) = self.with_data(parent)?;
@@ -38,13 +38,20 @@ impl<S: Storage> Repository<S> {
         if down.len() >= DEPTH {
             return refused(format!("{} images would stand on each other", down.len() + 1));
         }
-        let alone = node.parent.is_none();
-        for lv in self.down_from(&node.lv).into_iter().skip(usize::from(!alone)) {
+        if node.size != below.size {
+            return refused(format!("{child} has {} bytes, {parent} {}", node.size, below.size));
+        }
+        let under: Vec<String> = self.down_from(&node.lv).into_iter().skip(1).collect();
+        if under.is_empty() {
+            // Zeroes that were written to such an image may not be told from nothing.
+            return refused(format!(
+                "{child} stands on nothing: take a snapshot of it before it is filled"
+            ));
+        }
+        for lv in under {
             let image = ImageMeta::open(&mut self.storage(&lv)?, &lv, Mode::Read)?;
             if image.l1.iter().any(|&entry| entry != 0) {
-                // In an image that stands on nothing, zeroes that were written may not be told from nothing.
-                let why = if alone { "stands on nothing, but" } else { "stands on something that" };
-                return refused(format!("{child} {why} holds data ({lv})"));
+                return refused(format!("{child} stands on {lv}, which holds data"));
             }
         }
         let lv = node.lv.clone();
@@ -54,20 +61,39 @@ impl<S: Storage> Repository<S> {
     }
 
     /// Ends what was begun and not ended when the repository was used last: to be called before anything else.
-    ///
-    /// # Errors
-    /// If a device fails, or an image is damaged.
-    pub fn finish(&mut self, author: &Author) -> Result<()> {
+    /// Returns what cannot be ended: those disks stay as they are ([`Repository::is_pending`]).
+    pub fn finish(&mut self, author: &Author) -> Vec<(String, Error)> {
         let begun = self.state().nodes.values().filter(|node| node.onto.is_some());
         let begun: Vec<String> = begun.map(|node| node.lv.clone()).collect();
-        begun.iter().try_for_each(|lv| self.put_onto(lv, author))
+        let failed = |lv: String| self.put_onto(&lv, author).err().map(|e| (lv, e));
+        begun.into_iter().filter_map(failed).collect()
+    }
+
+    /// Whether a disk is being put on another one, or that one is it: nobody may use either meanwhile.
+    ///
+    /// # Errors
+    /// If there is no such disk.
+    pub fn is_pending(&self, key: &str) -> Result<bool> {
+        let (_, node) = self.disk(key)?;
+        let chain = self.down_from(&node.lv);
+        let of_it = |other: &Node| {
+            let onto = other.onto.as_deref();
+            onto == Some(&node.lv) || (onto.is_some() && chain.contains(&other.lv))
+        };
+        Ok(self.state().nodes.values().any(of_it))
     }
 
     fn put_onto(&mut self, lv: &str, author: &Author) -> Result<()> {
         let state = self.state().clone();
         let Some(node) = state.nodes.get(lv) else { return Ok(()) };
-        let Some(below) = node.onto.as_ref().and_then(|onto| state.nodes.get(onto)) else {
-            // Somebody else has taken it away.
+        let below = node.onto.as_ref().and_then(|onto| state.nodes.get(onto));
+        let can_be = |below: &&Node| {
+            below.record.is_none()
+                && node.record.is_none()
+                && state.chain(&below.lv).all(|other| other.lv != lv)
+        };
+        let Some(below) = below.filter(can_be) else {
+            // Somebody else has changed the tags.
             let as_it_is = Node { onto: None, ..node.clone() };
             return self.commit(author, &format!("{lv} stays"), &[], |vg| put(vg, &as_it_is));
         };

@@ -63,7 +63,9 @@ impl<S: Storage> Repository<S> {
     pub fn merges(&self) -> Vec<Merge> {
         let nodes = &self.state().nodes;
         let hidden = |lv: &String| nodes.get(lv).filter(|node| node.disk.is_none());
-        let settled = nodes.values().filter(|node| node.onto.is_none());
+        // What is being put on one, and what that is put on, stay.
+        let is_target = |lv: &str| nodes.values().any(|node| node.onto.as_deref() == Some(lv));
+        let settled = nodes.values().filter(|n| n.onto.is_none() && !is_target(&n.lv));
         let merges = settled.filter_map(|upper| {
             let lower = hidden(upper.parent.as_ref()?)?;
             // Records say what was there by what the lower one is: nobody may write to it then.

@@ -85,6 +85,11 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
+    /// Nothing at all: no file is in this folder.
+    pub(crate) fn nowhere() -> Backing {
+        Backing::in_folders(&[PathBuf::from("/dev/null")])
+    }
+
     /// What is in these folders.
     pub(crate) fn in_folders(folders: &[PathBuf]) -> Backing {
         Backing { backing_format: None, allow_backing: folders.to_vec() }

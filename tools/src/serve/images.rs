@@ -207,25 +207,32 @@ impl Images {
     /// Whether a daemon that died has left changes of an image that is not open yet.
     pub(crate) fn is_left(&self, name: &str) -> bool {
         let all = self.all.lock();
-        !matches!(all.get(name), Some(Entry::Open { .. })) && self.keep.has_journal(name)
+        !matches!(all.get(name), Some(Entry::Open { .. })) && self.keep.has_changes(name)
     }
 
     /// Puts in what can be of that, as somebody is going to change the image. Whether nothing is left of it.
     pub(crate) fn put_in(&self, wanted: &Wanted) -> bool {
         // Whoever opens it does that himself, but may not have come to it.
-        let closed = self.at_peace(wanted.name(), |all| match all.get(wanted.name()) {
+        let name = wanted.name();
+        let ours = self.at_peace(name, |all| match all.get(name) {
             Some(Entry::Busy) => None,
-            entry => Some(entry.is_none()),
+            Some(Entry::Open { .. }) => Some(false),
+            None => {
+                let left = self.keep.has_changes(name);
+                // Nobody opens it meanwhile.
+                left.then(|| all.insert(name.to_owned(), Entry::Busy));
+                Some(left)
+            }
         });
-        let Ok(closed) = closed.inspect_err(|e| log::warn!("{e:#}")) else { return false };
-        if closed
-            && self.keep.has_journal(wanted.name())
-            && let Err(e) = self.redo(wanted)
-        {
-            log::warn!("{}: {e:#}", wanted.name());
-            return false;
-        }
-        true
+        let done = match ours {
+            Ok(true) => {
+                let done = self.redo(wanted);
+                self.all.lock().remove(name);
+                done
+            }
+            other => other.map(drop),
+        };
+        done.inspect_err(|e| log::warn!("{name}: {e:#}")).is_ok()
     }
 
     /// Opens an image, or keeps the one that a device has opened, until [`Images::let_go`].

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use clap::Args;
 use nbd::{Client as Nbd, Remote};
-use node::{NodeSpec, OpenOptions, open_source};
+use node::NodeSpec;
 use qcow::Source;
-use qcow::open::{Format, ImageMeta, Mode};
 use reactor::Clock;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -68,7 +67,6 @@ struct Done {
 
 /// Imports.
 pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
-    refuse_foreign(args)?;
     let source = args.open()?;
     let virtual_size = source.size();
     let mut daemon = Daemon { client: crate::smapiv3::daemon()?, sr: &args.sr };
@@ -108,34 +106,12 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
 
 impl Import {
     fn open(&self) -> anyhow::Result<Reader> {
-        let backing = Backing::in_folders(&self.allow_backing);
+        let backing = match self.allow_backing.is_empty() {
+            true => Backing::nowhere(),
+            false => Backing::in_folders(&self.allow_backing),
+        };
         Reader::open_any(&self.source, self.format, &backing, false)
     }
-}
-
-/// Looks what the image itself names, before anything of that is opened.
-fn refuse_foreign(args: &Import) -> anyhow::Result<()> {
-    if !args.allow_backing.is_empty() || args.format == AnyFormat::Raw {
-        return Ok(());
-    }
-    let name = args.source.to_string();
-    image::refuse_special(&args.source)?;
-    let mut storage = open_source(&args.source, &OpenOptions::read(Format::Raw))?;
-    let names = match args.format {
-        AnyFormat::Qcow2 => {
-            let header = ImageMeta::open(&mut storage, &name, Mode::Read)?.header;
-            header.backing_name.is_some() || header.has_data_file()
-        }
-        _ => !vhd::Image::read(&mut storage, &name)?.parents.is_empty(),
-    };
-    storage.close()?;
-    if names {
-        bail!(
-            "{name}: names another file, without which it is not whole; if you know that file, say with \
-             --allow-backing in which folder it is"
-        );
-    }
-    Ok(())
 }
 
 /// The daemon, as the toolstack talks to it.

@@ -71,7 +71,11 @@ fn what_would_lose_data_is_refused() {
     refused(&mut r, &snapshot, &parent, "is a snapshot");
     let clone = r.clone_disk(&snapshot, &author()).unwrap().key;
     refused(&mut r, &snapshot, &clone, "is a snapshot");
+    let small = r.create_disk(&disk(4 * MIB), &author()).unwrap();
+    r.snapshot(&small, &author()).unwrap();
+    refused(&mut r, &small, &parent, "bytes");
     let empty = r.create_disk(&disk(MIB), &author()).unwrap();
+    refused(&mut r, &empty, &parent, "stands on nothing");
     let above = r.snapshot(&empty, &author()).unwrap().key;
     refused(&mut r, &empty, &empty, "stands on");
     r.track(&empty, true, &author()).unwrap();
@@ -103,7 +107,8 @@ fn a_daemon_that_dies_leaves_it_as_it_was_or_done() {
             r.group().vg().lvs.iter().any(|lv| lv.tags.iter().any(|t| t.starts_with("pd:onto")));
         begun += u32::from(pending);
         assert!(!(used && pending));
-        r.finish(&author()).unwrap();
+        assert!(r.is_pending(&child).unwrap() == pending);
+        assert!(r.finish(&author()).is_empty() && !r.is_pending(&child).unwrap());
         assert!(fits(&mut r), "write {at}");
         let shown = contents(&r, &child).unwrap();
         let is_old = r.disk(&parent).is_ok();
@@ -133,7 +138,7 @@ fn cut_a_cache(sabotage: Sabotage) -> (u32, u32) {
         for _ in 0..3 {
             let left = open(drive(cut.survivor(&mut rng))).ok();
             let is_right = left.is_some_and(|mut left| {
-                left.finish(&author()).is_ok() && fits(&mut left) && {
+                left.finish(&author()).is_empty() && fits(&mut left) && {
                     let is_done = left.disk(&parent).is_err();
                     let shown = contents(&left, &child).ok();
                     shown.as_ref() == Some(if is_done { &whole } else { &alone })

@@ -41,7 +41,9 @@ impl Attached {
         if let Some(why) = vg.lvs.iter().find_map(|lv| node::active_volume(&nodes, vg, lv)) {
             return Err(Fault::other(why));
         }
-        repository.finish(&author())?;
+        for (lv, error) in repository.finish(&author()) {
+            log::error!("{lv} cannot be put on what it belongs on, and is not to be used: {error}");
+        }
         let (repository, device) = (Mutex::new(repository), device.to_owned());
         Ok(Attached { repository, devices, device, merging: Mutex::default() })
     }

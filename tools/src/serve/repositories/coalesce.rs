@@ -224,6 +224,10 @@ fn live(
         let why = || Fault::other(format!("{name} is not in the chain any more"));
         return settle(attached, merge, Some(above.ok_or_else(why)?));
     };
+    let below = disk.chain().nth(depth + 1);
+    if below != Some(&*format!("{vg}/{}", merge.lower)) {
+        return Err(Fault::other(format!("{name} does not stand on {} by itself", merge.lower)));
+    }
     disk.volume_has_grown(id, &map)?;
     let above = disk.chain().nth(depth.saturating_sub(1)).map(str::to_owned);
     disk.commit(depth, watch)?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use node::{Disk as Running, Member};
 use qcow::ChainReader;
+use qcow::open::{ImageMeta, Mode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sr::{Disk, NewDisk, Node, Repository, Stacked, Text};
@@ -91,12 +92,18 @@ impl Repositories {
         }
         let args: Args = parse(args)?;
         let attached = self.attached(&args.sr)?;
-        if ["snapshot", "clone", "resize"].contains(&method) {
-            // Later the image may be in use by others, or have another shape.
-            let all = images.put_in(&self.wanted(&self.place(&args.sr, &args.key)?)?);
-            // It would come into a snapshot that was compared already.
-            if !all && attached.repository.lock().disk(&args.key)?.0.cbt {
-                return Err(Fault::not_put_in(&args.key));
+        // Later the image may be in use by others, or have another shape.
+        let changed: &[Option<&String>] = match method {
+            "snapshot" | "clone" | "resize" => &[Some(&args.key)],
+            "compose" => &[Some(&args.key), args.key2.as_ref()],
+            _ => &[],
+        };
+        for &key in changed.iter().flatten() {
+            let all = images.put_in(&self.wanted(&self.place(&args.sr, key)?)?);
+            // Below a snapshot it can be put in later, unless that was compared already.
+            let later = method == "snapshot" && !attached.repository.lock().disk(key)?.0.cbt;
+            if !all && !later {
+                return Err(Fault::not_put_in(key));
             }
         }
         let with_disk =
@@ -114,6 +121,7 @@ impl Repositories {
                 }
                 let mut made = Value::Null;
                 with_disk(Touches::Top, &mut |repository, running| {
+                    note_size(repository, running.as_deref(), &args.key)?;
                     let stacked = match method {
                         "snapshot" => repository.snapshot(&args.key, &author)?,
                         _ => repository.clone_disk(&args.key, &author)?,
@@ -195,7 +203,7 @@ enum Touches<'a> {
     Top,
     /// What nobody needs without the disk goes.
     All,
-    /// The disk's own, and that of this disk.
+    /// All that the disk stands on, and what this disk is.
     With(&'a str),
 }
 
@@ -215,18 +223,23 @@ fn with_disk(
             let (disk, node) = repository.disk(&args.key)?;
             let touched = match touches {
                 Touches::All => repository.goes_with(&args.key)?,
-                Touches::With(other) => vec![node, repository.disk(other)?.1],
+                Touches::With(other) => {
+                    let mut all = repository.chain(&args.key)?;
+                    all.push(repository.disk(other)?.1);
+                    all
+                }
                 Touches::Top if disk.read_only => Vec::new(),
                 Touches::Top => vec![node],
             };
             let vg = repository.group().vg();
             let is_used =
                 |node: &&Node| vg.lv(&node.lv).is_ok_and(|lv| attached.devices.uses(lv.id) > 0);
+            let volumes: Vec<String> = touched.iter().map(|node| node.lv.clone()).collect();
             // If it does not run somebody opens or closes it, or merges it.
-            if running.is_some() || !touched.iter().any(is_used) {
+            if running.is_some() || (!touched.iter().any(is_used) && !attached.interrupt(&volumes))
+            {
                 return f(&mut repository, running.as_mut().map(Held::disk));
             }
-            let volumes: Vec<String> = touched.iter().map(|node| node.lv.clone()).collect();
             attached.interrupt(&volumes);
         }
         std::thread::sleep(LOOK);
@@ -259,6 +272,29 @@ fn go_on(
         }
         Fault::from(e)
     })
+}
+
+/// The repository may not know of a disk's last size: it failed in the moment after the image had that. What is put
+/// above must be as large.
+fn note_size(
+    repository: &mut Repository<Member>,
+    running: Option<&Running>,
+    key: &str,
+) -> Result<(), Fault> {
+    let (disk, node) = repository.disk(key)?;
+    let (read_only, known, lv) = (disk.read_only, node.size, node.lv.clone());
+    let size = match running {
+        _ if read_only => known,
+        Some(running) => running.info().size,
+        None => {
+            let image = ImageMeta::open(&mut repository.storage(&lv)?, &lv, Mode::Read);
+            image.map_err(sr::Error::from)?.geometry.size()
+        }
+    };
+    match size > known {
+        true => Ok(repository.resized(key, size, &author())?),
+        false => Ok(()),
+    }
 }
 
 /// Makes a disk larger, whether it runs or not.

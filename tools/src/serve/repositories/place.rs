@@ -66,6 +66,11 @@ impl DiskPlace {
 
     /// The volumes of its images, the one that is written to first.
     fn volumes(&self, repository: &Repository<Member>) -> anyhow::Result<Vec<(String, Id)>> {
+        if repository.is_pending(&self.key)? {
+            bail!(
+                "{self}: one disk was being put on another, which failed: detach and attach the repository"
+            );
+        }
         let vg = repository.group().vg();
         let chain = repository.chain(&self.key)?;
         if chain.iter().any(|node| node.record.is_some()) {

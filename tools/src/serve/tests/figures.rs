@@ -90,6 +90,7 @@ fn guests_and_disks_are_named_as_the_toolstack_has_it() {
     let world = World::new();
     let ours = world.serve(1, Notify::Thread);
     let (path, temporary) = (world.image("a"), "1b4e28ba-2fa1-41d2-883f-000000000001");
+    world.toolstack.write(format!("/vm/{temporary}/final-uuid"), VM).unwrap();
     for (domid, vm, dev) in [
         (1, format!("/vm/{VM}"), "sda"),
         (2, format!("/vm/{temporary}"), "../x"),
@@ -100,7 +101,6 @@ fn guests_and_disks_are_named_as_the_toolstack_has_it() {
         let wanted = json!({"name": format!("{domid}"), "node": path, "read-only": true});
         world.plug(domid, "r", &wanted.to_string());
     }
-    world.toolstack.write(format!("/vm/{temporary}/final-uuid"), VM).unwrap();
     for domid in 1..=3 {
         world.reaches(domid, "2");
     }
