@@ -278,6 +278,18 @@ impl Images {
         }
     }
 
+    /// Cuts off the NBD clients of an image that is going to be let go. Until it is closed nobody is served
+    /// over NBD any more.
+    pub(crate) fn cut_off(&self, name: &str) -> anyhow::Result<()> {
+        let server = self.at_peace(name, |all| match all.get_mut(name) {
+            Some(Entry::Busy) => None,
+            Some(Entry::Open { nbd, .. }) => Some(nbd.take()),
+            None => Some(None),
+        })?;
+        server.map(|server| server.shutdown(DRAIN));
+        Ok(())
+    }
+
     /// Waits while somebody opens or closes an image, for which `f` says `None`.
     fn at_peace<T>(
         &self,

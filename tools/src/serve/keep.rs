@@ -1,4 +1,5 @@
-//! [`Keep`]: what outlives a daemon that dies: the records of guests' rings, and journals of images.
+//! [`Keep`]: what outlives a daemon that dies: the records of guests' rings, journals of images, and on
+//! whose mirrors somebody relies.
 //! Files in a folder of memory (on /run), which the next daemon reads.
 
 use std::collections::BTreeMap;
@@ -80,6 +81,22 @@ impl Keep {
             }
             _ => {}
         }
+    }
+
+    /// Whoever migrates a disk was told that its mirror is complete.
+    pub(crate) fn remember_mirror(&self, image: &str) -> anyhow::Result<()> {
+        let path = self.dir.join(mirror(image));
+        std::fs::write(&path, "").with_context(|| path.display().to_string())
+    }
+
+    /// That does not count any more.
+    pub(crate) fn forget_mirror(&self, image: &str) {
+        self.remove(&mirror(image));
+    }
+
+    /// Whether somebody relies on a mirror of an image, of this daemon or one before.
+    pub(crate) fn has_mirror(&self, image: &str) -> bool {
+        self.dir.join(mirror(image)).exists()
     }
 
     /// The record of a device's ring.
@@ -172,9 +189,17 @@ fn record(id: Id, ring: usize) -> String {
     format!("ring-{}-{}-{ring}", id.domid, id.devid)
 }
 
-/// Letters and digits as they are, all else by its code: two names never give the same.
 fn journal(image: &str) -> String {
-    let mut name = IMAGE.to_owned();
+    named(IMAGE, image)
+}
+
+fn mirror(image: &str) -> String {
+    named("mirror-", image)
+}
+
+/// Letters and digits as they are, all else by its code: two names never give the same.
+fn named(prefix: &str, image: &str) -> String {
+    let mut name = prefix.to_owned();
     for byte in image.bytes() {
         match byte.is_ascii_alphanumeric() {
             true => name.push(byte.into()),

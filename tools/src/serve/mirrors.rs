@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,11 +21,14 @@ use reactor::Clock;
 use reactor::sync::Mutex;
 
 use super::images::Image;
+use super::keep::Keep;
 
 /// How long the remote side may take for the handshake, and for each request, in nanoseconds.
 const PATIENCE_NS: u64 = 30_000_000_000;
 /// A copy is complete when a pass over all changes takes less, in nanoseconds.
 const SHORT_NS: u64 = 1_000_000_000;
+/// How long the end of a mirror may take, which somebody waits for, in nanoseconds.
+const FINISH_NS: u64 = 600_000_000_000;
 /// Between two looks for changes, when there are none.
 const LOOK: Duration = Duration::from_millis(10);
 /// Mirrors that are remembered, also when they have ended.
@@ -100,11 +103,13 @@ struct Mirror {
     /// The name of the image, and the domain whose end is its end.
     image: String,
     domain: String,
-    /// The domain has the image for the mirror's sake.
-    alone: bool,
+    /// The domain has the image for the mirror's sake. Whoever ends that takes this.
+    alone: AtomicBool,
     state: Mutex<State>,
+    clock: Clock,
     stop: Arc<AtomicBool>,
-    finish: AtomicBool,
+    /// Until when it has to be finished; 0: it goes on.
+    finish: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -137,8 +142,8 @@ impl Mirrors {
         Ok(Connected { remote, client, stop })
     }
 
-    /// Begins one of an open image, for as long as `domain` has it; returns its key. `alone`: the image
-    /// was opened for it.
+    /// Begins one of an open image, for as long as `domain` has it; returns its key. `alone`: the domain
+    /// has it for the mirror. What was told of earlier mirrors of the image does not count any more.
     pub(crate) fn start(
         &self,
         image: &Image,
@@ -146,6 +151,7 @@ impl Mirrors {
         alone: bool,
         connected: Connected,
         clock: &Clock,
+        keep: &Keep,
     ) -> anyhow::Result<String> {
         let Connected { remote, client, stop } = connected;
         let info = image.info();
@@ -159,7 +165,7 @@ impl Mirrors {
         }
         let mut all = self.all.lock();
         if all.len() >= MOST {
-            all.retain(|_, m| !m.has_ended());
+            all.retain(|_, m| !m.has_ended() || m.is_untold());
         }
         if all.len() >= MOST {
             bail!("there are {MOST} mirrors already");
@@ -168,15 +174,16 @@ impl Mirrors {
         let mirror = Arc::new(Mirror {
             image: image.name.clone(),
             domain: domain.to_owned(),
-            alone,
+            alone: AtomicBool::new(alone),
             state: Mutex::default(),
+            clock: clock.clone(),
             stop,
-            finish: AtomicBool::new(false),
+            finish: AtomicU64::new(0),
             thread: Mutex::default(),
         });
-        let (m, c, size) = (mirror.clone(), clock.clone(), info.size);
+        let (m, size) = (mirror.clone(), info.size);
         let body = move || {
-            let done = m.run(watched, client, size, &c);
+            let done = m.run(watched, client, size);
             let mut state = m.state.lock();
             match done {
                 Ok(()) => state.finished = true,
@@ -189,6 +196,13 @@ impl Mirrors {
         let thread = std::thread::Builder::new().name("mirror".to_owned()).spawn(body);
         *mirror.thread.lock() = Some(thread.context("cannot start a thread")?);
         log::info!("{}: mirrored to {remote}", image.name);
+        for older in all.values().filter(|m| m.image == image.name) {
+            older.state.lock().trusted = false;
+            if older.domain == domain && older.alone.swap(false, Ordering::AcqRel) {
+                mirror.alone.store(true, Ordering::Release);
+            }
+        }
+        keep.forget_mirror(&image.name);
         let key = uuid::Uuid::new_v4().to_string();
         all.insert(key.clone(), mirror);
         Ok(key)
@@ -201,26 +215,43 @@ impl Mirrors {
         })
     }
 
-    /// How far one is, for the toolstack.
-    pub(crate) fn stat(&self, key: &str) -> anyhow::Result<State> {
+    /// How far one is, for the toolstack. That it is complete is remembered, also by the next daemon.
+    pub(crate) fn stat(&self, key: &str, keep: &Keep) -> anyhow::Result<State> {
         let mirror = self.get(key)?;
         let mut state = mirror.state.lock();
-        state.trusted = state.complete && state.failed.is_none();
+        let trusted = state.complete && state.failed.is_none();
+        match (state.trusted, trusted && !state.finished) {
+            (false, true) => keep.remember_mirror(&mirror.image)?,
+            (true, false) => keep.forget_mirror(&mirror.image),
+            _ => {}
+        }
+        state.trusted = trusted && !state.finished;
         Ok(state.clone())
     }
 
-    /// Ends one; it has failed then, if it was not finished. Returns its image and domain if the one was
-    /// opened for it alone.
-    pub(crate) fn cancel(&self, key: &str) -> anyhow::Result<Option<(String, String)>> {
+    /// Ends one; it has failed then, if it was not finished. Returns its image and domain if that has it for
+    /// the mirror alone: from now on it does not.
+    pub(crate) fn cancel(
+        &self,
+        key: &str,
+        keep: &Keep,
+    ) -> anyhow::Result<Option<(String, String)>> {
         let mirror = self.get(key)?;
-        mirror.end(false);
-        mirror.state.lock().trusted = false;
-        Ok(mirror.alone.then(|| (mirror.image.clone(), mirror.domain.clone())))
+        mirror.end(None);
+        if std::mem::take(&mut mirror.state.lock().trusted) {
+            keep.forget_mirror(&mirror.image);
+        }
+        let alone = mirror.alone.swap(false, Ordering::AcqRel);
+        Ok(alone.then(|| (mirror.image.clone(), mirror.domain.clone())))
     }
 
     /// Ends one and forgets it.
-    pub(crate) fn destroy(&self, key: &str) -> anyhow::Result<Option<(String, String)>> {
-        let whose = self.cancel(key)?;
+    pub(crate) fn destroy(
+        &self,
+        key: &str,
+        keep: &Keep,
+    ) -> anyhow::Result<Option<(String, String)>> {
+        let whose = self.cancel(key, keep)?;
         self.all.lock().remove(key);
         Ok(whose)
     }
@@ -241,28 +272,63 @@ impl Mirrors {
         self.of(image, None).iter().any(|m| !m.has_ended())
     }
 
-    /// The guest has stopped: sends what is missing, and ends. A mirror that is not complete yet just ends:
-    /// nobody relies on it, and a guest's end does not wait for it.
+    /// Whether a domain has an image for a mirror's sake alone.
+    pub(crate) fn is_alone(&self, image: &str, domain: &str) -> bool {
+        self.of(image, Some(domain)).iter().any(|m| m.alone.load(Ordering::Acquire))
+    }
+
+    /// The domains that have an image for mirrors alone, or this one if it does: from now on they do not.
+    pub(crate) fn take_alone(&self, image: &str, domain: Option<&str>) -> Vec<String> {
+        let mut mirrors = self.of(image, domain);
+        mirrors.retain(|m| m.alone.swap(false, Ordering::AcqRel));
+        mirrors.iter().map(|m| m.domain.clone()).collect()
+    }
+
+    /// Whether the toolstack relies on a mirror of a disk.
+    pub(crate) fn is_trusted(&self, image: &str) -> bool {
+        self.of(image, None).iter().any(|m| m.state.lock().trusted)
+    }
+
+    /// The guest has stopped: sends what is missing, and ends: mirrors of the domain, or of all of them if
+    /// it is the `last` that has the image. A mirror that is not complete yet just ends: nobody relies on
+    /// it, and a guest's end does not wait for it.
     ///
     /// # Errors
-    /// If the toolstack was told that a mirror is complete, and the remote side lacks something: told once.
-    pub(crate) fn finish(&self, image: &str, domain: &str) -> anyhow::Result<()> {
-        for mirror in self.of(image, Some(domain)) {
+    /// If the toolstack was told that a mirror is complete, also by a daemon before this one, and the remote
+    /// side lacks something: told once.
+    pub(crate) fn finish(
+        &self,
+        image: &str,
+        domain: &str,
+        last: bool,
+        keep: &Keep,
+    ) -> anyhow::Result<()> {
+        let (mut told, mut lacks) = (false, None);
+        for mirror in self.of(image, (!last).then_some(domain)) {
             let complete = mirror.state.lock().complete;
-            mirror.end(complete);
+            let until = mirror.clock.now().saturating_add(FINISH_NS);
+            mirror.end(complete.then_some(until));
             let mut state = mirror.state.lock();
-            if let Some(why) = state.failed.clone()
-                && std::mem::take(&mut state.trusted)
-            {
-                bail!("{image}: the remote side lacks the last writes: {why}");
+            if std::mem::take(&mut state.trusted) {
+                told = true;
+                lacks = lacks.or(state.failed.clone());
             }
         }
-        Ok(())
+        if told {
+            keep.forget_mirror(image);
+        } else if keep.has_mirror(image) && !self.is_trusted(image) {
+            keep.forget_mirror(image);
+            lacks = Some("the daemon that sent them has ended: mirror it again".to_owned());
+        }
+        match lacks {
+            Some(why) => bail!("{image}: the remote side lacks the last writes: {why}"),
+            None => Ok(()),
+        }
     }
 
     /// Ends all of an image: it closes, or will be another one.
     pub(crate) fn stop(&self, image: &str) {
-        self.of(image, None).iter().for_each(|m| m.end(false));
+        self.of(image, None).iter().for_each(|m| m.end(None));
     }
 }
 
@@ -272,11 +338,17 @@ impl Mirror {
         state.finished || state.failed.is_some()
     }
 
-    /// Has it end, and waits for that.
-    fn end(&self, in_order: bool) {
+    /// Whether the toolstack relies on it, and was not told that it failed.
+    fn is_untold(&self) -> bool {
+        let state = self.state.lock();
+        state.trusted && state.failed.is_some()
+    }
+
+    /// Has it end, in order until then or at once, and waits for that.
+    fn end(&self, in_order: Option<u64>) {
         match in_order {
-            true => self.finish.store(true, Ordering::Release),
-            false => self.stop.store(true, Ordering::Release),
+            Some(until) => self.finish.store(until, Ordering::Release),
+            None => self.stop.store(true, Ordering::Release),
         }
         // Others wait as long.
         let mut thread = self.thread.lock();
@@ -285,13 +357,8 @@ impl Mirror {
         }
     }
 
-    fn run(
-        &self,
-        mut watched: Watched,
-        mut client: Client,
-        size: u64,
-        clock: &Clock,
-    ) -> anyhow::Result<()> {
+    fn run(&self, mut watched: Watched, mut client: Client, size: u64) -> anyhow::Result<()> {
+        let clock = &self.clock;
         let (mut first, mut began) = (true, clock.now());
         // A pass that began after the guest had stopped has all of it.
         let mut last = false;
@@ -319,24 +386,32 @@ impl Mirror {
                 client.flush()?;
             }
             first = false;
-            last = self.finish.load(Ordering::Acquire);
+            last = self.is_finishing();
             if !last && complete && bytes == 0 {
-                while watched.changed()? == 0 && !self.finish.load(Ordering::Acquire) {
+                while watched.changed()? == 0 && !self.is_finishing() {
                     self.check()?;
                     client.look()?;
                     std::thread::sleep(LOOK);
                 }
-                last = self.finish.load(Ordering::Acquire);
+                last = self.is_finishing();
             }
             began = clock.now();
         }
     }
 
+    fn is_finishing(&self) -> bool {
+        self.finish.load(Ordering::Acquire) > 0
+    }
+
     fn check(&self) -> anyhow::Result<()> {
-        match self.stop.load(Ordering::Acquire) {
-            true => bail!("ended from here"),
-            false => Ok(()),
+        if self.stop.load(Ordering::Acquire) {
+            bail!("ended from here");
         }
+        let until = self.finish.load(Ordering::Acquire);
+        if until > 0 && self.clock.now() > until {
+            bail!("they could not be sent within {} s", FINISH_NS / 1_000_000_000);
+        }
+        Ok(())
     }
 
     fn round(&self, watched: &mut Watched, client: &mut Client) -> anyhow::Result<Round> {

@@ -45,10 +45,10 @@ impl Repositories {
         }
         let ended = match method {
             "stat" => {
-                let mut state = self.mirrors.stat(&key)?;
+                let mut state = self.mirrors.stat(&key, &images.keep)?;
                 if !state.complete && state.failed.is_none() {
                     std::thread::sleep(STAT);
-                    state = self.mirrors.stat(&key)?;
+                    state = self.mirrors.stat(&key, &images.keep)?;
                 }
                 return Ok(json!({
                     "failed": state.failed.is_some(),
@@ -56,8 +56,8 @@ impl Repositories {
                     "progress": state.progress,
                 }));
             }
-            "cancel" => self.mirrors.cancel(&key)?,
-            _ => self.mirrors.destroy(&key)?,
+            "cancel" => self.mirrors.cancel(&key, &images.keep)?,
+            _ => self.mirrors.destroy(&key, &images.keep)?,
         };
         // A disk that nobody had was opened for it alone.
         if let Some((image, domain)) = ended
@@ -75,19 +75,35 @@ impl Repositories {
         let clock = images.reactors().clock();
         // First, as it takes its time.
         let remote = self.mirrors.connect(&args.remote, clock)?;
-        let has = self.active.lock().get(&name).is_some_and(|d| d.contains(&args.domain));
+        // Who reads it for the toolstack may come by another name than who has it.
+        let others: Vec<String> = {
+            let active = self.active.lock();
+            let domains = active.get(&name).into_iter().flatten();
+            domains.filter(|d| !self.mirrors.is_alone(&name, d)).cloned().collect()
+        };
+        let domain = match others.as_slice() {
+            [only] => only,
+            _ => &args.domain,
+        };
+        let has = self.active.lock().get(&name).is_some_and(|d| d.contains(domain));
+        if !has && !others.is_empty() {
+            let whose = others.join(", ");
+            let why =
+                format!("{name} is active for {whose}, not for {domain}: whose end is its end?");
+            return Err(Fault::other(why));
+        }
         if !has {
-            self.activate(images, &place, &args.domain)?;
+            self.activate(images, &place, domain)?;
         }
         // Nobody closes the image meanwhile.
         let active = self.active.lock();
         let started = match images.image(&name) {
-            Some(image) => self.mirrors.start(&image, &args.domain, !has, remote, clock),
+            Some(image) => self.mirrors.start(&image, domain, !has, remote, clock, &images.keep),
             None => Err(anyhow::anyhow!("{name} was closed meanwhile")),
         };
         drop(active);
         if started.is_err() && !has {
-            self.deactivate(images, sr, key, &args.domain)?;
+            self.deactivate(images, sr, key, domain)?;
         }
         Ok(operation(&started?))
     }

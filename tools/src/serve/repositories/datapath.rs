@@ -141,6 +141,8 @@ impl Repositories {
         std::fs::create_dir_all(&sockets)
             .map_err(|e| Fault::other(format!("{}: {e}", sockets.display())))?;
         let has = active.get(&place.name()).is_some_and(|domains| domains.contains(domain));
+        // What was opened for a mirror is the toolstack's as well from now on.
+        self.mirrors.take_alone(&place.name(), Some(domain));
         if !has {
             images.hold(wanted)?;
             active.entry(place.name()).or_default().insert(domain.to_owned());
@@ -156,11 +158,23 @@ impl Repositories {
         domain: &str,
     ) -> Result<Value, Fault> {
         let name = format!("{sr}/{key}");
+        // Nobody has it after this but for mirrors.
+        let last = {
+            let active = self.active.lock();
+            let mut domains = active.get(&name).into_iter().flatten();
+            domains.all(|d| d == domain || self.mirrors.is_alone(&name, d))
+        };
+        if last && self.mirrors.is_trusted(&name) {
+            images.cut_off(&name)?;
+            self.end_import(&name);
+        }
         // What a copy elsewhere lacks goes there before anybody may go on with that.
-        self.mirrors.finish(&name, domain)?;
+        self.mirrors.finish(&name, domain, last, &images.keep)?;
         let mut active = self.active.lock();
+        let alone = self.mirrors.take_alone(&name, (!last).then_some(domain));
         if let Some(domains) = active.get_mut(&name) {
             domains.remove(domain);
+            domains.retain(|d| !alone.contains(d));
             if !domains.is_empty() {
                 return Ok(Value::Null);
             }

@@ -114,6 +114,11 @@ impl Repositories {
     /// An image is about to be closed: nothing may use it any more.
     pub(crate) fn before_close(&self, image: &str) {
         self.mirrors.stop(image);
+        self.end_import(image);
+    }
+
+    /// Cuts off whose connections were handed over.
+    fn end_import(&self, image: &str) {
         let import = self.imports.lock().remove(image);
         import.map(|server| server.shutdown(DRAIN));
     }

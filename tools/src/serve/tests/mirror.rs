@@ -228,6 +228,172 @@ fn a_mirror_ends_by_cancel_snapshot_and_with_its_disk() {
     ours.stop();
 }
 
+impl Rig {
+    /// A disk for mirrors to go to, and how it is reached.
+    fn target(&self, ours: &Ours) -> (String, PathBuf) {
+        let target = ours.disk(SIZE);
+        let there = json!({"uri": uri(&target), "domain": "mirror_vm"});
+        ours.smapi("Datapath.activate", there);
+        let socket = self.world.dir.path().join("state/nbd").join(&target);
+        (target, socket)
+    }
+}
+
+fn complete(ours: &Ours, operation: &Value) {
+    wait("the mirror", || stat(ours, operation)["complete"] == true);
+}
+
+#[test]
+fn who_relies_on_a_mirror_is_told_of_its_end_by_the_next_daemon() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let (target, socket) = rig.target(&ours);
+    let mut guest = rig.guest(&ours, 3, &key);
+    let there = remote(&socket, &target);
+    complete(&ours, &begin(&ours, &key, "3", &there));
+    ours.stop();
+    let ours = rig.world.serve(1, Notify::Thread);
+    guest.write(8, 5, 4096);
+    guest.say("6");
+    rig.world.reaches(3, "6");
+    let args = json!({"uri": uri(&key), "domain": "3"});
+    let told = ours.asked("Datapath.deactivate", args.clone());
+    assert!(told["error"]["params"][1].as_str().unwrap().contains("lacks"), "{told}");
+    ours.smapi("Datapath.deactivate", args.clone());
+    // Whoever has given it up himself relies on nothing.
+    let target = json!({"uri": uri(&target), "domain": "mirror_vm"});
+    ours.smapi("Datapath.activate", target.clone());
+    for method in ["Data.cancel", "Data.destroy"] {
+        let operation = begin(&ours, &key, "5", &there);
+        complete(&ours, &operation);
+        ours.smapi(method, json!({"operation": operation}));
+        ours.smapi("Datapath.deactivate", args.clone());
+    }
+    ours.smapi("Datapath.deactivate", target);
+    ours.stop();
+}
+
+#[test]
+fn a_mirror_ends_with_who_has_the_disk_whatever_he_is_called() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(2, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let (target, socket) = rig.target(&ours);
+    let there = remote(&socket, &target);
+    let mut guest = rig.guest(&ours, 3, &key);
+    // With two of them nobody knows who is meant.
+    let dom0 = json!({"uri": uri(&key), "domain": "u0_vbd_0_xvda"});
+    ours.smapi("Datapath.activate", dom0.clone());
+    let args = json!({"uri": uri(&key), "domain": "7", "remote": there});
+    let refused = ours.asked("Data.mirror", args)["error"].to_string();
+    assert!(refused.contains("whose end"), "{refused}");
+    ours.smapi("Datapath.deactivate", dom0);
+    let operation = begin(&ours, &key, "7", &there);
+    let mut writer = Writer::new();
+    complete(&ours, &operation);
+    for _ in 0..300 {
+        writer.write(&mut guest);
+    }
+    rig.unplug(&ours, guest, &key);
+    assert_eq!(stat(&ours, &operation)["failed"], false);
+    ours.smapi("Data.destroy", json!({"operation": operation}));
+    if let Some(copied) = contents(&socket, &target) {
+        assert!(copied[..SIZE as usize] == writer.model, "a sector differs");
+    }
+    ours.stop();
+}
+
+#[test]
+fn what_a_mirror_has_opened_may_be_taken_over() {
+    let rig = Rig::new();
+    let ours = rig.world.serve(1, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let (target, socket) = rig.target(&ours);
+    let there = remote(&socket, &target);
+    let operation = begin(&ours, &key, "5", &there);
+    complete(&ours, &operation);
+    let args = json!({"uri": uri(&key), "domain": "5"});
+    ours.smapi("Datapath.activate", args.clone());
+    ours.smapi("Data.cancel", json!({"operation": operation}));
+    assert_eq!(ours.images().len(), 2, "somebody has it");
+    // Also when it has ended with its domain, which has it again.
+    ours.smapi("Datapath.deactivate", args.clone());
+    let operation = begin(&ours, &key, "5", &there);
+    complete(&ours, &operation);
+    ours.smapi("Datapath.deactivate", args.clone());
+    ours.smapi("Datapath.activate", args.clone());
+    ours.smapi("Data.destroy", json!({"operation": operation}));
+    assert_eq!(ours.images().len(), 2, "somebody has it");
+    // One that has failed, of which nobody was told, counts until there is another.
+    let disk = json!({"sr": super::repository::SR, "key": key});
+    complete(&ours, &begin(&ours, &key, "5", &there));
+    ours.smapi("Volume.snapshot", disk.clone());
+    let told = ours.asked("Datapath.deactivate", args.clone());
+    assert!(told["error"].to_string().contains("lacks"), "{told}");
+    complete(&ours, &begin(&ours, &key, "5", &there));
+    ours.smapi("Volume.snapshot", disk);
+    complete(&ours, &begin(&ours, &key, "5", &there));
+    ours.smapi("Datapath.deactivate", args);
+    assert_eq!(ours.images().len(), 1);
+    ours.stop();
+}
+
+/// What was answered is on the target, also if somebody writes until he is cut off.
+#[test]
+fn nobody_writes_to_a_disk_whose_mirror_has_been_finished() {
+    use std::io::{Read as _, Write as _};
+
+    let rig = Rig::new();
+    let ours = rig.world.serve(2, Notify::Thread);
+    rig.make(&ours);
+    let key = ours.disk(SIZE);
+    let (target, socket) = rig.target(&ours);
+    let args = json!({"uri": uri(&key), "domain": "3"});
+    ours.smapi("Datapath.activate", args.clone());
+    let near = rig.world.dir.path().join("state/nbd").join(&key);
+    let mut near = std::os::unix::net::UnixStream::connect(near).unwrap();
+    near.read_exact(&mut [0; 18]).unwrap();
+    let length = (key.len() as u32).to_be_bytes();
+    near.write_all(&[b"\0\0\0\x03IHAVEOPT\0\0\0\x01", &length[..], key.as_bytes()].concat())
+        .unwrap();
+    near.read_exact(&mut [0; 10]).unwrap();
+    let operation = begin(&ours, &key, "3", &remote(&socket, &target));
+    complete(&ours, &operation);
+    let (written, writes) = std::sync::mpsc::channel();
+    let writer = std::thread::spawn(move || {
+        // Sector after sector, each with its own bytes, one at a time.
+        for sector in 0.. {
+            let at: u64 = sector % (SIZE / 512) * 512;
+            let byte = (sector / (SIZE / 512) + 1) as u8;
+            let mut request = b"\x25\x60\x95\x13\0\0\0\x01abcdefgh".to_vec();
+            request.extend(at.to_be_bytes());
+            request.extend(512u32.to_be_bytes());
+            request.extend([byte; 512]);
+            let mut reply = [0; 16];
+            let asked = near.write_all(&request).and_then(|()| near.read_exact(&mut reply));
+            if asked.is_err() || reply[4..8] != [0; 4] {
+                break;
+            }
+            written.send((at as usize, byte)).unwrap();
+        }
+    });
+    let first = writes.recv().unwrap();
+    ours.smapi("Datapath.deactivate", args);
+    writer.join().unwrap();
+    assert_eq!(stat(&ours, &operation)["failed"], false);
+    let last: std::collections::BTreeMap<usize, u8> = [first].into_iter().chain(writes).collect();
+    if let Some(copied) = contents(&socket, &target) {
+        // One more may be there, which was cut off before its answer.
+        let lacks = last.iter().find(|&(&at, &byte)| copied[at] < byte);
+        assert_eq!(lacks, None, "of {} sectors", last.len());
+    }
+    ours.stop();
+}
+
 /// The toolstack hands over a connection from another host.
 #[test]
 fn a_connection_that_is_handed_over_is_served() {
