@@ -108,7 +108,11 @@ fn take_over(
         }
     };
     match getsockopt(&socket, sockopt::SockType) {
-        Ok(SockType::Stream) => Ok(socket),
+        Ok(SockType::Stream) => {
+            // Most come from another host.
+            watch_over(&socket);
+            Ok(socket)
+        }
         _ => Err(End::Broke("what was handed over is no stream socket")),
     }
 }

@@ -350,3 +350,29 @@ fn older_servers_are_asked_by_name() {
     assert_eq!(disk[1 << 20..(1 << 20) + 4096], [5; 4096]);
     assert!(disk[..1 << 20].iter().all(|&b| b == 0));
 }
+
+/// Whoever says a little again and again is waited for no longer than who says nothing.
+#[test]
+fn a_handshake_has_an_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let mut s = listener.accept().unwrap().0;
+        s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        let mut asked = [0; 20];
+        s.read_exact(&mut asked).unwrap();
+        // Information of a kind that nobody knows, in answer to GO.
+        let mut info = 0x3e889045565a9u64.to_be_bytes().to_vec();
+        info.extend(b"\0\0\0\x07\0\0\0\x03\0\0\0\x02\x77\x77");
+        while s.write_all(&info).is_ok() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let clock = Clock::real();
+    let began = clock.now();
+    let e = connect_in(&unix(&path, ""), None, SECOND / 2).err().unwrap().to_string();
+    assert!(e.contains("too long"), "{e}");
+    assert!(clock.now() - began < 5 * SECOND);
+    server.join().unwrap();
+}

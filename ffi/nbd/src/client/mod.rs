@@ -132,6 +132,7 @@ impl Client {
         if flags & export_flag::HAS_FLAGS == 0 || flags & export_flag::READ_ONLY != 0 {
             return Err(ClientError::Refused("its export is for reading only".to_owned()));
         }
+        wire.has_agreed();
         let payload = payload.min(PAYLOAD) & !(block - 1);
         Ok(Client { wire, size, flags, block, payload, asked: VecDeque::new(), cookie: 0 })
     }

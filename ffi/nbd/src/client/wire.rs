@@ -23,6 +23,8 @@ pub(super) struct Wire {
     hurry: Arc<AtomicBool>,
     clock: Clock,
     patience: u64,
+    /// Until when all of the handshake must have been said.
+    handshake: Option<u64>,
     stop: Arc<AtomicBool>,
 }
 
@@ -37,10 +39,11 @@ impl Wire {
         patience: u64,
         stop: Arc<AtomicBool>,
     ) -> Result<Wire> {
+        let handshake = Some(clock.now().saturating_add(patience));
         let connected = remote.connect(std::time::Duration::from_nanos(patience));
         let socket = connected.map_err(|e| ClientError::Connect(remote.to_string(), e))?;
         let (clock, hurry) = (clock.clone(), Arc::default());
-        Ok(Wire { socket: Some(socket), pump: None, hurry, clock, patience, stop })
+        Ok(Wire { socket: Some(socket), pump: None, hurry, clock, patience, handshake, stop })
     }
 
     /// Speaks TLS from now on.
@@ -49,7 +52,7 @@ impl Wire {
         let (hurry, stop) = (self.hurry.clone(), self.stop.clone());
         let limits = Limits {
             clock: self.clock.clone(),
-            handshake: self.clock.now() + self.patience,
+            handshake: self.until(),
             hurry: move || hurry.load(Ordering::Acquire) || stop.load(Ordering::Acquire),
         };
         let started = Pump::start(socket, session, limits, "nbd-tls-client".to_owned());
@@ -58,19 +61,36 @@ impl Wire {
         Ok(())
     }
 
+    /// The handshake has ended: what follows has its own time.
+    pub(super) fn has_agreed(&mut self) {
+        self.handshake = None;
+    }
+
+    /// Until when what begins now may take.
+    fn until(&self) -> u64 {
+        let until = self.clock.now().saturating_add(self.patience);
+        self.handshake.map_or(until, |handshake| until.min(handshake))
+    }
+
+    /// Whether it goes on.
+    fn check(&self, until: u64) -> Result<()> {
+        if self.stop.load(Ordering::Acquire) {
+            return Err(lost("it was ended from here"));
+        }
+        match self.clock.now() >= until {
+            true => Err(lost("the other side takes too long")),
+            false => Ok(()),
+        }
+    }
+
     fn socket(&self) -> Result<&OwnedFd> {
         self.socket.as_ref().ok_or_else(|| lost("it has ended"))
     }
 
     /// Waits until the socket is ready, or it takes too long.
     fn wait(&self, events: PollFlags, until: u64) -> Result<()> {
-        if self.stop.load(Ordering::Acquire) {
-            return Err(lost("it was ended from here"));
-        }
+        self.check(until)?;
         let left = until.saturating_sub(self.clock.now()).div_ceil(1_000_000);
-        if left == 0 {
-            return Err(lost("the other side takes too long"));
-        }
         let mut fds = [PollFd::new(self.socket()?.as_fd(), events)];
         let timeout = PollTimeout::try_from(left.min(LOOK_MS)).unwrap_or(PollTimeout::ZERO);
         match poll(&mut fds, timeout) {
@@ -89,7 +109,11 @@ impl Wire {
     }
 
     pub(super) fn read(&mut self, into: &mut [u8]) -> Result<()> {
-        let until = self.clock.now() + self.patience;
+        let until = self.until();
+        if self.handshake.is_some() {
+            // Also of one who never has this wait.
+            self.check(until)?;
+        }
         let mut at = 0;
         while at < into.len() {
             let fd = self.socket()?.as_raw_fd();
@@ -112,7 +136,7 @@ impl Wire {
 
     /// Sends two parts, one after the other.
     pub(super) fn write(&mut self, mut first: &[u8], mut rest: &[u8]) -> Result<()> {
-        let until = self.clock.now() + self.patience;
+        let until = self.until();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         while !first.is_empty() || !rest.is_empty() {
             let fd = self.socket()?.as_raw_fd();

@@ -22,6 +22,8 @@ const CHUNK: usize = 64 << 10;
 const SEALED_MAX: usize = 2 * CHUNK;
 /// How often it is looked whether to stop, while there is nobody to tell.
 const LOOK_MS: u16 = 100;
+/// Turns without a pause after which it is looked whether somebody is within.
+const TURNS: u32 = 64;
 /// How long the other side may take to read the last words, in nanoseconds; and so if nobody wants to
 /// wait for that.
 const LINGER_NS: u64 = 10_000_000_000;
@@ -148,6 +150,7 @@ fn run<F: Fn() -> bool>(
     };
     let mut until = limits.handshake;
     let mut lingers = false;
+    let mut turns = 0;
     loop {
         let busy = s.turn()?;
         let hurry = (limits.hurry)();
@@ -172,8 +175,13 @@ fn run<F: Fn() -> bool>(
                 false => Ok(()),
             };
         }
+        turns = if busy { turns + 1 } else { 0 };
         if !busy {
             s.sleep();
+        } else if turns == TURNS {
+            // The other side may keep this busy for ever.
+            turns = 0;
+            s.look();
         }
     }
 }
@@ -303,10 +311,15 @@ impl State<'_> {
         let timeout = if calm { PollTimeout::NONE } else { PollTimeout::from(LOOK_MS) };
         let _ = poll(&mut fds, timeout);
         if !calm {
-            let mut fds = [PollFd::new(self.inside.as_fd(), PollFlags::empty())];
-            let _ = poll(&mut fds, PollTimeout::ZERO);
-            self.left = fds[0].revents().is_some_and(|e| e.contains(PollFlags::POLLHUP));
+            self.look();
         }
+    }
+
+    /// Whether somebody is within.
+    fn look(&mut self) {
+        let mut fds = [PollFd::new(self.inside.as_fd(), PollFlags::empty())];
+        let _ = poll(&mut fds, PollTimeout::ZERO);
+        self.left = fds[0].revents().is_some_and(|e| e.contains(PollFlags::POLLHUP));
     }
 }
 
