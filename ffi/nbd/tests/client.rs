@@ -197,8 +197,9 @@ fn errors_of_the_other_side_are_told() {
     eventually("it is under way", || h.control.seen(Op::Write).len() >= 3);
     let path = h.path.clone();
     drop(h);
-    assert!(matches!(c.settle(), Err(ClientError::Lost(_))));
-    assert!(c.flush().is_err() && !path.exists());
+    // What was under way may have been answered before it went.
+    assert!(matches!(c.settle(), Ok(()) | Err(ClientError::Lost(_))));
+    assert!(matches!(c.flush(), Err(ClientError::Lost(_))) && !path.exists());
 }
 
 #[test]
