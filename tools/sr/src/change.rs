@@ -410,7 +410,7 @@ impl<S: Storage> Repository<S> {
     /// A disk and its node, to be changed.
     pub(crate) fn known(&self, key: &str) -> Result<(Disk, Node)> {
         let (disk, node) = self.disk(key)?;
-        if node.onto.is_some() {
+        if self.is_pending(key)? {
             return refused(format!(
                 "{key} was being put on another disk, which failed: detach and attach the repository"
             ));

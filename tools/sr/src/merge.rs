@@ -14,6 +14,8 @@
 //! *below* waits ([`Repository::comes_first`]), which would take away what only the repository thinks is
 //! named by the upper one alone.
 
+use std::collections::BTreeSet;
+
 use block::Storage;
 use qcow::ChainReader;
 use qcow::edit::Watch;
@@ -64,8 +66,8 @@ impl<S: Storage> Repository<S> {
         let nodes = &self.state().nodes;
         let hidden = |lv: &String| nodes.get(lv).filter(|node| node.disk.is_none());
         // What is being put on one, and what that is put on, stay.
-        let is_target = |lv: &str| nodes.values().any(|node| node.onto.as_deref() == Some(lv));
-        let settled = nodes.values().filter(|n| n.onto.is_none() && !is_target(&n.lv));
+        let targets: BTreeSet<&str> = nodes.values().filter_map(|n| n.onto.as_deref()).collect();
+        let settled = nodes.values().filter(|n| n.onto.is_none() && !targets.contains(&*n.lv));
         let merges = settled.filter_map(|upper| {
             let lower = hidden(upper.parent.as_ref()?)?;
             // Records say what was there by what the lower one is: nobody may write to it then.
