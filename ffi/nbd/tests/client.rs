@@ -8,7 +8,7 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -19,18 +19,6 @@ use nbd::{ClientError, Remote, Security, TlsClient, TlsServer};
 use reactor::Clock;
 
 const SECOND: u64 = 1_000_000_000;
-
-/// Whether a tool can be run.
-fn have(tool: &str) -> bool {
-    let arg = if tool == "openssl" { "version" } else { "--version" };
-    let run = Command::new(tool).arg(arg).stdout(Stdio::null()).status();
-    let there = run.is_ok_and(|s| s.success());
-    if !there {
-        assert!(std::env::var_os("CI").is_none_or(|v| v.is_empty()), "{tool} is not installed");
-        println!("skipped: {tool} is not installed");
-    }
-    there
-}
 
 fn connect_in(
     uri: &str,

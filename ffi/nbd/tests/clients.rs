@@ -9,17 +9,6 @@ use std::time::Duration;
 use block::Op;
 use common::*;
 
-/// Whether a tool can be run.
-fn have(tool: &str) -> bool {
-    let run = Command::new(tool).arg("--version").stdout(Stdio::null()).status();
-    let there = run.is_ok_and(|s| s.success());
-    if !there {
-        assert!(std::env::var_os("CI").is_none_or(|v| v.is_empty()), "{tool} is not installed");
-        println!("skipped: {tool} is not installed");
-    }
-    there
-}
-
 /// Runs a command and returns what it printed; it has to succeed.
 fn run(tool: &str, args: &[&str]) -> String {
     let out = Command::new(tool).args(args).stdin(Stdio::null()).output().unwrap();

@@ -21,18 +21,6 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 const STARTTLS: u32 = 5;
 const TLS_REQD: u32 = 1 << 31 | 5;
 
-/// Whether a tool can be run.
-fn have(tool: &str) -> bool {
-    let arg = if tool == "openssl" { "version" } else { "--version" };
-    let run = Command::new(tool).arg(arg).stdout(Stdio::null()).status();
-    let there = run.is_ok_and(|s| s.success());
-    if !there {
-        assert!(std::env::var_os("CI").is_none_or(|v| v.is_empty()), "{tool} is not installed");
-        println!("skipped: {tool} is not installed");
-    }
-    there
-}
-
 /// Runs a command; returns whether it succeeded, and all that it printed.
 fn run(tool: &str, args: &[&str]) -> (bool, String) {
     let out = Command::new(tool).args(args).stdin(Stdio::null()).output().unwrap();

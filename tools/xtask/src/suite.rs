@@ -161,7 +161,7 @@ fn cargo_test() -> Result<Tally> {
     command.args(["test", "--workspace", "--no-fail-fast"]);
     let needs: [(&str, &[&str]); 4] = [
         ("images judged by QEMU", &["qemu-img", "qemu-io"]),
-        ("clients of NBD", &["nbdinfo", "nbdcopy", "fio"]),
+        ("peers of NBD", &["nbdinfo", "nbdcopy", "fio", "qemu-nbd", "openssl"]),
         ("volume groups judged by LVM2", &["lvm"]),
         ("plugins of the toolstack", &["python3"]),
     ];

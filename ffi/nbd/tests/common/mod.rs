@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -269,6 +270,18 @@ impl Drop for Harness {
         }
         self.reactor.take().unwrap().stop();
     }
+}
+
+/// Whether a tool can be run; where `CI` is set it must be.
+pub(crate) fn have(tool: &str) -> bool {
+    let arg = if tool == "openssl" { "version" } else { "--version" };
+    let run = Command::new(tool).arg(arg).stdout(Stdio::null()).status();
+    let there = run.is_ok_and(|s| s.success());
+    if !there {
+        assert!(std::env::var_os("CI").is_none_or(|v| v.is_empty()), "{tool} is not installed");
+        println!("skipped: {tool} is not installed");
+    }
+    there
 }
 
 /// Waits for something that happens soon.
