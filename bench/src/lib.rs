@@ -9,6 +9,7 @@
 //! - [`full`]: a full image of 1 TiB: translation, memory, its check.
 //! - [`several`]: throughput of an image on one and on two reactors, where processors are idle.
 //! - [`figures`]: device writes per guest write, and what opening costs.
+//! - [`run`]: a load generator for rings, NBD servers and block nodes.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
 //! Gates are counts; times are only reported, since machines are noisy.
@@ -29,6 +30,7 @@ mod latency;
 pub mod path;
 mod reference;
 mod rig;
+pub mod run;
 mod server;
 pub mod several;
 mod stamp;

@@ -23,13 +23,14 @@ enum Level {
     Double,
     Assembly,
     Measurement,
+    Comparison,
     Product,
     /// The repository's own commands: import none of ours.
     Apart,
 }
 
 /// Every crate of the workspace. A crate that is missing here is an error.
-const CRATES: [(&str, Level); 22] = [
+const CRATES: [(&str, Level); 23] = [
     ("nvme-spec", Level::Layouts),
     ("dma", Level::Memory),
     ("block", Level::Vocabulary),
@@ -50,6 +51,7 @@ const CRATES: [(&str, Level); 22] = [
     ("node", Level::Assembly),
     ("sr", Level::Assembly),
     ("bench", Level::Measurement),
+    ("compare", Level::Comparison),
     ("polldisk", Level::Product),
     ("xtask", Level::Apart),
 ];
