@@ -5,11 +5,12 @@
 
 use std::io::IoSliceMut;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use dma::Region;
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// As many as the kernel lets through with one message: all of them are taken, so that none is lost.
 const DESCRIPTORS: usize = 253;
@@ -113,26 +114,27 @@ pub(crate) fn receive(
 /// # Errors
 /// `EAGAIN` if nothing is there now.
 pub(crate) fn receive_descriptor(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
-    let (mut bytes, mut space) = ([0; 4096], nix::cmsg_space!([RawFd; DESCRIPTORS]));
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let mut iov = [IoSliceMut::new(&mut bytes)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let got = recvmsg::<()>(fd.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
-    let mut all = Vec::new();
-    for message in got.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            for fd in raw {
-                // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-                all.push(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-    }
-    Ok(all.into_iter().next())
+    recvmsg(fd, &mut iov, &mut control, flags).map_err(|e| Errno::from_raw(e.raw_os_error()))?;
+    // What is not taken the buffer closes, also of a message that the process had no descriptors left for.
+    let rights = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    Ok(rights)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use dma::PageSize;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use std::io::{Read as _, Write as _};
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
@@ -166,5 +168,56 @@ mod tests {
     fn a_range_outside_the_region_is_never_given_to_the_kernel() {
         let region = Region::new(4096, PageSize::Small).unwrap();
         Gather::new().region(&region, 4090, 7);
+    }
+
+    /// Sends one end of so many new pairs with a byte; returns the other ends.
+    fn send_ends(to: &UnixStream, count: usize) -> Vec<UnixStream> {
+        let (mine, theirs): (Vec<_>, Vec<_>) =
+            (0..count).map(|_| UnixStream::pair().unwrap()).unzip();
+        let raw: Vec<_> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
+        let (iov, rights) = ([std::io::IoSlice::new(b"x")], [ControlMessage::ScmRights(&raw)]);
+        assert_eq!(sendmsg::<()>(to.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None), Ok(1));
+        mine
+    }
+
+    /// Whether nobody has the other end of a pair any more.
+    fn is_closed(end: &UnixStream) -> bool {
+        end.set_nonblocking(true).unwrap();
+        matches!((&*end).read(&mut [0]), Ok(0))
+    }
+
+    #[test]
+    fn one_descriptor_is_taken_and_the_others_are_closed() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let ends = send_ends(&a, 3);
+        let taken = receive_descriptor(b.as_fd()).unwrap().unwrap();
+        assert_eq!(ends.iter().map(is_closed).collect::<Vec<_>>(), [false, true, true]);
+        drop(taken);
+        assert!(is_closed(&ends[0]));
+        (&a).write_all(b"y").unwrap();
+        assert!(receive_descriptor(b.as_fd()).unwrap().is_none());
+        assert_eq!(receive_descriptor(b.as_fd()).unwrap_err(), Errno::EAGAIN);
+    }
+
+    /// In a process of its own: its limit holds for all of it.
+    #[test]
+    fn nothing_stays_open_of_what_a_process_has_no_room_for() {
+        const ALONE: &str = "SOCKIO_ALONE";
+        if std::env::var_os(ALONE).is_none() {
+            let name = "sockio::tests::nothing_stays_open_of_what_a_process_has_no_room_for";
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            let done = alone.args(["--exact", name]).env(ALONE, "").output().unwrap();
+            let said = String::from_utf8_lossy(&done.stdout);
+            assert!(done.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let (a, b) = UnixStream::pair().unwrap();
+        let ends = send_ends(&a, 8);
+        // Room for two more.
+        let highest = std::fs::File::open("/proc/self/stat").unwrap().as_raw_fd();
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, highest as u64 + 2, hard).unwrap();
+        drop(receive_descriptor(b.as_fd()));
+        assert!(ends.iter().all(is_closed));
     }
 }

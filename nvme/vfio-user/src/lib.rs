@@ -15,6 +15,7 @@
 //! SPDK speak; the older text in libvfio-user's own repository differs in DMA_MAP, DMA_UNMAP and
 //! DEVICE_RESET. Not spoken: migration, twin sockets, REGION_WRITE_MULTI, and descriptors that stand
 //! for writes (GET_REGION_IO_FDS is answered with none).
+#![forbid(unsafe_code)]
 
 mod client;
 mod error;

@@ -3,14 +3,16 @@
 //! [`Inbox`] is used by the one thread that reads a socket, [`send`] by any, one at a time.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::time::TimeSpec;
 use reactor::Clock;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 use crate::Error;
 use crate::version::MAX_FDS;
@@ -89,25 +91,30 @@ fn receive(
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> Result<Option<usize>, Error> {
-    let mut space = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut iov = [IoSliceMut::new(into)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let got = loop {
-        match recvmsg::<()>(stream.as_raw_fd(), &mut iov, Some(&mut space), flags) {
+        match recvmsg(stream, &mut iov, &mut control, flags) {
             Ok(got) => break got,
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(Errno::ECONNRESET) => return Err(Error::Closed),
-            Err(e) => return Err(Error::os("reading the socket")(e)),
-        }
-    };
-    for message in got.cmsgs().map_err(Error::os("reading descriptors"))? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            for fd in raw {
-                // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(rustix::io::Errno::CONNRESET) => return Err(Error::Closed),
+            Err(e) => {
+                let e = Errno::from_raw(e.raw_os_error());
+                return Err(Error::os("reading the socket")(e));
             }
         }
+    };
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if got.flags.contains(ReturnFlags::CTRUNC) {
+        // The process had no more: what came of them is closed with the connection.
+        return Err(Error::os("reading descriptors")(Errno::EMFILE));
     }
     match got.bytes {
         0 => Err(Error::Closed),

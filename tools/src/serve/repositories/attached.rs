@@ -73,15 +73,13 @@ impl Repositories {
         self.all.lock().get(sr).cloned()
     }
 
-    /// Takes one out that nobody uses: merges are stopped for that, and calls waited for.
+    /// Takes one out that nobody uses: merges are stopped for that, and calls waited for. Meanwhile it is as if it
+    /// were not attached, and others are not held up.
     ///
     /// # Errors
     /// If somebody does.
-    pub(super) fn take_out(
-        all: &mut BTreeMap<String, Arc<Attached>>,
-        sr: &str,
-    ) -> Result<Option<Attached>, Fault> {
-        let Some(mut attached) = all.remove(sr) else { return Ok(None) };
+    pub(super) fn take_out(&self, sr: &str) -> Result<Option<Attached>, Fault> {
+        let Some(mut attached) = self.all.lock().remove(sr) else { return Ok(None) };
         for _ in 0..LOOKS {
             match Arc::try_unwrap(attached) {
                 Ok(attached) => return Ok(Some(attached)),
@@ -92,8 +90,13 @@ impl Repositories {
             }
             std::thread::sleep(LOOK);
         }
-        all.insert(sr.to_owned(), attached);
+        self.put_back(sr, attached);
         Err(Fault::other(format!("repository {sr} is being used in this moment")))
+    }
+
+    /// After [`Repositories::take_out`]. Nobody else can have attached it: its devices are in use.
+    pub(super) fn put_back(&self, sr: &str, attached: Arc<Attached>) {
+        self.all.lock().insert(sr.to_owned(), attached);
     }
 
     /// Attaches the repository on these devices, if it is not.
@@ -128,12 +131,8 @@ impl Repositories {
     }
 
     /// Takes one out of the list, which is not attached any more.
-    pub(super) fn forget(
-        &self,
-        all: &BTreeMap<String, Arc<Attached>>,
-        sr: &str,
-    ) -> Result<(), Fault> {
-        self.change(all, |list| drop(list.remove(sr)))
+    pub(super) fn forget(&self, sr: &str) -> Result<(), Fault> {
+        self.change(&self.all.lock(), |list| drop(list.remove(sr)))
     }
 
     fn remember(&self, all: &BTreeMap<String, Arc<Attached>>) -> Result<(), Fault> {

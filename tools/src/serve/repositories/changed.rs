@@ -1,12 +1,13 @@
 //! Changed blocks: `Volume.list_changed_blocks`, and bitmaps for NBD clients. See [`sr::changed`].
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use node::{Disk as Running, Member};
+use node::{Disk as Running, Member, Source};
 use reactor::sync::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -35,28 +36,45 @@ struct Args {
     length: i64,
 }
 
-/// Reads all that a difference says.
-fn read(
-    attached: &Attached,
-    repository: &Repository<Member>,
-    difference: &Difference,
-    (offset, len): (u64, u64),
-    running: Option<(&mut Running, &str)>,
-) -> Result<Blocks, Fault> {
-    let mut blocks = Blocks::new(difference, offset, len)?;
-    let open = |lv: &str| attached.devices.volume(repository.group(), lv, false);
-    let mut images = difference.images.clone();
-    if let Some((running, top)) = running {
-        images.retain(|lv| lv != top);
-        running.at_rest(|reader| blocks.add_held(reader))?;
+/// Bytes of all bitmaps for NBD clients together, at most: room for three of the largest, or for those of hundreds
+/// of ordinary disks.
+const BITMAPS: usize = 128 << 20;
+
+/// The volumes that a difference is read from. While they are open no merge changes them.
+struct Opened {
+    images: Vec<(String, Source)>,
+    records: Vec<(String, Source)>,
+}
+
+impl Opened {
+    /// Opens them, but for the uppermost one of a disk that runs.
+    fn open(
+        attached: &Attached,
+        repository: &Repository<Member>,
+        difference: &Difference,
+        running: Option<&str>,
+    ) -> Result<Opened, Fault> {
+        let open = |lvs: &[String]| {
+            let others = lvs.iter().filter(|lv| Some(lv.as_str()) != running);
+            let opened = others.map(|lv| {
+                Ok((lv.clone(), attached.devices.volume(repository.group(), lv, false)?))
+            });
+            opened.collect::<Result<Vec<_>, Fault>>()
+        };
+        Ok(Opened { images: open(&difference.images)?, records: open(&difference.records)? })
     }
-    for lv in &images {
-        blocks.add_image(open(lv)?, lv)?;
+
+    /// Reads all that they say of a difference, and what the running disk holds by itself.
+    fn read(self, mut blocks: Blocks, running: Option<&mut Running>) -> Result<Blocks, Fault> {
+        running.map(|disk| disk.at_rest(|reader| blocks.add_held(reader))).transpose()?;
+        for (lv, image) in self.images {
+            blocks.add_image(image, &lv)?;
+        }
+        for (lv, mut record) in self.records {
+            blocks.add_record(&mut record, &lv)?;
+        }
+        Ok(blocks)
     }
-    for lv in &difference.records {
-        blocks.add_record(&mut open(lv)?, lv)?;
-    }
-    Ok(blocks)
 }
 
 /// In which blocks of a range of `to` it differs from `from`. `images`: those that are open, if `to` may be written
@@ -65,7 +83,7 @@ fn changed(
     images: Option<&Images>,
     attached: &Attached,
     (sr, from, to): (&str, &str, &str),
-    range: (u64, u64),
+    (offset, len): (u64, u64),
 ) -> Result<Blocks, Fault> {
     for _ in 0..LOOKS {
         let is_snapshot = attached.repository.lock().disk(to)?.0.read_only;
@@ -82,9 +100,12 @@ fn changed(
             // If it does not run somebody opens or closes it, or merges it.
             let waits = !disk.read_only && running.is_none() && attached.devices.uses(top) > 0;
             if !attached.interrupt(&difference.images) && !waits {
-                let top = node.lv.as_str();
-                let running = running.as_mut().map(|held| (held.disk(), top));
-                return read(attached, &repository, &difference, range, running);
+                let blocks = Blocks::new(&difference, offset, len)?;
+                let top = running.as_ref().map(|_| node.lv.as_str());
+                let opened = Opened::open(attached, &repository, &difference, top)?;
+                // Other disks grow meanwhile.
+                drop(repository);
+                return opened.read(blocks, running.as_mut().map(|held| held.disk()));
             }
         }
         std::thread::sleep(LOOK);
@@ -144,12 +165,40 @@ impl Repositories {
     }
 }
 
+/// How much memory bitmaps for clients take.
+#[derive(Default)]
+pub(super) struct Budget(AtomicUsize);
+
+impl Budget {
+    /// Takes so many bytes, if they are there.
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<Taken> {
+        let add = |taken: usize| taken.checked_add(bytes).filter(|&sum| sum <= BITMAPS);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).ok()?;
+        Some(Taken { budget: self.clone(), bytes })
+    }
+}
+
+/// Given back when dropped.
+struct Taken {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.budget.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// Blocks as a bitmap.
-struct Shown(Blocks);
+struct Shown {
+    blocks: Blocks,
+    _taken: Taken,
+}
 
 impl ::nbd::Bitmap for Shown {
     fn run(&self, offset: u64, most: u64) -> (u64, bool) {
-        self.0.run(offset, most)
+        self.blocks.run(offset, most)
     }
 }
 
@@ -158,8 +207,8 @@ struct Since {
     repositories: Arc<Repositories>,
     place: DiskPlace,
     keep: Arc<Keep>,
-    /// What was asked for last: several connections ask for the same.
-    last: Mutex<Option<(String, Arc<Shown>)>>,
+    /// What was asked for last, while a client has it: several connections ask for the same.
+    last: Mutex<Option<(String, Weak<Shown>)>>,
 }
 
 impl Since {
@@ -193,19 +242,44 @@ impl ::nbd::Bitmaps for Since {
 
     fn open(&self, name: &str) -> Option<Arc<dyn ::nbd::Bitmap>> {
         let mut last = self.last.lock();
-        if let Some((_, blocks)) = last.as_ref().filter(|(from, _)| from == name) {
-            return Some(blocks.clone());
+        if let Some((from, blocks)) = last.as_ref()
+            && from == name
+            && let Some(blocks) = blocks.upgrade()
+        {
+            return Some(blocks);
         }
-        match self.read(name) {
-            Ok(blocks) => {
-                let blocks = Arc::new(Shown(blocks));
-                *last = Some((name.to_owned(), blocks.clone()));
-                Some(blocks)
+        let shown = self.read(name).and_then(|blocks| {
+            let taken = self.repositories.bitmaps.take(blocks.bytes().len());
+            let why = || Fault::other(format!("others take {BITMAPS} bytes for theirs"));
+            Ok(Arc::new(Shown { blocks, _taken: taken.ok_or_else(why)? }))
+        });
+        match shown {
+            Ok(shown) => {
+                *last = Some((name.to_owned(), Arc::downgrade(&shown)));
+                Some(shown)
             }
             Err(fault) => {
                 log::info!("a bitmap for a client: {fault}");
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bitmaps_have_so_much_memory_and_no_more() {
+        let budget = Arc::new(Budget::default());
+        let first = budget.take(BITMAPS - 1).unwrap();
+        assert!(budget.take(2).is_none() && budget.take(usize::MAX).is_none());
+        let second = budget.take(1).unwrap();
+        assert!(budget.take(1).is_none());
+        drop(first);
+        assert!(budget.take(BITMAPS - 1).is_some());
+        drop(second);
+        assert_eq!(budget.0.load(Ordering::Relaxed), 0);
     }
 }

@@ -56,6 +56,8 @@ pub(crate) struct Repositories {
     mirrors: Mirrors,
     /// Servers for connections that are handed over, by the names of their images.
     imports: Mutex<BTreeMap<String, ::nbd::Server>>,
+    /// What bitmaps for NBD clients take.
+    bitmaps: Arc<changed::Budget>,
 }
 
 type Configuration = BTreeMap<String, String>;
@@ -102,8 +104,8 @@ impl Repositories {
     pub(crate) fn new(run: PathBuf, rrd: Option<&str>) -> Repositories {
         let datasources = rrd.map(|uid| format!("xeno+shm:///{uid}")).into_iter().collect();
         let (all, active, watched) = Default::default();
-        let (mirrors, imports) = Default::default();
-        Repositories { run, all, active, watched, datasources, mirrors, imports }
+        let (mirrors, imports, bitmaps) = Default::default();
+        Repositories { run, all, active, watched, datasources, mirrors, imports, bitmaps }
     }
 
     /// The same, whose disks may be mirrored so far.
@@ -143,13 +145,12 @@ impl Repositories {
 
     /// Lets go of all, which the next daemon takes up.
     pub(crate) fn close_all(&self) {
-        let mut all = self.all.lock();
-        while let Some(sr) = all.keys().next().cloned() {
-            let closed = Repositories::take_out(&mut all, &sr);
+        for sr in self.names() {
+            let closed = self.take_out(&sr);
             let closed = closed.and_then(|attached| attached.map_or(Ok(()), Attached::close));
             if let Err(fault) = closed {
                 log::warn!("repository {sr}: {fault}");
-                all.remove(&sr);
+                self.all.lock().remove(&sr);
             }
         }
     }

@@ -105,9 +105,8 @@ impl Repositories {
 
     /// Of what is not attached as well: it must never fail for that.
     fn detach(&self, sr: &str) -> Result<Value, Fault> {
-        let mut all = self.all.lock();
-        let attached = Repositories::take_out(&mut all, sr)?;
-        self.forget(&all, sr)?;
+        let attached = self.take_out(sr)?;
+        self.forget(sr)?;
         if let Some(attached) = attached {
             attached.close()?;
         }
@@ -116,14 +115,13 @@ impl Repositories {
 
     fn destroy(&self, sr: &str) -> Result<Value, Fault> {
         self.attached(sr)?;
-        let mut all = self.all.lock();
-        let attached = Repositories::take_out(&mut all, sr)?;
+        let attached = self.take_out(sr)?;
         let attached = attached.ok_or_else(|| Fault::of("Sr_not_attached", sr))?;
         if attached.repository.lock().has_volumes() {
-            all.insert(sr.to_owned(), Arc::new(attached));
+            self.put_back(sr, Arc::new(attached));
             return Err(Fault::other(format!("repository {sr} has volumes: destroy them first")));
         }
-        self.forget(&all, sr)?;
+        self.forget(sr)?;
         let Attached { repository, devices, .. } = attached;
         drop(repository.into_inner().remove()?);
         devices.close()?;
