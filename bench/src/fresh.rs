@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::Error;
 use crate::guest::Mix;
 use crate::rig::Rig;
+use crate::run::{Kind, Nbd, Request, Target};
 use crate::server::Server;
 use crate::stamp::BLOCK;
 
@@ -29,6 +30,9 @@ const CLUSTER: u64 = 64 << 10;
 
 /// Requests in flight.
 const DEPTH: usize = 32;
+
+/// How long answers are waited for at a time, in nanoseconds.
+const WAIT: u64 = 20_000_000;
 
 /// QEMU's ways to do I/O: each that it has here is tried once, and the best one measured.
 const AIO: [&str; 3] = ["io_uring", "native", "threads"];
@@ -160,16 +164,51 @@ fn empty(path: &Path) -> Result<(), Error> {
 /// nanoseconds.
 fn load(mut server: Server, offsets: &[u64]) -> Result<(u64, u64), Error> {
     let clock = Clock::real();
-    let mut client = server.connect()?;
-    if client.size != SIZE {
-        return Err(Error::other(format!("the export has {} bytes", client.size)));
+    let (mut client, costs) = (server.connect()?, server.costs()?);
+    let size = client.limits().size;
+    if size != SIZE {
+        return Err(Error::other(format!("the export has {size} bytes")));
     }
-    let (began, cpu) = (clock.now(), server.cpu()?);
-    client.write(offsets, DEPTH, &[0x5a; BLOCK])?;
-    let took = (clock.now() - began, server.cpu()? - cpu);
+    let (began, cpu) = (clock.now(), costs.cpu_ns()?);
+    write(&mut client, offsets, &clock)?;
+    let took = (clock.now() - began, costs.cpu_ns()? - cpu);
     client.close()?;
     server.stop()?;
     Ok(took)
+}
+
+/// Writes a block at each of the offsets, and flushes.
+fn write(client: &mut Nbd, offsets: &[u64], clock: &Clock) -> Result<(), Error> {
+    client.prepare(DEPTH as u32, BLOCK as u32, false)?;
+    let mut free: Vec<u32> = (0..DEPTH as u32).collect();
+    let writes = offsets.iter().map(|&offset| (Kind::Write, offset, BLOCK as u32));
+    let mut all = writes.chain([(Kind::Flush, 0, 0)]).peekable();
+    let mut heard = clock.now();
+    while all.peek().is_some() || free.len() < DEPTH {
+        while let Some(&(kind, offset, len)) = all.peek()
+            // The flush goes when all else is answered.
+            && (kind == Kind::Write || free.len() == DEPTH)
+            && let Some(slot) = free.pop()
+        {
+            all.next();
+            client.send(&Request { slot, kind, offset, len }, None)?;
+        }
+        let (before, mut failed) = (free.len(), None);
+        client.poll(WAIT, &mut |done| {
+            failed = failed.or(done.error);
+            free.push(done.slot);
+        })?;
+        let now = clock.now();
+        if let Some(error) = failed {
+            return Err(Error::other(format!("a request failed with error {error}")));
+        }
+        if free.len() > before {
+            heard = now;
+        } else if now - heard > client.limits().patience {
+            return Err(Error::other("the server answers nothing any more"));
+        }
+    }
+    Ok(())
 }
 
 /// Checks by `qemu-img` that the image is right and holds so many clusters of data.

@@ -17,7 +17,6 @@
 mod alloc;
 pub mod callgrind;
 pub mod chain;
-mod client;
 pub mod counters;
 pub mod demo;
 pub mod device;

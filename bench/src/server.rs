@@ -6,11 +6,17 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
-use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::Error;
-use crate::client::{Client, EXPORT};
+use crate::run::Nbd;
+use crate::run::meter::Costs;
+
+/// The export's name, at every server.
+const EXPORT: &str = "bench";
+
+/// How long a server may be silent.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// How often, and in which steps, a server is asked whether it listens, or has ended.
 const TRIES: u32 = 6000;
@@ -72,23 +78,18 @@ impl Server {
         let to = File::create(&log).map_err(Error::other)?;
         let _ = std::fs::remove_file(&socket);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(to);
-        // This program may have signals blocked, which a child inherits; then it would not be told to
-        // end.
-        let mask = SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK);
-        let mask = mask.map_err(Error::other)?;
-        let started = command.spawn().map_err(|e| Error::other(format!("{name}: {e}")));
-        mask.thread_set_mask().map_err(Error::other)?;
-        Ok(Server { name: name.to_owned(), child: started?, socket, log })
+        let child = spawn(name, &mut command)?;
+        Ok(Server { name: name.to_owned(), child, socket, log })
     }
 
     /// Connects as soon as it listens.
-    pub(crate) fn connect(&mut self) -> Result<Client, Error> {
+    pub(crate) fn connect(&mut self) -> Result<Nbd, Error> {
         for _ in 0..TRIES {
             if self.child.try_wait().map_err(Error::other)?.is_some() {
                 break;
             }
             if self.socket.exists()
-                && let Ok(client) = Client::connect(&self.socket)
+                && let Ok(client) = Nbd::connect(&self.socket, EXPORT, SILENCE)
             {
                 return Ok(client);
             }
@@ -102,11 +103,9 @@ impl Server {
         Error::other(format!("{}: {what}: {}", self.name, text.trim()))
     }
 
-    /// Processor time that its threads have used, in the kernel too, in nanoseconds.
-    pub(crate) fn cpu(&self) -> Result<u64, Error> {
-        let clock = clock_getcpuclockid(self.pid()?).map_err(Error::other)?;
-        let time = clock_gettime(clock).map_err(Error::other)?;
-        Ok(Duration::from(time).as_nanos() as u64)
+    /// Tells what it takes.
+    pub(crate) fn costs(&self) -> Result<Costs, Error> {
+        Costs::of(self.child.id())
     }
 
     fn pid(&self) -> Result<Pid, Error> {
@@ -125,6 +124,16 @@ impl Server {
         }
         Err(self.error("does not end"))
     }
+}
+
+/// Starts a process that can be told to end: this program may have signals blocked, which a child
+/// inherits.
+pub(crate) fn spawn(name: &str, command: &mut Command) -> Result<Child, Error> {
+    let mask = SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+    let mask = mask.map_err(Error::other)?;
+    let started = command.spawn().map_err(|e| Error::other(format!("{name}: {e}")));
+    mask.thread_set_mask().map_err(Error::other)?;
+    started
 }
 
 impl Drop for Server {

@@ -8,8 +8,8 @@ use reactor::Policy;
 /// Where and how reactors run.
 #[derive(Args)]
 pub(crate) struct Reactor {
-    /// Processors to run on, e.g. 2,3. nbd: a reactor on each. demo: the reactor, then guest and
-    /// device.
+    /// Processors to run on, e.g. 2,3. nbd: a reactor on each. demo and bench run: the reactor, if there
+    /// is one, then guest and device.
     #[arg(long, value_delimiter = ',')]
     cores: Vec<usize>,
     /// What a reactor does when idle: poll (never sleeps) or adaptive.
@@ -23,6 +23,11 @@ pub(crate) struct Reactor {
 }
 
 impl Reactor {
+    /// Processors as given.
+    pub(crate) fn named(&self) -> &[usize] {
+        &self.cores
+    }
+
     /// Processors for `count` threads: as given, else the first ones that are online; the last one
     /// again where there are too few.
     pub(crate) fn cores(&self, count: usize) -> anyhow::Result<Vec<Option<usize>>> {

@@ -36,33 +36,37 @@ pub struct Server {
     pub instructions: Option<u64>,
     /// Context switches, voluntary and not.
     pub switches: Option<u64>,
-    /// System calls.
+    /// System calls. Counted in a run of its own where counting takes time, and put in proportion.
     pub syscalls: Option<u64>,
+    /// Allocations, of a server in this process.
+    #[serde(default)]
+    pub allocations: Option<u64>,
 }
 
-/// Whether the rate had settled: the last windows' spread and slope, by the rules of SNIA's Solid State
-/// Storage Performance Test Specification: no window is further than 10 % from the mean of all, and a
-/// line through them rises or falls by no more than 10 % of it.
+/// Whether the rate had settled, by the rules of SNIA's Solid State Storage Performance Test
+/// Specification, over five equal parts of the counted time: none is further than 10 % from the mean of
+/// all, and a line through them rises or falls by no more than 10 % of it.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Steady {
     /// Whether it had.
     pub reached: bool,
-    /// Furthest window from the mean, as a share of it.
+    /// Furthest part from the mean, as a share of it.
     pub spread: f64,
-    /// Rise of the line through the windows, as a share of the mean.
+    /// Rise of the line through the parts, as a share of the mean.
     pub slope: f64,
 }
 
-/// What came of a job. Latencies are of all requests that were counted.
+/// What came of a job. Latencies are of all requests that were counted; at a fixed rate also of those
+/// that were due and not answered when the time was over.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// Seconds that were counted.
     pub seconds: f64,
-    /// Requests that were answered in them.
+    /// Requests that were answered in them. Flushes are not among them.
     pub requests: u64,
     /// Bytes that they moved.
     pub bytes: u64,
-    /// Requests that were answered with an error.
+    /// Requests that were answered with an error; they are not among the others.
     pub errors: u64,
     /// Requests a second.
     pub iops: f64,
@@ -79,7 +83,7 @@ pub struct Outcome {
     /// The distribution of all latencies: upper bound of a bucket in nanoseconds, and the share of
     /// requests that were not slower. At most 200 points.
     pub cdf: Vec<(u64, f64)>,
-    /// Requests in each tenth of a second.
+    /// Requests in each whole tenth of a second.
     pub windows: Vec<u64>,
     /// Whether the rate had settled; `None` in a run too short to tell.
     pub steady: Option<Steady>,

@@ -6,6 +6,7 @@ mod fresh;
 mod full;
 mod path;
 mod reactors;
+mod run;
 
 use anyhow::Context;
 use clap::Subcommand;
@@ -13,6 +14,8 @@ use clap::Subcommand;
 /// The commands.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
+    /// Load a guest's ring, an NBD server or a block node, as fio does.
+    Run(Box<run::Run>),
     /// What a request costs on its path, layer by layer, in instructions (needs valgrind).
     Path(path::Path),
     /// What a device gives, and what driving it costs: 4 KiB at random, without an image.
@@ -33,6 +36,7 @@ pub(crate) enum Bench {
 /// Runs a measurement.
 pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
     match command {
+        Bench::Run(r) => run::run(r),
         Bench::Path(p) => path::path(p),
         Bench::Device(d) => device::device(d),
         Bench::Chain(c) => chain::chain(c),
