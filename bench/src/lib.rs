@@ -10,6 +10,7 @@
 //! - [`several`]: throughput of an image on one and on two reactors, where processors are idle.
 //! - [`figures`]: device writes per guest write, and what opening costs.
 //! - [`run`]: a load generator for rings, NBD servers and block nodes.
+//! - [`server`]: servers in processes of their own.
 //! - [`counters`] counts system calls, allocations and locks of a thread.
 //!
 //! Gates are counts; times are only reported, since machines are noisy.
@@ -30,7 +31,7 @@ pub mod path;
 mod reference;
 mod rig;
 pub mod run;
-mod server;
+pub mod server;
 pub mod several;
 mod stamp;
 mod trap;
@@ -52,7 +53,8 @@ pub enum Error {
 }
 
 impl Error {
-    fn other(what: impl std::fmt::Display) -> Error {
+    /// Anything else.
+    pub fn other(what: impl std::fmt::Display) -> Error {
         Error::Other(what.to_string())
     }
 }

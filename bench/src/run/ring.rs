@@ -1,7 +1,9 @@
 //! [`Ring`]: a guest's ring in this process, as a [`Target`].
 
+use std::sync::Arc;
+
 use blkif::{Abi, Config, Setup, Signal};
-use node::{Disk, DiskOptions, NodeSpec, OpenOptions, Parts, ReactorCore};
+use node::{Disk, DiskOptions, NodeSpec, OpenOptions, Parts, ReactorCore, Reactors};
 use qcow::open::Format;
 use reactor::{Clock, Start};
 
@@ -40,6 +42,12 @@ pub struct RingOptions {
     pub depth: u32,
 }
 
+impl RingOptions {
+    fn image(&self) -> qcow::run::Options {
+        qcow::run::Options { l2_cache: self.l2_cache, ..Default::default() }
+    }
+}
+
 /// A node that a reactor on a thread of its own serves, with the guest's end of a ring to it. Models of
 /// devices among the nodes are stepped by the thread that loads it: they are no part of the server.
 pub struct Ring {
@@ -72,10 +80,28 @@ impl Ring {
     /// # Errors
     /// If it cannot be served.
     pub fn serve(parts: Parts, name: &str, options: &RingOptions) -> Result<Ring, Error> {
+        let served = DiskOptions { reactors: vec![options.reactor], image: options.image() };
+        Ring::of(Disk::start(parts, served, Clock::real())?, name, options)
+    }
+
+    /// The same with a node on the first of these reactors, which may serve others: whoever started them
+    /// ends them, after their rings.
+    ///
+    /// # Errors
+    /// If it cannot be opened or served.
+    pub fn open_on(
+        spec: &NodeSpec,
+        reactors: &Arc<Reactors>,
+        options: &RingOptions,
+    ) -> Result<Ring, Error> {
+        let open = OpenOptions { writable: options.writable, ..OpenOptions::read(options.format) };
+        let parts = Parts::on(node::open_chain(spec, &open)?, reactors)?;
+        let disk = Disk::start_on(parts, reactors, &[0], options.image())?;
+        Ring::of(disk, &spec.to_string(), options)
+    }
+
+    fn of(mut disk: Disk, name: &str, options: &RingOptions) -> Result<Ring, Error> {
         let clock = Clock::real();
-        let image = qcow::run::Options { l2_cache: options.l2_cache, ..Default::default() };
-        let served = DiskOptions { reactors: vec![options.reactor], image };
-        let mut disk = Disk::start(parts, served, clock.clone())?;
         let connected = connect(&disk, options);
         let (guest, at) = match connected {
             Ok(connected) => connected,
