@@ -1,6 +1,7 @@
 //! `polldisk bench …`: measurements that anybody can rerun.
 
 mod chain;
+mod compare;
 mod device;
 mod fresh;
 mod full;
@@ -28,6 +29,8 @@ pub(crate) enum Bench {
     Full(full::Full),
     /// How many reads of one image that hit one reactor serves, and two at once.
     Reactors(reactors::Reactors),
+    /// polldisk beside its peers, under the same load (uses those that are here).
+    Compare(compare::Compare),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(path::Worker),
@@ -43,6 +46,7 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
         Bench::Fresh(f) => fresh::fresh(f),
         Bench::Full(f) => full::full(f),
         Bench::Reactors(r) => reactors::reactors(r),
+        Bench::Compare(c) => compare::run(c),
         Bench::PathWorker(w) => path::worker(w),
     }
 }

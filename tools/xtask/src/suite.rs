@@ -159,9 +159,10 @@ fn miri() -> Result<Tally> {
 fn cargo_test() -> Result<Tally> {
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
-    let needs: [(&str, &[&str]); 4] = [
+    let needs: [(&str, &[&str]); 5] = [
         ("images judged by QEMU", &["qemu-img", "qemu-io"]),
         ("peers of NBD", &["nbdinfo", "nbdcopy", "fio", "qemu-nbd", "openssl"]),
+        ("peers under the same load", &["qemu-storage-daemon", "qemu-nbd", "nbdkit", "fio"]),
         ("volume groups judged by LVM2", &["lvm"]),
         ("plugins of the toolstack", &["python3"]),
     ];

@@ -12,13 +12,16 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 26] = [
+const PACKAGES: [(&str, &str); 28] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
+    ("nbdkit", "nbdkit"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
+    // In qemu-utils since Debian 13.
+    ("qemu-storage-daemon", "qemu-system-common"),
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("resize2fs", "e2fsprogs"),
