@@ -16,3 +16,4 @@ mod ratio;
 pub mod results;
 pub mod round;
 mod rows;
+mod split;

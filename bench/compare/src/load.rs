@@ -20,12 +20,16 @@ use crate::peer::{self, Place, Process, Setup, done_within, fio, spdk};
 use crate::profiles::{Content, Disk};
 use crate::results::Frontend;
 use crate::round::Options;
+use crate::split::Split;
 
 /// How long a server may answer nothing.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a tool may take beside the time of its job.
 const TOOL: f64 = 60.0;
+
+/// What a ring takes in one request, in bytes.
+const PART: u32 = 128 << 10;
 
 /// What a pass is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +65,8 @@ pub(crate) struct Runner<'a> {
     scratch: &'a Path,
     images: Images,
     stop: &'a dyn Fn() -> bool,
+    /// It has said so.
+    stopped: bool,
     /// What is to be kept in mind when reading results.
     pub(crate) notes: Vec<String>,
     /// Folded stacks of the last pass that sampled, by job.
@@ -75,7 +81,7 @@ impl<'a> Runner<'a> {
         stop: &'a dyn Fn() -> bool,
     ) -> Runner<'a> {
         let (notes, stacks) = (Vec::new(), Vec::new());
-        Runner { options, scratch, images, stop, notes, stacks }
+        Runner { options, scratch, images, stop, stopped: false, notes, stacks }
     }
 
     fn note(&mut self, text: String) {
@@ -144,7 +150,9 @@ impl<'a> Runner<'a> {
             }
             None => Err(Error::Other("the server has no export".into())),
         });
-        let done = done.map_err(|e| process.explain(&e.to_string()))?;
+        // Of a server that was only stopped there is nothing to explain.
+        let done =
+            done.map_err(|e| if self.stopped { e } else { process.explain(&e.to_string()) })?;
         for disk in disks {
             disk.close().map_err(|e| process.explain(&e.to_string()))?;
         }
@@ -194,9 +202,7 @@ impl<'a> Runner<'a> {
 
     /// Whether a target takes a job; asks first whether to go on at all.
     fn possible<T: Target>(&mut self, target: &T, job: &Job, setup: &Setup) -> Result<bool, Error> {
-        if (self.stop)() {
-            return Err(Error::Other("stopped".into()));
-        }
+        self.go_on()?;
         let possible = job.flush_every.is_none() || target.limits().flush;
         if !possible {
             let (name, variant) = (setup.peer().name(), setup.variant());
@@ -236,7 +242,9 @@ impl<'a> Runner<'a> {
         let nodes = self.images.nodes(disk, options.leaf).map_err(not_begun)?;
         let start = Start { cpu: self.core(), policy: Policy::Adaptive };
         let here = self.options.cores.map(|[generator, _]| generator);
-        let depth = jobs.iter().map(Job::depth).max().unwrap_or(1);
+        // Long requests go in parts.
+        let parts = |job: &Job| longest(job).div_ceil(PART).max(1);
+        let depth = jobs.iter().map(|j| j.depth().saturating_mul(parts(j))).max().unwrap_or(1);
         let ring = RingOptions {
             format: qcow::open::Format::Qcow2,
             writable: true,
@@ -246,11 +254,11 @@ impl<'a> Runner<'a> {
             depth,
         };
         let reactors = Reactors::start(&[start], Clock::real()).map_err(Error::other)?;
-        let open = nodes.iter().map(|node| Ring::open_on(node, &reactors, &ring));
+        let open = nodes.iter().map(|node| Ring::open_on(node, &reactors, &ring).map(Split::new));
         let done = open.collect::<Result<Vec<_>, _>>().and_then(|rings| {
             let mut rings = Many::new(rings)?;
             let done = self.ring_jobs(&mut rings, jobs, pass, setup);
-            let closed = rings.into_disks().into_iter().try_for_each(Ring::close);
+            let closed = rings.into_disks().into_iter().try_for_each(|r| r.into_below().close());
             let done = done?;
             closed?;
             Ok(done)
@@ -262,7 +270,7 @@ impl<'a> Runner<'a> {
     /// Sends jobs to rings of one reactor, which is on a thread of this process.
     fn ring_jobs(
         &mut self,
-        rings: &mut Many<Ring>,
+        rings: &mut Many<Split<Ring>>,
         jobs: &[Job],
         pass: Pass,
         setup: &Setup,
@@ -270,7 +278,7 @@ impl<'a> Runner<'a> {
         let mut done = Vec::new();
         for job in jobs {
             self.go_on()?;
-            let mut meter = rings.first().meter(pass == Pass::Count);
+            let mut meter = rings.first().below().meter(pass == Pass::Count);
             let sampler =
                 (pass == Pass::Sample).then(|| Sampler::start(std::process::id(), self.scratch));
             let outcome = run(job, rings, Some(&mut meter), &mut |_| {})?;
@@ -355,9 +363,14 @@ impl<'a> Runner<'a> {
         Ok(outcome)
     }
 
-    fn go_on(&self) -> Result<(), Error> {
-        if (self.stop)() { Err(Error::Other("stopped".into())) } else { Ok(()) }
+    fn go_on(&mut self) -> Result<(), Error> {
+        self.stopped |= (self.stop)();
+        if self.stopped { Err(Error::other("stopped")) } else { Ok(()) }
     }
+}
+
+fn longest(job: &Job) -> u32 {
+    job.sizes.0.iter().map(|s| s.0).max().unwrap_or(0)
 }
 
 fn within(job: &Job) -> Duration {

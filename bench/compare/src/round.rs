@@ -15,13 +15,13 @@ use crate::results::{Comparison, Flame, Host, PeerInfo};
 use crate::rows::{Cell, rows};
 
 /// Rounds, and what a quick comparison may take for its measurements, in seconds.
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 const QUICK_ROUNDS: usize = 3;
 const QUICK: f64 = 24.0;
 
 /// Seconds that count of each measurement, and of the ramp before, if it is not quick.
-const SECONDS: f64 = 5.0;
-const RAMP: f64 = 1.0;
+const SECONDS: f64 = 3.0;
+const RAMP: f64 = 0.5;
 
 /// Of the time of a quick measurement, the share of its ramp, and that of the run that only counts.
 const RAMP_SHARE: f64 = 0.2;

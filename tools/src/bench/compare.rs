@@ -33,7 +33,7 @@ pub(crate) struct Compare {
     /// everybody who is here, if not said.
     #[arg(long = "peer", value_name = "NAME", value_parser = |s: &str| Peer::from_name(s))]
     peers: Vec<Peer>,
-    /// Rounds; medians count. 7, or 3 with --quick, if not said.
+    /// Rounds; medians count. 5, or 3 with --quick, if not said.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
     /// Processors of the load generator and of servers; the last two, if not said.
