@@ -173,6 +173,25 @@ fn qemu_dp_is_driven_by_qmp() {
     assert!(all.iter().all(|r| r["variant"] == "aio=native"));
 }
 
+/// Each kind of disk, content and load, however shortly; of a peer that is always here.
+#[test]
+fn every_profile_runs() {
+    let list = Command::new(POLLDISK).args(["bench", "compare", "--list", "--json"]).output();
+    let list: Value = serde_json::from_slice(&list.unwrap().stdout).unwrap();
+    let profiles = list["profiles"].as_array().unwrap();
+    assert_eq!(profiles.len(), 10);
+    for profile in profiles {
+        let (dir, name) = (tempfile::tempdir().unwrap(), profile["name"].as_str().unwrap());
+        let mut command = Command::new(POLLDISK);
+        command.args(["bench", "compare", "--quick", "--json", "--rounds", "1", "--budget", "0.5"]);
+        command.args(["--peer", "polldisk", "--profile", name]).arg("--scratch").arg(dir.path());
+        let c = json(&command.output().unwrap());
+        assert!(rows(&c, "polldisk", "ring").iter().all(|r| r["iops"].as_f64().unwrap() > 0.0));
+        assert!(rows(&c, "polldisk", "ring").len() >= 1, "{name}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{name}");
+    }
+}
+
 #[test]
 fn profiles_and_peers_are_listed() {
     let run = |args: &[&str]| Command::new(POLLDISK).args(["bench", "compare"]).args(args).output();
