@@ -21,6 +21,9 @@ use crate::output::STDOUT;
 /// How long an NBD server may be silent.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Seconds before anything is counted.
+const RAMP: f64 = 0.5;
+
 /// A run that only counts is no longer than this, in seconds.
 const COUNTING: f64 = 1.0;
 
@@ -53,7 +56,7 @@ pub(crate) struct Run {
     #[arg(long, default_value = "randread")]
     rw: Pattern,
     /// Reads among the requests of rw and randrw, in percent.
-    #[arg(long, value_name = "PERCENT", alias = "rwmix-read", default_value_t = 50)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
     rwmixread: u8,
     /// Discards among the requests of rw and randrw, in percent; the rest are writes.
     #[arg(long, value_name = "PERCENT", default_value_t = 0)]
@@ -80,9 +83,9 @@ pub(crate) struct Run {
     /// Its length; to the disk's end if not said.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     size: Option<u64>,
-    /// Seconds before anything is counted.
-    #[arg(long, value_name = "SECONDS", alias = "ramp_time", default_value_t = 0.5)]
-    ramp_time: f64,
+    /// Seconds before anything is counted; half a second if not said, and none with --number-ios.
+    #[arg(long, value_name = "SECONDS", alias = "ramp_time")]
+    ramp_time: Option<f64>,
     /// Seconds that are counted, at most.
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
     runtime: f64,
@@ -182,7 +185,7 @@ impl Run {
             },
             offset: self.offset,
             length: self.size,
-            ramp: self.ramp_time,
+            ramp: self.ramp_time.unwrap_or(if self.number_ios.is_some() { 0.0 } else { RAMP }),
             seconds: self.runtime,
             requests: self.number_ios,
             flush_every: self.fsync,
@@ -420,5 +423,58 @@ mod tests {
         for bad in ["zipf", "zipf:", "zipf:x", "pareto:1", "uniform:1"] {
             assert!(distribution(bad).is_err(), "{bad}");
         }
+    }
+
+    /// What this thread allocates for a job of so many requests.
+    fn allocations(target: &mut impl Target, requests: u64) -> u64 {
+        let (mix, shape) = (Mix { reads: 50, trims: 0 }, Shape::Depth(8));
+        let (requests, flush_every) = (Some(requests), Some(10));
+        let job = Job { mix, shape, requests, flush_every, seconds: 60.0, ..Job::default() };
+        let before = ::bench::allocations();
+        let outcome = ::bench::run::run(&job, target, None, &mut |_| {}).unwrap();
+        assert_eq!((Some(outcome.requests), outcome.errors), (requests, 0));
+        ::bench::allocations() - before
+    }
+
+    /// The program's allocator counts, so here it can be told.
+    #[test]
+    fn a_request_allocates_nothing() {
+        let check = |few: u64, many: u64| {
+            // The same for both, but for what becomes of more different latencies in the end.
+            assert!(few > 0 && many < few + 20, "{few} for 1,000 requests, {many} for 11,000");
+        };
+        let spec = NodeSpec::parse("mem:1M").unwrap();
+        let mut direct = Direct::open(&spec, true).unwrap();
+        check(allocations(&mut direct, 1000), allocations(&mut direct, 11_000));
+        direct.close().unwrap();
+        let options = RingOptions {
+            format: Format::Raw,
+            writable: true,
+            reactor: Start { cpu: None, policy: Policy::Adaptive },
+            here: None,
+            l2_cache: 1 << 20,
+            depth: 8,
+        };
+        let mut ring = Ring::open(&spec, &options).unwrap();
+        check(allocations(&mut ring, 1000), allocations(&mut ring, 11_000));
+        ring.close().unwrap();
+        // An NBD server, ours, on a thread of its own.
+        let disk = node::Parts::new(
+            node::open_chain(&spec, &node::OpenOptions::write(Format::Raw)).unwrap(),
+        );
+        let served = node::DiskOptions {
+            reactors: vec![Start { cpu: None, policy: Policy::Adaptive }],
+            image: qcow::run::Options::default(),
+        };
+        let disk = node::Disk::start(disk.unwrap(), served, reactor::Clock::real()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let export = crate::nbd::export(spec.to_string(), &disk.door(), disk.info()).unwrap();
+        let server = ::nbd::Server::bind(&socket, export).unwrap();
+        let mut nbd = Nbd::connect(&socket, "", PATIENCE).unwrap();
+        check(allocations(&mut nbd, 1000), allocations(&mut nbd, 11_000));
+        nbd.close().unwrap();
+        server.shutdown(PATIENCE);
+        disk.close().unwrap();
     }
 }
