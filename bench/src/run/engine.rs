@@ -178,8 +178,8 @@ struct Sender {
     chooser: Chooser,
     shape: Shape,
     depth: usize,
-    flush_every: u32,
-    unflushed: u32,
+    flush_every: u64,
+    unflushed: u64,
     /// Chosen, and not sent yet.
     next: Option<Choice>,
     /// When the next one is due.
@@ -198,7 +198,7 @@ impl Sender {
             chooser: Chooser::new(job, start, len),
             shape: job.shape,
             depth: job.depth() as usize,
-            flush_every: job.flush_every.unwrap_or(u32::MAX),
+            flush_every: job.flush_every.map_or(u64::MAX, u64::from),
             unflushed: 0,
             next: None,
             due: now as f64,
@@ -221,7 +221,7 @@ impl Sender {
             return Some(Choice { kind: Kind::Flush, offset: 0, len: 0 });
         }
         let choice = self.chooser.next();
-        self.unflushed += u32::from(choice.kind == Kind::Write);
+        self.unflushed += u64::from(choice.kind == Kind::Write);
         if written.is_some_and(|w| !w.is_free(&choice)) {
             self.next = Some(choice);
             return None;
