@@ -10,6 +10,7 @@
 //! - [`Guests`] connects rings of Xen guests to running disks.
 //! - [`Watched`] follows a running disk, for a copy of it elsewhere.
 //! - [`Admin`] is a controller as a whole, without queues (`device …` commands).
+//! - [`HostFiles`] is what the kernel tells of a host (`device …`, `bench doctor`).
 //!
 //! Control path throughout, but for the enums' forwarding.
 
@@ -28,6 +29,7 @@ mod groups;
 mod guests;
 mod held;
 mod host;
+mod host_files;
 mod image;
 mod internal;
 mod kernel;
@@ -58,6 +60,7 @@ pub use frontend::{Frontend, Ring};
 pub use groups::{GroupDevices, Growing, Member};
 pub use guests::{GuestRing, Guests, Notify, Records, Rings};
 pub use host::HostStorage;
+pub use host_files::{HostFiles, cpu_list, natural, printable};
 pub use image::Image;
 pub use kernel::active_volume;
 pub use leaf::Leaf;

@@ -3,10 +3,12 @@
 mod chain;
 mod compare;
 mod device;
+mod doctor;
 mod fresh;
 mod full;
 mod path;
 mod reactors;
+mod report;
 mod run;
 
 use anyhow::Context;
@@ -31,6 +33,10 @@ pub(crate) enum Bench {
     Reactors(reactors::Reactors),
     /// polldisk beside its peers, under the same load (uses those that are here).
     Compare(compare::Compare),
+    /// Make the page of a comparison anew, from results that were kept as JSON.
+    Report(report::Report),
+    /// Tell whether this host is fit for measuring, and what would mend it.
+    Doctor(doctor::Doctor),
     /// Runs one scenario once; what `path` runs under valgrind.
     #[command(hide = true)]
     PathWorker(path::Worker),
@@ -47,6 +53,8 @@ pub(crate) fn run(command: &Bench) -> anyhow::Result<u8> {
         Bench::Full(f) => full::full(f),
         Bench::Reactors(r) => reactors::reactors(r),
         Bench::Compare(c) => compare::run(c),
+        Bench::Report(r) => report::report(r),
+        Bench::Doctor(d) => doctor::doctor(d),
         Bench::PathWorker(w) => path::worker(w),
     }
 }

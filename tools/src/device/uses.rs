@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
+use node::{natural, printable};
 use serde::Serialize;
 use vfio::Function;
 
-use super::host::{Host, natural, printable};
+use super::host::Host;
 
 /// Layers of holders that are followed: md on dm on md is more than anybody has.
 const DEPTH: usize = 8;

@@ -13,6 +13,7 @@ mod lab;
 mod layers;
 mod lexer;
 mod matrix;
+mod page;
 mod qemu;
 mod real_input;
 mod simulate;
@@ -48,6 +49,8 @@ enum Task {
     /// Boots a machine with emulated hardware and drives that with `polldisk`.
     #[command(subcommand)]
     Lab(lab::Lab),
+    /// The report of a comparison in a real browser: light, dark, on a phone, printed.
+    Page,
     /// The counts that a change may not raise, measured on the release binary.
     Gates,
     /// Make a tarball, a .deb and an .rpm.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Task::Matrix(args) => matrix::command(&args),
         Task::Fuzz(args) => fuzz::command(&args),
         Task::Lab(lab) => lab::command(&lab),
+        Task::Page => page::command(),
         Task::Gates => gates::command(),
         Task::Dist(args) => dist::command(&args),
         Task::Layers => layers::command(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::{self, now, say};
-use crate::{dist, fuzz, gates, layers, matrix, real_input, simulate, tidy, tools};
+use crate::{dist, fuzz, gates, layers, matrix, page, real_input, simulate, tidy, tools};
 
 /// Running all tests may take so long on a slow machine; a hang takes longer.
 const TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -90,7 +90,7 @@ impl Step {
 }
 
 /// All parts, cheap ones first.
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     Step::new("layers", || layers::command().map(Tally::one)).quick(),
     Step::new("tidy", || tidy::command().map(Tally::one)).quick(),
     Step::new("tests", cargo_test).quick(),
@@ -99,6 +99,7 @@ const STEPS: [Step; 10] = [
     Step::new("fuzz", fuzz::step).optional(),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
+    Step::new("page", page::step),
     Step::new("dist", dist::step),
     Step::new("real-input", || real_input::run(&real_input::Args::default())),
 ];

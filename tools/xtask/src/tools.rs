@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::{self, program, say};
 
 /// Programs that may be installed with the package manager, and the Debian package of each.
-const PACKAGES: [(&str, &str); 28] = [
+const PACKAGES: [(&str, &str); 29] = [
     ("fio", "fio"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -42,6 +42,7 @@ const PACKAGES: [(&str, &str); 28] = [
     ("mmdebstrap", "mmdebstrap"),
     ("unshare", "util-linux"),
     ("systemd-analyze", "systemd"),
+    ("chromium-headless-shell", "chromium-headless-shell"),
 ];
 
 /// Limit for one step of apt, which may have to wait for a slow mirror or another installation.
