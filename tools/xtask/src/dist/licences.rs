@@ -40,7 +40,7 @@ pub(super) fn text() -> Result<String> {
     let mut notices: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for Crate { name, licence, folder } in crates()? {
         let _ = writeln!(text, "  {name} ({licence})");
-        for notice in of_crate(Path::new(&folder))? {
+        for notice in of_crate(Path::new(&folder), &licence)? {
             notices.entry(notice).or_default().insert(name.clone());
         }
     }
@@ -106,8 +106,11 @@ fn in_program(metadata: &Value) -> Result<Vec<Crate>> {
     Ok(found)
 }
 
+/// Of a crate that may be had under this licence and has no file that says so.
+const APACHE: &str = "Under the Apache License 2.0, which stands below.\n";
+
 /// The notices in a crate's folder: the MIT licence where there is a choice, else all.
-fn of_crate(folder: &Path) -> Result<Vec<String>> {
+fn of_crate(folder: &Path, licence: &str) -> Result<Vec<String>> {
     const STARTS: [&str; 5] = ["LICEN", "COPYING", "COPYRIGHT", "NOTICE", "UNLICENSE"];
     let entries = fs::read_dir(folder).with_context(|| folder.display().to_string())?;
     let mut files: Vec<_> = entries
@@ -119,6 +122,10 @@ fn of_crate(folder: &Path) -> Result<Vec<String>> {
         .collect();
     files.sort();
     if files.is_empty() {
+        let choices = licence.replace('/', " OR ");
+        if choices.split(" OR ").any(|choice| choice.trim() == "Apache-2.0") {
+            return Ok(vec![APACHE.to_owned()]);
+        }
         bail!("{}: no licence", folder.display());
     }
     let mit: Vec<_> = files
@@ -163,6 +170,18 @@ mod tests {
             (found[0].name.as_str(), found[0].folder.as_str()),
             ("linked 1.0.0", "/x/linked/")
         );
+    }
+
+    #[test]
+    fn a_crate_without_a_file_is_under_what_it_may_be_chosen_under() {
+        // A folder without such files.
+        let folder = crate::root().join("tools/xtask/src");
+        for licence in ["MIT OR Apache-2.0", "MIT/Apache-2.0", "Apache-2.0"] {
+            assert_eq!(of_crate(&folder, licence).unwrap(), [APACHE]);
+        }
+        for licence in ["MIT", "Apache-2.0 AND MIT", ""] {
+            assert!(of_crate(&folder, licence).is_err(), "{licence}");
+        }
     }
 
     #[test]
