@@ -6,7 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bench::Error;
 use bench::run::{Job, Outcome};
 use nix::sys::statvfs::statvfs;
+use node::HostFiles;
 
+use crate::host::{About, describe};
 use crate::images::Images;
 use crate::load::{Pass, Runner};
 use crate::peer::{Peer, Setup};
@@ -53,6 +55,8 @@ pub struct Options {
     pub program: PathBuf,
     /// Address of a PCI drive, or a block device, that is read too.
     pub device: Option<String>,
+    /// What was done to the drive before, for the report.
+    pub preconditioning: Option<String>,
     /// Samples stacks of servers under load.
     pub flame: bool,
     /// The command that does it again.
@@ -131,7 +135,7 @@ pub fn compare(
         quick: options.quick,
         began,
         command: options.command.clone(),
-        host: host(options)?,
+        host: host(options, scratch)?,
         peers,
         results: Vec::new(),
         notes: Vec::new(),
@@ -145,9 +149,14 @@ pub fn compare(
     Ok(comparison)
 }
 
-fn host(options: &Options) -> Result<Host, Error> {
+fn host(options: &Options, scratch: &Path) -> Result<Host, Error> {
     let processors = bench::server::allowed()?.len();
-    Ok(Host { facts: Vec::new(), processors, cores: options.cores })
+    let scratch = scratch.canonicalize();
+    let scratch =
+        scratch.map_err(|e| Error::Other(format!("cannot find the scratch folder: {e}")))?;
+    let preconditioning = options.preconditioning.as_deref();
+    let about = About { cores: options.cores, scratch: Some(&scratch), preconditioning };
+    Ok(Host { processors, ..describe(&HostFiles::below("/"), &about) })
 }
 
 /// Who takes part, and who cannot.
@@ -337,6 +346,7 @@ mod tests {
             cores: None,
             program: PathBuf::new(),
             device: None,
+            preconditioning: None,
             flame: false,
             command: String::new(),
         }

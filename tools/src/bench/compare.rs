@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use ::compare::page;
 use ::compare::peer::Peer;
 use ::compare::profiles::{PROFILES, Profile};
 use ::compare::results::{Comparison, Frontend, PeerInfo, Row};
@@ -50,7 +51,10 @@ pub(crate) struct Compare {
     /// Sample stacks of servers under load, for flame graphs (needs perf).
     #[arg(long)]
     flame: bool,
-    /// Put the results into this folder, as results.json.
+    /// What was done to the drive before, in words, for the report.
+    #[arg(long, value_name = "TEXT")]
+    preconditioning: Option<String>,
+    /// Put the report into this folder: report.html, results.json, results.csv and charts.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Print one JSON object.
@@ -100,15 +104,14 @@ pub(super) fn run(c: &Compare) -> anyhow::Result<u8> {
         cores,
         program: std::env::current_exe().context("cannot find this program")?,
         device: c.device.clone(),
+        preconditioning: c.preconditioning.clone(),
         flame: c.flame,
         command: command(),
     };
     let mut tell = |text: &str| tell!("{text}");
     let comparison = compare(&options, dir.path(), &stop, &mut tell)?;
     if let Some(out) = &c.out {
-        let path = out.join("results.json");
-        let text = serde_json::to_string_pretty(&comparison)?;
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        page::write(out, std::slice::from_ref(&comparison))?;
     }
     let mut out = std::io::stdout();
     if c.json {

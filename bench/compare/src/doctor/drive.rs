@@ -150,7 +150,7 @@ fn preconditioning(drives: &[Drive]) -> Check {
         format!("no file tells what was written to {}", all.join(", ")),
         format!(
             "{health} tells percentage used and bytes written; then write it twice over at random as \
-             docs/benchmarking.md says, and say so beside the figures"
+             docs/benchmarking.md says, and state it with --preconditioning"
         ),
     )
 }

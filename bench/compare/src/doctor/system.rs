@@ -172,7 +172,7 @@ fn peers(files: &HostFiles, options: &Options) -> Check {
         ["qemu-storage-daemon", "qemu-nbd", "nbdkit", "tap-ctl", "qemu-dp", "spdk_nvme_perf"];
     let missing = absent(files, options, &ALL);
     let there: Vec<&str> = ALL.into_iter().filter(|p| !missing.contains(p)).collect();
-    let advice = "on Debian: apt-get install qemu-utils nbdkit; on XCP-ng \
+    let advice = "on Debian: apt-get install qemu-utils qemu-system-common nbdkit; on XCP-ng \
                   tap-ctl and qemu-dp are part of the host; spdk_nvme_perf is built from SPDK";
     match (there.is_empty(), missing.is_empty()) {
         (_, true) => S.ok(there.join(", ")),
