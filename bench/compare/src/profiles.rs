@@ -83,7 +83,7 @@ impl Profile {
 }
 
 /// All of them.
-pub const PROFILES: [Profile; 10] = [
+pub static PROFILES: [Profile; 10] = [
     Profile {
         name: "latency",
         question: "How long does one request take alone, as ioping asks, and what does it cost?",

@@ -50,7 +50,7 @@ enum Task {
     #[command(subcommand)]
     Lab(lab::Lab),
     /// The report of a comparison in a real browser: light, dark, on a phone, printed.
-    Page,
+    Page(page::Args),
     /// The counts that a change may not raise, measured on the release binary.
     Gates,
     /// Make a tarball, a .deb and an .rpm.
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
         Task::Matrix(args) => matrix::command(&args),
         Task::Fuzz(args) => fuzz::command(&args),
         Task::Lab(lab) => lab::command(&lab),
-        Task::Page => page::command(),
+        Task::Page(args) => page::command(&args),
         Task::Gates => gates::command(),
         Task::Dist(args) => dist::command(&args),
         Task::Layers => layers::command(),

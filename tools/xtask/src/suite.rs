@@ -99,7 +99,7 @@ const STEPS: [Step; 11] = [
     Step::new("fuzz", fuzz::step).optional(),
     Step::new("miri", miri).optional(),
     Step::new("gates", gates::run),
-    Step::new("page", page::step),
+    Step::new("page", || page::run(&page::Args::default())),
     Step::new("dist", dist::step),
     Step::new("real-input", || real_input::run(&real_input::Args::default())),
 ];

@@ -121,7 +121,7 @@ fn canvas(
         let size = ((WIDTH * U) as u32, (height * U) as u32);
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
         text(&area, title, bold(14), (4, 12), HPos::Left)?;
-        text(&area, &short(subtitle, 62), muted(LETTER), (4, 30), HPos::Left)?;
+        text(&area, &short(subtitle, 56), muted(LETTER), (4, 30), HPos::Left)?;
         draw(&area)?;
         area.present().map_err(shown)?;
     }
@@ -299,7 +299,7 @@ pub(super) fn lines(
             area.draw(&PathElement::new(sample, style)).map_err(shown)?;
             let name = font(LETTER).pos(Pos::new(HPos::Left, VPos::Center));
             let at_name = (left + 40 * U, middle);
-            area.draw_text(&short(&line.name, 62), &name, at_name).map_err(shown)?;
+            area.draw_text(&short(&line.name, 50), &name, at_name).map_err(shown)?;
             if marks {
                 mark(area, line.series, (left + 17 * U, middle))?;
             }

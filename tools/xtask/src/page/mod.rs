@@ -27,6 +27,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Measures the page from within.
 const PROBE: &str = include_str!("probe.js");
 
+/// The page that has it.
+const WITH_PROBE: &str = "probe.html";
+
 /// A way to look at the page.
 struct View {
     name: &'static str,
@@ -41,15 +44,23 @@ const VIEWS: [View; 4] = [
     View { name: "phone-dark", size: (390, 1600), dark: true },
 ];
 
+/// What the command can be told.
+#[derive(clap::Args, Default)]
+pub(crate) struct Args {
+    /// Look at this report (report.html) instead of one of the results that are kept.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
 /// Runs the command; false when something is wrong with the page.
-pub(crate) fn command() -> Result<bool> {
-    let tally = step()?;
+pub(crate) fn command(args: &Args) -> Result<bool> {
+    let tally = run(args)?;
     println!("{tally}");
     Ok(tally.good())
 }
 
 /// All views; without a browser it is skipped.
-pub(crate) fn step() -> Result<Tally> {
+pub(crate) fn run(args: &Args) -> Result<Tally> {
     let mut tally = Tally::default();
     if let Err(error) = tools::need(&[BROWSER]) {
         if !error.is::<Missing>() {
@@ -63,7 +74,16 @@ pub(crate) fn step() -> Result<Tally> {
     if folder.exists() {
         fs::remove_dir_all(&folder)?;
     }
-    let report = make(&folder)?;
+    let out = folder.join("report");
+    fs::create_dir_all(&out)?;
+    let report = out.join("report.html");
+    match &args.report {
+        Some(given) => {
+            fs::copy(given, &report).with_context(|| format!("{}", given.display()))?;
+        }
+        None => make(&out)?,
+    }
+    insert_probe(&report)?;
     let mut check = |name: &str, done: Result<String>| match done {
         Ok(note) => {
             say(&format!("page: {name}: ok; {note}"));
@@ -82,19 +102,22 @@ pub(crate) fn step() -> Result<Tally> {
     Ok(tally)
 }
 
-/// The report of the results that are kept, and beside it one with the probe in it.
-fn make(folder: &Path) -> Result<PathBuf> {
+/// Makes the report of the results that are kept.
+fn make(out: &Path) -> Result<()> {
     let kept = crate::root().join("bench/compare/testdata");
     let polldisk = suite::build_polldisk()?;
-    let out = folder.join("report");
-    cmd::ok(Command::new(polldisk).args(["bench", "report"]).arg(kept).arg("--out").arg(&out))?;
-    let report = out.join("report.html");
-    let html = fs::read_to_string(&report)?;
+    cmd::ok(Command::new(polldisk).args(["bench", "report"]).arg(kept).arg("--out").arg(out))?;
+    Ok(())
+}
+
+/// Puts a page beside the report that is the same with the probe in it.
+fn insert_probe(report: &Path) -> Result<()> {
+    let html = fs::read_to_string(report)?;
     let (before, after) = html.rsplit_once("</body>").context("the report has no end")?;
     let probe =
         format!("{before}<script>addEventListener('load',()=>{{{PROBE}}})</script></body>{after}");
-    fs::write(out.join("probe.html"), probe)?;
-    Ok(report)
+    fs::write(report.with_file_name(WITH_PROBE), probe)?;
+    Ok(())
 }
 
 /// The browser, in a profile of its own that is new.
@@ -120,9 +143,11 @@ fn look(folder: &Path, report: &Path, view: &View) -> Result<String> {
         command.arg(what).arg(url(page));
         cmd::ok_within(&mut command, LIMIT)
     };
-    let dom = with("--dump-dom".to_owned(), &report.with_file_name("probe.html"))?;
+    let dom = with("--dump-dom".to_owned(), &report.with_file_name(WITH_PROBE))?;
     let found = measured(&dom)?;
     judge(&found, view)?;
+    let kept = fs::read_to_string(report)?.contains("<figcaption>");
+    ensure!(found["images"] != 0 || !kept, "flame graphs are missing");
     let picture = folder.join(format!("{}.png", view.name));
     with(format!("--screenshot={}", picture.display()), report)?;
     let seen = picture::look(&picture)?;
@@ -154,9 +179,8 @@ fn judge(found: &Value, view: &View) -> Result<()> {
         bail!("the page is {} wide: {}", found["scroll_width"], found["over"]);
     }
     let charts = number("charts")?;
-    ensure!(charts >= 12, "only {charts} charts");
+    ensure!(charts > 0, "no chart");
     ensure!(number("drawn")? == charts, "{} of {charts} charts are drawn", found["drawn"]);
-    ensure!(number("images")? >= 1, "no flame graph");
     for nothing in ["over", "cut", "small", "dead_links", "doubled_ids"] {
         let list = found[nothing].as_array().with_context(|| format!("no {nothing}"))?;
         ensure!(list.is_empty(), "{nothing}: {}", found[nothing]);
@@ -201,9 +225,8 @@ mod tests {
             ("wide", json!(500)),
             ("scroll_width", json!(391)),
             ("dark", json!(false)),
-            ("charts", json!(3)),
+            ("charts", json!(0)),
             ("drawn", json!(19)),
-            ("images", json!(0)),
             ("over", json!(["TABLE"])),
             ("cut", json!(["qemu"])),
             ("small", json!(["5.0 x"])),
