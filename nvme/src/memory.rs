@@ -154,6 +154,11 @@ impl Mapping {
         (0..len).step_by(PAGE as usize).all(|at| self.bus(offset + at) == start + at)
     }
 
+    /// Length of the region in bytes.
+    fn len(&self) -> u64 {
+        self.region.len() as u64
+    }
+
     /// Whether the region has no user any more, so that no new request can name it.
     fn is_unused(&self) -> bool {
         self.region.is_unused()
@@ -173,17 +178,20 @@ impl Drop for Mapping {
 }
 
 /// The hot half of a table entry.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Entry {
     /// Bus address of the region's first byte, a multiple of a page; or [`Entry::PAGED`].
     base: u64,
-    /// Length in bytes; 0 if there is nothing here, so that the bounds check finds that too.
+    /// Length in bytes of a region in one piece; 0 of others, and if there is nothing here, so that the
+    /// bounds check finds that too.
     len: u64,
 }
 
 impl Entry {
     /// No bus address of a page: says that there is one address per page.
     const PAGED: u64 = 1;
+    /// Of no region.
+    const NONE: Entry = Entry { base: 0, len: 0 };
 }
 
 const _: () = assert!(size_of::<Entry>() == 16);
@@ -211,7 +219,7 @@ pub(crate) struct AddressTable {
 impl AddressTable {
     pub(crate) fn new(memory: Arc<DeviceMemory>) -> AddressTable {
         AddressTable {
-            entries: vec![Entry::default(); RegionId::MAX].into_boxed_slice(),
+            entries: vec![Entry::NONE; RegionId::MAX].into_boxed_slice(),
             mappings: (0..RegionId::MAX).map(|_| None).collect(),
             retired: Vec::new(),
             memory,
@@ -225,11 +233,10 @@ impl AddressTable {
             return Ok(());
         }
         let mapping = self.memory.map(region)?;
-        let base = match &mapping.map {
-            IovaMap::Contiguous(base) => *base,
-            IovaMap::Pages(_) => Entry::PAGED,
+        self.entries[at] = match &mapping.map {
+            IovaMap::Contiguous(base) => Entry { base: *base, len: region.len() as u64 },
+            IovaMap::Pages(_) => Entry { base: Entry::PAGED, len: 0 },
         };
-        self.entries[at] = Entry { base, len: region.len() as u64 };
         self.mappings[at] = Some(mapping);
         Ok(())
     }
@@ -240,24 +247,26 @@ impl AddressTable {
         let entry = self.entries.get(seg.region().index())?;
         // The segment lies inside the region it was made from, so the sum does not overflow.
         let inside = seg.offset() + u64::from(seg.len()) <= entry.len;
-        (inside && entry.base != Entry::PAGED).then(|| entry.base + seg.offset())
+        inside.then(|| entry.base + seg.offset())
     }
 
     /// The place of a segment, `None` if its region is not known.
     #[inline]
     pub(crate) fn place(&self, seg: &Seg) -> Option<Place<'_>> {
+        if let Some(bus) = self.run(seg) {
+            return Some(Place::Run(bus));
+        }
         let at = seg.region().index();
-        let entry = self.entries.get(at)?;
-        // The segment lies inside the region it was made from, so the sum does not overflow.
-        if seg.offset() + u64::from(seg.len()) > entry.len {
+        if self.entries.get(at)?.base != Entry::PAGED {
             return None;
         }
-        if entry.base != Entry::PAGED {
-            return Some(Place::Run(entry.base + seg.offset()));
-        }
-        match self.mappings.get(at)?.as_ref()?.map {
-            IovaMap::Pages(ref p) => Some(Place::Pages(p, seg.offset())),
-            IovaMap::Contiguous(base) => Some(Place::Run(base + seg.offset())),
+        let mapping = self.mappings.get(at)?.as_ref()?;
+        match &mapping.map {
+            // As above.
+            IovaMap::Pages(p) if seg.offset() + u64::from(seg.len()) <= mapping.len() => {
+                Some(Place::Pages(p, seg.offset()))
+            }
+            _ => None,
         }
     }
 
@@ -278,10 +287,10 @@ impl AddressTable {
         });
         for (entry, mapping) in self.entries.iter_mut().zip(&self.mappings) {
             if let Some(m) = mapping
-                && entry.len > 0
+                && *entry != Entry::NONE
                 && m.is_unused()
             {
-                *entry = Entry::default();
+                *entry = Entry::NONE;
                 self.retired.push((m.region.id(), now));
             }
         }
@@ -289,7 +298,7 @@ impl AddressTable {
 
     /// Takes all mappings out: for memory that must outlive the queue.
     pub(crate) fn take_mappings(&mut self) -> Vec<Arc<Mapping>> {
-        self.entries.fill(Entry::default());
+        self.entries.fill(Entry::NONE);
         self.mappings.iter_mut().filter_map(Option::take).collect()
     }
 }

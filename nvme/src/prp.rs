@@ -68,7 +68,7 @@ pub(crate) fn build(
 /// The data pointer for one contiguous run within two pages; `None` if it is longer, or begins at
 /// an odd byte.
 #[inline]
-pub(crate) fn without_list(bus: u64, len: u32, page: u64) -> Option<Prps> {
+fn without_list(bus: u64, len: u32, page: u64) -> Option<Prps> {
     // Bytes from the start of the first page.
     let end = (bus & (page - 1)) + u64::from(len);
     if end > 2 * page || bus & 3 != 0 {

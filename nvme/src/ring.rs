@@ -4,6 +4,8 @@
 //! Completion: the dword that holds the phase is loaded, then an acquire fence, then whatever the
 //! device wrote before it (the rest of the entry, the data) may be read.
 
+use std::hint::cold_path;
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,8 +19,9 @@ use crate::shadow::Bell;
 /// entries less one, so the tail never meets the head and the head need not be known.
 pub(crate) struct SubmissionRing<D> {
     entries: Entries<SQE_SIZE>,
+    /// Entries pushed since the ring was empty.
     tail: u32,
-    /// The tail as the device knows it.
+    /// Of these, those that the device knows of.
     rung: u32,
     doorbell: Bell<D>,
 }
@@ -31,11 +34,29 @@ impl<D: Doorbell> SubmissionRing<D> {
     }
 
     /// Writes an entry; the device learns of it at [`SubmissionRing::ring`].
-    #[inline(always)]
     pub(crate) fn push(&mut self, sqe: Sqe) {
         let words: [u64; SQE_SIZE / 8] = zerocopy::transmute!(sqe);
         self.entries.at(self.tail).write_words(&words.map(u64::from_le));
-        self.tail = (self.tail + 1) & self.entries.mask();
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    /// The same for an entry that is 0 but for its first word and the four behind the metadata pointer:
+    /// data pointer and CDW10 to CDW13. For a ring of which all entries are, so that their other words are
+    /// what they were when the memory was made.
+    #[inline(always)]
+    pub(crate) fn push_plain(&mut self, first: u64, data: u64, data2: u64, cdw10_13: [u64; 2]) {
+        const { assert!(offset_of!(Sqe, prp1) == 24 && offset_of!(Sqe, cdw) == 40) };
+        let entry = self.entries.at(self.tail);
+        let [cdw10_11, cdw12_13] = cdw10_13;
+        entry.write_words(&[first.to_le()]);
+        entry.write_words_at::<24, 4>(&[data, data2, cdw10_11, cdw12_13].map(u64::to_le));
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    /// How many entries were pushed that the device does not know of.
+    #[inline]
+    pub(crate) fn pending(&self) -> u32 {
+        self.tail.wrapping_sub(self.rung)
     }
 
     /// Whether entries were pushed that the device does not know of.
@@ -48,7 +69,7 @@ impl<D: Doorbell> SubmissionRing<D> {
     #[inline]
     pub(crate) fn ring(&mut self) -> bool {
         self.rung = self.tail;
-        self.doorbell.ring(self.tail)
+        self.doorbell.ring(self.tail & self.entries.mask())
     }
 
     /// Back to an empty ring, as the device sees a queue that was just created.
@@ -70,11 +91,23 @@ pub(crate) struct CompletionRing<D> {
     doorbell: Bell<D>,
 }
 
-/// The last dword of a completion entry: CID, phase, status.
+/// The last dword of a fresh completion entry: CID, 0 in the place of the phase, status. So one that
+/// succeeded is its CID.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct LastDword(u32);
 
 impl LastDword {
+    #[cfg(test)]
+    pub(crate) fn of(bits: u32) -> LastDword {
+        LastDword(bits)
+    }
+
+    /// All of it.
+    #[inline]
+    pub(crate) fn bits(self) -> u32 {
+        self.0
+    }
+
     #[inline]
     pub(crate) fn cid(self) -> u16 {
         self.0 as u16
@@ -102,7 +135,8 @@ impl<D: Doorbell> CompletionRing<D> {
     #[inline(always)]
     pub(crate) fn peek(&self) -> Option<LastDword> {
         let dword = self.entries.at(self.head).load32::<LAST_DWORD>(Ordering::Relaxed);
-        if dword & PHASE != self.phase {
+        let dword = dword ^ self.phase;
+        if dword & PHASE != 0 {
             return None;
         }
         fence(Ordering::Acquire);
@@ -115,10 +149,11 @@ impl<D: Doorbell> CompletionRing<D> {
     }
 
     /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn advance(&mut self) {
         self.head = (self.head + 1) & self.entries.mask();
         if self.head == 0 {
+            cold_path();
             self.phase ^= PHASE;
         }
     }
@@ -185,6 +220,23 @@ mod tests {
         let mut bytes = [0; 64];
         region.read(4096 + 3 * 64, &mut bytes);
         assert_eq!(bytes, sqe.as_bytes());
+    }
+
+    #[test]
+    fn a_plain_entry_is_the_same_as_a_whole_one() {
+        let region = Region::new(4096, PageSize::Small).unwrap();
+        let (tx, _rx) = std::sync::mpsc::channel();
+        let mut sq = SubmissionRing::new(region.clone(), 0, 4, Bell::plain(Wire(tx)));
+        let sqe = Sqe::write(7, 3, 0x12_3456_789a, 7, Sqe::FUA).with_prps(0x1000, 0x2000);
+        let words: [u64; 8] = zerocopy::transmute!(sqe);
+        for _ in 0..5 {
+            sq.push_plain(words[0], words[3], words[4], [words[5], words[6]]);
+        }
+        for at in 0..4 {
+            let mut bytes = [0; 64];
+            region.read(at * 64, &mut bytes);
+            assert_eq!(bytes, sqe.as_bytes());
+        }
     }
 
     #[test]

@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use block::DeviceInfo;
+use nvme_spec::IoOpcode;
 
 use crate::identify::{ControllerInfo, Namespace};
+use crate::queue::Command;
 
 /// What may change about a namespace. Written by the controller; queue pairs look when they are
 /// given an order, and no other time.
@@ -44,11 +46,15 @@ pub(crate) struct Unit {
     pub(crate) block_mask: u64,
     pub(crate) nsid: u32,
     pub(crate) block_shift: u32,
-    /// Operations that move data and are possible now: those whose number is below this. Read and
-    /// write, only read, or none.
+    /// Operations that move data and may go straight to the device now: those whose number is below
+    /// this. Read and write, only read, or none.
     pub(crate) transfers: u8,
     /// Most bytes of one Read or Write.
     pub(crate) max_command: u32,
+    /// The same within one page of the controller's memory.
+    pub(crate) max_page: u32,
+    /// The first words of Read and Write: see [`Command::head`].
+    pub(crate) heads: [u64; 2],
     /// The namespace was taken away, or is another one now.
     pub(crate) gone: bool,
     /// Write Zeroes may deallocate.
@@ -60,28 +66,34 @@ pub(crate) struct Unit {
 }
 
 impl Unit {
-    pub(crate) fn new(ns: &Namespace, controller: &ControllerInfo) -> Unit {
+    /// For a controller with memory pages of `1 << page_shift` bytes. Nothing goes straight to it before
+    /// [`Unit::refresh`].
+    pub(crate) fn new(ns: &Namespace, controller: &ControllerInfo, page_shift: u32) -> Unit {
         let block = u64::from(ns.info.block_size);
         // NLB is 0's based in 16 bits (§6.17); a range's length has 32 bits (§6.7).
         let zeroes = controller.zeroes_limit.unwrap_or(u64::MAX).min(block << 16);
-        let mut unit = Unit {
+        Unit {
             info: ns.info.clone(),
             block_mask: block - 1,
             transfers: 0,
             nsid: ns.nsid,
             block_shift: ns.block_shift,
             max_command: controller.max_command,
+            max_page: controller.max_command.min(1 << page_shift),
+            heads: [IoOpcode::Read, IoOpcode::Write].map(|op| Command::head(op.code(), ns.nsid)),
             gone: false,
             zeroes_deallocate: ns.zeroes_deallocate,
             max_zeroes: (zeroes & !(block - 1)).max(block),
             max_discard: block << 31,
-        };
-        unit.set_transfers();
-        unit
+        }
     }
 
-    fn set_transfers(&mut self) {
+    /// Takes over what changed, for a queue that runs.
+    pub(crate) fn refresh(&mut self, from: &Changing) {
         const { assert!(block::Op::Read as u8 == 0 && block::Op::Write as u8 == 1) };
+        self.info.size = from.size.load(Ordering::Relaxed);
+        self.info.read_only = from.read_only.load(Ordering::Relaxed);
+        self.gone = from.is_gone();
         self.transfers = match (self.gone, self.info.read_only) {
             (true, _) => 0,
             (_, true) => block::Op::Read as u8 + 1,
@@ -89,12 +101,9 @@ impl Unit {
         };
     }
 
-    /// Takes over what changed.
-    pub(crate) fn refresh(&mut self, from: &Changing) {
-        self.info.size = from.size.load(Ordering::Relaxed);
-        self.info.read_only = from.read_only.load(Ordering::Relaxed);
-        self.gone = from.is_gone();
-        self.set_transfers();
+    /// The queue does not run any more.
+    pub(crate) fn stop(&mut self) {
+        self.transfers = 0;
     }
 }
 
@@ -119,7 +128,7 @@ mod tests {
         };
         let (nguid, eui64, block_shift) = ([0; 16], [0; 8], block_size.ilog2());
         let ns = Namespace { nsid: 1, info, nguid, eui64, block_shift, zeroes_deallocate: false };
-        Unit::new(&ns, &c)
+        Unit::new(&ns, &c, 12)
     }
 
     #[test]
@@ -135,7 +144,9 @@ mod tests {
     fn what_may_be_transferred_follows_the_state() {
         let mut u = unit(512, None);
         let state = Changing::new(&u.info);
-        assert_eq!(u.transfers, 2);
+        assert_eq!(u.transfers, 0, "the queue does not run yet");
+        u.refresh(&state);
+        assert_eq!((u.transfers, u.max_page), (2, 4096));
         assert!(state.set(1 << 20, true, false));
         assert!(!state.set(1 << 20, true, false), "nothing new");
         u.refresh(&state);
@@ -143,5 +154,10 @@ mod tests {
         assert!(state.set(0, false, true));
         u.refresh(&state);
         assert_eq!((u.transfers, u.gone), (0, true));
+        assert!(state.set(1 << 20, false, false));
+        u.refresh(&state);
+        assert_eq!((u.transfers, u.gone), (2, false));
+        u.stop();
+        assert_eq!((u.transfers, u.gone), (0, false));
     }
 }

@@ -382,13 +382,14 @@ impl<B: Bar> Controller<B> {
         // Where the controller names no delay: 10 ms, so that four retries span 40 ms.
         let delay = |crdt: u16| if crdt == 0 { 10 * MS } else { u64::from(crdt) * 100 * MS };
         let [a, b, c] = info.retry_delays.map(delay);
+        let shift = self.memory.page_shift();
         let pair = QueuePair::new(Parts {
             memory: memory.clone(),
             sq_doorbell: bell(sq_tail_doorbell(qid, dstrd), false)?,
             cq_doorbell: bell(cq_head_doorbell(qid, dstrd), true)?,
             link: link.clone(),
             device: self.memory.clone(),
-            units: self.namespaces.iter().map(|n| Unit::new(n, info)).collect(),
+            units: self.namespaces.iter().map(|n| Unit::new(n, info, shift)).collect(),
             changing: changing.clone(),
             timeout: self.options.command_timeout.max(MS),
             retry_delays: [10 * MS, a, b, c],

@@ -120,6 +120,12 @@ impl Longs {
         self.free.len()
     }
 
+    /// How many are not answered.
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.items.len() - self.free.len()
+    }
+
     /// Takes a request in. The caller has seen that a record is free and the request is valid.
     pub(super) fn insert(&mut self, r: &Request<'_>, now: u64) {
         let Some(index) = self.free.pop() else { return };

@@ -32,6 +32,7 @@ use crate::units::{Changing, Unit};
 use crate::{Error, Stats};
 use long::{Bounces, Longs, MAX_LONGS};
 pub(crate) use memory::QueueMemory;
+pub(crate) use tracker::Command;
 use tracker::Trackers;
 
 /// Most entries of a queue.
@@ -90,11 +91,11 @@ pub struct QueuePair<B: Bar> {
     /// Bus address of each tracker's PRP list.
     list_bus: Box<[u64]>,
     memory: Arc<QueueMemory>,
-    /// The controller's memory page in bytes, and as a power of two.
-    page: u64,
+    /// The controller's memory page in bytes less one, and as a power of two.
+    page_mask: u64,
     page_shift: u32,
-    /// Requests taken and not yet handed out.
-    in_flight: u32,
+    /// Commands in flight that are parts of long requests.
+    parts: u32,
     stats: Stats,
     // Seldom touched.
     mode: Mode,
@@ -152,9 +153,9 @@ impl<B: Bar> QueuePair<B> {
                 .map(|slot| memory.mapping.bus(memory.list(slot) as u64))
                 .collect(),
             memory,
-            page: 1 << page_shift,
+            page_mask: (1 << page_shift) - 1,
             page_shift,
-            in_flight: 0,
+            parts: 0,
             stats: Stats::default(),
             mode: Mode::Waiting,
             busy_polls: 0,
@@ -179,7 +180,8 @@ impl<B: Bar> QueuePair<B> {
     /// What the queue has counted since it was made.
     pub fn stats(&self) -> Stats {
         let empty_polls = self.polls - self.busy_polls;
-        Stats { polls: self.polls, empty_polls, ..self.stats }
+        let submitted = self.stats.submitted + u64::from(self.sq.pending());
+        Stats { polls: self.polls, empty_polls, submitted, ..self.stats }
     }
 
     /// Most commands that can be with the device at a time.
@@ -208,7 +210,6 @@ impl<B: Bar> QueuePair<B> {
         for c in self.done.drain(..n) {
             out.push(c);
         }
-        self.in_flight -= n as u32;
     }
 }
 
@@ -222,7 +223,7 @@ impl<B: Bar> Submit for QueuePair<B> {
     /// of a long request wait for trackers by themselves.
     #[inline]
     fn room(&self) -> usize {
-        let room = (self.capacity - self.in_flight) as usize;
+        let room = (self.capacity as usize).saturating_sub(self.in_flight());
         match self.mode {
             Mode::Running => room.min(self.trackers.free_len()).min(self.longs.free_len()),
             Mode::Waiting => 0,
@@ -258,19 +259,21 @@ impl<B: Bar> BlockQueue for QueuePair<B> {
     #[inline]
     fn start(&mut self) {
         if self.sq.dirty() && self.mode == Mode::Running {
+            self.stats.submitted += u64::from(self.sq.pending());
             self.stats.sq_doorbells += u64::from(self.sq.ring());
             self.work = !self.done.is_empty() || !self.longs.waiting.is_empty();
         }
     }
 
+    /// Whole requests among the commands, long ones, and answers that wait.
     #[inline]
     fn in_flight(&self) -> usize {
-        self.in_flight as usize
+        self.trackers.busy() - self.parts as usize + self.longs.len() + self.done.len()
     }
 
     fn arm(&mut self) -> HasWork {
         // What is submitted, and so what is not rung for, is in flight too.
-        if self.in_flight > 0 || self.link.order() != self.seen {
+        if self.in_flight() > 0 || self.link.order() != self.seen {
             HasWork::Yes
         } else {
             HasWork::No
@@ -313,7 +316,7 @@ impl<B: Bar> std::fmt::Debug for QueuePair<B> {
         f.debug_struct("QueuePair")
             .field("mode", &self.mode)
             .field("depth", &self.depth())
-            .field("in_flight", &self.in_flight)
+            .field("in_flight", &self.in_flight())
             .finish_non_exhaustive()
     }
 }
@@ -354,7 +357,7 @@ mod tests {
     const _: () = assert!(offset_of!(Pair, cq) == 0);
     const _: () = assert!(offset_of!(Pair, work) < 128);
     const _: () = assert!(offset_of!(Pair, next_timer) + 8 <= 192);
-    const _: () = assert!(offset_of!(Pair, in_flight) + 4 <= 320);
+    const _: () = assert!(offset_of!(Pair, parts) + 4 <= 320);
     const _: () = assert!(offset_of!(Pair, mode) > offset_of!(Pair, stats));
 
     #[test]

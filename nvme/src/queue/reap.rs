@@ -1,10 +1,12 @@
 //! Completions become answers.
 
+use std::hint::cold_path;
+
 use block::{BlockQueue as _, Completions, Op, Status as Outcome};
 use nvme_spec::Status;
 
 use super::QueuePair;
-use super::tracker::{NO_BOUNCE, NO_PARENT, Tracker, slot_of};
+use super::tracker::{NO_BOUNCE, Part, Tracker, slot_of};
 use crate::bar::Bar;
 use crate::ring::LastDword;
 use crate::status;
@@ -33,26 +35,31 @@ impl<B: Bar> QueuePair<B> {
     /// then tells the device, once they are worth it.
     #[inline]
     fn reap(&mut self, out: &mut Completions) {
-        let mut budget = out.room();
-        let full = budget;
-        let mut succeeded = 0;
-        while budget > 0 {
-            let Some(entry) = self.cq.peek() else { break };
-            self.cq.advance();
-            budget -= 1;
-            if entry.status() == 0
-                && let Some(tag) = self.trackers.free_plain(entry.cid())
-            {
-                out.ok(tag);
-                succeeded += 1;
-            } else {
-                self.reap_other(entry);
+        let (mut succeeded, mut others) = (0, 0);
+        loop {
+            // The usual ones in a loop of their own, which is short.
+            let (cq, trackers, mut other) = (&mut self.cq, &mut self.trackers, None);
+            succeeded += out.fill_ok(|| {
+                let entry = cq.peek()?;
+                cq.advance();
+                let tag = trackers.free_plain(entry);
+                if tag.is_none() {
+                    cold_path();
+                    other = Some(entry);
+                }
+                tag
+            });
+            let Some(entry) = other else { break };
+            others += 1;
+            self.reap_other(entry);
+            if others == Completions::CAPACITY {
+                break;
             }
         }
-        if budget < full {
-            self.in_flight -= succeeded;
-            self.stats.completed += u64::from(succeeded);
-            self.stats.cq_doorbells += u64::from(self.cq.ring((full - budget) as u32));
+        if succeeded + others > 0 {
+            self.trackers.count_free(succeeded as u32);
+            self.stats.completed += succeeded as u64;
+            self.stats.cq_doorbells += u64::from(self.cq.ring((succeeded + others) as u32));
             self.busy_polls += 1;
         }
     }
@@ -65,17 +72,16 @@ impl<B: Bar> QueuePair<B> {
             self.stats.stale_cids += 1;
             return;
         };
-        if t.live & !Tracker::LATE != u32::from(entry.cid()) {
+        if t.cid() != entry.cid() || t.is(Tracker::FREE | Tracker::WAITS) {
             self.stats.stale_cids += 1;
             return;
         }
         self.stats.completed += 1;
         let status = Status::from_raw(entry.status());
         if t.is(Tracker::LATE) {
-            t.live &= !Tracker::LATE;
             self.no_longer_late(entry.cid());
-        } else if status::retryable(status) && t.retries < status::MAX_RETRIES {
-            t.retries += 1;
+        } else if status::retryable(status) && t.retries() < status::MAX_RETRIES {
+            t.count_retry();
             t.renew(Tracker::WAITS);
             // A queue that is never told the time cannot wait.
             if self.now == 0 {
@@ -96,13 +102,14 @@ impl<B: Bar> QueuePair<B> {
     /// Ends a command, and with it the request, or its part in a long one.
     pub(super) fn end(&mut self, slot: usize, outcome: Outcome, detail: u16) {
         let Some(t) = self.trackers.get_mut(slot) else { return };
-        let (tag, parent, bounce, at) = (t.tag, t.parent, t.bounce, t.at);
+        let (tag, part) = (t.tag, t.part());
         let blocks = (t.command().cdw12 & 0xffff) + 1;
         self.trackers.free(slot);
-        if parent == NO_PARENT {
+        let Some(Part { parent, bounce, at }) = part else {
             self.answer(tag, outcome, detail);
             return;
-        }
+        };
+        self.parts -= 1;
         let long = self.longs.get_mut(parent);
         long.outstanding -= 1;
         if !outcome.is_ok() {

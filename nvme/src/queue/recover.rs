@@ -7,6 +7,7 @@ use super::{Mode, NOT_RUNNING, QueuePair};
 use crate::bar::Bar;
 use crate::link::Order;
 use crate::status;
+use crate::units::Unit;
 
 impl<B: Bar> QueuePair<B> {
     /// Obeys an order that is new. Returns whether the queue runs.
@@ -15,7 +16,7 @@ impl<B: Bar> QueuePair<B> {
         if word != self.seen {
             self.seen = word;
             match Order::of(word) {
-                Order::Wait => self.mode = Mode::Waiting,
+                Order::Wait => self.stop(Mode::Waiting),
                 Order::Run => {
                     for (unit, changing) in self.units.iter_mut().zip(self.changing.iter()) {
                         unit.refresh(changing);
@@ -36,6 +37,12 @@ impl<B: Bar> QueuePair<B> {
         self.mode == Mode::Running
     }
 
+    /// Nothing goes straight to the device any more.
+    fn stop(&mut self, mode: Mode) {
+        self.mode = mode;
+        self.units.iter_mut().for_each(Unit::stop);
+    }
+
     /// The device has the queue afresh. What was in flight before the reset certainly is no more:
     /// overdue commands end now, the others are sent again.
     fn start_anew(&mut self) {
@@ -47,11 +54,11 @@ impl<B: Bar> QueuePair<B> {
             if t.is(Tracker::FREE) || t.is(Tracker::WAITS) {
                 continue;
             }
-            if t.is(Tracker::LATE) || t.retries >= status::MAX_RETRIES {
+            if t.is(Tracker::LATE) || t.retries() >= status::MAX_RETRIES {
                 self.end(slot, Outcome::Timeout, 0);
                 continue;
             }
-            t.retries += 1;
+            t.count_retry();
             t.sent = self.now;
             self.stats.resent += 1;
             self.resend(slot);
@@ -64,15 +71,13 @@ impl<B: Bar> QueuePair<B> {
     pub(super) fn resend(&mut self, slot: usize) {
         let Some(t) = self.trackers.get_mut(slot) else { return };
         t.renew(0);
-        let sqe = t.command().sqe(t.cid());
-        self.sq.push(sqe);
-        self.work = true;
-        self.stats.submitted += 1;
+        let (command, cid) = (t.command(), t.cid());
+        self.push(&command, cid);
     }
 
     /// Answers everything: the device is lost.
     fn give_up(&mut self, detail: u16) {
-        self.mode = Mode::Gone(detail);
+        self.stop(Mode::Gone(detail));
         self.clear_late();
         self.retries.clear();
         for slot in 0..self.trackers.items().len() {
@@ -128,7 +133,7 @@ impl<B: Bar> QueuePair<B> {
                 next = next.min(deadline);
                 continue;
             }
-            t.live |= Tracker::LATE;
+            t.mark(Tracker::LATE);
             if worst.is_none_or(|(sent, _)| t.sent < sent) {
                 worst = Some((t.sent, t.cid()));
             }

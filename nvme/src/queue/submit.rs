@@ -1,10 +1,10 @@
 //! Requests become commands.
 
-use block::{Flags, Full, Op, Request, Status, Tag};
+use block::{BlockQueue as _, Flags, Full, Op, Request, Status, Tag};
 use nvme_spec::{DsmRange, IoOpcode, Sqe};
 
 use super::long::{BOUNCE_BYTES, PIPELINE};
-use super::tracker::{Command, NO_BOUNCE};
+use super::tracker::{Command, NO_BOUNCE, Part};
 use super::{Mode, QueuePair};
 use crate::bar::Bar;
 use crate::prp::{self, ListSlot, PrpError, Prps};
@@ -15,20 +15,20 @@ const NO_DATA: Prps = Prps { prp1: 0, prp2: 0 };
 /// Read or Write of `len` bytes (whole blocks, at most 64 Ki of them).
 #[inline]
 fn transfer(unit: &Unit, op: Op, flags: Flags, offset: u64, len: u32, prps: Prps) -> Command {
-    let opcode = if op == Op::Read { IoOpcode::Read } else { IoOpcode::Write };
-    blocks(unit, opcode, fua(flags), offset, u64::from(len), prps)
+    let head = unit.heads[usize::from(op != Op::Read)];
+    blocks(unit, head, fua(flags), offset, u64::from(len), prps)
 }
 
 #[inline]
 fn fua(flags: Flags) -> u32 {
-    if flags.has(Flags::FUA) { Sqe::FUA } else { 0 }
+    const { assert!(Sqe::FUA == (Flags::FUA.bits() as u32) << 30) };
+    u32::from(flags.bits() & Flags::FUA.bits()) << 30
 }
 
 #[inline]
-fn blocks(unit: &Unit, op: IoOpcode, bits: u32, offset: u64, len: u64, prps: Prps) -> Command {
+fn blocks(unit: &Unit, head: u64, bits: u32, offset: u64, len: u64, prps: Prps) -> Command {
     Command {
-        opcode: op.code(),
-        nsid: unit.nsid,
+        head,
         prps,
         cdw10_11: offset >> unit.block_shift,
         cdw12: (((len >> unit.block_shift) as u32 - 1) & 0xffff) | bits,
@@ -38,33 +38,31 @@ fn blocks(unit: &Unit, op: IoOpcode, bits: u32, offset: u64, len: u64, prps: Prp
 fn zeroes(unit: &Unit, flags: Flags, offset: u64, len: u64) -> Command {
     let deac = unit.zeroes_deallocate && !flags.has(Flags::NO_UNMAP);
     let bits = fua(flags) | if deac { Sqe::DEAC } else { 0 };
-    blocks(unit, IoOpcode::WriteZeroes, bits, offset, len, NO_DATA)
+    let head = Command::head(IoOpcode::WriteZeroes.code(), unit.nsid);
+    blocks(unit, head, bits, offset, len, NO_DATA)
 }
 
 impl<B: Bar> QueuePair<B> {
-    /// [`block::Submit::submit`]: by far the most requests read or write one segment that lies in
-    /// one piece and within two pages. This is their straight way; whatever differs goes the other.
+    /// [`block::Submit::submit`]: by far the most requests read or write one segment that lies within
+    /// one page, from its beginning on. This is their straight way; whatever differs goes the other.
     #[inline(always)]
     pub(super) fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
         if let [seg] = r.segs
-            && self.mode == Mode::Running
             && let Some(unit) = self.units.get(usize::from(r.unit))
             && (r.op as u8) < unit.transfers
             && r.len == u64::from(seg.len())
-            // At least one block, and no more than one command takes.
-            && r.len.wrapping_sub(1) < u64::from(unit.max_command)
+            // Something, and no more than a page.
+            && r.len.wrapping_sub(1) < u64::from(unit.max_page)
             && (r.offset | r.len) & unit.block_mask == 0
             && r.offset.checked_add(r.len).is_some_and(|end| end <= unit.info.size)
             && let Some(bus) = self.table.run(seg)
+            && bus & self.page_mask == 0
             && let Some(slot) = self.trackers.next()
         {
-            let len = r.len as u32;
-            if let Some(prps) = prp::without_list(bus, len, self.page) {
-                let command = transfer(unit, r.op, r.flags, r.offset, len, prps);
-                self.in_flight += 1;
-                self.send(slot, &command, r.tag);
-                return Ok(());
-            }
+            let prps = Prps { prp1: bus, prp2: 0 };
+            let command = transfer(unit, r.op, r.flags, r.offset, r.len as u32, prps);
+            self.send(slot, &command, r.tag);
+            return Ok(());
         }
         // A copy, so that the caller's need not be in memory for the straight way.
         self.take_any(&{ *r })
@@ -96,7 +94,6 @@ impl<B: Bar> QueuePair<B> {
                 Ok(prps) => {
                     self.stats.prp_lists += u64::from(prps.prp2 == list.bus);
                     let command = transfer(unit, r.op, r.flags, r.offset, len, prps);
-                    self.in_flight += 1;
                     self.send(slot, &command, r.tag);
                     return Ok(());
                 }
@@ -111,9 +108,15 @@ impl<B: Bar> QueuePair<B> {
     #[inline(always)]
     fn send(&mut self, slot: usize, command: &Command, tag: Tag) {
         let cid = self.trackers.take(slot, command, tag, self.now);
-        self.sq.push(command.sqe(cid));
+        self.push(command, cid);
+    }
+
+    #[inline(always)]
+    pub(super) fn push(&mut self, command: &Command, cid: u16) {
+        let Command { prps, cdw10_11, cdw12, .. } = *command;
+        let cdw10_13 = [cdw10_11, u64::from(cdw12)];
+        self.sq.push_plain(command.first(cid), prps.prp1, prps.prp2, cdw10_13);
         self.work = true;
-        self.stats.submitted += 1;
     }
 
     /// All that is no plain read or write of one command: checks first, then the way it goes.
@@ -151,8 +154,7 @@ impl<B: Bar> QueuePair<B> {
         }
         let command = match r.op {
             Op::Flush => Command {
-                opcode: IoOpcode::Flush.code(),
-                nsid: unit.nsid,
+                head: Command::head(IoOpcode::Flush.code(), unit.nsid),
                 prps: NO_DATA,
                 cdw10_11: 0,
                 cdw12: 0,
@@ -161,7 +163,6 @@ impl<B: Bar> QueuePair<B> {
             _ => return self.take_long(r),
         };
         let Some(slot) = self.trackers.next() else { return Err(Full) };
-        self.in_flight += 1;
         self.send(slot, &command, r.tag);
         Ok(())
     }
@@ -169,10 +170,9 @@ impl<B: Bar> QueuePair<B> {
     /// Answers at the next poll, without a command.
     #[cold]
     fn refuse(&mut self, r: &Request<'_>, status: Status) -> Result<(), Full> {
-        if self.in_flight == self.capacity {
+        if self.in_flight() >= self.capacity as usize {
             return Err(Full);
         }
-        self.in_flight += 1;
         self.answer(r.tag, status, 0);
         Ok(())
     }
@@ -191,7 +191,6 @@ impl<B: Bar> QueuePair<B> {
         if self.longs.free_len() == 0 {
             return Err(Full);
         }
-        self.in_flight += 1;
         self.longs.insert(r, self.now);
         self.send_longs();
         Ok(())
@@ -246,8 +245,7 @@ impl<B: Bar> QueuePair<B> {
                     let words: [u64; 2] = zerocopy::transmute!(range);
                     self.lists.write_words(list_at, &words.map(u64::from_le));
                     let command = Command {
-                        opcode: IoOpcode::DatasetManagement.code(),
-                        nsid: unit.nsid,
+                        head: Command::head(IoOpcode::DatasetManagement.code(), unit.nsid),
                         prps: Prps { prp1: list_bus, prp2: 0 },
                         cdw10_11: u64::from(Sqe::DSM_DEALLOCATE) << 32,
                         cdw12: 0,
@@ -291,9 +289,8 @@ impl<B: Bar> QueuePair<B> {
             self.stats.splits += u64::from(long.commands == 2);
             self.send(slot, &command, tag);
             if let Some(t) = self.trackers.get_mut(slot) {
-                t.parent = index;
-                t.bounce = bounce;
-                t.at = at;
+                t.make_part(Part { parent: index, bounce, at });
+                self.parts += 1;
             }
         }
     }

@@ -5,9 +5,9 @@
 //! or invented one does nothing.
 
 use block::Tag;
-use nvme_spec::Sqe;
 
 use crate::prp::Prps;
+use crate::ring::LastDword;
 
 /// Low bits of a CID that hold the slot; the rest is the generation. No slot has all of them set,
 /// so a CID is never FFFFh, which means "none" in the error log.
@@ -20,16 +20,14 @@ pub(super) fn slot_of(cid: u16) -> usize {
     usize::from(cid & ((1 << SLOT_BITS) - 1))
 }
 
-/// Says that a tracker belongs to no long request.
-pub(super) const NO_PARENT: u16 = u16::MAX;
 /// Says that a tracker has no bounce buffer.
 pub(super) const NO_BOUNCE: u16 = u16::MAX;
 
-/// A command without its identifier.
-#[derive(Clone, Copy)]
-pub(super) struct Command {
-    pub(super) opcode: u8,
-    pub(super) nsid: u32,
+/// A command without its identifier: all of its entry (§4.2) that is ever anything but 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Command {
+    /// Opcode and namespace: see [`Command::head`].
+    pub(super) head: u64,
     pub(super) prps: Prps,
     /// CDW10 in the low half, CDW11 in the high half.
     pub(super) cdw10_11: u64,
@@ -37,13 +35,15 @@ pub(super) struct Command {
 }
 
 impl Command {
+    /// CDW0 without an identifier in the low half, NSID in the high half.
+    pub(crate) const fn head(opcode: u8, nsid: u32) -> u64 {
+        opcode as u64 | (nsid as u64) << 32
+    }
+
+    /// The first 64-bit word of the command's entry.
     #[inline]
-    pub(super) fn sqe(&self, cid: u16) -> Sqe {
-        Sqe::new(self.opcode, cid, self.nsid)
-            .with_prps(self.prps.prp1, self.prps.prp2)
-            .with_cdw(0, self.cdw10_11 as u32)
-            .with_cdw(1, (self.cdw10_11 >> 32) as u32)
-            .with_cdw(2, self.cdw12)
+    pub(super) fn first(&self, cid: u16) -> u64 {
+        self.head | u64::from(cid) << 16
     }
 }
 
@@ -57,34 +57,48 @@ pub(super) struct Tracker {
     /// When it was sent first.
     pub(super) sent: u64,
     /// CID of this or the next use, and the flags below: one comparison tells whether a
-    /// completion belongs here and needs nothing special.
-    pub(super) live: u32,
-    /// The long request that the command is a part of.
-    pub(super) parent: u16,
-    /// Its bounce buffer.
-    pub(super) bounce: u16,
+    /// completion belongs here, is a success, and needs nothing special.
+    live: u32,
+    /// The long request that the command is a part of, if it is [`Tracker::PART`].
+    parent: u16,
+    /// The next free slot, while this one is free. Of a part: its bounce buffer.
+    next: u16,
     prps: Prps,
     cdw10_11: u64,
-    nsid: u32,
+    head: u64,
     cdw12: u32,
-    /// Which byte of the long request it begins with.
-    pub(super) at: u32,
-    opcode: u8,
-    pub(super) retries: u8,
-    /// The next free slot, while this one is free.
-    next: u16,
+    /// Of a part: which byte of the long request it begins with.
+    at: u32,
 }
 
 const _: () = assert!(size_of::<Tracker>() == 64);
-const _: () = assert!(std::mem::offset_of!(Tracker, bounce) < 32);
+const _: () = assert!(std::mem::offset_of!(Tracker, next) < 32);
+
+/// A part of a long request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Part {
+    /// The long request.
+    pub(super) parent: u16,
+    /// The part's bounce buffer, or [`NO_BOUNCE`].
+    pub(super) bounce: u16,
+    /// Which byte of the request it begins with.
+    pub(super) at: u32,
+}
 
 impl Tracker {
+    /// Set with any of what follows. Where a completion has its phase, which is 0 when it is compared
+    /// ([`LastDword`]): so it is never equal to that of a tracker with this.
+    const SPECIAL: u32 = 1 << 16;
     /// Not in use; the CID is that of the next use.
-    pub(super) const FREE: u32 = 1 << 16;
+    pub(super) const FREE: u32 = 1 << 17;
     /// Overdue; its completion is still good.
-    pub(super) const LATE: u32 = 1 << 17;
+    pub(super) const LATE: u32 = 1 << 18;
     /// Not with the device: waits to be sent again.
-    pub(super) const WAITS: u32 = 1 << 18;
+    pub(super) const WAITS: u32 = 1 << 19;
+    /// A part of a long request.
+    const PART: u32 = 1 << 20;
+    /// How often it was sent again: the bits from this one on.
+    const RETRY: u32 = 1 << 24;
 
     #[inline]
     pub(super) fn cid(&self) -> u16 {
@@ -95,21 +109,50 @@ impl Tracker {
         self.live & flag != 0
     }
 
+    /// Sets a flag.
+    pub(super) fn mark(&mut self, flag: u32) {
+        self.live |= flag | Tracker::SPECIAL;
+    }
+
+    /// How often the command was sent again.
+    pub(super) fn retries(&self) -> u8 {
+        (self.live / Tracker::RETRY) as u8
+    }
+
+    /// Counts that it is sent again.
+    pub(super) fn count_retry(&mut self) {
+        self.live += Tracker::RETRY;
+        self.live |= Tracker::SPECIAL;
+    }
+
+    /// Makes the command a part of a long request.
+    pub(super) fn make_part(&mut self, part: Part) {
+        (self.parent, self.next, self.at) = (part.parent, part.bounce, part.at);
+        self.mark(Tracker::PART);
+    }
+
+    /// Of which long request it is which part, if it is one.
+    pub(super) fn part(&self) -> Option<Part> {
+        let part = Part { parent: self.parent, bounce: self.next, at: self.at };
+        self.is(Tracker::PART).then_some(part)
+    }
+
     pub(super) fn command(&self) -> Command {
         Command {
-            opcode: self.opcode,
-            nsid: self.nsid,
+            head: self.head,
             prps: self.prps,
             cdw10_11: self.cdw10_11,
             cdw12: self.cdw12,
         }
     }
 
-    /// Gives the tracker another CID, so that completions under the old one are stale. Keeps
-    /// nothing of the flags but `flags`.
-    #[inline]
+    /// Gives the tracker another CID, so that completions under the old one are stale. Of what it is in
+    /// now, sets `flags` alone.
     pub(super) fn renew(&mut self, flags: u32) {
-        self.live = u32::from(self.cid().wrapping_add(1 << SLOT_BITS)) | flags;
+        let kept = self.live & (Tracker::PART | !(Tracker::RETRY - 1));
+        let special = if flags | kept != 0 { Tracker::SPECIAL } else { 0 };
+        let cid = self.cid().wrapping_add(1 << SLOT_BITS);
+        self.live = u32::from(cid) | flags | kept | special;
     }
 }
 
@@ -127,21 +170,19 @@ impl Trackers {
         let none = Tracker {
             tag: Tag::new(0, 0, 0),
             sent: 0,
-            live: Tracker::FREE,
-            parent: NO_PARENT,
-            bounce: NO_BOUNCE,
+            live: 0,
+            parent: 0,
+            next: 0,
             prps: Prps { prp1: 0, prp2: 0 },
             cdw10_11: 0,
-            nsid: 0,
+            head: 0,
             cdw12: 0,
             at: 0,
-            opcode: 0,
-            retries: 0,
-            next: 0,
         };
         let mut items = vec![none; count].into_boxed_slice();
         for (slot, t) in items.iter_mut().enumerate() {
-            t.live = slot as u32 | Tracker::FREE;
+            t.live = slot as u32;
+            t.mark(Tracker::FREE);
             t.next = slot as u16 + 1;
         }
         Trackers { items, free: 0, free_len: count as u32 }
@@ -174,40 +215,44 @@ impl Trackers {
         t.tag = tag;
         t.sent = now;
         t.live = u32::from(cid);
-        t.parent = NO_PARENT;
-        t.bounce = NO_BOUNCE;
         t.prps = command.prps;
         t.cdw10_11 = command.cdw10_11;
-        t.nsid = command.nsid;
+        t.head = command.head;
         t.cdw12 = command.cdw12;
-        t.opcode = command.opcode;
-        t.retries = 0;
         cid
     }
 
     /// Ends the use of a slot. Once for each time it was taken.
     pub(super) fn free(&mut self, slot: usize) {
         let t = &mut self.items[slot];
+        t.live = u32::from(t.cid());
         t.renew(Tracker::FREE);
         t.next = self.free;
         self.free = slot as u16;
         self.free_len += 1;
     }
 
-    /// Ends the use of the slot that `cid` names if it is in flight under exactly this CID, as a
-    /// whole request with nothing special about it. Returns who is to be told.
+    /// Ends the use of the slot that a completion names if it is in flight under exactly this CID, as a
+    /// whole request with nothing special about it, and has succeeded. Returns who is to be told.
+    /// [`Trackers::count_free`] is told of it later.
     #[inline(always)]
-    pub(super) fn free_plain(&mut self, cid: u16) -> Option<Tag> {
-        let slot = slot_of(cid);
+    pub(super) fn free_plain(&mut self, done: LastDword) -> Option<Tag> {
+        let slot = slot_of(done.cid());
         let t = self.items.get_mut(slot)?;
-        if t.live != u32::from(cid) || t.parent != NO_PARENT {
+        if t.live != done.bits() {
             return None;
         }
-        t.renew(Tracker::FREE);
+        // The next CID. It may flow over into the bit that is set then.
+        t.live = (done.bits() + (1 << SLOT_BITS)) | Tracker::SPECIAL | Tracker::FREE;
         t.next = self.free;
         self.free = slot as u16;
-        self.free_len += 1;
         Some(t.tag)
+    }
+
+    /// So many slots were freed by [`Trackers::free_plain`].
+    #[inline]
+    pub(super) fn count_free(&mut self, count: u32) {
+        self.free_len += count;
     }
 
     #[inline]
@@ -226,8 +271,7 @@ mod tests {
 
     fn command() -> Command {
         Command {
-            opcode: 2,
-            nsid: 1,
+            head: Command::head(2, 1),
             prps: Prps { prp1: 8, prp2: 9 },
             cdw10_11: 7 << 32 | 6,
             cdw12: 5,
@@ -264,9 +308,56 @@ mod tests {
         let mut t = Trackers::new(4);
         let slot = t.next().unwrap();
         let cid = t.take(slot, &command(), Tag::new(1, 2, 3), 4);
-        let again = t.items[slot].command().sqe(cid);
-        assert_eq!(again, command().sqe(cid));
-        assert_eq!((again.slba(), again.dword(2)), (7 << 32 | 6, 5));
+        let again = t.items[slot].command();
+        assert_eq!(again, command());
+        assert_eq!(again.first(cid), 2 | u64::from(cid) << 16 | 1 << 32);
+        assert_eq!(t.items[slot].part(), None);
+        // As a part of another request, and again, under other CIDs.
+        let part = Part { parent: 3, bounce: NO_BOUNCE, at: 4096 };
+        t.items[slot].make_part(part);
+        for n in 1..=4 {
+            t.items[slot].count_retry();
+            t.items[slot].renew(Tracker::WAITS);
+            t.items[slot].renew(0);
+            let again = &t.items[slot];
+            assert_eq!((again.retries(), again.part(), again.command()), (n, Some(part), command()));
+            assert!(again.cid() != cid && !again.is(Tracker::WAITS | Tracker::FREE));
+        }
+        t.free(slot);
+        t.take(slot, &command(), Tag::new(1, 2, 4), 4);
+        assert_eq!((t.items[slot].retries(), t.items[slot].part()), (0, None));
+    }
+
+    #[test]
+    fn only_a_success_under_the_very_cid_ends_a_command_the_short_way() {
+        let mut t = Trackers::new(MAX_TRACKERS);
+        // All CIDs of a slot, also where they flow over.
+        for n in 0..200u32 {
+            let slot = t.next().unwrap();
+            let cid = t.take(slot, &command(), Tag::new(1, 2, n), 4);
+            let word = |status: u32, cid: u16| LastDword::of(status << 17 | u32::from(cid));
+            for status in 1..1 << 15 {
+                assert_eq!(t.free_plain(word(status, cid)), None);
+            }
+            for other in (0..=u16::MAX).filter(|&other| other != cid) {
+                assert_eq!(t.free_plain(word(0, other)), None);
+            }
+            for flag in [Tracker::LATE, Tracker::WAITS, Tracker::PART] {
+                let live = t.items[slot].live;
+                t.items[slot].mark(flag);
+                for status in (0..1 << 15).chain([flag >> 17]) {
+                    assert_eq!(t.free_plain(word(status, cid)), None);
+                }
+                t.items[slot].live = live;
+            }
+            assert_eq!(t.free_plain(word(0, cid)), Some(Tag::new(1, 2, n)));
+            t.count_free(1);
+            for status in 0..1 << 15 {
+                assert_eq!(t.free_plain(word(status, cid)), None, "it is free");
+                assert_eq!(t.free_plain(word(status, t.items[slot].cid())), None);
+            }
+            assert_eq!(t.busy(), 0);
+        }
     }
 
     #[test]

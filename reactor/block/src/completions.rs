@@ -76,6 +76,20 @@ impl Completions {
         self.push(Completion { tag, status: Status::Ok, detail: 0 });
     }
 
+    /// Adds one that succeeded for each tag that `next` gives, until it gives none or no more fit.
+    /// Returns how many.
+    #[inline(always)]
+    pub fn fill_ok(&mut self, mut next: impl FnMut() -> Option<Tag>) -> usize {
+        let mut count = 0;
+        for place in &mut self.items[self.len..] {
+            let Some(tag) = next() else { break };
+            *place = Completion { tag, status: Status::Ok, detail: 0 };
+            count += 1;
+        }
+        self.len += count;
+        count
+    }
+
     /// The `index`th one.
     #[inline]
     pub fn get(&self, index: usize) -> Completion {
@@ -132,7 +146,12 @@ mod tests {
         }
         assert_eq!((c.room(), c.len()), (0, Completions::CAPACITY));
         assert_eq!(c.get(5).tag.slot(), 5);
+        assert_eq!(c.fill_ok(|| panic!("there is no room")), 0);
         c.clear();
         assert!(c.is_empty());
+        let mut left = 3;
+        let next = || (left > 0).then(|| Tag::new(1, std::mem::replace(&mut left, left - 1), 0));
+        c.ok(Tag::new(0, 0, 0));
+        assert_eq!((c.fill_ok(next), c.len(), c.get(1).tag.slot()), (3, 4, 3));
     }
 }

@@ -91,6 +91,12 @@ impl Flags {
     /// WriteZeroes: fail with `Unsupported` rather than write zeroes the slow way.
     pub const FAST_ONLY: Flags = Flags(4);
 
+    /// As a number.
+    #[inline]
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+
     /// Whether all of `other` is set here.
     #[inline]
     pub fn has(self, other: Flags) -> bool {

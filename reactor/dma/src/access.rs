@@ -326,10 +326,16 @@ impl<const SIZE: usize> Entry<'_, SIZE> {
     /// Writes the first `N` 64-bit words, each once.
     #[inline(always)]
     pub fn write_words<const N: usize>(self, words: &[u64; N]) {
-        const { assert!(N * 8 <= SIZE, "words of the entry") };
+        self.write_words_at::<0, N>(words);
+    }
+
+    /// Writes `N` 64-bit words from `AT` on, each once.
+    #[inline(always)]
+    pub fn write_words_at<const AT: usize, const N: usize>(self, words: &[u64; N]) {
+        const { assert!(AT.is_multiple_of(8) && AT + N * 8 <= SIZE, "words of the entry") };
         for (i, &value) in words.iter().enumerate() {
-            // SAFETY: `N` words lie in the entry, as was just asserted.
-            let word = unsafe { self.0.cast::<u64>().add(i) };
+            // SAFETY: `N` words from `AT` on lie in the entry, as was just asserted.
+            let word = unsafe { self.0.cast::<u64>().add(AT / 8 + i) };
             // SAFETY: as in `load32`.
             unsafe { AtomicU64::from_ptr(word.as_ptr()) }.store(value, Ordering::Relaxed);
         }
@@ -360,6 +366,8 @@ mod tests {
         assert_eq!(ring.at(3).load32::<4>(Ordering::Relaxed), 1);
         ring.at(1).store32::<12>(9, Ordering::Relaxed);
         assert_eq!(ring.at(5).read_words(), [0, 9 << 32]);
+        ring.at(2).write_words_at::<8, 1>(&[5]);
+        assert_eq!(ring.at(6).read_words(), [0, 5]);
     }
 
     #[test]
