@@ -227,11 +227,11 @@ fn away(shared: &Shared, home: Mailbox<ReactorCore>, known: Vec<u32>) -> Result<
 }
 
 fn read_away(shared: &Shared, home: Mailbox<ReactorCore>, known: Vec<u32>) -> Result<Pair, Error> {
-    let mut pair = Pair::new(shared, |owner, leaves, wake| {
+    let mut pair = Pair::new(shared, |_, leaves, wake| {
         let seat = home.ask(|home: &mut ReactorCore| node::take_seat(home, 0, wake));
         let seat: Seat = seat.flatten().ok_or("the home reactor has ended")?;
         let ports = [Port { leaf: 0, unit: 0 }];
-        let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
+        let image = qcow::run::Satellite::attach(seat, &ports, leaves)?;
         Ok(Image::Satellite(Box::new(image)))
     })?;
     pair.guest.set_generations(known);

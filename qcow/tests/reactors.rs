@@ -70,7 +70,7 @@ fn random_requests_from_threads() {
         let seat = seat.unwrap();
         let client = other.mailbox().ask(move |c: &mut Away| {
             let ports = [Port { leaf: 0, unit: 0 }];
-            c.add_image(|owner, l| Satellite::attach(seat, &ports, owner, l)).unwrap();
+            c.add_image(|_, l| Satellite::attach(seat, &ports, l)).unwrap();
             Client::new(c)
         });
         clients.push(client.unwrap());

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use block::{
-    BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Limit, Status,
+    BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Limit, Status, Tag,
 };
 
 use crate::{Clock, Mailbox, Stats, Wake};
 
 /// An owner number is an index into the frontends, or with this bit an index into the images.
 const IMAGE: u16 = 1 << 15;
+/// What is neither that bit nor a layer's ([`Tag::MARK`]).
+const INDEX: u16 = Tag::MARK - 1;
 
 struct Attached<F> {
     frontend: F,
@@ -358,20 +360,40 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     #[inline]
     fn dispatch(&mut self) {
         self.stats.completions.add(self.done.len() as u64);
-        for mut c in self.done.iter() {
-            if c.tag.owner() & IMAGE != 0 {
-                let Some(Some(image)) = self.images.get_mut(usize::from(c.tag.owner() ^ IMAGE))
-                else {
-                    self.stats.strays.add(1);
-                    continue;
-                };
-                if !image.complete(&mut self.leaves, &mut c) {
-                    continue;
-                }
+        if self.done.any_failed() {
+            self.tell_of_losses();
+        }
+        for run in self.done.runs() {
+            let owner = run[0].tag.owner();
+            if owner & IMAGE != 0 {
+                let image = self.images.get_mut(usize::from(owner & INDEX));
+                to_image(run, image, &mut self.leaves, &mut self.frontends, &self.stats);
+                continue;
             }
-            to_frontend(c, &mut self.frontends, &self.stats);
+            let Some(Some(a)) = self.frontends.get_mut(usize::from(owner & INDEX)) else {
+                self.stats.strays.add(run.len() as u64);
+                continue;
+            };
+            let ended = a.frontend.complete_all(run);
+            if let Some(Some(image)) = self.images.get_mut(a.image) {
+                image.ended(owner & Tag::MARK != 0, ended);
+            }
         }
         self.done.clear();
+    }
+
+    /// Has images know of devices that were lost and may still use memory, before frontends know.
+    #[cold]
+    fn tell_of_losses(&mut self) {
+        for c in self.done.iter().filter(Completion::is_quarantined) {
+            let index = usize::from(c.tag.owner() & INDEX);
+            if c.tag.owner() & IMAGE == 0
+                && let Some(Some(a)) = self.frontends.get(index)
+                && let Some(Some(image)) = self.images.get_mut(a.image)
+            {
+                image.lost_device();
+            }
+        }
     }
 
     #[cold]
@@ -460,8 +482,26 @@ fn free_place<T>(list: &mut Vec<Option<T>>) -> usize {
 /// The owner number of a frontend.
 fn owner(index: usize) -> u16 {
     // Each owner holds memory and descriptors; the process is out of both long before this.
-    assert!(index < usize::from(IMAGE), "fewer than 32,768 images and as many frontends");
+    assert!(index <= usize::from(INDEX), "at most 16,384 images and as many frontends");
     index as u16
+}
+
+/// Hands what an image asked for to it, and on to frontends what ends by that.
+#[inline(never)]
+fn to_image<L: BlockQueue, I: Layer<L>, F: Frontend>(
+    run: &[Completion],
+    image: Option<&mut Option<I>>,
+    leaves: &mut [L],
+    frontends: &mut [Option<Attached<F>>],
+    stats: &Stats,
+) {
+    let Some(Some(image)) = image else { return stats.strays.add(run.len() as u64) };
+    for c in run {
+        let mut c = *c;
+        if image.complete(leaves, &mut c) {
+            to_frontend(c, frontends, stats);
+        }
+    }
 }
 
 #[inline(always)]

@@ -222,11 +222,11 @@ impl Drop for PortalFrontend {
 }
 
 impl PortalFrontend {
-    /// Answers the request that is in flight under this tag, if there is one.
-    fn reply(&mut self, tag: Tag, status: Status) {
-        let Some(slot) = self.slots.get_mut(usize::from(tag.slot())) else { return };
+    /// Answers the request that is in flight under this tag. Returns whether there is one.
+    fn reply(&mut self, tag: Tag, status: Status) -> bool {
+        let Some(slot) = self.slots.get_mut(usize::from(tag.slot())) else { return false };
         if !slot.busy || slot.generation != tag.generation() {
-            return;
+            return false;
         }
         slot.busy = false;
         slot.generation = slot.generation.wrapping_add(1);
@@ -234,6 +234,7 @@ impl PortalFrontend {
         // Never full: as many places as slots, and a slot is free only when its reply is here.
         let _ = self.shared.replies.push(PortalReply { id: slot.id, status });
         self.replied = true;
+        true
     }
 }
 
@@ -243,8 +244,8 @@ impl Frontend for PortalFrontend {
     }
 
     #[inline]
-    fn complete(&mut self, done: Completion) {
-        self.reply(done.tag, done.status);
+    fn complete(&mut self, done: Completion) -> bool {
+        self.reply(done.tag, done.status)
     }
 
     fn poll<D: Submit>(&mut self, disk: &mut D, _now: u64) -> bool {
@@ -266,7 +267,7 @@ impl Frontend for PortalFrontend {
             };
             busy = true;
             if disk.submit(&request).is_err() {
-                self.complete(Completion { tag, status: Status::Gone, detail: 0 });
+                self.reply(tag, Status::Gone);
             }
         }
         if self.replied {

@@ -172,7 +172,9 @@ impl Frontend for Busy {
         Vec::new()
     }
 
-    fn complete(&mut self, _done: Completion) {}
+    fn complete(&mut self, _done: Completion) -> bool {
+        false
+    }
 
     fn poll<D: Submit>(&mut self, _disk: &mut D, _now: u64) -> bool {
         true

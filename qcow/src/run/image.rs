@@ -100,8 +100,6 @@ pub struct Image {
     pub(super) hits: Hits,
     pub(super) shared: Rc<Shared>,
     pub(super) free: Vec<u16>,
-    owner: u16,
-    direct: u64,
     /// To the other reactors that serve the image.
     pub(super) links: Vec<Arc<Link>>,
     /// Slots that have their requests.
@@ -176,8 +174,6 @@ impl Image {
         Ok(Image {
             hits,
             free: (0..slots).rev().collect(),
-            owner,
-            direct: 0,
             links: Vec::new(),
             errands: 0,
             next_link: 0,
@@ -240,7 +236,7 @@ impl Image {
 
     /// Requests that went straight down so far.
     pub fn hits(&self) -> u64 {
-        self.direct
+        self.shared.flights.begun()
     }
 
     /// Where the byte at `offset` of the disk lies, if an operation of this kind may go straight
@@ -270,7 +266,18 @@ impl Image {
         }
     }
 
+    /// Takes what cannot go straight down.
     #[cold]
+    fn take_slow<L: BlockQueue>(
+        &mut self,
+        leaves: &mut [L],
+        r: &Request<'_>,
+    ) -> Result<(), Full> {
+        let at = self.free.pop().ok_or(Full)?;
+        self.submit_slow(leaves, at, r);
+        Ok(())
+    }
+
     fn submit_slow<L: BlockQueue>(&mut self, leaves: &mut [L], at: u16, r: &Request<'_>) {
         self.shared.work(at).up.set(r.tag);
         let c = &self.shared.counters.slow;
@@ -429,13 +436,12 @@ impl Image {
         self.shared.send(leaves);
     }
 
-    /// Frees a slot; its tag is stale from now on.
+    /// Frees a slot.
     fn release(&mut self, at: u16) {
         self.shared.work(at).retire();
         self.give_back(at);
     }
 
-    #[inline(always)]
     fn give_back(&mut self, at: u16) {
         // Never grows: a slot is free once.
         self.free.push(at);
@@ -483,53 +489,49 @@ impl<L: BlockQueue> Layer<L> for Image {
         self.shared.register(region);
     }
 
+    /// Those that go straight down need no slot, but are not more than there are slots either.
     #[inline]
     fn room(&self, _leaves: &[L]) -> usize {
-        self.free.len()
+        self.free.len().saturating_sub(self.shared.flights.count())
     }
 
     #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
-        let Some(at) = self.free.pop() else { return Err(Full) };
+        if self.free.is_empty() {
+            return Err(Full);
+        }
         if let Some((port, offset)) = self.hits.straight(r)
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
-            let work = self.shared.work(at);
-            let tag = Tag::new(self.owner, at, work.generation.get());
-            let below = Request { tag, unit: port.unit, offset, ..*r };
+            let flights = &self.shared.flights;
+            let below = Request { tag: flights.tag(r.tag), unit: port.unit, offset, ..*r };
             if leaf.submit(&below).is_ok() {
-                work.up.set(r.tag);
-                work.direct.set(true);
-                work.epoch.set(self.shared.common.epoch.get());
-                self.direct += 1;
+                flights.begin();
                 return Ok(());
             }
         }
         // A copy, so that the caller's need not be in memory for the straight way.
-        self.submit_slow(leaves, at, &{ *r });
-        Ok(())
+        self.take_slow(leaves, &{ *r })
     }
 
-    #[inline(always)]
     fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool {
         if done.is_quarantined() {
             self.lose();
         }
-        let at = done.tag.slot();
-        let Some(work) = self.shared.get_work(at) else {
-            // A task's: those are numbered behind the slots.
-            self.complete_child(leaves, done.tag, done.status);
-            return false;
-        };
-        if !work.direct.get() || done.tag.generation() != work.generation.get() {
-            self.shared.stale();
-            return false;
+        self.complete_child(leaves, done.tag, done.status);
+        false
+    }
+
+    #[inline]
+    fn ended(&mut self, marked: bool, count: usize) {
+        self.shared.flights.end(marked, count);
+        if self.stage != Stage::Serving {
+            self.drained();
         }
-        work.direct.set(false);
-        work.retire();
-        done.tag = work.up.get();
-        self.give_back(at);
-        true
+    }
+
+    fn lost_device(&mut self) {
+        self.lose();
     }
 
     #[inline(always)]

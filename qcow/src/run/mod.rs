@@ -16,6 +16,7 @@ mod alloc;
 mod close;
 mod corrupt;
 mod epochs;
+mod flights;
 mod flush;
 mod hits;
 mod image;

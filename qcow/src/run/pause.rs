@@ -265,7 +265,9 @@ impl Image {
             true => self.shared.links.borrow().is_empty(),
             false => self.shared.links.borrow().iter().all(|l| l.rests(pause)),
         };
-        let busy = free < usize::from(self.requests) || self.shared.streams();
+        let busy = free < usize::from(self.requests)
+            || self.shared.flights.count() > 0
+            || self.shared.streams();
         if self.stage != Stage::Draining || busy || !alone {
             return;
         }

@@ -133,7 +133,7 @@ impl Shared {
     /// Takes over what is durably let go of.
     pub(super) fn retire(&self, frees: Frees) {
         if frees.0.clusters > 0 {
-            let epoch = self.common.epoch.advance();
+            let epoch = self.begin_epoch();
             self.let_go.borrow_mut().retired.push_back((epoch, frees.0));
         }
     }
@@ -171,8 +171,19 @@ impl Shared {
         }
     }
 
+    /// Begins a new epoch; returns the one that ended.
+    pub(super) fn begin_epoch(&self) -> u64 {
+        let ended = self.common.epoch.advance();
+        self.flights.see(self.common.epoch.get());
+        ended
+    }
+
     /// Whether nothing is in flight, here or elsewhere, that was looked up in `epoch` or before.
     pub(super) fn is_past(&self, epoch: u64) -> bool {
+        self.flights.see(self.common.epoch.get());
+        if self.flights.oldest() <= epoch {
+            return false;
+        }
         let oldest = (0..self.slots()).map(|s| self.work(s as u16).epoch.get()).min();
         oldest.is_none_or(|o| o > epoch) && self.all_past(epoch)
     }

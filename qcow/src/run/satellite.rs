@@ -16,6 +16,7 @@ use dma::Region;
 use reactor::Wake;
 
 use super::epochs::QUIET;
+use super::flights::Flights;
 use super::hits::{Hits, look_at_leaves};
 use super::link::{Common, Errand, Link, Phase};
 use super::stack::StackLayer;
@@ -78,8 +79,6 @@ impl Drop for Away {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
     Free,
-    /// A leaf has the request.
-    Direct,
     /// It waits for a place in its leaf.
     Waiting,
     /// The home reactor has it.
@@ -91,9 +90,6 @@ enum Use {
 struct Slot {
     /// The frontend's tag.
     up: Tag,
-    generation: u32,
-    /// In which its look-up was made; [`QUIET`] if the leaves have nothing of it.
-    epoch: u64,
     used: Use,
 }
 
@@ -102,19 +98,15 @@ pub struct Satellite {
     hits: Hits,
     free: Vec<u16>,
     slots: Box<[Slot]>,
-    /// The newest epoch seen: the stamp of look-ups.
-    epoch: u64,
+    /// What went straight down.
+    flights: Flights,
     /// Announced as quiet: no look-up is made.
     quiet: bool,
-    owner: u16,
-    direct: u64,
     // What a hit does not need.
     info: DeviceInfo,
     common: Arc<Common>,
     link: Away,
     announced: u64,
-    /// A slot with the stamp that was announced, if that was not the newest epoch.
-    oldest: u16,
     /// Requests that their leaf had no place for, in order.
     waiting: VecDeque<Errand>,
     /// Slots whose requests were refused.
@@ -132,7 +124,7 @@ pub struct Satellite {
 
 impl Satellite {
     /// Attaches the image to this reactor, where its files lie at `ports`, in the order of
-    /// [`super::Stack::new`]; `owner` as the reactor gave it.
+    /// [`super::Stack::new`].
     ///
     /// # Errors
     /// If a leaf or unit is not there, or a leaf takes shorter requests than those of the home
@@ -140,26 +132,22 @@ impl Satellite {
     pub fn attach<L: BlockQueue>(
         seat: Seat,
         ports: &[Port],
-        owner: u16,
         leaves: &[L],
     ) -> Result<Satellite, String> {
         let Seat { image, common, link, slots } = seat;
         let layers = image.layers_at(ports, leaves)?;
         let Reseat { map, info, geometry, version, .. } = image;
-        let slot = |_| Slot { up: Tag::new(0, 0, 0), generation: 0, epoch: QUIET, used: Use::Free };
+        let slot = |_| Slot { up: Tag::new(0, 0, 0), used: Use::Free };
         Ok(Satellite {
             hits: Hits::new(map, &layers, &info, &geometry),
             free: (0..slots).rev().collect(),
             slots: (0..slots).map(slot).collect(),
-            epoch: 0,
+            flights: Flights::new(),
             quiet: true,
-            owner,
-            direct: 0,
             info,
             common,
             link,
             announced: QUIET,
-            oldest: 0,
             waiting: VecDeque::with_capacity(usize::from(slots)),
             refused: VecDeque::with_capacity(usize::from(slots)),
             resting: Vec::with_capacity(usize::from(slots)),
@@ -174,7 +162,7 @@ impl Satellite {
 
     /// Requests that went straight down so far.
     pub fn hits(&self) -> u64 {
-        self.direct
+        self.flights.begun()
     }
 
     /// Completions that belong to nothing in flight.
@@ -191,6 +179,12 @@ impl Satellite {
 
     /// What to do with a request that did not go straight down.
     #[cold]
+    fn take_slow(&mut self, r: &Request<'_>) -> Result<(), Full> {
+        let at = self.free.pop().ok_or(Full)?;
+        self.submit_slow(at, r);
+        Ok(())
+    }
+
     fn submit_slow(&mut self, at: u16, r: &Request<'_>) {
         self.slots[usize::from(at)].up = r.tag;
         let Some(segs) = SegList::from_slice(r.segs) else {
@@ -229,7 +223,8 @@ impl Satellite {
             let (op, flags, segs) = (e.op, e.flags, e.segs.as_slice());
             let r =
                 Request { tag: slot.up, op, flags, unit: 0, offset: e.offset, len: e.len, segs };
-            if self.go_straight(leaves, e.slot, &r) {
+            if self.go_straight(leaves, &r) {
+                self.release(e.slot);
                 continue;
             }
             if self.hits.straight(&r).is_some() {
@@ -243,30 +238,23 @@ impl Satellite {
 
     /// Sends a request straight down, if it may go there and its leaf has a place.
     #[inline(always)]
-    fn go_straight<L: BlockQueue>(&mut self, leaves: &mut [L], at: u16, r: &Request<'_>) -> bool {
+    fn go_straight<L: BlockQueue>(&mut self, leaves: &mut [L], r: &Request<'_>) -> bool {
         if let Some((port, offset)) = self.hits.straight(r)
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
-            let slot = &mut self.slots[usize::from(at)];
-            let tag = Tag::new(self.owner, at, slot.generation);
-            let below = Request { tag, unit: port.unit, offset, ..*r };
+            let below = Request { tag: self.flights.tag(r.tag), unit: port.unit, offset, ..*r };
             if leaf.submit(&below).is_ok() {
-                slot.up = r.tag;
-                slot.used = Use::Direct;
-                slot.epoch = self.epoch;
-                self.direct += 1;
+                self.flights.begin();
                 return true;
             }
         }
         false
     }
 
-    #[inline(always)]
+    /// Frees a slot; returns whose it was.
     fn release(&mut self, at: u16) -> Tag {
         let slot = &mut self.slots[usize::from(at)];
         slot.used = Use::Free;
-        slot.epoch = QUIET;
-        slot.generation = slot.generation.wrapping_add(1);
         let up = slot.up;
         // Never grows: a slot is free once.
         self.free.push(at);
@@ -276,32 +264,25 @@ impl Satellite {
     /// Says which look-ups are still of importance, if that is news.
     #[inline]
     fn announce(&mut self) {
-        let now = self.common.epoch.get();
-        if self.quiet || now != self.announced {
-            let waits =
-                now == self.epoch && self.slots[usize::from(self.oldest)].epoch == self.announced;
-            if self.quiet || !waits {
-                self.announce_new();
-            }
+        if self.quiet || self.common.epoch.get() != self.announced {
+            self.announce_new();
         }
     }
 
     /// Whether nothing is under way, as nearly always when the reactor wakes up or goes to sleep. It
     /// may have hundreds of images, and should not look at all slots of each for that.
     fn idle(&self) -> bool {
-        self.free.len() == self.slots.len()
+        self.free.len() == self.slots.len() && self.flights.count() == 0
     }
 
     #[cold]
     fn announce_new(&mut self) {
-        self.epoch = match std::mem::take(&mut self.quiet) {
+        let now = match std::mem::take(&mut self.quiet) {
             true => self.link.0.announced.wake(&self.common.epoch),
             false => self.common.epoch.get(),
         };
-        let stamps = self.slots.iter().zip(0..).map(|(s, at)| (s.epoch, at));
-        let (stamp, at) = if self.idle() { None } else { stamps.min() }.unwrap_or((QUIET, 0));
-        self.oldest = at;
-        self.announced = stamp.min(self.epoch);
+        self.flights.see(now);
+        self.announced = self.flights.oldest().min(now);
         self.link.0.announced.announce(self.announced);
     }
 
@@ -319,7 +300,10 @@ impl Satellite {
         }
         // Without a free slot nobody sends anything.
         self.resting.append(&mut self.free);
-        if self.pause != pause && self.resting.len() == self.slots.len() {
+        if self.pause != pause
+            && self.resting.len() == self.slots.len()
+            && self.flights.count() == 0
+        {
             self.pause = pause;
             self.link.0.rest(pause);
         }
@@ -360,7 +344,7 @@ impl Satellite {
         }
         // A pause has no end any more.
         self.free.append(&mut self.resting);
-        if !self.ended && self.free.len() == self.slots.len() {
+        if !self.ended && self.idle() {
             self.ended = true;
             self.link.0.end();
         }
@@ -384,37 +368,40 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         self.link.0.send_region(region.clone());
     }
 
+    /// Those that go straight down need no slot, but are not more than there are slots either.
     #[inline]
     fn room(&self, _leaves: &[L]) -> usize {
-        self.free.len()
+        self.free.len().saturating_sub(self.flights.count())
     }
 
     #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
-        let Some(at) = self.free.pop() else { return Err(Full) };
+        if self.free.is_empty() {
+            return Err(Full);
+        }
         if self.quiet {
             self.announce_new();
         }
-        if !self.go_straight(leaves, at, r) {
-            // A copy, so that the caller's need not be in memory for the straight way.
-            self.submit_slow(at, &{ *r });
+        if self.go_straight(leaves, r) {
+            return Ok(());
         }
-        Ok(())
+        // A copy, so that the caller's need not be in memory for the straight way.
+        self.take_slow(&{ *r })
     }
 
-    #[inline(always)]
-    fn complete(&mut self, _leaves: &mut [L], done: &mut Completion) -> bool {
-        if done.is_quarantined() {
-            self.lose();
-        }
-        let at = done.tag.slot();
-        let slot = self.slots.get(usize::from(at));
-        if !slot.is_some_and(|s| s.used == Use::Direct && s.generation == done.tag.generation()) {
-            self.stale += 1;
-            return false;
-        }
-        done.tag = self.release(at);
-        true
+    /// It sends nothing under its own name.
+    fn complete(&mut self, _leaves: &mut [L], _done: &mut Completion) -> bool {
+        self.stale += 1;
+        false
+    }
+
+    #[inline]
+    fn ended(&mut self, marked: bool, count: usize) {
+        self.flights.end(marked, count);
+    }
+
+    fn lost_device(&mut self) {
+        self.lose();
     }
 
     #[inline(always)]
@@ -460,7 +447,7 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         if self.link.0.has_reply() || !self.refused.is_empty() || ending {
             return HasWork::Yes;
         }
-        if !self.quiet && (self.idle() || self.slots.iter().all(|s| s.epoch == QUIET)) {
+        if !self.quiet && self.flights.count() == 0 {
             self.quiet = true;
             self.link.0.announced.quiet();
         }

@@ -15,6 +15,7 @@ use dma::{Buf, Pool, Region, RegionId, Seg};
 
 use super::alloc::Allocator;
 use super::corrupt::Mark;
+use super::flights::Flights;
 use super::flush::Batches;
 use super::io::Children;
 use super::link::{Common, Link};
@@ -90,10 +91,8 @@ pub(super) struct Work {
     pub(super) status: Cell<Status>,
     woken: Cell<bool>,
     result: Cell<Option<Status>>,
-    pub(super) generation: Cell<u32>,
-    /// The frontend's tag, and whether its request went straight down.
+    /// The frontend's tag.
     pub(super) up: Cell<Tag>,
-    pub(super) direct: Cell<bool>,
     /// The link by which the request came, if it did not come from a frontend here.
     pub(super) via: RefCell<Option<Arc<Link>>>,
     /// The image's epoch when the slot's request began; `u64::MAX` when it is idle.
@@ -101,11 +100,9 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Ends the use of the slot: its tag is stale from now on.
-    #[inline(always)]
+    /// Ends the use of the slot.
     pub(super) fn retire(&self) {
         self.epoch.set(u64::MAX);
-        self.generation.set(self.generation.get().wrapping_add(1));
     }
 }
 
@@ -152,6 +149,8 @@ pub(super) struct Shared {
     pub(super) flags: Cell<bool>,
     /// What other reactors know of the image too.
     pub(super) common: Arc<Common>,
+    /// Requests of this reactor's frontends that went straight down.
+    pub(super) flights: Flights,
     /// To the satellites.
     pub(super) links: RefCell<Vec<Arc<Link>>>,
     complaints: Cell<u32>,
@@ -193,9 +192,7 @@ impl Shared {
             status: Cell::new(Status::Ok),
             woken: Cell::new(false),
             result: Cell::new(None),
-            generation: Cell::new(0),
             up: Cell::new(Tag::new(0, 0, 0)),
-            direct: Cell::new(false),
             via: RefCell::new(None),
             epoch: Cell::new(u64::MAX),
         };
@@ -226,6 +223,7 @@ impl Shared {
             watch: RefCell::default(),
             flags: Cell::default(),
             common: Arc::new(Common::new()),
+            flights: Flights::new(),
             links: RefCell::default(),
             complaints: Cell::new(0),
             mark: Cell::default(),
@@ -293,12 +291,6 @@ impl Shared {
     #[inline]
     pub(super) fn work(&self, slot: u16) -> &Work {
         &self.works[usize::from(slot)]
-    }
-
-    /// A slot by a number that came from outside.
-    #[inline]
-    pub(super) fn get_work(&self, slot: u16) -> Option<&Work> {
-        self.works.get(usize::from(slot))
     }
 
     // ---- jobs ----

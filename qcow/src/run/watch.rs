@@ -177,7 +177,7 @@ impl Image {
         let mut taken = self.shared.watch.borrow_mut().as_mut()?.take(from, most, size);
         if !taken.parts.is_empty() {
             self.shared.flag(&taken.parts);
-            taken.stamp = self.shared.common.epoch.advance();
+            taken.stamp = self.shared.begin_epoch();
         }
         Some(taken)
     }

@@ -133,7 +133,7 @@ impl Reactors {
         let wakes = Wakes { home: self.home.core.wake(), away: new.core.wake() };
         let seat = self.home.core.image(0).ok_or("no image")?.seat(wakes);
         let ports = &self.ground.ports;
-        new.core.add_image(|owner, leaves| Satellite::attach(seat, ports, owner, leaves))?;
+        new.core.add_image(|_, leaves| Satellite::attach(seat, ports, leaves))?;
         new.add_guest(&self.ground)?;
         self.away.push(new);
         Ok(())

@@ -33,6 +33,8 @@ impl Completion {
 pub struct Completions {
     items: Box<[Completion; Completions::CAPACITY]>,
     len: usize,
+    /// Some that failed were added since it was empty.
+    failed: bool,
 }
 
 impl Completions {
@@ -42,7 +44,7 @@ impl Completions {
     /// An empty array.
     pub fn new() -> Completions {
         let none = Completion { tag: Tag::new(0, 0, 0), status: Status::Ok, detail: 0 };
-        Completions { items: Box::new([none; Completions::CAPACITY]), len: 0 }
+        Completions { items: Box::new([none; Completions::CAPACITY]), len: 0, failed: false }
     }
 
     /// How many more fit.
@@ -66,6 +68,7 @@ impl Completions {
     /// Adds one. Panics if there is no room: whoever fills asks [`Completions::room`] first.
     #[inline(always)]
     pub fn push(&mut self, c: Completion) {
+        self.failed |= !c.status.is_ok();
         self.items[self.len] = c;
         self.len += 1;
     }
@@ -121,10 +124,23 @@ impl Completions {
         self.items[..self.len].iter().skip(from)
     }
 
+    /// Whether one of them failed. May say so of one that was taken out again.
+    #[inline]
+    pub fn any_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// All of them, by runs of the same owner (and [`Tag::MARK`]).
+    #[inline]
+    pub fn runs(&self) -> impl Iterator<Item = &[Completion]> {
+        self.items[..self.len].chunk_by(|a, b| a.tag.owner() == b.tag.owner())
+    }
+
     /// Empties the array.
     #[inline]
     pub fn clear(&mut self) {
         self.len = 0;
+        self.failed = false;
     }
 }
 
@@ -153,5 +169,13 @@ mod tests {
         let next = || (left > 0).then(|| Tag::new(1, std::mem::replace(&mut left, left - 1), 0));
         c.ok(Tag::new(0, 0, 0));
         assert_eq!((c.fill_ok(next), c.len(), c.get(1).tag.slot()), (3, 4, 3));
+        assert!(!c.any_failed());
+        let (tag, status) = (Tag::new(1, 9, 0).with_mark(u64::MAX), Status::Medium);
+        c.push(Completion { tag, status, detail: 0 });
+        c.ok(Tag::new(1, 9, 0));
+        assert!(c.any_failed());
+        assert_eq!(c.runs().map(<[_]>::len).collect::<Vec<_>>(), [1, 3, 1, 1]);
+        c.clear();
+        assert!(!c.any_failed() && c.runs().next().is_none());
     }
 }

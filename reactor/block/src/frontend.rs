@@ -15,8 +15,18 @@ pub trait Frontend {
     /// Memory that the frontend's requests may name, to be registered with every leaf queue.
     fn regions(&self) -> Vec<Arc<Region>>;
 
-    /// One of the frontend's requests ended. Only notes it; answers leave in `poll`.
-    fn complete(&mut self, done: Completion);
+    /// One of the frontend's requests ended. Only notes it; answers leave in `poll`. Returns whether it
+    /// was in flight: a late or doubled completion does nothing.
+    fn complete(&mut self, done: Completion) -> bool;
+
+    /// The same for all of `done`, whose tags may have [`Tag::MARK`]. Returns how many were in flight.
+    ///
+    /// [`Tag::MARK`]: crate::Tag::MARK
+    #[inline]
+    fn complete_all(&mut self, done: &[Completion]) -> usize {
+        let plain = |c: &Completion| Completion { tag: c.tag.without_mark(), ..*c };
+        done.iter().map(|c| usize::from(self.complete(plain(c)))).sum()
+    }
 
     /// Whether a poll at this time would find nothing to do: the cheapest look there is, since most
     /// frontends of a host are idle in most turns. Says no if that is not easily told.

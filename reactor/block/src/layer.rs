@@ -45,6 +45,14 @@ pub trait Layer<L: BlockQueue> {
     /// completion. Returns whether it did.
     fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool;
 
+    /// So many requests ended that were sent down under a frontend's own tag, all with or all without
+    /// [`crate::Tag::MARK`].
+    #[inline]
+    fn ended(&mut self, _marked: bool, _count: usize) {}
+
+    /// A device may still use the memory of such a request, which ended: see [`crate::QUARANTINED`].
+    fn lost_device(&mut self) {}
+
     /// Goes on with what waits for something else than a completion, as far as `out` has room.
     /// Called once in each turn of the reactor. Returns whether anything was done.
     fn poll(&mut self, leaves: &mut [L], out: &mut Completions) -> bool;

@@ -183,12 +183,13 @@ impl Frontend for Guest {
         vec![self.pool.region().clone()]
     }
 
-    fn complete(&mut self, done: Completion) {
+    fn complete(&mut self, done: Completion) -> bool {
         let slot = self.slots.get(usize::from(done.tag.slot())).and_then(Option::as_ref);
         let known = slot.is_some_and(|s| s.generation == done.tag.generation());
         assert!(known && self.taken > 0, "a completion of nothing: {done:?}");
         self.taken -= 1;
         self.answers.push_back((done.tag.slot(), done.status));
+        true
     }
 
     fn poll<D: Submit>(&mut self, disk: &mut D, _now: u64) -> bool {

@@ -305,7 +305,8 @@ impl World<'_> {
         let Some(last) = self.disk.held.len().checked_sub(1) else {
             // An answer to nothing.
             let tag = Tag::new(1, self.choices.byte().into(), self.choices.byte().into());
-            return self.backend.complete(Completion { tag, status: Status::Ok, detail: 0 });
+            self.backend.complete(Completion { tag, status: Status::Ok, detail: 0 });
+            return;
         };
         let at = usize::from(self.choices.byte()).min(last);
         let status = match self.choices.byte() {

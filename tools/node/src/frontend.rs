@@ -42,9 +42,13 @@ impl block::Frontend for Frontend {
         each!(self, f => f.is_quiet(now))
     }
 
-    #[inline(always)]
-    fn complete(&mut self, done: Completion) {
-        each!(self, f => f.complete(done));
+    fn complete(&mut self, done: Completion) -> bool {
+        each!(self, f => f.complete(done))
+    }
+
+    #[inline]
+    fn complete_all(&mut self, done: &[Completion]) -> usize {
+        each!(self, f => f.complete_all(done))
     }
 
     #[inline]

@@ -306,10 +306,13 @@ impl block::Frontend for GuestRing {
         self.backend.is_quiet(now)
     }
 
-    // Inlined beside the other kinds of frontends it would make all of them slower.
-    #[inline(never)]
-    fn complete(&mut self, done: Completion) {
-        self.backend.complete(done);
+    fn complete(&mut self, done: Completion) -> bool {
+        self.backend.complete(done)
+    }
+
+    #[inline]
+    fn complete_all(&mut self, done: &[Completion]) -> usize {
+        self.backend.complete_all(done)
     }
 
     #[inline]

@@ -66,13 +66,22 @@ impl Layer<Leaf> for Image {
         each!(self, i => i.serve_within(limit, leaves, frontend, now))
     }
 
-    #[inline(always)]
     fn complete(&mut self, leaves: &mut [Leaf], done: &mut Completion) -> bool {
+        each!(self, i => i.complete(leaves, done))
+    }
+
+    #[inline]
+    fn ended(&mut self, marked: bool, count: usize) {
         match self {
-            Image::Qcow(i) => i.complete(leaves, done),
-            Image::Satellite(i) => i.complete(leaves, done),
-            _ => self.complete_elsewhere(leaves, done),
+            Image::Qcow(i) => Layer::<Leaf>::ended(&mut **i, marked, count),
+            Image::Satellite(i) => Layer::<Leaf>::ended(&mut **i, marked, count),
+            // What else there is does not ask.
+            Image::Raw(_) | Image::Vhd(_) => {}
         }
+    }
+
+    fn lost_device(&mut self) {
+        each!(self, i => Layer::<Leaf>::lost_device(&mut **i));
     }
 
     #[inline(always)]
@@ -90,13 +99,5 @@ impl Layer<Leaf> for Image {
 
     fn closed(&self) -> Option<Status> {
         each!(self, i => Layer::<Leaf>::closed(&**i))
-    }
-}
-
-impl Image {
-    /// Of kinds that are there less: by themselves, so that the others' code is the better for it.
-    #[inline(never)]
-    fn complete_elsewhere(&mut self, leaves: &mut [Leaf], done: &mut Completion) -> bool {
-        each!(self, i => i.complete(leaves, done))
     }
 }

@@ -414,7 +414,7 @@ impl Further {
                 Some(each) => each.attach(leaves, ports[0], owner),
                 None => {
                     let seat = seat(wake).ok_or("the image's home reactor has ended")?;
-                    let image = qcow::run::Satellite::attach(seat, &ports, owner, leaves)?;
+                    let image = qcow::run::Satellite::attach(seat, &ports, leaves)?;
                     Ok(Image::Satellite(Box::new(image)))
                 }
             })?;

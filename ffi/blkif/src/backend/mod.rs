@@ -558,11 +558,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
     }
 
     #[inline(always)]
-    fn complete(&mut self, done: Completion) {
+    fn complete(&mut self, done: Completion) -> bool {
         self.work = true;
         let index = done.tag.slot();
         let Some(slot) = self.slots.get_mut(usize::from(index)) else {
-            return self.stats.strays.add(1);
+            self.stats.strays.add(1);
+            return false;
         };
         // One after the other, as above.
         if slot.stage != Stage::Plain || slot.generation != done.tag.generation() {
@@ -592,6 +593,12 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
         }
         self.free = index;
         self.ring.respond(index, answer);
+        true
+    }
+
+    #[inline(never)]
+    fn complete_all(&mut self, done: &[Completion]) -> usize {
+        done.iter().map(|&c| usize::from(self.complete(c))).sum()
     }
 
     #[inline]

@@ -164,13 +164,15 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
     }
 
-    /// Any completion that is not the plain end of a request of one mapped segment.
+    /// Any completion that is not the plain end of a request of one mapped segment. Returns whether it is
+    /// one of a request in flight.
     #[inline(never)]
-    pub(super) fn complete_slow(&mut self, tag: Tag, status: Status) {
+    pub(super) fn complete_slow(&mut self, tag: Tag, status: Status) -> bool {
         let index = tag.slot();
         let slot = &mut self.slots[usize::from(index)];
         if !slot.at_disk() || slot.generation != tag.generation() {
-            return self.stats.strays.add(1);
+            self.stats.strays.add(1);
+            return false;
         }
         if slot.stage == Stage::Plain {
             slot.stage = Stage::AtData;
@@ -215,6 +217,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 self.answer(index, status);
             }
         }
+        true
     }
 
     /// A ring has no word for "no space": the write waits, and with it the ring.

@@ -114,7 +114,8 @@ fn a_turn_is_bounded_by_the_ring() {
         r.disk.poll(&mut out);
         let before = r.backend.stats().reads();
         for c in out.iter() {
-            if c.tag.owner() == 1 { r.backend.complete(c) } else { p.backend.complete(c) }
+            let backend = if c.tag.owner() == 1 { &mut r.backend } else { &mut p.backend };
+            assert!(backend.complete(c));
         }
         r.backend.poll(&mut r.disk, turn * 1000);
         assert!(r.backend.stats().reads() - before <= 32);

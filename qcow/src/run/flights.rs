@@ -1,0 +1,168 @@
+//! [`Flights`]: the requests that went straight down. They keep their frontend's tag, so that nothing
+//! is stored for each of them here; all that must be known is whether there are any, and how old the
+//! oldest look-up among them can be ([`super::epochs`]).
+//!
+//! They are counted in two groups, told apart by [`Tag::MARK`]: those looked up since some epoch, and
+//! the ones before. When all of the older group have ended and there is a newer epoch, what is in flight
+//! becomes the older group. So an age is never thought younger than it is, and once a request has ended
+//! it keeps no cluster for longer than those that were in flight with it.
+
+use std::cell::Cell;
+
+use block::Tag;
+
+use super::epochs::QUIET;
+
+const MARK: u64 = Tag::new(Tag::MARK, 0, 0).bits();
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Flights {
+    /// All that ever began.
+    begun: Cell<u64>,
+    /// What those that begin now have in their tags: [`Tag::MARK`] or 0.
+    mark: Cell<u64>,
+    /// In the newer group: how many had begun before it, how many of it have ended, and in which epoch the
+    /// first can have been looked up.
+    before: Cell<u64>,
+    ended: Cell<u64>,
+    since: Cell<u64>,
+    /// How many of the older group are in flight, and the same of its epoch.
+    old: Cell<u64>,
+    old_since: Cell<u64>,
+}
+
+impl Flights {
+    /// None, in the first epoch.
+    pub(super) fn new() -> Flights {
+        let zero = || Cell::new(0);
+        Flights {
+            begun: zero(),
+            mark: zero(),
+            before: zero(),
+            ended: zero(),
+            since: zero(),
+            old: zero(),
+            old_since: zero(),
+        }
+    }
+
+    /// The tag under which a request goes down.
+    #[inline(always)]
+    pub(super) fn tag(&self, up: Tag) -> Tag {
+        up.with_mark(self.mark.get())
+    }
+
+    /// A leaf took a request under such a tag.
+    #[inline(always)]
+    pub(super) fn begin(&self) {
+        self.begun.set(self.begun.get().wrapping_add(1));
+    }
+
+    /// So many ended.
+    #[inline]
+    pub(super) fn end(&self, marked: bool, count: usize) {
+        let count = count as u64;
+        if marked == (self.mark.get() != 0) {
+            self.ended.set(self.ended.get() + count);
+        } else {
+            debug_assert!(self.old.get() >= count, "ended more often than it began");
+            self.old.set(self.old.get().saturating_sub(count));
+        }
+    }
+
+    /// How many ever began.
+    pub(super) fn begun(&self) -> u64 {
+        self.begun.get()
+    }
+
+    /// How many of the newer group are in flight.
+    #[inline]
+    fn new_ones(&self) -> u64 {
+        self.begun.get() - self.before.get() - self.ended.get()
+    }
+
+    /// How many are in flight.
+    #[inline]
+    pub(super) fn count(&self) -> usize {
+        (self.new_ones() + self.old.get()) as usize
+    }
+
+    /// Look-ups from now on are made in this epoch or a later one.
+    pub(super) fn see(&self, epoch: u64) {
+        if self.since.get() == epoch || self.old.get() > 0 {
+            return;
+        }
+        self.old.set(self.new_ones());
+        self.old_since.set(self.since.get());
+        self.before.set(self.begun.get());
+        self.ended.set(0);
+        self.since.set(epoch);
+        self.mark.set(self.mark.get() ^ MARK);
+    }
+
+    /// No look-up of those in flight was made before this epoch; [`QUIET`] if there are none.
+    pub(super) fn oldest(&self) -> u64 {
+        match (self.old.get(), self.new_ones()) {
+            (0, 0) => QUIET,
+            (0, _) => self.since.get(),
+            _ => self.old_since.get(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against a list of all that are in flight, with their true epochs.
+    #[test]
+    fn nothing_is_thought_younger_than_it_is_and_nothing_waits_for_ever() {
+        let mut state = 1u64;
+        let mut random = move |below: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % below
+        };
+        let f = Flights::new();
+        let (mut all, mut epoch, mut begun): (Vec<(Tag, u64)>, _, _) = (Vec::new(), 0, 0);
+        for round in 0..200_000u64 {
+            match random(8) {
+                0 => epoch += random(2),
+                1 => f.see(epoch),
+                2..=4 if all.len() < 40 => {
+                    let up = Tag::new(3, round as u16, round as u32);
+                    let tag = f.tag(up);
+                    assert_eq!(tag.without_mark(), up);
+                    f.begin();
+                    begun += 1;
+                    all.push((tag, epoch));
+                }
+                _ if !all.is_empty() => {
+                    let (tag, _) = all.swap_remove(random(all.len() as u64) as usize);
+                    f.end(tag.owner() & Tag::MARK != 0, 1);
+                }
+                _ => {}
+            }
+            assert_eq!((f.count(), f.begun()), (all.len(), begun));
+            let oldest = all.iter().map(|&(_, epoch)| epoch).min();
+            match oldest {
+                None => assert_eq!(f.oldest(), QUIET),
+                Some(oldest) => assert!(f.oldest() <= oldest),
+            }
+        }
+        // When those have ended that were there at a look, the age is that of the look, whatever
+        // came since.
+        for _ in 0..100 {
+            f.see(epoch);
+            for (tag, _) in all.drain(..) {
+                f.end(tag.owner() & Tag::MARK != 0, 1);
+            }
+            epoch += 1;
+            f.see(epoch);
+            let tag = f.tag(Tag::new(3, 0, 0));
+            f.begin();
+            all.push((tag, epoch));
+            assert_eq!(f.oldest(), epoch);
+        }
+    }
+}
