@@ -212,11 +212,15 @@ pub struct Map {
     /// The clusters of a page, as a mask.
     page_mask: u64,
     clusters: u64,
-    /// Per page of clusters: 0, or generation (high half) and one more than where in `words` the
-    /// page begins (low half).
+    /// Per page of clusters: 0, or generation (high half) and one more than where in `words` or `flat`
+    /// the page begins (low half).
     directory: Box<[AtomicU64]>,
-    /// All pages, one after the other. Zeroed lazily by the kernel: what is not used costs nothing.
+    /// All pages, one after the other, where not all have a place. Zeroed lazily by the kernel: what is
+    /// not used costs nothing.
     words: Box<[AtomicU64]>,
+    /// The same where all do. Then each lies in its own place and is never evicted, and a look-up needs no
+    /// directory: a word is that of its cluster, or 0 while its page is not loaded.
+    flat: Box<[AtomicU64]>,
 }
 
 impl Map {
@@ -234,7 +238,18 @@ impl Map {
         let afford = usize::try_from(budget / (8 << page_bits)).unwrap_or(usize::MAX);
         let count = afford.max(least).min(entries).min((u32::MAX as usize) >> page_bits);
         let words = zeroed(count.checked_mul(1 << page_bits).ok_or_else(no_memory)?)?;
-        Ok(Map { page_bits, page_mask: (1 << page_bits) - 1, clusters, directory, words })
+        let (flat, words) =
+            if count == entries { (words, zeroed(0)?) } else { (zeroed(0)?, words) };
+        Ok(Map { page_bits, page_mask: (1 << page_bits) - 1, clusters, directory, words, flat })
+    }
+
+    /// The words of all pages that can be loaded at a time.
+    fn all(&self) -> &[AtomicU64] {
+        if self.is_flat() { &self.flat } else { &self.words }
+    }
+
+    fn is_flat(&self) -> bool {
+        !self.flat.is_empty()
     }
 
     /// How many clusters there are.
@@ -251,17 +266,26 @@ impl Map {
 
     /// How many pages can be loaded at a time.
     pub fn page_count(&self) -> usize {
-        self.words.len() >> self.page_bits
+        self.all().len() >> self.page_bits
     }
 
     /// The word of a cluster; [`Word::ABSENT`] if its page is not loaded or it does not exist.
     #[inline(always)]
     pub fn lookup(&self, cluster: u64) -> Word {
+        if let Some(word) = self.flat.get(cluster as usize) {
+            return Word(word.load(Ordering::Acquire));
+        }
+        self.lookup_paged(cluster)
+    }
+
+    /// The same where not all pages have a place; there is nothing where they have.
+    #[inline(always)]
+    fn lookup_paged(&self, cluster: u64) -> Word {
         let Some(entry) = self.directory.get((cluster >> self.page_bits) as usize) else {
             return Word::ABSENT;
         };
         let seen = entry.load(Ordering::Acquire);
-        let Some(word) = self.word(seen, cluster) else { return Word::ABSENT };
+        let Some(word) = self.word(&self.words, seen, cluster) else { return Word::ABSENT };
         // Acquire: the directory is looked at again after this load. If the word belongs to the
         // page's next use, then that use began with emptying this entry, and we see it.
         let value = word.load(Ordering::Acquire);
@@ -279,10 +303,10 @@ impl Map {
     }
 
     #[inline(always)]
-    fn word(&self, entry: u64, cluster: u64) -> Option<&AtomicU64> {
+    fn word<'w>(&self, all: &'w [AtomicU64], entry: u64, cluster: u64) -> Option<&'w AtomicU64> {
         // An empty entry gives a place far outside.
         let page = (entry as u32 as usize).wrapping_sub(1);
-        self.words.get(page | (cluster & self.page_mask) as usize)
+        all.get(page | (cluster & self.page_mask) as usize)
     }
 
     /// Replaces a loaded cluster's word if it is `old`. Returns whether it was.
@@ -290,7 +314,8 @@ impl Map {
         let Some(entry) = self.directory.get((cluster >> self.page_bits) as usize) else {
             return false;
         };
-        let Some(word) = self.word(entry.load(Ordering::Acquire), cluster) else { return false };
+        let seen = entry.load(Ordering::Acquire);
+        let Some(word) = self.word(self.all(), seen, cluster) else { return false };
         word.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
@@ -326,7 +351,7 @@ impl Pages {
         let count = map.page_count() as u32;
         Pages {
             loaded: VecDeque::new(),
-            free: (0..count).rev().collect(),
+            free: if map.is_flat() { Vec::new() } else { (0..count).rev().collect() },
             held: vec![0; count as usize],
             generation: 0,
         }
@@ -339,16 +364,23 @@ impl Pages {
         if entry.load(Ordering::Relaxed) != 0 {
             return true;
         }
-        let Some(place) = self.free.pop().or_else(|| self.evict(map)) else { return false };
+        let place = if map.is_flat() {
+            number as u32
+        } else {
+            let Some(place) = self.free.pop().or_else(|| self.evict(map)) else { return false };
+            place
+        };
         let start = (place as usize) << map.page_bits;
-        let page = &map.words[start..start + (1 << map.page_bits)];
+        let page = &map.all()[start..start + (1 << map.page_bits)];
         for (i, slot) in page.iter().enumerate() {
             slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);
         }
         self.generation = self.generation.wrapping_add(1);
         let value = u64::from(self.generation) << 32 | (start as u64 + 1);
         entry.store(value, Ordering::Release);
-        self.loaded.push_back((number, place));
+        if !map.is_flat() {
+            self.loaded.push_back((number, place));
+        }
         true
     }
 

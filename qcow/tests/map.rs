@@ -39,6 +39,37 @@ fn claims_exclude_each_other_and_show_the_old_mapping() {
 }
 
 #[test]
+fn where_all_pages_have_a_place_none_ever_goes() {
+    // 160 clusters in pages of 16, the last of which is not full.
+    let map = Map::new(154, 4, 10 * 16 * 8, 1).unwrap();
+    let mut pages = Pages::new(&map);
+    assert_eq!(map.page_count(), 10);
+    let word = |cluster: u64| Word::mapped(0, (cluster + 1) * 512, true);
+    for number in [7, 0, 9, 3, 1, 2, 8, 4, 6, 5] {
+        let first = number * 16;
+        let words: Vec<Word> = (first..(first + 16).min(154)).map(word).collect();
+        assert_eq!(map.lookup(first), Word::ABSENT);
+        // Not before it is loaded.
+        assert!(!map.replace(first, Word::ABSENT, word(0)) && !map.claim(first, word(first)));
+        pages.hold(&map, first);
+        assert!(pages.load(&map, number, &words));
+        pages.hold(&map, first);
+        // It is there: loading it again changes nothing.
+        assert!(pages.load(&map, number, &[Word::hole(); 16]));
+        pages.release(&map, first);
+    }
+    for cluster in 0..200 {
+        let expected = if cluster < 154 { word(cluster) } else { Word::ABSENT };
+        assert_eq!(map.lookup(cluster), expected);
+    }
+    assert!(!pages.load(&map, 10, &[]));
+    assert_eq!(map.lookup(u64::MAX), Word::ABSENT);
+    assert!(map.claim(153, word(153)));
+    map.publish(153, Word::hole());
+    assert_eq!((map.lookup(153), map.lookup(152)), (Word::hole(), word(152)));
+}
+
+#[test]
 fn the_oldest_page_goes_unless_held() {
     let map = Map::new(160, 4, 0, 2).unwrap();
     let mut pages = Pages::new(&map);

@@ -363,7 +363,7 @@ fn the_generation_matters() {
 #[should_panic(expected = "a word of another page")]
 fn the_second_look_at_the_directory_matters() {
     let line = "if entry.load(Ordering::Relaxed) != seen {";
-    weaken("pub fn lookup(", line, Weakening::Lost);
+    weaken("fn lookup_paged(", line, Weakening::Lost);
     eviction(TO_AND_FRO, own, 4);
 }
 
@@ -371,7 +371,7 @@ fn the_second_look_at_the_directory_matters() {
 #[should_panic(expected = "a word of another page")]
 fn the_acquire_of_a_word_matters() {
     let line = "let value = word.load(Ordering::Acquire);";
-    weaken("pub fn lookup(", line, Weakening::Relaxed);
+    weaken("fn lookup_paged(", line, Weakening::Relaxed);
     eviction(TO_AND_FRO, own, 4);
 }
 
@@ -386,7 +386,7 @@ fn the_release_of_a_word_matters() {
 #[test]
 #[should_panic(expected = "a word of another page")]
 fn the_acquire_of_a_directory_entry_matters() {
-    weaken("pub fn lookup(", "let seen = entry.load(Ordering::Acquire);", Weakening::Relaxed);
+    weaken("fn lookup_paged(", "let seen = entry.load(Ordering::Acquire);", Weakening::Relaxed);
     eviction(TO_AND_FRO, own, 4);
 }
 

@@ -88,12 +88,11 @@ impl Hits {
     /// Where a request goes if it can go straight down as a whole: one mapped run.
     #[inline(always)]
     pub(super) fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
-        let end = r.offset.wrapping_add(r.len);
-        // Not greater than `offset` if `len` is 0 or the sum overflows.
+        // If the sum overflows, there is nothing at `offset` either.
         let valid = r.flags == Flags::NONE
             && (r.offset | r.len) & 511 == 0
-            && r.offset < end
-            && end <= self.size;
+            && r.len > 0
+            && r.offset.wrapping_add(r.len) <= self.size;
         if !valid {
             return None;
         }
@@ -108,7 +107,8 @@ impl Hits {
     /// Whether the clusters behind the first one, whose word is `first`, continue it.
     #[inline(never)]
     fn runs_on(&self, op: Op, offset: u64, len: u64, first: Word) -> bool {
-        let last = (offset + len - 1) >> self.unit_bits;
+        let Some(end) = offset.checked_add(len) else { return false };
+        let last = (end - 1) >> self.unit_bits;
         let mut before = first.for_reads();
         ((offset >> self.unit_bits) + 1..=last).all(|cluster| {
             let next = self.map.lookup(cluster);
