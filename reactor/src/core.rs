@@ -363,21 +363,25 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         if self.done.any_failed() {
             self.tell_of_losses();
         }
-        for run in self.done.runs() {
-            let owner = run[0].tag.owner();
+        let mut rest = self.done.as_slice();
+        while let Some(first) = rest.first() {
+            let owner = first.tag.owner();
+            let index = usize::from(owner & INDEX);
+            let mut taken = 1;
             if owner & IMAGE != 0 {
-                let image = self.images.get_mut(usize::from(owner & INDEX));
-                to_image(run, image, &mut self.leaves, &mut self.frontends, &self.stats);
-                continue;
+                let image = self.images.get_mut(index);
+                to_image(*first, image, &mut self.leaves, &mut self.frontends, &self.stats);
+            } else if let Some(Some(a)) = self.frontends.get_mut(index) {
+                let ended;
+                (taken, ended) = a.frontend.complete_run(rest);
+                if let Some(Some(image)) = self.images.get_mut(a.image) {
+                    image.ended(owner & Tag::MARK != 0, ended);
+                }
+            } else {
+                self.stats.strays.add(1);
             }
-            let Some(Some(a)) = self.frontends.get_mut(usize::from(owner & INDEX)) else {
-                self.stats.strays.add(run.len() as u64);
-                continue;
-            };
-            let ended = a.frontend.complete_all(run);
-            if let Some(Some(image)) = self.images.get_mut(a.image) {
-                image.ended(owner & Tag::MARK != 0, ended);
-            }
+            // At least one, so that this has an end.
+            rest = rest.get(taken.max(1)..).unwrap_or_default();
         }
         self.done.clear();
     }
@@ -486,21 +490,18 @@ fn owner(index: usize) -> u16 {
     index as u16
 }
 
-/// Hands what an image asked for to it, and on to frontends what ends by that.
+/// Hands what an image asked for to it, and on to a frontend what ends by that.
 #[inline(never)]
 fn to_image<L: BlockQueue, I: Layer<L>, F: Frontend>(
-    run: &[Completion],
+    mut done: Completion,
     image: Option<&mut Option<I>>,
     leaves: &mut [L],
     frontends: &mut [Option<Attached<F>>],
     stats: &Stats,
 ) {
-    let Some(Some(image)) = image else { return stats.strays.add(run.len() as u64) };
-    for c in run {
-        let mut c = *c;
-        if image.complete(leaves, &mut c) {
-            to_frontend(c, frontends, stats);
-        }
+    let Some(Some(image)) = image else { return stats.strays.add(1) };
+    if image.complete(leaves, &mut done) {
+        to_frontend(done, frontends, stats);
     }
 }
 

@@ -262,11 +262,8 @@ impl Segment {
             .then(|| self.last() - self.first() + 1)
     }
 
-    /// Whether it is a whole page.
-    #[inline]
-    pub fn is_page(self) -> bool {
-        (self.0 >> 32) as u16 == (PAGE as u16 / SECTOR as u16 - 1) << 8
-    }
+    /// First and last sector of a whole page, as they stand behind the grant.
+    pub(crate) const PAGE: u32 = (PAGE as u32 / SECTOR - 1) << 8;
 
     /// Where in the page it begins, in bytes. For a segment that [`Segment::sectors`] accepted.
     #[inline]
@@ -391,7 +388,7 @@ mod tests {
                     }
                     None => assert!(first > last || last > 7),
                 }
-                assert_eq!(s.is_page(), (first, last) == (0, 7));
+                assert_eq!((s.0 >> 32) as u32 == Segment::PAGE, (first, last) == (0, 7));
             }
         }
     }

@@ -166,8 +166,11 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     #[inline(always)]
     fn answered(&self, slot: u16, index: u32) {
-        self.entries.at(slot.into()).store32::<AT_ANSWER>(index, Ordering::Relaxed);
-        self.set_state(slot, ANSWERED);
+        // Both in one word. When it comes to stand there is of no importance before the answer is
+        // counted by `publishing`: until then it is taken for none.
+        const { assert!(AT_ANSWER == AT_STATE + 4 && cfg!(target_endian = "little")) };
+        let word = u64::from(ANSWERED) | u64::from(index) << 32;
+        self.entries.at(slot.into()).write_words_at::<AT_STATE, 1>(&[word]);
     }
 
     #[inline]

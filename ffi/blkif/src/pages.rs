@@ -25,6 +25,8 @@ const PENDING: u32 = u32::MAX - 1;
 const REFUSED: u32 = u32::MAX - 2;
 
 #[derive(Clone, Copy, Debug)]
+// Of a size by which an index is easily multiplied.
+#[repr(align(16))]
 struct Entry {
     gref: u32,
     /// A page below [`Page::LIMIT`], or one of the three above.

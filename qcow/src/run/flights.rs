@@ -50,7 +50,7 @@ impl Flights {
     /// The tag under which a request goes down.
     #[inline(always)]
     pub(super) fn tag(&self, up: Tag) -> Tag {
-        up.with_mark(self.mark.get())
+        Tag::from_bits(up.bits() | self.mark.get())
     }
 
     /// A leaf took a request under such a tag.

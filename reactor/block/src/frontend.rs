@@ -19,13 +19,20 @@ pub trait Frontend {
     /// was in flight: a late or doubled completion does nothing.
     fn complete(&mut self, done: Completion) -> bool;
 
-    /// The same for all of `done`, whose tags may have [`Tag::MARK`]. Returns how many were in flight.
+    /// The same for those of `done` that come first and have the owner of the first one, which is the
+    /// frontend, perhaps with [`Tag::MARK`]. Returns how many these are, and how many of them were in
+    /// flight.
     ///
     /// [`Tag::MARK`]: crate::Tag::MARK
     #[inline]
-    fn complete_all(&mut self, done: &[Completion]) -> usize {
-        let plain = |c: &Completion| Completion { tag: c.tag.without_mark(), ..*c };
-        done.iter().map(|c| usize::from(self.complete(plain(c)))).sum()
+    fn complete_run(&mut self, done: &[Completion]) -> (usize, usize) {
+        let owner = done.first().map(|c| c.tag.owner());
+        let (mut taken, mut ended) = (0, 0);
+        for c in done.iter().take_while(|c| Some(c.tag.owner()) == owner) {
+            taken += 1;
+            ended += usize::from(self.complete(Completion { tag: c.tag.without_mark(), ..*c }));
+        }
+        (taken, ended)
     }
 
     /// Whether a poll at this time would find nothing to do: the cheapest look there is, since most

@@ -38,10 +38,10 @@ impl Tag {
     /// tag: two kinds of those can be told apart by it ([`crate::Layer::ended`]). No owner has it.
     pub const MARK: u16 = 1 << 14;
 
-    /// The same with [`Tag::MARK`], if `mark` is that at its place in a tag's bits, or 0.
+    /// The same with [`Tag::MARK`].
     #[inline]
-    pub const fn with_mark(self, mark: u64) -> Tag {
-        Tag(self.0 | mark & Tag::new(Tag::MARK, 0, 0).0)
+    pub const fn with_mark(self) -> Tag {
+        Tag(self.0 | Tag::new(Tag::MARK, 0, 0).0)
     }
 
     /// The same without [`Tag::MARK`].
@@ -238,9 +238,9 @@ mod tests {
         assert_eq!((t.owner(), t.slot(), t.generation()), (0xabcd, 0x1234, 0xdead_beef));
         assert_eq!(Tag::from_bits(t.bits()), t);
         let t = Tag::new(7, 0x1234, 1);
-        let marked = t.with_mark(Tag::new(Tag::MARK, 0, 0).bits());
+        let marked = t.with_mark();
         assert_eq!((marked.owner(), marked.slot()), (7 | Tag::MARK, 0x1234));
-        assert_eq!((marked.without_mark(), t.with_mark(0)), (t, t));
+        assert_eq!((marked.without_mark(), marked.with_mark()), (t, marked));
     }
 
     #[test]

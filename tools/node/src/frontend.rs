@@ -47,8 +47,8 @@ impl block::Frontend for Frontend {
     }
 
     #[inline]
-    fn complete_all(&mut self, done: &[Completion]) -> usize {
-        each!(self, f => f.complete_all(done))
+    fn complete_run(&mut self, done: &[Completion]) -> (usize, usize) {
+        each!(self, f => f.complete_run(done))
     }
 
     #[inline]

@@ -311,8 +311,8 @@ impl block::Frontend for GuestRing {
     }
 
     #[inline]
-    fn complete_all(&mut self, done: &[Completion]) -> usize {
-        self.backend.complete_all(done)
+    fn complete_run(&mut self, done: &[Completion]) -> (usize, usize) {
+        self.backend.complete_run(done)
     }
 
     #[inline]

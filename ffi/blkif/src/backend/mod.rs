@@ -1,12 +1,13 @@
 //! [`Backend`]: serves one ring from a disk. Owned by one reactor, which calls it through
 //! [`block::Frontend`].
 //!
-//! This file is the straight path of a read or write of one segment, from ring slot to disk and
+//! `plain` is the straight path of a read or write of one segment, from ring slot to disk and
 //! back. Everything else has a slot of the same kind and goes through a list of things to do:
 //! `request` takes and checks it, `data` moves its bytes, `steps` brings it to its end. How long
 //! requests take is found out by `watch`.
 
 mod data;
+mod plain;
 mod request;
 mod slot;
 mod steps;
@@ -19,9 +20,9 @@ use block::{Completion, Flags, Frontend as _, HasWork, Op, Request, Submit, Tag}
 use dma::Region;
 
 use crate::abi::{
-    Abi, DIRECT_SEGMENTS, INDIRECT_PAGES, MAX_ORDER, OKAY, PAGE, READ, SECTOR, WRITE,
+    Abi, DIRECT_SEGMENTS, Head, INDIRECT_PAGES, MAX_ORDER, PAGE, READ, Response, SECTOR,
+    SEGMENTS_PER_PAGE, Segment, WRITE,
 };
-use crate::abi::{Head, Response, SEGMENTS_PER_PAGE, Segment};
 use crate::pages::{AGE_SHIFT, PageTable};
 use crate::{BackRing, EventChannel, Grants, RingMemory, Runaway, Stats};
 use data::Batch;
@@ -142,10 +143,12 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     watched: Watched,
     /// Time of this turn in units of 2^27 ns.
     stamp: u32,
-    owner: u16,
     gates: u8,
     /// There may be something to do besides what waits in the ring.
     work: bool,
+    /// Whole pages of reads and writes in this turn that are not in `stats` yet.
+    pages_read: u64,
+    pages_written: u64,
     armed: bool,
     failed: bool,
     /// Data is durable before it is answered: for a guest that was offered no way to flush.
@@ -167,10 +170,6 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     held_flushes: u32,
     config: Config,
 }
-
-// The first two bytes of a slot that asks for one segment: what nearly all do in a busy guest.
-const ONE_READ: u16 = READ as u16 | 1 << 8;
-const ONE_WRITE: u16 = WRITE as u16 | 1 << 8;
 
 /// A read or write over one range of the bounce region.
 #[derive(Clone, Copy)]
@@ -205,32 +204,29 @@ impl Ask {
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     sectors: u64,
-    /// Where a page may not begin any more.
-    pages_end: u64,
+    /// At how many places a page may begin: at multiples of `1 << align_bits` sectors, from 0 on.
+    pages: u64,
     align: u64,
+    align_bits: u32,
     read_only: bool,
 }
 
 impl Limits {
-    /// Sectors that a segment asks for, at `sector`; `None` if it may not.
+    /// Whether a whole page may be accessed at `sector`.
     #[inline(always)]
-    fn one(&self, write: bool, sector: u64, segment: Segment) -> Option<u32> {
-        if !segment.is_page() {
+    fn page(&self, write: bool, sector: u64) -> bool {
+        // What is not aligned becomes a huge number.
+        if sector.rotate_right(self.align_bits) >= self.pages {
             cold_path();
-            let count = segment.sectors()?;
-            return self.allow(write, sector, u64::from(count)).then_some(count);
+            return false;
         }
-        // The same, where nearly everything is known before. One after the other: each is a branch that
-        // is never taken.
-        if sector >= self.pages_end {
-            cold_path();
-            return None;
-        }
-        if sector & self.align != 0 {
-            cold_path();
-            return None;
-        }
-        (!write || !self.read_only).then_some(PAGE as u32 / SECTOR)
+        !write || !self.read_only
+    }
+
+    /// Sectors that a segment asks for, at `sector`; `None` if it may not.
+    fn part(&self, write: bool, sector: u64, segment: Segment) -> Option<u32> {
+        let count = segment.sectors()?;
+        self.allow(write, sector, u64::from(count)).then_some(count)
     }
 
     /// Whether `count` sectors at `sector` exist, are whole blocks and may be accessed so.
@@ -277,13 +273,18 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let durable = !config.flush && !config.barrier;
         let goes_on = kept.is_some();
         let left = kept.map_or_else(Vec::new, |kept| kept.slots);
+        let bounce = Region::new_best(bytes)?;
+        let page = |index: usize| bounce.seg((index * PAGE) as u64, PAGE as u32);
+        let slot = |index: usize| {
+            Slot::first(config.owner, index as u16, page(index).expect("a page for each slot"))
+        };
         let mut backend = Backend {
             ring,
             grants,
             events,
             pages: PageTable::new(config.persistent_pages),
-            bounce: Region::new_best(bytes)?,
-            slots: (1..=slots as u16).map(|next| Slot { next, ..Slot::FREE }).collect(),
+            slots: (0..slots).map(slot).collect(),
+            bounce,
             free: 0,
             work: !left.is_empty(),
             left: left.into_iter().rev().collect(),
@@ -292,8 +293,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             stats: Arc::default(),
             watched: Watched::NOTHING,
             stamp: 0,
-            owner: config.owner,
             gates: 0,
+            pages_read: 0,
+            pages_written: 0,
             armed: false,
             failed: false,
             write_flags: if durable { Flags::FUA } else { Flags::NONE },
@@ -346,7 +348,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline]
     fn limits<D: Submit>(&self, disk: &D) -> Limits {
-        let none = Limits { sectors: 0, pages_end: 0, align: 0, read_only: true };
+        let none = Limits { sectors: 0, pages: 0, align: 0, align_bits: 0, read_only: true };
         // A disk that has failed is one without sectors: everything is out of range.
         if self.failed {
             return none;
@@ -355,8 +357,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             let sectors = info.size / u64::from(SECTOR);
             Limits {
                 sectors,
-                pages_end: (sectors + 1).saturating_sub(PAGE as u64 / u64::from(SECTOR)),
+                pages: (sectors + 1)
+                    .saturating_sub(PAGE as u64 / u64::from(SECTOR))
+                    .div_ceil(self.align + 1),
                 align: self.align,
+                align_bits: self.align.count_ones(),
                 read_only: info.read_only || self.config.read_only,
             }
         })
@@ -412,68 +417,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         busy
     }
 
-    /// Takes the `waiting` requests, as far as the disk has room.
-    #[inline]
-    fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
-        let limits = self.limits(disk);
-        let first = self.free;
-        for _ in 0..(waiting as usize).min(disk.room()) {
-            let head = self.ring.head();
-            let taken = match head.first as u16 {
-                ONE_READ => self.take_one_segment::<D, false>(disk, head, &limits),
-                ONE_WRITE => self.take_one_segment::<D, true>(disk, head, &limits),
-                _ => false,
-            };
-            if !taken && !self.take_next_other(disk, &limits) {
-                break;
-            }
-        }
-        // Before any of them can be answered: that is done in other turns.
-        self.ring.count_taken();
-        self.watch(first);
-    }
-
-    /// Takes the next request, unless something is wrong with it.
-    #[inline(always)]
-    fn take_one_segment<D: Submit, const WRITES: bool>(
-        &mut self,
-        disk: &mut D,
-        head: Head,
-        limits: &Limits,
-    ) -> bool {
-        let segment = Segment(head.word);
-        let Some(sectors) = limits.one(WRITES, head.sector, segment) else { return false };
-        let (index, at) = (self.free, usize::from(self.free) * PAGE);
-        self.ring.take(index, head, false);
-        let (offset, len) = (head.sector * u64::from(SECTOR), sectors * SECTOR);
-        let slot = &mut self.slots[usize::from(index)];
-        self.free = slot.next;
-        slot.id = head.id;
-        slot.offset = offset;
-        slot.word = head.word;
-        slot.len = len;
-        slot.operation = if WRITES { WRITE } else { READ };
-        slot.stage = Stage::Plain;
-        let tag = slot.next_tag(self.owner, index);
-        let (op, flags) = if WRITES {
-            let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
-                self.stats.other_writes.add(1);
-                self.gather(disk, index);
-                return true;
-            };
-            self.stats.plain_writes.add(1);
-            self.stats.written_bytes.add(u64::from(len));
-            self.grants.read_page(page, segment.offset(), &self.bounce, at, len);
-            (Op::Write, self.write_flags)
-        } else {
-            (Op::Read, Flags::NONE)
-        };
-        if !(Ask { tag, op, flags, offset, at, len }).send(disk, &self.bounce) {
-            self.no_room(index);
-        }
-        true
-    }
-
     /// A slot for a request that was just taken: there are as many as the ring has.
     #[inline]
     fn free_slot(&mut self) -> u16 {
@@ -491,7 +434,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             operation => (Op::Write, steps::payload_flags(operation, self.write_flags)),
         };
         slot.stage = Stage::AtData;
-        let tag = slot.next_tag(self.owner, index);
+        let tag = slot.next_tag();
         let at = self.buffer_at(index);
         if !(Ask { tag, op, flags, offset, at, len }).send(disk, &self.bounce) {
             return self.again(index, Stage::PutData);
@@ -511,7 +454,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     /// Answers a request without a large buffer and frees its slot.
-    #[inline(always)]
     fn respond(&mut self, index: u16, status: i16) {
         let slot = &mut self.slots[usize::from(index)];
         self.ring.respond(index, Response { id: slot.id, operation: slot.operation, status });
@@ -557,48 +499,13 @@ impl<M: RingMemory, G: Grants, E: EventChannel> block::Frontend for Backend<M, G
         vec![self.bounce.clone()]
     }
 
-    #[inline(always)]
     fn complete(&mut self, done: Completion) -> bool {
-        self.work = true;
-        let index = done.tag.slot();
-        let Some(slot) = self.slots.get_mut(usize::from(index)) else {
-            self.stats.strays.add(1);
-            return false;
-        };
-        // One after the other, as above.
-        if slot.stage != Stage::Plain || slot.generation != done.tag.generation() {
-            cold_path();
-            return self.complete_slow(done.tag, done.status);
-        }
-        if !done.status.is_ok() {
-            cold_path();
-            return self.complete_slow(done.tag, done.status);
-        }
-        let answer = Response { id: slot.id, operation: slot.operation, status: OKAY };
-        if slot.operation == READ {
-            let (segment, len) = (Segment(slot.word), slot.len);
-            let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
-                return self.complete_slow(done.tag, done.status);
-            };
-            let stats = &*self.stats;
-            stats.plain_reads.add(1);
-            stats.read_bytes.add(u64::from(len));
-            slot.stage = Stage::Free;
-            slot.next = self.free;
-            let at = usize::from(index) * PAGE;
-            self.grants.write_page(page, segment.offset(), &self.bounce, at, len);
-        } else {
-            slot.stage = Stage::Free;
-            slot.next = self.free;
-        }
-        self.free = index;
-        self.ring.respond(index, answer);
-        true
+        self.end_run(&[done]).1 > 0
     }
 
     #[inline(never)]
-    fn complete_all(&mut self, done: &[Completion]) -> usize {
-        done.iter().map(|&c| usize::from(self.complete(c))).sum()
+    fn complete_run(&mut self, done: &[Completion]) -> (usize, usize) {
+        self.end_run(done)
     }
 
     #[inline]

@@ -33,7 +33,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     #[inline(never)]
     pub(super) fn take_next_other<D: Submit>(&mut self, disk: &mut D, limits: &Limits) -> bool {
         let head = self.ring.head();
-        self.take_other(disk, head, *limits)
+        self.take_part(disk, head, limits) || self.take_other(disk, head, *limits)
     }
 
     fn take_other<D: Submit>(&mut self, disk: &mut D, head: Head, limits: Limits) -> bool {
@@ -58,8 +58,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
         let index = self.take_next(head);
         let slot = &mut self.slots[usize::from(index)];
-        let (id, generation) = (head.id, slot.generation);
-        *slot = Slot { id, operation, generation, ..Slot::FREE };
+        *slot = Slot { id: head.id, operation, ..slot.fresh() };
         self.refuse_slot(index, status);
     }
 
@@ -160,11 +159,10 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             offset: head.sector.wrapping_mul(u64::from(SECTOR)),
             word: segments.first().map_or(0, |s| s.0),
             len,
-            generation: slot.generation,
             listed: segments.len() as u16,
             large,
             operation: head.operation(),
-            ..Slot::FREE
+            ..slot.fresh()
         };
         Some(index)
     }
@@ -221,12 +219,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         *slot = Slot {
             id: head.id,
             offset: head.sector * u64::from(SECTOR),
-            generation: slot.generation,
             listed: count as u16,
             large,
             operation,
             pages: pages as u8,
-            ..Slot::FREE
+            ..slot.fresh()
         };
         self.stats.indirect.add(1);
         if write {

@@ -1,6 +1,7 @@
 //! [`Slot`]: a request of the guest that was taken and not yet answered.
 
 use block::Tag;
+use dma::Seg;
 
 /// No large buffer.
 pub(super) const NO_BUFFER: u16 = u16::MAX;
@@ -10,7 +11,12 @@ pub(super) const NO_BUFFER: u16 = u16::MAX;
 pub(super) enum Stage {
     /// No request here.
     Free,
-    /// At the disk: a read or write of one segment to which nothing unusual has happened.
+    /// At the disk: a read of a whole page to which nothing unusual has happened. What the slot says of
+    /// operation and length is not set.
+    PageRead,
+    /// The same of a write.
+    PageWrite,
+    /// At the disk: a read or write of a part of a page to which nothing unusual has happened.
     Plain,
     /// At the disk: its read or write.
     AtData,
@@ -41,9 +47,12 @@ pub(super) enum Stage {
     Held,
 }
 
-/// A request of the guest.
+/// A request of the guest. What the straight path needs, and nearly all else, is one cache line.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
 pub(super) struct Slot {
+    /// Its page of the buffers: see [`super::Backend::buffer_at`]. Never changes.
+    pub(super) page: Seg,
     /// The guest's name for it.
     pub(super) id: u64,
     /// First byte on the disk.
@@ -52,8 +61,10 @@ pub(super) struct Slot {
     pub(super) word: u64,
     /// Bytes of data; of a discard, of the part at the disk.
     pub(super) len: u32,
-    /// Counts what was sent to the disk from this slot.
+    /// Counts what was sent to the disk from this slot: the lower half of its tags.
     pub(super) generation: u32,
+    /// The upper half of its tags. Never changes.
+    pub(super) upper: u32,
     /// How many segments, if it has a large buffer.
     pub(super) listed: u16,
     /// Its large buffer, if it has more than one segment or an indirect list.
@@ -80,12 +91,14 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub(super) const FREE: Slot = Slot {
+    const FREE: Slot = Slot {
+        page: Seg::NONE,
         id: 0,
         offset: 0,
         word: 0,
         len: 0,
         generation: 0,
+        upper: 0,
         listed: 0,
         large: NO_BUFFER,
         next: 0,
@@ -105,15 +118,29 @@ impl Slot {
         if self.large == NO_BUFFER { usize::from(self.len > 0) } else { usize::from(self.listed) }
     }
 
-    /// The tag of what is sent to the disk next from this slot, which is number `index`.
+    /// Slot number `index` as it is at first.
+    pub(super) fn first(owner: u16, index: u16, page: Seg) -> Slot {
+        let upper = (Tag::new(owner, index, 0).bits() >> 32) as u32;
+        Slot { page, upper, next: index + 1, ..Slot::FREE }
+    }
+
+    /// The same, for another request.
+    pub(super) fn fresh(&self) -> Slot {
+        let Slot { page, upper, generation, .. } = *self;
+        Slot { page, upper, generation, ..Slot::FREE }
+    }
+
+    /// The tag of what is sent to the disk next from this slot.
     #[inline]
-    pub(super) fn next_tag(&mut self, owner: u16, index: u16) -> Tag {
+    pub(super) fn next_tag(&mut self) -> Tag {
         self.generation = self.generation.wrapping_add(1);
-        Tag::new(owner, index, self.generation)
+        Tag::from_bits(u64::from(self.upper) << 32 | u64::from(self.generation))
     }
 
     pub(super) fn at_disk(&self) -> bool {
-        use Stage::{AtData, AtDiscard, AtFlush, Plain};
-        matches!(self.stage, Plain | AtData | AtFlush | AtDiscard)
+        use Stage::{AtData, AtDiscard, AtFlush, PageRead, PageWrite, Plain};
+        matches!(self.stage, PageRead | PageWrite | Plain | AtData | AtFlush | AtDiscard)
     }
 }
+
+const _: () = assert!(std::mem::offset_of!(Slot, status) == 64 && size_of::<Slot>() == 128);

@@ -4,7 +4,7 @@
 use block::{Flags, Op, Request, Status, Submit, Tag};
 
 use super::{Backend, GATE_BARRIER, GATE_NO_SPACE, GATE_STOPPING, NO_BUFFER, Stage};
-use crate::abi::{ERROR, OKAY, READ, WRITE_BARRIER};
+use crate::abi::{ERROR, OKAY, PAGE, READ, Segment, WRITE_BARRIER};
 use crate::stats::ring_status;
 use crate::{EventChannel, Grants, RingMemory};
 
@@ -38,9 +38,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// The disk did not take a request of one segment, which counts as sent.
     #[cold]
     pub(super) fn no_room(&mut self, index: u16) {
-        let slot = &self.slots[usize::from(index)];
+        let slot = &mut self.slots[usize::from(index)];
+        let page = slot.stage == Stage::PageWrite;
+        slot.make_usual();
         if slot.operation == READ {
             self.stats.other_reads.add(1);
+        } else if page {
+            self.pages_written -= 1;
+            self.stats.plain_writes.add(1);
         } else {
             self.stats.written_bytes.add(u64::from(slot.len).wrapping_neg());
         }
@@ -137,7 +142,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     fn send<D: Submit>(&mut self, disk: &mut D, index: u16, op: Op, offset: u64, len: u64) -> bool {
-        let tag = self.slots[usize::from(index)].next_tag(self.owner, index);
+        let tag = self.slots[usize::from(index)].next_tag();
         let request = Request { tag, op, flags: Flags::NONE, unit: 0, offset, len, segs: &[] };
         disk.submit(&request).is_ok()
     }
@@ -164,21 +169,34 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         }
     }
 
-    /// Any completion that is not the plain end of a request of one mapped segment. Returns whether it is
-    /// one of a request in flight.
+    /// Any completion that is not the end of a read or write of a whole page that is mapped, and
+    /// succeeded. Returns whether it is one of a request in flight.
     #[inline(never)]
     pub(super) fn complete_slow(&mut self, tag: Tag, status: Status) -> bool {
         let index = tag.slot();
-        let slot = &mut self.slots[usize::from(index)];
-        if !slot.at_disk() || slot.generation != tag.generation() {
+        let slot = self.slots.get_mut(usize::from(index));
+        let Some(slot) = slot.filter(|s| s.at_disk() && s.generation == tag.generation()) else {
             self.stats.strays.add(1);
             return false;
+        };
+        let part = slot.stage == Stage::Plain && status.is_ok();
+        if part && slot.operation != READ {
+            self.respond(index, OKAY);
+            return true;
         }
-        if slot.stage == Stage::Plain {
-            slot.stage = Stage::AtData;
-            if slot.operation == READ {
-                self.stats.other_reads.add(1);
-            }
+        if part && let Some(page) = self.pages.find_at_home(slot.word as u32, self.stamp) {
+            let (segment, len) = (Segment(slot.word), slot.len);
+            self.stats.plain_reads.add(1);
+            self.stats.read_bytes.add(u64::from(len));
+            let at = usize::from(index) * PAGE;
+            self.grants.write_page(page, segment.offset(), &self.bounce, at, len);
+            self.respond(index, OKAY);
+            return true;
+        }
+        let plain = matches!(slot.stage, Stage::PageRead | Stage::PageWrite | Stage::Plain);
+        slot.make_usual();
+        if plain && slot.operation == READ {
+            self.stats.other_reads.add(1);
         }
         match (slot.stage, status) {
             (Stage::AtData, Status::NoSpace) if slot.operation != READ => {

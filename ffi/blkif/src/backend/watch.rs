@@ -57,9 +57,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if matches!(taken.stage, Stage::Free | Stage::Refused) {
             return;
         }
-        let watched = match taken.operation {
-            READ => &mut self.watched.read,
-            WRITE => &mut self.watched.write,
+        let watched = match (taken.stage, taken.operation) {
+            (Stage::PageRead, _) => &mut self.watched.read,
+            (Stage::PageWrite, _) => &mut self.watched.write,
+            (_, READ) => &mut self.watched.read,
+            (_, WRITE) => &mut self.watched.write,
             _ => return,
         };
         if watched.0 == NONE {

@@ -440,7 +440,7 @@ fn a_backend_that_dies_at_any_step() {
                 while turns < 10_000 && w.frontend.in_flight() > 0 {
                     out.clear();
                     w.disk.poll(&mut out);
-                    backend.complete_all(out.runs().next().unwrap_or(&[]));
+                    backend.complete_run(out.as_slice());
                     w.now += 10_000;
                     backend.poll(&mut w.disk, w.now);
                     turns += 1;
