@@ -39,6 +39,9 @@ impl Changing {
     }
 }
 
+/// Bytes that are most often asked for.
+pub(crate) const PAGE: u64 = 4096;
+
 /// A namespace as one queue pair sees it.
 pub(crate) struct Unit {
     pub(crate) info: DeviceInfo,
@@ -53,6 +56,10 @@ pub(crate) struct Unit {
     pub(crate) max_command: u32,
     /// The same within one page of the controller's memory.
     pub(crate) max_page: u32,
+    /// Blocks of [`PAGE`] bytes, less one as a command says it (NLB).
+    pub(crate) page_nlb: u32,
+    /// Where [`PAGE`] bytes may not begin any more; 0 if they cannot be transferred in one page at all.
+    pub(crate) pages_end: u64,
     /// The first words of Read and Write: see [`Command::head`].
     pub(crate) heads: [u64; 2],
     /// The namespace was taken away, or is another one now.
@@ -80,6 +87,8 @@ impl Unit {
             block_shift: ns.block_shift,
             max_command: controller.max_command,
             max_page: controller.max_command.min(1 << page_shift),
+            page_nlb: ((PAGE / block).max(1) - 1) as u32,
+            pages_end: 0,
             heads: [IoOpcode::Read, IoOpcode::Write].map(|op| Command::head(op.code(), ns.nsid)),
             gone: false,
             zeroes_deallocate: ns.zeroes_deallocate,
@@ -94,6 +103,8 @@ impl Unit {
         self.info.size = from.size.load(Ordering::Relaxed);
         self.info.read_only = from.read_only.load(Ordering::Relaxed);
         self.gone = from.is_gone();
+        let fits = u64::from(self.max_page) >= PAGE && self.block_mask < PAGE;
+        self.pages_end = if fits { (self.info.size + 1).saturating_sub(PAGE) } else { 0 };
         self.transfers = match (self.gone, self.info.read_only) {
             (true, _) => 0,
             (_, true) => block::Op::Read as u8 + 1,
@@ -146,7 +157,8 @@ mod tests {
         let state = Changing::new(&u.info);
         assert_eq!(u.transfers, 0, "the queue does not run yet");
         u.refresh(&state);
-        assert_eq!((u.transfers, u.max_page), (2, 4096));
+        assert_eq!((u.transfers, u.max_page, u.page_nlb), (2, 4096, 7));
+        assert_eq!(u.pages_end, (1 << 30) - 4095);
         assert!(state.set(1 << 20, true, false));
         assert!(!state.set(1 << 20, true, false), "nothing new");
         u.refresh(&state);
@@ -159,5 +171,24 @@ mod tests {
         assert_eq!((u.transfers, u.gone), (2, false));
         u.stop();
         assert_eq!((u.transfers, u.gone), (0, false));
+    }
+
+    #[test]
+    fn pages_begin_where_they_have_an_end() {
+        for (block, size, end) in [
+            (512u32, 8192u64, 4097u64),
+            (4096, 4096, 1),
+            (512, 3584, 0),
+            (512, 0, 0),
+            (8192, 1 << 20, 0),
+            (512, u64::MAX & !511, (u64::MAX & !511) - 4095),
+        ] {
+            let mut u = unit(block, None);
+            let state = Changing::new(&u.info);
+            state.set(size, false, false);
+            u.refresh(&state);
+            assert_eq!(u.pages_end, end, "{block} {size}");
+            assert_eq!(u64::from(u.page_nlb), (4096 / u64::from(block)).max(1) - 1);
+        }
     }
 }

@@ -8,15 +8,27 @@ use super::tracker::{Command, NO_BOUNCE, Part};
 use super::{Mode, QueuePair};
 use crate::bar::Bar;
 use crate::prp::{self, ListSlot, PrpError, Prps};
-use crate::units::Unit;
+use crate::units::{PAGE, Unit};
 
 const NO_DATA: Prps = Prps { prp1: 0, prp2: 0 };
 
 /// Read or Write of `len` bytes (whole blocks, at most 64 Ki of them).
-#[inline]
+#[inline(always)]
 fn transfer(unit: &Unit, op: Op, flags: Flags, offset: u64, len: u32, prps: Prps) -> Command {
     let head = unit.heads[usize::from(op != Op::Read)];
     blocks(unit, head, fua(flags), offset, u64::from(len), prps)
+}
+
+/// Whether a request lies inside and is as a straight one must be: of whole blocks, at least one, and
+/// no longer than a page. Short where the length is known when this is compiled.
+#[inline(always)]
+fn is_straight(unit: &Unit, offset: u64, len: u64) -> bool {
+    if len == PAGE {
+        return offset < unit.pages_end && offset & unit.block_mask == 0;
+    }
+    len.wrapping_sub(1) < u64::from(unit.max_page)
+        && (offset | len) & unit.block_mask == 0
+        && offset.checked_add(len).is_some_and(|end| end <= unit.info.size)
 }
 
 #[inline]
@@ -25,14 +37,13 @@ fn fua(flags: Flags) -> u32 {
     u32::from(flags.bits() & Flags::FUA.bits()) << 30
 }
 
-#[inline]
+#[inline(always)]
 fn blocks(unit: &Unit, head: u64, bits: u32, offset: u64, len: u64, prps: Prps) -> Command {
-    Command {
-        head,
-        prps,
-        cdw10_11: offset >> unit.block_shift,
-        cdw12: (((len >> unit.block_shift) as u32 - 1) & 0xffff) | bits,
-    }
+    let nlb = match len {
+        PAGE => unit.page_nlb,
+        _ => ((len >> unit.block_shift) as u32 - 1) & 0xffff,
+    };
+    Command { head, prps, cdw10_11: offset >> unit.block_shift, cdw12: nlb | bits }
 }
 
 fn zeroes(unit: &Unit, flags: Flags, offset: u64, len: u64) -> Command {
@@ -51,10 +62,7 @@ impl<B: Bar> QueuePair<B> {
             && let Some(unit) = self.units.get(usize::from(r.unit))
             && (r.op as u8) < unit.transfers
             && r.len == u64::from(seg.len())
-            // Something, and no more than a page.
-            && r.len.wrapping_sub(1) < u64::from(unit.max_page)
-            && (r.offset | r.len) & unit.block_mask == 0
-            && r.offset.checked_add(r.len).is_some_and(|end| end <= unit.info.size)
+            && is_straight(unit, r.offset, r.len)
             && let Some(bus) = self.table.run(seg)
             && bus & self.page_mask == 0
             && let Some(slot) = self.trackers.next()

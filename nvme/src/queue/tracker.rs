@@ -138,12 +138,7 @@ impl Tracker {
     }
 
     pub(super) fn command(&self) -> Command {
-        Command {
-            head: self.head,
-            prps: self.prps,
-            cdw10_11: self.cdw10_11,
-            cdw12: self.cdw12,
-        }
+        Command { head: self.head, prps: self.prps, cdw10_11: self.cdw10_11, cdw12: self.cdw12 }
     }
 
     /// Gives the tracker another CID, so that completions under the old one are stale. Of what it is in
@@ -320,7 +315,10 @@ mod tests {
             t.items[slot].renew(Tracker::WAITS);
             t.items[slot].renew(0);
             let again = &t.items[slot];
-            assert_eq!((again.retries(), again.part(), again.command()), (n, Some(part), command()));
+            assert_eq!(
+                (again.retries(), again.part(), again.command()),
+                (n, Some(part), command())
+            );
             assert!(again.cid() != cid && !again.is(Tracker::WAITS | Tracker::FREE));
         }
         t.free(slot);

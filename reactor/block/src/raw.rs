@@ -49,7 +49,7 @@ impl<L: BlockQueue> Layer<L> for RawImage {
         if self.closing == Closing::No { leaves[usize::from(self.port.leaf)].room() } else { 0 }
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full> {
         if self.closing != Closing::No {
             return Err(Full);

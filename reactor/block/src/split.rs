@@ -502,7 +502,7 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
         for (queue, _) in early {
             queue.poll(out);
         }
-        if out.iter_from(before).any(|c| c.is_quarantined()) {
+        if out.any_failed() && out.iter_from(before).any(|c| c.is_quarantined()) {
             self.lost = true;
             std::iter::once(&mut self.zero).chain(&mut self.others).for_each(|u| u.open = 0);
         }

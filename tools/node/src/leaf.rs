@@ -183,7 +183,17 @@ impl Submit for Leaf {
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         // Copies, so that the request need not be in memory for the leaf whose `submit` is inlined.
-        each!(self, q => q.submit(&{ *request }))
+        if let Leaf::Nvme(q) = self {
+            return q.submit(&{ *request });
+        }
+        self.submit_elsewhere(&{ *request })
+    }
+}
+
+impl Leaf {
+    #[inline(never)]
+    fn submit_elsewhere(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        each!(self, q => q.submit(request))
     }
 }
 
