@@ -28,6 +28,10 @@ pub enum Scenario {
     Read,
     /// Random 4 KiB overwrites of mapped clusters.
     Write,
+    /// As `Read`, of bytes as they are instead of a QCOW2 image.
+    RawRead,
+    /// As `Write`, of the same.
+    RawWrite,
     /// The translation of such a read alone, in an image without backing files.
     Translate1,
     /// The same, mapped by the last of 20 layers.
@@ -62,11 +66,13 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 28] = [
+    pub const ALL: [(Scenario, usize); 30] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
         (Scenario::Write, 32),
+        (Scenario::RawRead, 32),
+        (Scenario::RawWrite, 32),
         (Scenario::Translate1, 1),
         (Scenario::Translate20, 1),
         (Scenario::Idle32, 1),
@@ -98,6 +104,8 @@ impl Scenario {
         let name = match self {
             Scenario::Read => "read",
             Scenario::Write => "write",
+            Scenario::RawRead => "raw-read",
+            Scenario::RawWrite => "raw-write",
             Scenario::Translate1 => "translate-1",
             Scenario::Translate20 => "translate-20",
             Scenario::Idle32 => "idle-32-rings",
@@ -138,6 +146,8 @@ impl Scenario {
             self,
             Scenario::Read
                 | Scenario::Write
+                | Scenario::RawRead
+                | Scenario::RawWrite
                 | Scenario::ReadStripe(_)
                 | Scenario::ReadSatellite
                 | Scenario::WriteSatellite
@@ -197,6 +207,12 @@ pub fn measure(
     let requests = match scenario {
         Scenario::Read => requests(Load::hits(Mix::Read), depth, count, scratch, t)?,
         Scenario::Write => requests(Load::hits(Mix::Write), depth, count, scratch, t)?,
+        Scenario::RawRead => {
+            requests(Load { raw: true, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
+        }
+        Scenario::RawWrite => {
+            requests(Load { raw: true, ..Load::hits(Mix::Write) }, depth, count, scratch, t)?
+        }
         Scenario::ReadStripe(devices) => {
             requests(Load { devices, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
         }

@@ -33,6 +33,8 @@ pub(crate) struct Load {
     pub(crate) devices: u8,
     /// The image is written first.
     pub(crate) filled: bool,
+    /// Bytes as they are, instead of QCOW2.
+    pub(crate) raw: bool,
     /// Further reactors that serve it.
     pub(crate) satellites: u8,
     /// The guest's ring is the first of those's.
@@ -42,7 +44,8 @@ pub(crate) struct Load {
 impl Load {
     /// Hits, by the image's only reactor.
     pub(crate) fn hits(mix: Mix) -> Load {
-        Load { mix, devices: 1, filled: true, satellites: 0, by_satellite: false }
+        let (filled, raw) = (true, false);
+        Load { mix, devices: 1, filled, raw, satellites: 0, by_satellite: false }
     }
 
     /// The same by a satellite.
@@ -62,16 +65,21 @@ impl Load {
 pub(crate) fn rig(path: &Path, run: &Totals) -> Result<Rig, Error> {
     let spec = node::ModelSpec::new(path);
     image_file(&spec.path, BLOCKS, None)?;
-    Rig::open(NodeSpec::Model(spec), BLOCKS, !run.trap, 0, 0)
+    Rig::open(NodeSpec::Model(spec), Format::Qcow2, BLOCKS, !run.trap, 0, 0)
 }
 
 /// The same for a load.
 pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, Error> {
     if load.devices == 1 {
         let spec = node::ModelSpec::new(scratch.join("path.qcow2"));
-        image_file(&spec.path, BLOCKS, None)?;
+        let format = if load.raw { Format::Raw } else { Format::Qcow2 };
+        match load.raw {
+            true => raw_file(&spec.path, BLOCKS)?,
+            false => image_file(&spec.path, BLOCKS, None)?,
+        }
         let spec = NodeSpec::Model(spec);
-        return Rig::open(spec, BLOCKS, !run.trap, usize::from(load.satellites), load.at());
+        let satellites = usize::from(load.satellites);
+        return Rig::open(spec, format, BLOCKS, !run.trap, satellites, load.at());
     }
     let count = load.devices;
     let spec = NodeSpec::Stripe(STRIPE, devices(count, scratch)?);
@@ -79,7 +87,13 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
     let options = CreateOptions::new(BLOCKS * BLOCK as u64);
     create(&mut storage, "bench", &options).map_err(node::Error::from)?;
     storage.close()?;
-    Rig::open(spec, BLOCKS, !run.trap, 0, 0)
+    Rig::open(spec, Format::Qcow2, BLOCKS, !run.trap, 0, 0)
+}
+
+/// A file of so many blocks.
+fn raw_file(path: &Path, blocks: u64) -> Result<(), Error> {
+    let file = std::fs::File::create(path).map_err(Error::other)?;
+    file.set_len(blocks * BLOCK as u64).map_err(Error::other)
 }
 
 pub(crate) fn image_file(path: &Path, blocks: u64, backing: Option<&str>) -> Result<(), Error> {
@@ -112,19 +126,20 @@ impl Rig {
     /// A rig on an empty image of `blocks` blocks.
     pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
         image_file(&spec.path, blocks, None)?;
-        Rig::open(NodeSpec::Model(spec), blocks, false, 0, 0)
+        Rig::open(NodeSpec::Model(spec), Format::Qcow2, blocks, false, 0, 0)
     }
 
     /// A rig with so many satellites, and the guest's ring at reactor `at`.
     pub(crate) fn open(
         spec: NodeSpec,
+        format: Format,
         blocks: u64,
         made_up_time: bool,
         satellites: usize,
         at: usize,
     ) -> Result<Rig, Error> {
         let clock = Clock::real();
-        let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(Format::Qcow2) };
+        let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(format) };
         let mut parts = Parts::new(node::open_chain(&spec, &open)?)?;
         parts.reserve(satellites)?;
         let (time_of_core, time) = match made_up_time {
