@@ -268,11 +268,7 @@ impl Image {
 
     /// Takes what cannot go straight down.
     #[cold]
-    fn take_slow<L: BlockQueue>(
-        &mut self,
-        leaves: &mut [L],
-        r: &Request<'_>,
-    ) -> Result<(), Full> {
+    fn take_slow<L: BlockQueue>(&mut self, leaves: &mut [L], r: &Request<'_>) -> Result<(), Full> {
         let at = self.free.pop().ok_or(Full)?;
         self.submit_slow(leaves, at, r);
         Ok(())

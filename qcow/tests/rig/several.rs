@@ -167,8 +167,7 @@ pub(crate) fn away(leaf: Late, home: &mut Home) -> Away {
     core.add_leaf(leaf).unwrap();
     let wakes = Wakes { home: home.wake(), away: core.wake() };
     let seat = home.image(0).unwrap().seat(wakes);
-    core.add_image(|_, l| Satellite::attach(seat, &[Port { leaf: 0, unit: 0 }], l))
-        .unwrap();
+    core.add_image(|_, l| Satellite::attach(seat, &[Port { leaf: 0, unit: 0 }], l)).unwrap();
     core
 }
 

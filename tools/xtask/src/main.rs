@@ -14,6 +14,7 @@ mod layers;
 mod lexer;
 mod matrix;
 mod page;
+mod perf;
 mod qemu;
 mod real_input;
 mod simulate;
@@ -53,6 +54,8 @@ enum Task {
     Page(page::Args),
     /// The counts that a change may not raise, measured on the release binary.
     Gates,
+    /// What requests cost in instructions, beside the table in the repository or another revision.
+    Perf(perf::Args),
     /// Make a tarball, a .deb and an .rpm.
     Dist(dist::Args),
     /// Check the direction of imports between our crates.
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Task::Lab(lab) => lab::command(&lab),
         Task::Page(args) => page::command(&args),
         Task::Gates => gates::command(),
+        Task::Perf(args) => perf::command(&args),
         Task::Dist(args) => dist::command(&args),
         Task::Layers => layers::command(),
         Task::Tidy => tidy::command(),

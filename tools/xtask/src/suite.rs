@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
@@ -246,10 +246,15 @@ fn count(line: &str) -> Option<Tally> {
 /// Builds `polldisk` as it is given out and returns the binary's path. It is linked statically, with the
 /// C library: so it runs whatever the host has, and what is tested here is what is given out.
 pub(crate) fn build_polldisk() -> Result<PathBuf> {
+    build_polldisk_of(&crate::root(), &target_folder()?)
+}
+
+/// The same of another tree of sources, in a target folder of its own.
+pub(crate) fn build_polldisk_of(tree: &Path, target: &Path) -> Result<PathBuf> {
     let what = ["--package", "polldisk", "--bin", "polldisk"];
     // For the program alone: what the compiler itself loads (derives) cannot be static.
     let linked = ["--", "-C", "target-feature=+crt-static"];
-    Ok(release("rustc", &[&what[..], &linked].concat())?.join("polldisk"))
+    Ok(release_of(tree, target, "rustc", &[&what[..], &linked].concat())?.join("polldisk"))
 }
 
 /// Builds something for release and returns the folder of what is built.
@@ -258,19 +263,24 @@ pub(crate) fn build(what: &[&str]) -> Result<PathBuf> {
 }
 
 fn release(command: &str, what: &[&str]) -> Result<PathBuf> {
+    release_of(&crate::root(), &target_folder()?, command, what)
+}
+
+fn release_of(tree: &Path, target: &Path, command: &str, what: &[&str]) -> Result<PathBuf> {
     say(&format!("building for release: {}", what.join(" ")));
-    let status =
-        cargo().args([command, "--release", "--config", &no_paths()?]).args(what).status()?;
-    if !status.success() {
+    let mut cargo = cargo();
+    cargo.current_dir(tree).arg(command).arg("--target-dir").arg(target);
+    cargo.args(["--release", "--config", &no_paths(tree)?]).args(what);
+    if !cargo.status()?.success() {
         bail!("{} does not build", what.join(" "));
     }
-    Ok(target_folder()?.join("release"))
+    Ok(target.join("release"))
 }
 
 /// Flags, beside those in .cargo/config.toml, by which nothing that is built tells where it was built.
-fn no_paths() -> Result<String> {
+fn no_paths(tree: &Path) -> Result<String> {
     let home = cargo_home()?;
-    let maps = [(crate::root(), "/polldisk"), (home, "/cargo")];
+    let maps = [(tree.to_path_buf(), "/polldisk"), (home, "/cargo")];
     let flags: Vec<String> = maps
         .iter()
         .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
