@@ -227,6 +227,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         make: impl FnOnce(u16, &DeviceInfo) -> Result<F, String>,
     ) -> Result<usize, String> {
         let index = free_place(&mut self.frontends);
+        if index > usize::from(INDEX) {
+            return Err("a reactor has at most 16,384 frontends".to_owned());
+        }
         let Some(Some(of)) = self.images.get_mut(image) else {
             return Err(format!("there is no image {image}"));
         };

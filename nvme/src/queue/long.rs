@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use block::{Flags, MAX_SEGS, Op, Request, Status, Tag};
+use block::{Flags, MAX_SEGS, Op, QUARANTINED, Request, Status, Tag};
 use dma::{Region, Seg};
 
 use crate::memory::AddressTable;
@@ -76,6 +76,8 @@ impl Long {
             self.status = status;
             self.detail = detail;
         }
+        // Whichever part it was: the request's memory may still be in use.
+        self.detail |= detail & QUARANTINED;
         self.left = 0;
     }
 }

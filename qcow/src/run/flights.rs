@@ -30,6 +30,8 @@ pub(super) struct Flights {
     /// How many of the older group are in flight, and the same of its epoch.
     old: Cell<u64>,
     old_since: Cell<u64>,
+    /// The counts were wrong once.
+    unsure: Cell<bool>,
 }
 
 impl Flights {
@@ -44,6 +46,7 @@ impl Flights {
             since: zero(),
             old: zero(),
             old_since: zero(),
+            unsure: Cell::new(false),
         }
     }
 
@@ -59,16 +62,31 @@ impl Flights {
         self.begun.set(self.begun.get().wrapping_add(1));
     }
 
-    /// So many ended.
+    /// So many ended, by the word of their frontends.
     #[inline]
     pub(super) fn end(&self, marked: bool, count: usize) {
         let count = count as u64;
-        if marked == (self.mark.get() != 0) {
-            self.ended.set(self.ended.get() + count);
-        } else {
-            debug_assert!(self.old.get() >= count, "ended more often than it began");
-            self.old.set(self.old.get().saturating_sub(count));
+        let newer = marked == (self.mark.get() != 0);
+        let there = if newer { self.new_ones() } else { self.old.get() };
+        let ended = if count <= there { count } else { self.too_many(there) };
+        match newer {
+            true => self.ended.set(self.ended.get() + ended),
+            false => self.old.set(there - ended),
         }
+    }
+
+    /// Some ended more often than they began: which are in flight is not known any more, so what they may
+    /// use is never used for anything else.
+    #[cold]
+    #[inline(never)]
+    fn too_many(&self, there: u64) -> u64 {
+        if !self.unsure.replace(true) {
+            log::error!(
+                "requests ended more often than they began: space that is freed in this image is not used \
+                 again until it is opened anew"
+            );
+        }
+        there
     }
 
     /// How many ever began.
@@ -103,6 +121,9 @@ impl Flights {
 
     /// No look-up of those in flight was made before this epoch; [`QUIET`] if there are none.
     pub(super) fn oldest(&self) -> u64 {
+        if self.unsure.get() {
+            return 0;
+        }
         match (self.old.get(), self.new_ones()) {
             (0, 0) => QUIET,
             (0, _) => self.since.get(),
@@ -163,6 +184,28 @@ mod tests {
             f.begin();
             all.push((tag, epoch));
             assert_eq!(f.oldest(), epoch);
+        }
+    }
+
+    #[test]
+    fn whoever_ends_twice_costs_space_and_nothing_else() {
+        let up = Tag::new(3, 0, 0);
+        for older in [false, true] {
+            let f = Flights::new();
+            f.see(1);
+            let marked = f.tag(up).owner() & Tag::MARK != 0;
+            f.begin();
+            if older {
+                f.see(2);
+            }
+            f.end(marked, 2);
+            assert_eq!((f.count(), f.oldest()), (0, 0));
+            f.see(3);
+            f.begin();
+            let marked = f.tag(up).owner() & Tag::MARK != 0;
+            assert_eq!((f.count(), f.oldest()), (1, 0));
+            f.end(marked, 1);
+            assert_eq!((f.count(), f.oldest()), (0, 0));
         }
     }
 }

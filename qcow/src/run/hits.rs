@@ -88,11 +88,11 @@ impl Hits {
     /// Where a request goes if it can go straight down as a whole: one mapped run.
     #[inline(always)]
     pub(super) fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
-        // If the sum overflows, there is nothing at `offset` either.
+        // A length of 0 wraps beyond any size; nothing else wraps.
         let valid = r.flags == Flags::NONE
             && (r.offset | r.len) & 511 == 0
-            && r.len > 0
-            && r.offset.wrapping_add(r.len) <= self.size;
+            && r.len.wrapping_sub(1) < self.size
+            && r.offset <= self.size - r.len;
         if !valid {
             return None;
         }

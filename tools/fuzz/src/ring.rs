@@ -305,7 +305,8 @@ impl World<'_> {
         let Some(last) = self.disk.held.len().checked_sub(1) else {
             // An answer to nothing.
             let tag = Tag::new(1, self.choices.byte().into(), self.choices.byte().into());
-            self.backend.complete(Completion { tag, status: Status::Ok, detail: 0 });
+            let done = Completion { tag, status: Status::Ok, detail: 0 };
+            assert!(!self.backend.complete(done), "an answer to nothing was taken for one");
             return;
         };
         let at = usize::from(self.choices.byte()).min(last);
@@ -314,9 +315,10 @@ impl World<'_> {
             n => Status::ALL[usize::from(n) % Status::ALL.len()],
         };
         let done = self.disk.complete(at, status);
-        self.backend.complete(done);
+        // Layers below count what is in flight by these answers.
+        assert!(self.backend.complete(done), "an answer was not taken");
         if self.choices.rarely() {
-            self.backend.complete(done);
+            assert!(!self.backend.complete(done), "an answer was taken twice");
         }
         self.answers();
     }
@@ -351,7 +353,7 @@ impl World<'_> {
         for _ in 0..400 {
             while !self.disk.held.is_empty() {
                 let done = self.disk.complete(0, Status::Ok);
-                self.backend.complete(done);
+                assert!(self.backend.complete(done), "an answer was not taken");
             }
             self.now += 1 << 31;
             self.backend.poll(&mut self.disk, self.now);
