@@ -38,7 +38,7 @@ pub fn describe(files: &HostFiles, about: &About<'_>) -> Host {
     fact("Memory", memory(files));
     fact("Operating system", os(files));
     fact("Kernel", kernel(files));
-    fact("Kernel command line", files.line("proc/cmdline"));
+    fact("Kernel parameters", parameters(files));
     fact("Xen or other hypervisor", Some(hypervisor(files).unwrap_or_else(|| "none".to_owned())));
     fact("Clock source", clock(files, "current"));
     let drives = drives(files);
@@ -221,6 +221,44 @@ fn kernel(files: &HostFiles) -> Option<String> {
     let of = |file: &str| files.line(&format!("proc/sys/kernel/{file}"));
     let release = of("osrelease")?;
     Some(of("version").map_or(release.clone(), |version| format!("{release} ({version})")))
+}
+
+/// Beginnings of the kernel's parameters that change what is measured. The rest is left out: a page that is
+/// published need not tell how a host is reached.
+const TELLING: [&str; 24] = [
+    "amd_iommu",
+    "amd_pstate",
+    "clocksource",
+    "cpuidle",
+    "default_hugepagesz",
+    "hugepages",
+    "idle",
+    "intel_idle",
+    "intel_iommu",
+    "intel_pstate",
+    "iommu",
+    "irqaffinity",
+    "isolcpus",
+    "mitigations",
+    "nohz",
+    "nosmt",
+    "nvme",
+    "pcie_aspm",
+    "preempt",
+    "processor.",
+    "rcu_nocb",
+    "spec",
+    "transparent_hugepage",
+    "tsc",
+];
+
+/// Parameters that the kernel was booted with, as far as they matter here.
+fn parameters(files: &HostFiles) -> Option<String> {
+    let line = files.line("proc/cmdline")?;
+    // What stands after two hyphens is for the first process.
+    let words = line.split_whitespace().take_while(|word| *word != "--");
+    let telling: Vec<&str> = words.filter(|w| TELLING.iter().any(|t| w.starts_with(t))).collect();
+    Some(if telling.is_empty() { "none that matters".to_owned() } else { telling.join(" ") })
 }
 
 /// Under what the kernel runs; `None`: on the machine itself.

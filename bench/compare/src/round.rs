@@ -119,6 +119,8 @@ pub fn compare(
 ) -> Result<Comparison, Error> {
     let began = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut notes = Vec::new();
+    // Before this thread has but one processor left.
+    let host = host(options, scratch)?;
     if let Some([generator, _]) = options.cores {
         reactor::pin_current_thread(generator).map_err(Error::Other)?;
     } else {
@@ -135,7 +137,7 @@ pub fn compare(
         quick: options.quick,
         began,
         command: options.command.clone(),
-        host: host(options, scratch)?,
+        host,
         peers,
         results: Vec::new(),
         notes: Vec::new(),

@@ -297,9 +297,9 @@ pub(super) fn lines(
             let middle = (HEAD + 4 + i as i32 * 18) * U;
             let sample = [(left, middle), (left + 34 * U, middle)];
             area.draw(&PathElement::new(sample, style)).map_err(shown)?;
-            let name = font(LETTER).pos(Pos::new(HPos::Left, VPos::Center));
+            let name = font(LETTER - 1).pos(Pos::new(HPos::Left, VPos::Center));
             let at_name = (left + 40 * U, middle);
-            area.draw_text(&short(&line.name, 50), &name, at_name).map_err(shown)?;
+            area.draw_text(&short(&line.name, 54), &name, at_name).map_err(shown)?;
             if marks {
                 mark(area, line.series, (left + 17 * U, middle))?;
             }

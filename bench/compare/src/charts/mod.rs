@@ -13,8 +13,7 @@ use bench::run::Percentiles;
 use crate::results::{Comparison, Row};
 pub(crate) use draw::figure;
 use draw::{Bar, Dot, Line};
-use rows::Panel;
-pub(crate) use rows::{Entry, POLLDISK, Rows, Series, bytes, frontend};
+pub(crate) use rows::{Entry, POLLDISK, Panel, Rows, Series, bytes, frontend};
 use scale::Scale;
 
 /// More than anything that is measured, in any unit; and less.
@@ -161,11 +160,13 @@ impl Plot<'_> {
         &self.rows.series[entry.series]
     }
 
-    /// How an entry differs from others of its peer: its way, and where it is on what is varied.
+    /// How an entry differs from others of its peer: its way, and where it is on what is varied, unless
+    /// all are there.
     fn how(&self, entry: &Entry<'_>) -> String {
         let how = self.series(entry).how();
+        let same = self.panel.entries.iter().all(|e| e.at == entry.at);
         match (&self.rows.varied, entry.at) {
-            (Some((name, values)), Some(at)) => format!("{how}, {name} {}", values[at]),
+            (Some((name, values)), Some(at)) if !same => format!("{how}, {name} {}", values[at]),
             _ => how,
         }
     }

@@ -16,7 +16,7 @@ impl Fake {
     /// them isolated, and an Optane drive of the kernel's.
     fn ready() -> Fake {
         let fake = Fake(tempfile::tempdir().unwrap());
-        fake.file("proc/cmdline", "quiet isolcpus=2-3 nohz_full=2-3 rcu_nocbs=2-3\n")
+        fake.file("proc/cmdline", "quiet isolcpus=2-3 nohz_full=2-3 rcu_nocbs=2-3 key=1 -- idle=x\n")
             .file(
                 "proc/cpuinfo",
                 "processor\t: 0\nmodel name\t: Xeon <Gold>\nflags\t\t: fpu vme\nmicrocode\t: 0x1\n",
@@ -309,6 +309,7 @@ fn a_description() {
         ("Operating system", "Debian 12"),
         ("Kernel", "6.1.0 (#1 SMP)"),
         ("Xen or other hypervisor", "none"),
+        ("Kernel parameters", "isolcpus=2-3 nohz_full=2-3 rcu_nocbs=2-3"),
         ("Clock source", "tsc"),
         (
             "NVMe drive",

@@ -1,6 +1,6 @@
 //! What a comparison's figures say, in one sentence that is made from them alone.
 
-use crate::charts::{Entry, POLLDISK, Rows, Series, bytes, figure, frontend};
+use crate::charts::{Entry, POLLDISK, Panel, Rows, Series, bytes, figure, frontend};
 use crate::results::{Comparison, Row};
 
 /// Others that are named.
@@ -76,7 +76,10 @@ fn ratios(rows: &Rows<'_>) -> Option<String> {
 
 /// Latency at the least depth.
 fn latency(rows: &Rows<'_>) -> Option<String> {
-    let known = || rows.panels.iter().flat_map(|p| &p.entries).filter(|e| e.row.latency_ns > 0);
+    // Of what both polldisk and others were sent.
+    let has = |p: &Panel<'_>, own: bool| p.entries.iter().any(|e| (e.row.peer == POLLDISK) == own);
+    let panels = || rows.panels.iter().filter(|p| has(p, true) && has(p, false));
+    let known = || panels().flat_map(|p| &p.entries).filter(|e| e.row.latency_ns > 0);
     let least = known().min_by_key(|e| e.row.depth)?.row;
     let same = |r: &Row| {
         (r.depth, r.block_size, &r.workload, &r.labels)
