@@ -18,7 +18,7 @@ use crate::verify::{Ended, Verified, check, qemu, verify};
 
 /// Turns without an answer after which a request is taken for lost. A disk's own time-out takes a
 /// few thousand polls, and a large cluster over small ones is filled by thousands of reads.
-const PATIENCE: u64 = 500_000;
+const PATIENCE: u64 = 5_000_000;
 
 /// Looks at an image whose refcounts grow, in one life.
 const MOST_LOOKS: u64 = 150;
