@@ -1,12 +1,16 @@
 //! [`Core`]: what one reactor owns, and one turn of its loop.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use block::{
     BlockQueue, Completion, Completions, DeviceInfo, Frontend, HasWork, Layer, Limit, Status, Tag,
 };
 
-use crate::{Clock, Mailbox, Stats, Wake};
+use nix::poll::PollFlags;
+
+use crate::lodger::{CROWDED_NS, LODGERS};
+use crate::{Clock, Lodger, Mailbox, Stats, Turn, Wake};
 
 /// An owner number is an index into the frontends, or with this bit an index into the images.
 const IMAGE: u16 = 1 << 15;
@@ -20,7 +24,9 @@ struct Attached<F> {
 }
 
 /// Leaves whose wake-up descriptors a sleeping reactor listens to, at most.
-pub(crate) const LEAF_WAKERS: usize = 15;
+const LEAF_WAKERS: usize = 15;
+/// Most of [`Core::wakers`].
+pub(crate) const WAKERS: usize = LEAF_WAKERS + LODGERS;
 
 /// Of a frontend whose image was closed.
 const NO_IMAGE: usize = usize::MAX;
@@ -45,6 +51,11 @@ pub struct Core<L, I, F> {
     /// When the first of those opens that requests wait for, as of the last [`Core::arm`].
     opens: Option<u64>,
     frontends: Vec<Option<Attached<F>>>,
+    lodgers: Vec<Box<dyn Lodger>>,
+    /// Lodgers may come: the reactor sleeps where there is nothing to do.
+    sleeps: bool,
+    /// When the reactor last slept.
+    slept: u64,
     /// Which frontend is looked at next for whether its other side has gone.
     look: usize,
     done: Completions,
@@ -73,6 +84,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             limits: Vec::new(),
             opens: None,
             frontends: Vec::new(),
+            lodgers: Vec::new(),
+            sleeps: false,
+            slept: 0,
             look: 0,
             done: Completions::new(),
             out: Completions::new(),
@@ -234,6 +248,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             return Err(format!("there is no image {image}"));
         };
         let frontend = make(owner(index), of.info())?;
+        if frontend.is_guest() {
+            self.lodgers.clear();
+        }
         for region in frontend.regions() {
             of.register(&region);
             for (at, leaf) in self.leaves.iter_mut().enumerate() {
@@ -289,6 +306,19 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         Some((image, status))
     }
 
+    /// Lets a service do its work on this thread, or drops it: where the reactor never sleeps, has
+    /// guests, or lodgers enough.
+    pub fn lodge(&mut self, lodger: Box<dyn Lodger>) {
+        if self.sleeps && self.lodgers.len() < LODGERS && !self.frontends().any(F::is_guest) {
+            self.lodgers.push(lodger);
+        }
+    }
+
+    /// How many lodgers there are.
+    pub fn lodger_count(&self) -> usize {
+        self.lodgers.len()
+    }
+
     /// Takes the leaf queues out, to be closed by whoever opened them.
     pub fn take_leaves(&mut self) -> Vec<L> {
         std::mem::take(&mut self.leaves)
@@ -333,6 +363,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
                 answer(&mut self.out, &mut self.frontends, &self.stats);
             }
         }
+        if !self.lodgers.is_empty() {
+            busy |= self.turn_lodgers();
+        }
         for a in self.frontends.iter_mut().flatten() {
             if a.frontend.is_quiet(self.now) {
                 continue;
@@ -356,6 +389,21 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             self.look = if self.look < self.frontends.len() { self.look + 1 } else { 0 };
         }
         self.busy = busy;
+        busy
+    }
+
+    /// Has lodgers take answers, and ask for what they need, before frontends are polled.
+    #[inline(never)]
+    fn turn_lodgers(&mut self) -> bool {
+        if self.now.saturating_sub(self.slept) > CROWDED_NS {
+            self.lodgers.truncate(1);
+        }
+        let (mut busy, now) = (false, self.now);
+        self.lodgers.retain_mut(|lodger| {
+            let turn = lodger.turn(now);
+            busy |= turn != Turn::Idle;
+            turn != Turn::Leave
+        });
         busy
     }
 
@@ -444,6 +492,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
         for image in self.images.iter_mut().flatten() {
             work |= image.arm() == HasWork::Yes;
         }
+        for lodger in &mut self.lodgers {
+            work |= lodger.arm() == HasWork::Yes;
+        }
         self.opens = None;
         for a in self.frontends.iter_mut().flatten() {
             let its = a.frontend.arm() == HasWork::Yes;
@@ -467,14 +518,34 @@ impl<L, I, F> Drop for Core<L, I, F> {
         // Nobody runs calls any more. The fields go after this, leaves first: a frontend that goes
         // with requests in flight can say that nothing touches their memory any more.
         self.mailbox.close();
+        self.lodgers.clear();
     }
 }
 
 impl<L, I, F> Core<L, I, F> {
+    /// Whoever turns the core sleeps where there is nothing to do; said at first and after each sleep.
+    pub(crate) fn sleeps(&mut self) {
+        (self.sleeps, self.slept) = (true, self.clock.now());
+    }
+
     /// How long a reactor may sleep after [`Core::arm`] before requests that wait for a limit can be
     /// taken, in nanoseconds. `None`: there are none.
     pub(crate) fn nap(&self) -> Option<u64> {
         self.opens.map(|opens| opens.saturating_sub(self.now))
+    }
+}
+
+impl<L: BlockQueue, I, F> Core<L, I, F> {
+    /// Whether only sockets can bring work: what answers at once is not worth a spin.
+    pub(crate) fn waits_for_sockets(&self) -> bool {
+        !self.lodgers.is_empty() && self.leaves.iter().all(|leaf| leaf.in_flight() == 0)
+    }
+
+    /// What a sleeping reactor is woken by, beside its [`Wake`].
+    pub(crate) fn wakers(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
+        let leaves = self.leaves.iter().filter_map(BlockQueue::wake_fd).take(LEAF_WAKERS);
+        let lodgers = self.lodgers.iter().filter_map(|lodger| lodger.waits_for());
+        leaves.map(|fd| (fd, PollFlags::POLLIN)).chain(lodgers)
     }
 }
 

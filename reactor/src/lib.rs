@@ -6,7 +6,8 @@
 //!
 //! - [`Core`] is the loop; [`Reactor`] runs it on a pinned thread under an idle [`Policy`].
 //! - [`Mailbox`] is how control threads reach it; [`Portal`] is how a service thread does I/O
-//!   through it (NBD connections, conversion, verification).
+//!   through it (NBD connections, conversion, verification); a [`Lodger`] is such a service on the
+//!   reactor's own thread.
 //! - [`task`] drives what cannot be a straight function: allocation, copy-on-write, flush.
 //! - [`Clock`] tells the time (TSC, or virtual for tests), [`Stats`] is read from outside, as
 //!   a [`Histogram`] of what requests took is.
@@ -16,6 +17,7 @@ mod affinity;
 mod clock;
 mod core;
 mod histogram;
+mod lodger;
 mod mailbox;
 mod portal;
 mod stats;
@@ -28,6 +30,7 @@ pub use crate::core::Core;
 pub use affinity::{online_cpus, pin_current_thread};
 pub use clock::Clock;
 pub use histogram::{Distribution, Histogram};
+pub use lodger::{Lodger, Lodging, Turn};
 pub use mailbox::{Call, Mailbox};
 pub use portal::{Portal, PortalFrontend, PortalReply, PortalRequest};
 pub use stats::Stats;

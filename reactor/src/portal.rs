@@ -13,7 +13,7 @@ use crossbeam_queue::ArrayQueue;
 use dma::{Region, Seg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::Wake;
+use crate::{Lodging, Wake};
 
 /// A request through a portal. Its buffer belongs to the sender, who keeps it until the reply.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +58,7 @@ pub struct Portal {
     reactor: Wake,
     depth: usize,
     in_flight: usize,
+    lodging: Option<Lodging>,
 }
 
 /// The reactor's end.
@@ -97,7 +98,8 @@ impl Portal {
             gone: AtomicBool::new(false),
             ended: AtomicBool::new(false),
         });
-        let portal = Portal { shared: shared.clone(), reactor, depth: count, in_flight: 0 };
+        let portal =
+            Portal { shared: shared.clone(), reactor, depth: count, in_flight: 0, lodging: None };
         let make = move |owner| PortalFrontend {
             shared,
             owner,
@@ -107,6 +109,23 @@ impl Portal {
             replied: false,
         };
         Ok((portal, make))
+    }
+
+    /// The same portal for one who may lodge with the reactor.
+    #[must_use]
+    pub fn with_lodging(mut self, lodging: Lodging) -> Portal {
+        self.lodging = Some(lodging);
+        self
+    }
+
+    /// How its owner can lodge with the reactor, if that is foreseen.
+    pub fn lodging(&self) -> Option<Lodging> {
+        self.lodging.clone()
+    }
+
+    /// What wakes the reactor.
+    pub fn reactor(&self) -> &Wake {
+        &self.reactor
     }
 
     /// How many requests can be sent now.
@@ -280,6 +299,10 @@ impl Frontend for PortalFrontend {
     fn arm(&mut self) -> HasWork {
         let waiting = !self.shared.requests.is_empty() || self.replied || self.closed();
         if waiting { HasWork::Yes } else { HasWork::No }
+    }
+
+    fn is_guest(&self) -> bool {
+        false
     }
 
     fn in_flight(&self) -> usize {

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use block::{BlockQueue, Frontend, HasWork, Layer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::core::LEAF_WAKERS;
+use crate::core::WAKERS;
 use crate::{Core, Mailbox, Stats, pin_current_thread};
 
 /// What a reactor does in idle turns.
@@ -135,13 +135,18 @@ impl<L, I, F> Drop for Reactor<L, I, F> {
 /// The loop.
 fn run<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>, policy: Policy) {
     let mut last_work = 0;
+    if policy == Policy::Adaptive {
+        core.sleeps();
+    }
     while !core.stopping() {
         if core.turn() {
             last_work = core.now();
             continue;
         }
         std::hint::spin_loop();
-        if policy == Policy::Adaptive && core.now().saturating_sub(last_work) > SPIN_NS {
+        if policy == Policy::Adaptive
+            && (core.now().saturating_sub(last_work) > SPIN_NS || core.waits_for_sockets())
+        {
             sleep(core);
         }
     }
@@ -157,15 +162,16 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
         let nap = core.nap().map_or(SLEEP_MS, |ns| {
             u16::try_from(ns.div_ceil(1_000_000)).unwrap_or(SLEEP_MS).min(SLEEP_MS)
         });
-        let mut fds: [_; 1 + LEAF_WAKERS] =
+        let mut fds: [_; 1 + WAKERS] =
             std::array::from_fn(|_| PollFd::new(wake.fd(), PollFlags::POLLIN));
         let mut n = 1;
-        for fd in core.leaves().iter().filter_map(BlockQueue::wake_fd).take(LEAF_WAKERS) {
-            fds[n] = PollFd::new(fd, PollFlags::POLLIN);
+        for (fd, what) in core.wakers() {
+            fds[n] = PollFd::new(fd, what);
             n += 1;
         }
         // A signal or a time-out only means one turn more.
         let _ = poll(&mut fds[..n], PollTimeout::from(nap));
+        core.sleeps();
     }
     wake.awake();
 }

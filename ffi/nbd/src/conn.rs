@@ -2,11 +2,13 @@
 //!
 //! One loop on the connection's own thread: take replies from the reactor, take requests from the
 //! socket, make pieces as buffers come, send replies; spin briefly, then sleep on the socket, the
-//! portal and the connection's signal. A buffer is given back only when the reactor has answered
+//! portal and the connection's signal. Where the reactor has nothing better to do the same turns
+//! are taken there ([`crate::lodging`]). A buffer is given back only when the reactor has answered
 //! for it, however the client leaves.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
@@ -17,6 +19,7 @@ use reactor::Portal;
 use crate::buffers::{Buffers, Class, LARGE, SMALL};
 use crate::contexts::Context;
 use crate::input::Input;
+use crate::lodging::Stay;
 use crate::output::Output;
 use crate::pieces::{PIECES, Piece, REQUESTS, Req, Slots};
 use crate::proto::Rules;
@@ -48,8 +51,8 @@ pub(crate) enum Need {
 }
 
 /// One client in transmission.
-pub(crate) struct Conn<'a> {
-    pub(crate) shared: &'a Shared,
+pub(crate) struct Conn {
+    pub(crate) shared: Arc<Shared>,
     pub(crate) seat: usize,
     pub(crate) guest: Guest,
     pub(crate) socket: OwnedFd,
@@ -84,17 +87,18 @@ pub(crate) struct Conn<'a> {
     pub(crate) stopping: bool,
     /// When the client is cut off, in the clock's nanoseconds.
     pub(crate) deadline: Option<u64>,
+    pub(crate) stay: Stay,
 }
 
-impl<'a> Conn<'a> {
+impl Conn {
     /// A connection that has just entered transmission.
     pub(crate) fn new(
-        shared: &'a Shared,
+        shared: Arc<Shared>,
         (seat, guest): (usize, Guest),
         socket: OwnedFd,
         (memory, portal): (Buffers, Portal),
         (rules, contexts): (Rules, Vec<Context>),
-    ) -> Conn<'a> {
+    ) -> Conn {
         let whole = shared.export.info.max_transfer & !(rules.block - 1);
         Conn {
             shared,
@@ -121,34 +125,45 @@ impl<'a> Conn<'a> {
             mute: false,
             stopping: false,
             deadline: None,
+            stay: Stay::default(),
         }
     }
 
     /// Serves the client until it has gone and all its requests have ended; gives the memory back.
-    pub(crate) fn run(mut self) -> Buffers {
+    /// `None` if a reactor has lost it.
+    pub(crate) fn run(mut self) -> Option<Buffers> {
         loop {
-            self.busy = false;
-            self.reap();
-            self.receive();
-            self.issue();
-            self.step_rmw();
-            self.send();
-            self.look_at_the_time();
+            self.turn();
             if self.input.ended() && self.reqs.all_free() {
                 break;
             }
-            if !self.busy {
+            if self.may_lodge() {
+                self = self.lodge()?;
+            } else if !self.busy {
                 self.idle();
             }
         }
         debug_assert!(self.portal.in_flight() == 0 && self.pieces.all_free());
-        self.memory
+        Some(self.memory)
+    }
+
+    /// Does what can be done without waiting.
+    pub(crate) fn turn(&mut self) {
+        self.busy = false;
+        self.reap();
+        self.receive();
+        self.issue();
+        self.step_rmw();
+        self.send();
+        self.look_at_the_time();
     }
 
     /// Takes what the reactor has answered, and tries again what it or others left no room for.
     fn reap(&mut self) {
         let mut again = self.guest.signal.take_retry();
-        while let Some(reply) = self.next_reply(if again { GATHER_NS } else { 0 }) {
+        // On the reactor's own thread nothing comes while we wait.
+        let gather = if self.stay.lodging { 0 } else { GATHER_NS };
+        while let Some(reply) = self.next_reply(if again { gather } else { 0 }) {
             again = true;
             match u16::try_from(reply.id) {
                 Ok(p) if usize::from(p) < PIECES => self.end_piece(p, reply.status),
@@ -186,8 +201,8 @@ impl<'a> Conn<'a> {
                 Ok((offered, went)) => {
                     self.guest.cells.sends.add(1);
                     self.busy = true;
-                    // Who gets replies soon has more requests.
-                    self.readable = true;
+                    // Who gets replies soon has more requests; a reactor does not run after them.
+                    self.readable |= !self.stay.lodging;
                     while let Some(part) = self.output.pop_sent() {
                         self.end_part(part);
                     }
@@ -276,7 +291,9 @@ impl<'a> Conn<'a> {
         self.portal.disarm();
     }
 
-    fn sleep(&mut self) {
+    /// What of the socket would bring work. If that is nothing, the socket must not be polled: it
+    /// would still report, again and again, that the client has gone, and that can wait.
+    pub(crate) fn wanted(&self) -> PollFlags {
         let mut wanted = PollFlags::empty();
         if !self.input.ended() && !self.blocked {
             wanted |= PollFlags::POLLIN;
@@ -284,6 +301,11 @@ impl<'a> Conn<'a> {
         if !self.output.is_empty() {
             wanted |= PollFlags::POLLOUT;
         }
+        wanted
+    }
+
+    fn sleep(&mut self) {
+        let wanted = self.wanted();
         let timeout = match self.deadline {
             Some(deadline) if !(self.mute && self.input.ended()) => {
                 let left = deadline.saturating_sub(self.shared.clock.now()).div_ceil(1_000_000);
@@ -297,8 +319,6 @@ impl<'a> Conn<'a> {
             PollFd::new(self.guest.signal.wake.fd(), PollFlags::POLLIN),
             PollFd::new(self.socket.as_fd(), wanted),
         ];
-        // A socket that nothing is wanted of would still report that the client has gone, again
-        // and again; that can wait.
         let count = if wanted.is_empty() { 2 } else { 3 };
         let _ = poll(&mut fds[..count], timeout);
         if fds[2].any() == Some(true) {

@@ -77,7 +77,7 @@ enum Step {
     Ended,
 }
 
-impl Conn<'_> {
+impl Conn {
     /// Takes what the client sent, as far as there is a place for it.
     pub(crate) fn receive(&mut self) {
         self.blocked = false;
@@ -132,8 +132,14 @@ impl Conn<'_> {
             return Step::Hungry;
         };
         let Some(req) = self.reqs.take() else { return Step::Blocked };
+        let header = Header::parse(&raw);
+        if self.stay.lodging && header.as_ref().is_some_and(Header::may_take_long) {
+            self.reqs.give(req);
+            self.stay.leave = true;
+            return Step::Blocked;
+        }
         self.input.skip(Header::LEN as u64);
-        let Some(header) = Header::parse(&raw) else {
+        let Some(header) = header else {
             self.reqs.give(req);
             self.cut_off("wrong request magic");
             return Step::Ended;

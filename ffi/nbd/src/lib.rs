@@ -1,9 +1,10 @@
 //! An NBD server on a unix socket or an address of a network: fixed newstyle negotiation, TLS,
 //! structured replies, block status.
 //!
-//! Serves one image that a reactor owns. Nothing here runs on the reactor: each connection has a
-//! service thread of its own, which may block in system calls, and does its I/O through a
-//! [`reactor::Portal`]. The bytes of a request go from the socket into DMA memory and from there
+//! Serves one image that a reactor owns. Each connection has a service thread of its own, which may
+//! block in system calls, and does its I/O through a [`reactor::Portal`]. Where the reactor serves no
+//! guest and would sleep between requests, the connection lodges on the reactor's thread instead
+//! (`lodging`), until it needs something that blocks. The bytes of a request go from the socket into DMA memory and from there
 //! to the device (or back) without another copy where they are large.
 //!
 //! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
@@ -30,6 +31,7 @@ mod gate;
 mod handshake;
 mod input;
 mod listen;
+mod lodging;
 mod output;
 mod pieces;
 mod proto;

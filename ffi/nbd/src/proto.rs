@@ -193,6 +193,11 @@ impl Header {
         self.command == 1
     }
 
+    /// Whether the answer may have to wait for others than the image.
+    pub(crate) fn may_take_long(&self) -> bool {
+        self.command == command::BLOCK_STATUS
+    }
+
     /// What is to be done, or the error that the request is answered with.
     pub(crate) fn check(&self, rules: &Rules) -> Result<Kind, u32> {
         let (kind, allowed) = match self.command {

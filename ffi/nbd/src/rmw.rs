@@ -22,7 +22,7 @@ pub(crate) struct Rmw {
     status: Status,
 }
 
-impl Conn<'_> {
+impl Conn {
     /// Begins the next one if there is one and it can begin.
     pub(crate) fn step_rmw(&mut self) {
         if self.rmw.is_some() || self.rmw_refused || self.portal.room() < usize::from(EDGES) {

@@ -313,9 +313,10 @@ fn serve(shared: &Arc<Shared>, seat: usize, guest: Guest, socket: OwnedFd) {
         (Ok((session, socket)), Some(memory)) => {
             let rules = rules(&shared.export, &session);
             let (both, contexts) = ((memory, session.attached), session.contexts);
-            let memory = Conn::new(shared, (seat, guest), socket, both, (rules, contexts)).run();
+            let conn = Conn::new(shared.clone(), (seat, guest), socket, both, (rules, contexts));
+            let memory = conn.run();
             log::debug!("NBD client {number} has left");
-            Some(memory)
+            memory
         }
         (Ok(_), None) => None,
         (Err(end), memory) => {

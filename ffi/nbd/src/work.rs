@@ -14,7 +14,7 @@ const FILLS: u32 = 4;
 /// Most descriptors in the answer to a block-status query, of all contexts together.
 const DESCRIPTORS: usize = 2048;
 
-impl Conn<'_> {
+impl Conn {
     /// Begins a request that was found right. The data of a write is then received by the caller.
     pub(crate) fn begin(&mut self, r: u16, kind: Kind, header: &Header) {
         let (offset, len) = (header.offset, u64::from(header.len));

@@ -52,6 +52,12 @@ pub trait Frontend {
     /// once more. Cancelled by the next `poll`.
     fn arm(&mut self) -> HasWork;
 
+    /// Whether a guest waits at the other side, for whose sake the reactor takes nobody in who makes
+    /// system calls in its turns.
+    fn is_guest(&self) -> bool {
+        true
+    }
+
     /// Requests submitted and not yet completed. A frontend is dropped only when it is 0.
     fn in_flight(&self) -> usize;
 

@@ -85,6 +85,7 @@ impl Door {
             core.add_frontend(image, |owner, _| Ok(Frontend::Portal(Box::new(end(owner)))))
         });
         added.ok_or_else(gone)?.map_err(fail)?;
-        Ok(portal)
+        let mailbox = mailbox.clone();
+        Ok(portal.with_lodging(Arc::new(move |lodger| mailbox.post(|core| core.lodge(lodger)))))
     }
 }

@@ -60,6 +60,10 @@ impl block::Frontend for Frontend {
         each!(self, f => f.arm())
     }
 
+    fn is_guest(&self) -> bool {
+        each!(self, f => f.is_guest())
+    }
+
     fn in_flight(&self) -> usize {
         each!(self, f => f.in_flight())
     }

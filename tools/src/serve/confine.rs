@@ -149,10 +149,10 @@ const CALLS: &[(Who, &[i64])] = &[
             libc::SYS_writev,
         ],
     ),
-    // Sleeping, and what woke a sleeper.
+    // Sleeping, and what woke a sleeper; requests of NBD clients on the reactor's own thread.
     #[cfg(target_arch = "x86_64")]
     (Who::Sleepers, &[libc::SYS_poll]),
-    (Who::Sleepers, &[libc::SYS_read]),
+    (Who::Sleepers, &[libc::SYS_read, libc::SYS_recvmsg]),
     // Images come and go: their files' descriptors, lengths and locks, memory that the kernel keeps in
     // place, and connections to devices in other processes, whose sockets may be full.
     (
@@ -299,7 +299,6 @@ const CALLS: &[(Who, &[i64])] = &[
             libc::SYS_setsockopt,
             libc::SYS_sendto,
             libc::SYS_recvfrom,
-            libc::SYS_recvmsg,
         ],
     ),
     // The machine, and what follows this: reactors give up more.

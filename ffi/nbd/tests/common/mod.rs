@@ -219,7 +219,8 @@ impl Harness {
             let wake = mailbox.ask(|c: &mut TestCore| c.wake()).ok_or_else(ended)?;
             let (portal, end) = Portal::new(depth, regions, wake).map_err(|e| e.to_string())?;
             mailbox.ask(|c| c.add_frontend(0, |owner, _| Ok(end(owner)))).ok_or_else(ended)??;
-            Ok(portal)
+            let to = mailbox.clone();
+            Ok(portal.with_lodging(Arc::new(move |lodger| to.post(|c| c.lodge(lodger)))))
         };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
@@ -239,6 +240,16 @@ impl Harness {
 
     pub(crate) fn server(&self) -> &Server {
         self.server.as_ref().unwrap()
+    }
+
+    /// How many connections the reactor's own thread serves.
+    pub(crate) fn lodgers(&self) -> usize {
+        self.reactor.as_ref().unwrap().mailbox().ask(|core| core.lodger_count()).unwrap()
+    }
+
+    /// Turns of the reactor so far.
+    pub(crate) fn turns(&self) -> u64 {
+        self.reactor.as_ref().unwrap().stats().turns.get()
     }
 
     pub(crate) fn connect(&self) -> Client {
@@ -403,6 +414,11 @@ impl Client {
     /// The same connection once more, for another thread to read from.
     pub(crate) fn twin(&self) -> Client {
         Client { s: self.s.try_clone().unwrap(), structured: self.structured, cookie: 0 }
+    }
+
+    /// The cookie of the last request.
+    pub(crate) fn sent(&self) -> u64 {
+        self.cookie
     }
 
     /// A request's bytes.

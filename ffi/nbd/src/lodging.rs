@@ -1,0 +1,162 @@
+//! A connection on the reactor's own thread ([`reactor::Lodger`]), where it saves the switches
+//! between two threads: and how it comes there and back.
+//!
+//! The connection's thread lends the whole [`Conn`] and sleeps. It gets it back when the connection
+//! needs what may take long (block status, the end, a claim that others hold), when the server
+//! stops, and when the reactor has too much to do.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+
+use block::HasWork;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use reactor::{Lodger, Turn};
+
+use crate::claims::Signal;
+use crate::conn::Conn;
+
+/// How long a connection that was sent home stays there at least, in nanoseconds; doubled each time
+/// that it came to nothing.
+const COOL_DOWN_NS: u64 = 50_000_000;
+/// And at most.
+const COOLEST_NS: u64 = 10_000_000_000;
+/// A shorter stay came to nothing, in nanoseconds.
+const SHORT_NS: u64 = 5_000_000;
+
+/// How often a lodger looks at its socket while the reactor does not sleep, in nanoseconds.
+const LOOK_NS: u64 = 50_000;
+
+/// What a connection knows about lodging.
+#[derive(Default)]
+pub(crate) struct Stay {
+    /// It does now.
+    pub(crate) lodging: bool,
+    /// It met something that only its own thread can do.
+    pub(crate) leave: bool,
+    /// Since when, or until when it does not, in the clock's nanoseconds.
+    since: u64,
+    not_before: u64,
+    cool_down: u64,
+    /// When it last looked at its socket.
+    looked: u64,
+}
+
+/// A connection away from its thread. Dropped, it goes home.
+struct Away {
+    /// Until then.
+    conn: Option<Conn>,
+    home: SyncSender<Conn>,
+    signal: Arc<Signal>,
+    recall: Arc<AtomicBool>,
+}
+
+impl Conn {
+    /// Whether the reactor may be asked to take the connection in.
+    pub(crate) fn may_lodge(&self) -> bool {
+        self.busy
+            && self.is_plain()
+            && self.portal.lodging().is_some()
+            && self.shared.clock.now() >= self.stay.not_before
+    }
+
+    /// Whether there is nothing about it but requests and replies.
+    fn is_plain(&self) -> bool {
+        !(self.input.ended()
+            || self.stopping
+            || self.mute
+            || self.deadline.is_some()
+            || self.rmw_refused
+            || !self.parked.is_empty()
+            || self.stay.leave)
+    }
+
+    /// Lodges with the reactor; returns when it is back.
+    pub(crate) fn lodge(mut self) -> Option<Conn> {
+        let lodging = self.portal.lodging()?;
+        let (home, back) = sync_channel(1);
+        let recall = Arc::new(AtomicBool::new(false));
+        let (shared, signal) = (self.shared.clone(), self.guest.signal.clone());
+        let reactor = self.portal.reactor().clone();
+        self.stay.lodging = true;
+        self.stay.since = shared.clock.now();
+        let (r, s) = (recall.clone(), signal.clone());
+        lodging(Box::new(Away { conn: Some(self), home, signal: s, recall: r }));
+        let mut conn = wait(&back, &signal, || {
+            if shared.stop.load(Ordering::Acquire) {
+                recall.store(true, Ordering::Release);
+                reactor.wake();
+            }
+        })?;
+        conn.come_home();
+        Some(conn)
+    }
+
+    fn come_home(&mut self) {
+        let now = self.shared.clock.now();
+        let stay = &mut self.stay;
+        let longer = if now.saturating_sub(stay.since) < SHORT_NS { stay.cool_down * 2 } else { 0 };
+        stay.cool_down = longer.clamp(COOL_DOWN_NS, COOLEST_NS);
+        stay.not_before = now + stay.cool_down;
+        (stay.lodging, stay.leave) = (false, false);
+        self.readable = true;
+    }
+}
+
+/// Waits for the connection; `look` is called at each signal. `None` if it is lost.
+fn wait(back: &Receiver<Conn>, signal: &Signal, look: impl Fn()) -> Option<Conn> {
+    loop {
+        signal.wake.about_to_sleep();
+        let conn = back.try_recv();
+        if matches!(conn, Err(TryRecvError::Empty)) {
+            let mut fds = [PollFd::new(signal.wake.fd(), PollFlags::POLLIN)];
+            let _ = poll(&mut fds, PollTimeout::NONE);
+        }
+        signal.wake.awake();
+        match conn {
+            Ok(conn) => return Some(conn),
+            Err(TryRecvError::Empty) => look(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+}
+
+impl Lodger for Away {
+    fn turn(&mut self, now: u64) -> Turn {
+        let Some(conn) = &mut self.conn else { return Turn::Leave };
+        if now.saturating_sub(conn.stay.looked) >= LOOK_NS {
+            conn.stay.looked = now;
+            conn.readable = true;
+        }
+        conn.turn();
+        if self.recall.load(Ordering::Relaxed) || !conn.is_plain() {
+            return Turn::Leave;
+        }
+        if conn.busy { Turn::Busy } else { Turn::Idle }
+    }
+
+    fn arm(&mut self) -> HasWork {
+        let Some(conn) = &mut self.conn else { return HasWork::Yes };
+        // What wakes the reactor may be the socket.
+        conn.readable = true;
+        let work = conn.portal.has_reply() || self.recall.load(Ordering::Acquire);
+        if work { HasWork::Yes } else { HasWork::No }
+    }
+
+    fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let conn = self.conn.as_ref()?;
+        let wanted = conn.wanted();
+        (!wanted.is_empty()).then(|| (conn.socket.as_fd(), wanted))
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        if let Some(conn) = self.conn.take() {
+            // There is one place, and its thread waits.
+            let _ = self.home.try_send(conn);
+            self.signal.wake.wake();
+        }
+    }
+}
