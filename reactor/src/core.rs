@@ -9,7 +9,7 @@ use block::{
 
 use nix::poll::PollFlags;
 
-use crate::lodger::{CROWDED_NS, LODGERS};
+use crate::lodger::{CROWDED_NS, LODGERS, NAP_NS};
 use crate::{Clock, Lodger, Mailbox, Stats, Turn, Wake};
 
 /// An owner number is an index into the frontends, or with this bit an index into the images.
@@ -54,8 +54,13 @@ pub struct Core<L, I, F> {
     lodgers: Vec<Box<dyn Lodger>>,
     /// Lodgers may come: the reactor sleeps where there is nothing to do.
     sleeps: bool,
-    /// When the reactor last slept.
-    slept: u64,
+    /// What the reactor has worked by [`Stats::busy_ns`] when it last slept.
+    worked: u64,
+    /// The frontend that had work since then, and whether it was not the only one.
+    worker: Option<usize>,
+    several: bool,
+    /// It was a lodger's, the last time that there was work.
+    by_lodger: bool,
     /// Which frontend is looked at next for whether its other side has gone.
     look: usize,
     done: Completions,
@@ -86,7 +91,10 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
             frontends: Vec::new(),
             lodgers: Vec::new(),
             sleeps: false,
-            slept: 0,
+            worked: 0,
+            worker: None,
+            several: false,
+            by_lodger: false,
             look: 0,
             done: Completions::new(),
             out: Completions::new(),
@@ -113,6 +121,11 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// Counters, readable from any thread.
     pub fn stats(&self) -> Arc<Stats> {
         self.stats.clone()
+    }
+
+    /// The clock.
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     /// The reactor's time of this turn, in nanoseconds.
@@ -363,21 +376,27 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
                 answer(&mut self.out, &mut self.frontends, &self.stats);
             }
         }
-        if !self.lodgers.is_empty() {
-            busy |= self.turn_lodgers();
-        }
-        for a in self.frontends.iter_mut().flatten() {
+        let lodging = !self.lodgers.is_empty();
+        let by_lodger = lodging && self.turn_lodgers();
+        busy |= by_lodger;
+        for (at, a) in self.frontends.iter_mut().enumerate() {
+            let Some(a) = a else { continue };
             if a.frontend.is_quiet(self.now) {
                 continue;
             }
             let Some(Some(image)) = self.images.get_mut(a.image) else { continue };
-            busy |= match &self.limits[a.image] {
+            let worked = match &self.limits[a.image] {
                 None => image.serve(&mut self.leaves, &mut a.frontend, self.now),
                 Some(l) => image.serve_within(l, &mut self.leaves, &mut a.frontend, self.now),
             };
+            busy |= worked;
+            if lodging && worked {
+                self.several |= self.worker.replace(at).is_some_and(|before| before != at);
+            }
         }
         self.stats.turns.add(1);
         if busy {
+            self.by_lodger = by_lodger;
             // What this turn took is started now, not in the next turn.
             for leaf in &mut self.leaves {
                 leaf.start();
@@ -395,8 +414,9 @@ impl<L: BlockQueue, I: Layer<L>, F: Frontend> Core<L, I, F> {
     /// Has lodgers take answers, and ask for what they need, before frontends are polled.
     #[inline(never)]
     fn turn_lodgers(&mut self) -> bool {
-        if self.now.saturating_sub(self.slept) > CROWDED_NS {
-            self.lodgers.truncate(1);
+        let worked = self.stats.busy_ns.get().wrapping_sub(self.worked);
+        if self.several && worked > CROWDED_NS {
+            self.lodgers.clear();
         }
         let (mut busy, now) = (false, self.now);
         self.lodgers.retain_mut(|lodger| {
@@ -525,7 +545,8 @@ impl<L, I, F> Drop for Core<L, I, F> {
 impl<L, I, F> Core<L, I, F> {
     /// Whoever turns the core sleeps where there is nothing to do; said at first and after each sleep.
     pub(crate) fn sleeps(&mut self) {
-        (self.sleeps, self.slept) = (true, self.clock.now());
+        self.sleeps = true;
+        (self.worked, self.worker, self.several) = (self.stats.busy_ns.get(), None, false);
     }
 
     /// How long a reactor may sleep after [`Core::arm`] before requests that wait for a limit can be
@@ -535,17 +556,37 @@ impl<L, I, F> Core<L, I, F> {
     }
 }
 
-impl<L: BlockQueue, I, F> Core<L, I, F> {
-    /// Whether only sockets can bring work: what answers at once is not worth a spin.
+impl<L: BlockQueue, I, F: Frontend> Core<L, I, F> {
+    /// Whether the next work comes by a lodger's socket, as the last did: a client's answer takes longer
+    /// than a spin is worth.
     pub(crate) fn waits_for_sockets(&self) -> bool {
-        !self.lodgers.is_empty() && self.leaves.iter().all(|leaf| leaf.in_flight() == 0)
+        let idle = |a: &Attached<F>| a.frontend.in_flight() == 0;
+        self.by_lodger
+            && !self.lodgers.is_empty()
+            && self.leaves.iter().all(|leaf| leaf.in_flight() == 0)
+            && self.frontends.iter().flatten().all(idle)
     }
 
-    /// What a sleeping reactor is woken by, beside its [`Wake`].
+    /// What a sleeping reactor is woken by, beside its [`Wake`]: leaves only by what they are asked.
     pub(crate) fn wakers(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
-        let leaves = self.leaves.iter().filter_map(BlockQueue::wake_fd).take(LEAF_WAKERS);
+        let leaves = self.leaves.iter().filter(|leaf| leaf.in_flight() > 0);
+        let leaves = leaves.filter_map(BlockQueue::wake_fd).take(LEAF_WAKERS);
         let lodgers = self.lodgers.iter().filter_map(|lodger| lodger.waits_for());
         leaves.map(|fd| (fd, PollFlags::POLLIN)).chain(lodgers)
+    }
+
+    /// How many of them are lodgers', the last ones.
+    pub(crate) fn lodger_wakers(&self) -> usize {
+        self.lodgers.iter().filter(|lodger| lodger.waits_for().is_some()).count()
+    }
+
+    /// What came of the lodgers' part of [`Core::wakers`], after a sleep of so many nanoseconds.
+    pub(crate) fn slept(&mut self, took: u64, events: impl Iterator<Item = PollFlags>) {
+        if took >= NAP_NS {
+            self.sleeps();
+        }
+        let waited = self.lodgers.iter_mut().filter(|lodger| lodger.waits_for().is_some());
+        waited.zip(events).for_each(|(lodger, events)| lodger.heard(events));
     }
 }
 

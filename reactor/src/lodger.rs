@@ -15,9 +15,11 @@ use nix::poll::PollFlags;
 /// How many lodgers a reactor has at most.
 pub(crate) const LODGERS: usize = 32;
 
-/// How long a reactor does without sleep before it sends all lodgers but one away, in nanoseconds:
-/// what keeps it so busy is done sooner by several threads.
+/// How long a reactor works without sleep before it sends its lodgers away, in nanoseconds, if more
+/// than one frontend had work: several threads do that sooner.
 pub(crate) const CROWDED_NS: u64 = 2_000_000;
+/// A shorter wait was no sleep, in nanoseconds.
+pub(crate) const NAP_NS: u64 = 10_000;
 
 /// What came of a lodger's turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,6 +43,9 @@ pub trait Lodger: Send {
 
     /// What a sleeping reactor is woken by.
     fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
+
+    /// What of that has come, perhaps nothing; told after each sleep before which it waited.
+    fn heard(&mut self, events: PollFlags);
 }
 
 /// Asks a reactor to let a lodger in; it is dropped if that does not.

@@ -169,9 +169,13 @@ fn sleep<L: BlockQueue, I: Layer<L>, F: Frontend>(core: &mut Core<L, I, F>) {
             fds[n] = PollFd::new(fd, what);
             n += 1;
         }
+        let began = core.clock().now();
         // A signal or a time-out only means one turn more.
         let _ = poll(&mut fds[..n], PollTimeout::from(nap));
-        core.sleeps();
+        let events = fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        let took = core.clock().now().saturating_sub(began);
+        let lodgers = n - core.lodger_wakers();
+        core.slept(took, events[lodgers..n].iter().copied());
     }
     wake.awake();
 }

@@ -86,6 +86,8 @@ impl Lodger for Echo {
     fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         Some((self.0.as_fd(), PollFlags::POLLIN))
     }
+
+    fn heard(&mut self, _events: PollFlags) {}
 }
 
 fn core() -> Result<TestCore, String> {

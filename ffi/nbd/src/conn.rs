@@ -79,6 +79,8 @@ pub(crate) struct Conn {
     pub(crate) busy: bool,
     /// The socket may have bytes for us.
     pub(crate) readable: bool,
+    /// The socket may have room for replies.
+    pub(crate) writable: bool,
     /// The input waits for a request, piece or buffer to become free.
     pub(crate) blocked: bool,
     /// Nobody reads replies any more: they are dropped.
@@ -121,6 +123,7 @@ impl Conn {
             output: Output::default(),
             busy: false,
             readable: true,
+            writable: true,
             blocked: false,
             mute: false,
             stopping: false,
@@ -196,7 +199,7 @@ impl Conn {
 
     /// Sends what is ready.
     fn send(&mut self) {
-        while !self.output.is_empty() {
+        while !self.output.is_empty() && self.writable {
             match self.output.send(self.socket.as_fd(), &self.memory) {
                 Ok((offered, went)) => {
                     self.guest.cells.sends.add(1);
@@ -206,11 +209,9 @@ impl Conn {
                     while let Some(part) = self.output.pop_sent() {
                         self.end_part(part);
                     }
-                    if went < offered {
-                        return;
-                    }
+                    self.writable = went == offered;
                 }
-                Err(Errno::EAGAIN) => return,
+                Err(Errno::EAGAIN) => self.writable = false,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EPIPE | Errno::ECONNRESET) => {
                     // The client reads no more, but what it asked for before is still done.
@@ -321,8 +322,13 @@ impl Conn {
         ];
         let count = if wanted.is_empty() { 2 } else { 3 };
         let _ = poll(&mut fds[..count], timeout);
-        if fds[2].any() == Some(true) {
-            self.readable = true;
-        }
+        let events = fds[2].revents().unwrap_or(PollFlags::empty());
+        self.heard(events);
+    }
+
+    /// What the socket has, of what was waited for.
+    pub(crate) fn heard(&mut self, events: PollFlags) {
+        self.readable |= !(events - PollFlags::POLLOUT).is_empty();
+        self.writable |= !(events - PollFlags::POLLIN).is_empty();
     }
 }

@@ -133,7 +133,8 @@ impl Conn {
         };
         let Some(req) = self.reqs.take() else { return Step::Blocked };
         let header = Header::parse(&raw);
-        if self.stay.lodging && header.as_ref().is_some_and(Header::may_take_long) {
+        // A wrong one is reported, for which others may have to wait.
+        if self.stay.lodging && header.as_ref().is_none_or(Header::may_take_long) {
             self.reqs.give(req);
             self.stay.leave = true;
             return Step::Blocked;

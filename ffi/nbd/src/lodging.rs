@@ -16,6 +16,7 @@ use reactor::{Lodger, Turn};
 
 use crate::claims::Signal;
 use crate::conn::Conn;
+use crate::gate::Way;
 
 /// How long a connection that was sent home stays there at least, in nanoseconds; doubled each time
 /// that it came to nothing.
@@ -24,6 +25,9 @@ const COOL_DOWN_NS: u64 = 50_000_000;
 const COOLEST_NS: u64 = 10_000_000_000;
 /// A shorter stay came to nothing, in nanoseconds.
 const SHORT_NS: u64 = 5_000_000;
+
+/// A lodger that has nothing to do for so long goes home and makes place, in nanoseconds.
+const IDLE_NS: u64 = 1_000_000_000;
 
 /// How often a lodger looks at its socket while the reactor does not sleep, in nanoseconds.
 const LOOK_NS: u64 = 50_000;
@@ -39,8 +43,9 @@ pub(crate) struct Stay {
     since: u64,
     not_before: u64,
     cool_down: u64,
-    /// When it last looked at its socket.
+    /// When it last looked at its socket, and when it last did anything.
     looked: u64,
+    worked: u64,
 }
 
 /// A connection away from its thread. Dropped, it goes home.
@@ -57,6 +62,8 @@ impl Conn {
     pub(crate) fn may_lodge(&self) -> bool {
         self.busy
             && self.is_plain()
+            // Who hands a socket over may still have it, and what it does to it is not known.
+            && !matches!(self.shared.way, Way::Passed)
             && self.portal.lodging().is_some()
             && self.shared.clock.now() >= self.stay.not_before
     }
@@ -100,23 +107,24 @@ impl Conn {
         stay.cool_down = longer.clamp(COOL_DOWN_NS, COOLEST_NS);
         stay.not_before = now + stay.cool_down;
         (stay.lodging, stay.leave) = (false, false);
-        self.readable = true;
+        (self.readable, self.writable) = (true, true);
     }
 }
 
-/// Waits for the connection; `look` is called at each signal. `None` if it is lost.
+/// Waits for the connection; `look` is called before each sleep. `None` if it is lost.
 fn wait(back: &Receiver<Conn>, signal: &Signal, look: impl Fn()) -> Option<Conn> {
     loop {
         signal.wake.about_to_sleep();
         let conn = back.try_recv();
         if matches!(conn, Err(TryRecvError::Empty)) {
+            look();
             let mut fds = [PollFd::new(signal.wake.fd(), PollFlags::POLLIN)];
             let _ = poll(&mut fds, PollTimeout::NONE);
         }
         signal.wake.awake();
         match conn {
             Ok(conn) => return Some(conn),
-            Err(TryRecvError::Empty) => look(),
+            Err(TryRecvError::Empty) => {}
             Err(TryRecvError::Disconnected) => return None,
         }
     }
@@ -127,19 +135,21 @@ impl Lodger for Away {
         let Some(conn) = &mut self.conn else { return Turn::Leave };
         if now.saturating_sub(conn.stay.looked) >= LOOK_NS {
             conn.stay.looked = now;
-            conn.readable = true;
+            (conn.readable, conn.writable) = (true, true);
         }
         conn.turn();
-        if self.recall.load(Ordering::Relaxed) || !conn.is_plain() {
+        if conn.busy {
+            conn.stay.worked = now;
+        }
+        let idle = now.saturating_sub(conn.stay.worked.max(conn.stay.since)) > IDLE_NS;
+        if idle || self.recall.load(Ordering::Relaxed) || !conn.is_plain() {
             return Turn::Leave;
         }
         if conn.busy { Turn::Busy } else { Turn::Idle }
     }
 
     fn arm(&mut self) -> HasWork {
-        let Some(conn) = &mut self.conn else { return HasWork::Yes };
-        // What wakes the reactor may be the socket.
-        conn.readable = true;
+        let Some(conn) = &self.conn else { return HasWork::Yes };
         let work = conn.portal.has_reply() || self.recall.load(Ordering::Acquire);
         if work { HasWork::Yes } else { HasWork::No }
     }
@@ -148,6 +158,12 @@ impl Lodger for Away {
         let conn = self.conn.as_ref()?;
         let wanted = conn.wanted();
         (!wanted.is_empty()).then(|| (conn.socket.as_fd(), wanted))
+    }
+
+    fn heard(&mut self, events: PollFlags) {
+        if let Some(conn) = &mut self.conn {
+            conn.heard(events);
+        }
     }
 }
 

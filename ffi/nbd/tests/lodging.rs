@@ -63,22 +63,74 @@ fn what_may_take_long_is_done_at_home() {
     });
 }
 
+/// Has a client ask for so many reads of 64 KiB, all at once.
+fn ask_for_much(mut c: Client, count: u64) -> std::thread::JoinHandle<Client> {
+    std::thread::spawn(move || {
+        let mut twin = c.twin();
+        let asks = std::thread::spawn(move || {
+            for i in 0..count {
+                twin.send(READ, 0, i % 64 * 65536, 65536, b"");
+            }
+        });
+        for _ in 0..count {
+            let mut answer = Answer::default();
+            while !c.message(0, &mut answer).1 {}
+            assert_eq!(answer.bytes(answer.data[0].0, 65536).len(), 65536);
+        }
+        asks.join().unwrap();
+        c
+    })
+}
+
 #[test]
-fn two_that_keep_the_reactor_awake_are_parted() {
+fn those_that_keep_the_reactor_busy_go_home() {
     let h = Harness::new(Setup::default());
-    let mut clients = [lodging(&h, false), lodging(&h, true)];
+    let clients = [lodging(&h, true), lodging(&h, true)];
     assert_eq!(h.lodgers(), 2);
-    // What is held back keeps the reactor awake.
-    h.control.hold(true);
-    for c in &mut clients {
-        c.send(READ, 0, 0, 512, b"");
+    let busy = clients.map(|c| ask_for_much(c, 3000));
+    eventually("they go home", || h.lodgers() == 0);
+    for client in busy {
+        client.join().unwrap().read(0, 512);
     }
-    eventually("one goes home", || h.lodgers() == 1);
-    h.control.hold(false);
-    for c in &mut clients {
-        assert_eq!(c.message(512, &mut Answer::default()), (c.sent(), true));
-        c.read(512, 512);
+}
+
+#[test]
+fn one_that_has_the_reactor_for_itself_stays() {
+    let h = Harness::new(Setup::default());
+    let client = ask_for_much(lodging(&h, true), 3000);
+    while !client.is_finished() {
+        assert_eq!(h.lodgers(), 1);
+        std::thread::sleep(Duration::from_millis(5));
     }
+    client.join().unwrap().read(0, 512);
+}
+
+#[test]
+fn one_that_has_nothing_to_do_makes_place() {
+    let h = Harness::new(Setup::default());
+    let mut c = lodging(&h, false);
+    eventually("it goes home", || h.lodgers() == 0);
+    c.read(0, 512);
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_nobody_up() {
+    let h = Harness::new(Setup::default());
+    h.data.write(0, &[3; 16 << 20]);
+    let (mut lazy, mut other) = (lodging(&h, true), lodging(&h, true));
+    // More than sockets take.
+    for i in 0..16 {
+        lazy.send(READ, 0, i << 20, 1 << 20, b"");
+    }
+    for i in 0..200 {
+        assert_eq!(other.read(i * 512, 512), [3; 512]);
+    }
+    let (mut answer, mut ended) = (Answer::default(), 0);
+    while ended < 16 {
+        ended += u32::from(lazy.message(0, &mut answer).1);
+    }
+    assert!(answer.data.iter().all(|(_, bytes)| bytes.iter().all(|&b| b == 3)));
+    assert_eq!(answer.data.iter().map(|d| d.1.len()).sum::<usize>(), 16 << 20);
 }
 
 #[test]

@@ -64,6 +64,9 @@ const RING_INCOMPAT: usize = 24;
 const RING_EVENTS: usize = 32;
 const MAGIC: u32 = 0xa10a_10a1;
 
+/// Requests in one call: those to files in memory are carried out in it, and all else waits meanwhile.
+const BATCH: usize = 64;
+
 /// A completion ring that the kernel mapped into this process.
 struct Ring {
     base: usize,
@@ -210,13 +213,14 @@ impl Aio {
         !self.queued.is_empty()
     }
 
-    /// Submits all that is queued: one call, and one more after each request that is refused.
+    /// Submits what is queued, at most [`BATCH`]: one call, and one more after each request that is
+    /// refused.
     pub(crate) fn send(&mut self) {
         while !self.queued.is_empty() {
             let iocbs = self.iocbs.as_mut_ptr().expose_provenance();
             let at = |&slot: &u16| iocbs + usize::from(slot) * size_of::<Iocb>();
             self.list.clear();
-            self.list.extend(self.queued.iter().map(at));
+            self.list.extend(self.queued.iter().take(BATCH).map(at));
             self.calls += 1;
             // SAFETY: a list of iocbs of ours, which nothing borrows during the call, each filled by
             // `push`, whose callers keep what they name.
@@ -231,7 +235,8 @@ impl Aio {
             if let Ok(n) = usize::try_from(n) {
                 self.queued.drain(..n.min(self.list.len()));
                 self.running += n;
-                continue;
+                // What is left is sent in the next turn.
+                return;
             }
             let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
             if matches!(errno, libc::EAGAIN | libc::EINTR) {
@@ -297,9 +302,11 @@ impl Aio {
     }
 
     /// Empties the eventfd, so that only a completion from now on makes it readable, and then says
-    /// whether one is there already.
+    /// whether one is there already. It may be readable while nothing is in flight.
     pub(crate) fn arm(&mut self) -> bool {
-        let _ = self.event.read();
+        if self.running > 0 || !self.helper.is_idle() {
+            let _ = self.event.read();
+        }
         if self.results.is_empty()
             && let Some(found) = self.reap().or_else(|| self.helper.next())
         {

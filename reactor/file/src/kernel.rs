@@ -42,6 +42,19 @@ enum Via {
     Aio(Aio),
 }
 
+impl Via {
+    /// io_uring, or Linux AIO where there is none.
+    fn any(depth: u16) -> Result<Via, Error> {
+        match Uring::new(u32::from(depth)) {
+            Ok(ring) => Ok(Via::Uring(ring)),
+            Err(e) => {
+                log::info!("no io_uring on this host ({e}): using Linux AIO");
+                Ok(Via::Aio(Aio::new(depth)?))
+            }
+        }
+    }
+}
+
 /// The kernel's side of a queue.
 pub(crate) struct Kernel {
     // First, so that it is dropped (and has waited) before the memory that the kernel uses.
@@ -60,13 +73,11 @@ impl Kernel {
                 Via::Uring(Uring::new(u32::from(depth)).map_err(Error::os("io_uring"))?)
             }
             Engine::Aio => Via::Aio(Aio::new(depth)?),
-            Engine::Auto => match Uring::new(u32::from(depth)) {
-                Ok(ring) => Via::Uring(ring),
-                Err(e) => {
-                    log::info!("no io_uring on this host ({e}): using Linux AIO");
-                    Via::Aio(Aio::new(depth)?)
-                }
+            Engine::InMemory => match Aio::new(depth) {
+                Ok(aio) => Via::Aio(aio),
+                Err(_) => Via::any(depth)?,
             },
+            Engine::Auto => Via::any(depth)?,
         };
         Ok(Kernel {
             via,

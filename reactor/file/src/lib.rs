@@ -30,6 +30,8 @@ mod tests;
 mod unit;
 mod uring;
 
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
 pub use lock::{ImageLock, LockError};
 pub use queue::FileQueue;
 
@@ -38,10 +40,27 @@ pub use queue::FileQueue;
 pub enum Engine {
     /// io_uring if the kernel has it and lets us, else Linux AIO.
     Auto,
+    /// Linux AIO if there is a context left, else as [`Engine::Auto`]: for files in memory (tmpfs), where
+    /// it is done at once. io_uring has a thread of the kernel do it there, which costs more than what
+    /// is done.
+    InMemory,
     /// io_uring (Linux 5.6 or later).
     IoUring,
     /// Linux AIO (any kernel), with one helper thread for what it cannot do.
     Aio,
+}
+
+impl Engine {
+    /// The one for these files: [`Engine::InMemory`] if all of them are.
+    pub fn for_files(files: &[std::fs::File]) -> Engine {
+        // A device's node lies in memory, too, but not what is behind it.
+        let in_memory = |file: &std::fs::File| {
+            file.metadata().is_ok_and(|m| m.is_file())
+                && fstatfs(file).is_ok_and(|s| s.filesystem_type() == TMPFS_MAGIC)
+        };
+        let all = !files.is_empty() && files.iter().all(in_memory);
+        if all { Engine::InMemory } else { Engine::Auto }
+    }
 }
 
 /// Why a queue could not be made or a file not be added.

@@ -132,12 +132,16 @@ impl FileQueue {
     }
 
     /// A queue to the same files for another reactor: the same descriptors, units of the same
-    /// numbers, the same engine.
+    /// numbers, the same engine if that can be had once more.
     ///
     /// # Errors
     /// If the kernel or memory has no more.
     pub fn another(&self) -> Result<FileQueue, Error> {
-        let mut queue = FileQueue::new(self.engine())?;
+        let engine = match self.engine() {
+            Engine::Aio => Engine::InMemory,
+            other => other,
+        };
+        let mut queue = FileQueue::new(engine)?;
         for unit in &self.units {
             queue.add_unit(unit.another())?;
         }
@@ -167,7 +171,7 @@ impl FileQueue {
         Ok(())
     }
 
-    /// The engine in use; never [`Engine::Auto`].
+    /// The engine in use: [`Engine::IoUring`] or [`Engine::Aio`].
     pub fn engine(&self) -> Engine {
         self.kernel.engine()
     }

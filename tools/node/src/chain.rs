@@ -292,7 +292,8 @@ pub(crate) fn open_backing(
 
 /// Puts files on one leaf queue.
 pub(crate) fn file_leaf(files: Vec<std::fs::File>) -> Result<Leaf, String> {
-    let mut queue = file::FileQueue::new(file::Engine::Auto).map_err(|e| e.to_string())?;
+    let engine = file::Engine::for_files(&files);
+    let mut queue = file::FileQueue::new(engine).map_err(|e| e.to_string())?;
     for f in files {
         queue.add(f).map_err(|e| e.to_string())?;
     }

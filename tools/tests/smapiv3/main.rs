@@ -4,11 +4,11 @@
 mod backup;
 mod import;
 mod mirror;
+mod random;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -333,120 +333,6 @@ fn calls_at_once_start_one_daemon_and_lose_nothing() {
     assert_eq!(all.as_array().unwrap().len(), 8);
     assert!(keys.iter().all(|key| all.as_array().unwrap().iter().any(|disk| disk["key"] == **key)));
     assert_eq!(host.daemons().len(), 1);
-}
-
-/// Calls of all kinds from several processes at once, while the daemon is killed again and again. As many as
-/// `SMAPI_CALLS` says.
-#[test]
-fn random_calls_with_kills_in_between_lose_nothing() {
-    const CALLERS: u64 = 8;
-    const KILL_EACH: u64 = 8;
-    let calls = std::env::var("SMAPI_CALLS").map_or(80, |n| n.parse().unwrap());
-    let Some(host) = Host::new() else { return };
-    let config = device(&host.dir.path().join("disk"));
-    let new = json!({"uuid": SR, "configuration": config, "name": "", "description": ""});
-    host.ok("SR.create", new);
-    let (over, succeeded) = (AtomicBool::new(false), AtomicU64::new(0));
-    let caller = |number: u64| {
-        // What this one knows of its disks: by key, the value of a key of its own.
-        let mut rng = sim::Rng::new(number);
-        let mut mine: Vec<(String, String)> = Vec::new();
-        let (mut failed, mut unsure) = (0, Vec::new());
-        for n in 0..calls / CALLERS {
-            let _attached = host.call("SR.attach", json!({"configuration": config}));
-            let at = rng.below(mine.len().max(1) as u64) as usize;
-            let of = |more: Value| {
-                let mut args = json!({"sr": SR, "key": mine[at].0});
-                args.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-                args
-            };
-            // More are made than destroyed or lost sight of, so that a long run ends with many.
-            let done = match if mine.is_empty() { 0 } else { rng.below(9) } {
-                0 | 6..9 => {
-                    let name = format!("of {number}");
-                    let new = json!({"sr": SR, "name": name, "description": "", "size": 1,
-                                     "sharable": false});
-                    let (done, answer) = host.call("Volume.create", new);
-                    if done {
-                        mine.push((answer["key"].as_str().unwrap().to_owned(), String::new()));
-                    }
-                    done
-                }
-                1 => {
-                    let (done, answer) = host.call("Volume.snapshot", of(json!({})));
-                    if done {
-                        assert_eq!(answer["read_write"], false);
-                    }
-                    done
-                }
-                2 => {
-                    let (done, _) = host.call("Volume.destroy", of(json!({})));
-                    // One that failed may have been done all the same.
-                    let (key, _) = mine.swap_remove(at);
-                    unsure.extend((!done).then_some(key));
-                    done
-                }
-                _ => {
-                    let (done, _) =
-                        host.call("Volume.set", of(json!({"k": "v", "v": n.to_string()})));
-                    if done {
-                        mine[at].1 = n.to_string();
-                    } else {
-                        let (key, _) = mine.swap_remove(at);
-                        unsure.push(key);
-                    }
-                    done
-                }
-            };
-            failed += u64::from(!done);
-            succeeded.fetch_add(u64::from(done), Relaxed);
-        }
-        (mine, unsure, failed)
-    };
-    let (known, kills) = std::thread::scope(|scope| {
-        let callers: Vec<_> = (0..CALLERS)
-            .map(|n| {
-                let caller = &caller;
-                scope.spawn(move || caller(n))
-            })
-            .collect();
-        // By what was done and not by time: so all come to their end on a slow machine, too.
-        let killer = scope.spawn(|| {
-            let (mut kills, mut next) = (0, KILL_EACH);
-            while !over.load(Relaxed) {
-                std::thread::sleep(std::time::Duration::from_millis(5));
-                if succeeded.load(Relaxed) >= next {
-                    host.kill_daemon();
-                    kills += 1;
-                    next = succeeded.load(Relaxed) + KILL_EACH;
-                }
-            }
-            kills
-        });
-        let known: Vec<_> = callers.into_iter().map(|c| c.join().unwrap()).collect();
-        over.store(true, Relaxed);
-        (known, killer.join().unwrap())
-    });
-    host.ok("SR.attach", json!({"configuration": config}));
-    let all = host.ok("SR.ls", json!({"sr": SR}));
-    let disk = |key: &str| all.as_array().unwrap().iter().find(|disk| disk["key"] == *key);
-    let (mut disks, mut failures) = (0, 0);
-    for (mine, _, failed) in &known {
-        for (key, value) in mine {
-            let disk = disk(key).unwrap_or_else(|| panic!("{key} is lost"));
-            assert_eq!(disk["keys"]["v"].as_str().unwrap_or_default(), value);
-        }
-        disks += mine.len();
-        failures += failed;
-    }
-    println!("{calls} calls, {failures} failed, {kills} kills, {disks} disks known");
-    assert!(disks > 4 && kills > 2);
-    // Nothing is left that cannot be destroyed.
-    for disk in all.as_array().unwrap() {
-        host.ok("Volume.destroy", json!({"sr": SR, "key": disk["key"]}));
-    }
-    let stat = host.ok("SR.stat", json!({"sr": SR}));
-    assert_eq!(stat["free_space"], stat["total_space"]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use block::{
 };
 use dma::{PageSize, Region};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{KINDS, Kind, Rig, dirs, open};
 use crate::{Engine, FileQueue};
@@ -338,6 +339,43 @@ const _: fn() = || {
     fn sendable<T: Send>() {}
     sendable::<FileQueue>();
 };
+
+#[test]
+fn files_in_memory_have_an_engine_of_their_own() {
+    let memory = || File::from(memfd_create(c"f", MFdFlags::MFD_CLOEXEC).unwrap());
+    let device = || File::open("/dev/null").unwrap();
+    assert_eq!(Engine::for_files(&[memory(), memory()]), Engine::InMemory);
+    // Its node is in memory, and so says its file system.
+    assert_eq!(Engine::for_files(&[device()]), Engine::Auto);
+    assert_eq!(Engine::for_files(&[memory(), device()]), Engine::Auto);
+    assert_eq!(Engine::for_files(&[]), Engine::Auto);
+    let queue = FileQueue::new(Engine::InMemory).unwrap();
+    assert_eq!((queue.engine(), queue.another().unwrap().engine()), (Engine::Aio, Engine::Aio));
+}
+
+#[test]
+fn more_than_one_call_takes_at_once_is_done() {
+    const COUNT: u16 = 300;
+    for kind in KINDS {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let mut rig = Rig::new(kind);
+        rig.q.add(open(path.path())).unwrap();
+        for n in 0..COUNT {
+            let at = u64::from(n) * 4096;
+            rig.region.write(at as usize, &[n as u8; 4096]);
+            let seg = rig.region.seg(at, 4096);
+            rig.submit(n, Op::Write, Flags::NONE, at, 4096, seg.as_slice());
+        }
+        rig.q.poll(&mut block::Completions::new());
+        if kind != Kind::Uring {
+            assert_eq!(rig.q.arm(), HasWork::Yes, "something is queued yet");
+        }
+        assert!(rig.drain().iter().all(|c| c.status.is_ok()));
+        let bytes = std::fs::read(path.path()).unwrap();
+        assert_eq!(bytes.len(), usize::from(COUNT) * 4096);
+        assert!(bytes.chunks(4096).enumerate().all(|(n, c)| c.iter().all(|&b| b == n as u8)));
+    }
+}
 
 #[test]
 fn works_as_blocking_storage_and_with_any_engine() {
