@@ -180,7 +180,9 @@ fn a_server_that_stops_calls_them_home() {
     // One that sleeps, with nothing in flight; and one with a request.
     let _idle = lodging(&h, false);
     h.control.hold(true);
+    let before = h.control.seen(block::Op::Read).len();
     c.send(READ, 0, 0, 512, b"");
+    eventually("it is asked", || h.control.seen(block::Op::Read).len() > before);
     let server = h.server.take().unwrap();
     let end = std::thread::spawn(move || server.shutdown(Duration::from_secs(10)));
     eventually("they go home", || h.lodgers() == 0);
