@@ -238,3 +238,20 @@ impl Bounces {
         left == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_a_device_may_still_use_is_told_whichever_part_it_was() {
+        for order in [[7, QUARANTINED | 9], [QUARANTINED | 7, 9]] {
+            let mut longs = Longs::new();
+            let long = &mut longs.items[0];
+            long.left = 4096;
+            order.iter().for_each(|&detail| long.fail(Status::Medium, detail));
+            assert_eq!((long.status, long.left), (Status::Medium, 0));
+            assert_eq!(long.detail, QUARANTINED | 7, "the first one's, and the mark");
+        }
+    }
+}
