@@ -140,8 +140,8 @@ impl Conn {
             if self.input.ended() && self.reqs.all_free() {
                 break;
             }
-            if self.may_lodge() {
-                self = self.lodge()?;
+            if let Some(lodging) = self.may_lodge() {
+                self = self.lodge(&lodging)?;
             } else if !self.busy {
                 self.idle();
             }
@@ -153,6 +153,8 @@ impl Conn {
     /// Does what can be done without waiting.
     pub(crate) fn turn(&mut self) {
         self.busy = false;
+        // On a thread of its own a failed attempt costs nobody else anything.
+        self.writable |= !self.stay.lodging;
         self.reap();
         self.receive();
         self.issue();

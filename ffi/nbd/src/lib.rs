@@ -4,8 +4,8 @@
 //! Serves one image that a reactor owns. Each connection has a service thread of its own, which may
 //! block in system calls, and does its I/O through a [`reactor::Portal`]. Where the reactor serves no
 //! guest and would sleep between requests, the connection lodges on the reactor's thread instead
-//! (`lodging`), until it needs something that blocks. The bytes of a request go from the socket into DMA memory and from there
-//! to the device (or back) without another copy where they are large.
+//! (`lodging`), until it needs something that blocks. The bytes of a request go from the socket into
+//! DMA memory and from there to the device (or back) without another copy where they are large.
 //!
 //! - [`Server`] listens, seats connections and ends them; [`Export`] is what it serves.
 //! - [`Client`] writes to another server, at a [`Remote`] address.

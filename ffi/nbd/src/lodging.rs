@@ -3,7 +3,8 @@
 //!
 //! The connection's thread lends the whole [`Conn`] and sleeps. It gets it back when the connection
 //! needs what may take long (block status, the end, a claim that others hold), when the server
-//! stops, and when the reactor has too much to do.
+//! stops, when a guest comes, when others work on the reactor too and it does not come to sleep, and when
+//! it had nothing to do for a while.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 
 use block::HasWork;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use reactor::{Lodger, Turn};
+use reactor::{Lodger, Lodging, Turn};
 
 use crate::claims::Signal;
 use crate::conn::Conn;
@@ -39,11 +40,12 @@ pub(crate) struct Stay {
     pub(crate) lodging: bool,
     /// It met something that only its own thread can do.
     pub(crate) leave: bool,
-    /// Since when, or until when it does not, in the clock's nanoseconds.
+    /// Since when it does or last did, in the clock's nanoseconds.
     since: u64,
+    /// When it may again, and how long after the last time that is.
     not_before: u64,
     cool_down: u64,
-    /// When it last looked at its socket, and when it last did anything.
+    /// When, lodging, it last looked at its socket, and when it last did anything.
     looked: u64,
     worked: u64,
 }
@@ -58,14 +60,14 @@ struct Away {
 }
 
 impl Conn {
-    /// Whether the reactor may be asked to take the connection in.
-    pub(crate) fn may_lodge(&self) -> bool {
-        self.busy
+    /// Whom to ask to take the connection in, if now is the time for it.
+    pub(crate) fn may_lodge(&self) -> Option<Lodging> {
+        let may = self.busy
             && self.is_plain()
             // Who hands a socket over may still have it, and what it does to it is not known.
             && !matches!(self.shared.way, Way::Passed)
-            && self.portal.lodging().is_some()
-            && self.shared.clock.now() >= self.stay.not_before
+            && self.shared.clock.now() >= self.stay.not_before;
+        may.then(|| self.portal.lodging()).flatten()
     }
 
     /// Whether there is nothing about it but requests and replies.
@@ -80,8 +82,7 @@ impl Conn {
     }
 
     /// Lodges with the reactor; returns when it is back.
-    pub(crate) fn lodge(mut self) -> Option<Conn> {
-        let lodging = self.portal.lodging()?;
+    pub(crate) fn lodge(mut self, lodging: &Lodging) -> Option<Conn> {
         let (home, back) = sync_channel(1);
         let recall = Arc::new(AtomicBool::new(false));
         let (shared, signal) = (self.shared.clone(), self.guest.signal.clone());

@@ -75,7 +75,10 @@ impl Kernel {
             Engine::Aio => Via::Aio(Aio::new(depth)?),
             Engine::InMemory => match Aio::new(depth) {
                 Ok(aio) => Via::Aio(aio),
-                Err(_) => Via::any(depth)?,
+                Err(e) => {
+                    log::info!("no Linux AIO for files in memory ({e}): using io_uring");
+                    Via::any(depth)?
+                }
             },
             Engine::Auto => Via::any(depth)?,
         };

@@ -16,7 +16,7 @@ use crate::results::Frontend;
 pub enum Leaf {
     /// The NVMe driver on the model of a drive, whose blocks are the image's file.
     Model,
-    /// The file, by io_uring.
+    /// The file, by io_uring, or by Linux AIO where it is in memory.
     File,
     /// A drive of this host, without an image.
     Device,
@@ -37,7 +37,7 @@ impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.leaf {
             Leaf::Model => "model",
-            Leaf::File => "io_uring",
+            Leaf::File => "file",
             Leaf::Device => "device",
         })?;
         match self.budget {
