@@ -121,6 +121,33 @@ fn entries_at_metadata_or_behind_the_end_are_refused_and_the_rest_goes_on() {
     }
 }
 
+/// Entries that follow each other as those of a file written in order do, of which one is metadata.
+#[test]
+fn of_a_run_only_what_is_metadata_is_refused() {
+    let (leaf, l2) = image(8);
+    // Where the run begins, and which of its clusters is a table.
+    let (before, after) = (l2 - CLUSTER, l2 + CLUSTER);
+    let data: Vec<u64> = (0..8).map(|n| word(&leaf, l2 + n * 8) & !COPIED).collect();
+    let whose = |host: u64| data.iter().position(|&d| d == host).map(|n| n as u8 + 1);
+    assert!(whose(after).is_some() && whose(l2).is_none());
+    let mut leaf = LogQueue::new(DEVICE, 1);
+    leaf.load(&image(8).0.data());
+    for (n, host) in [before, l2, after, after + CLUSTER].into_iter().enumerate() {
+        set_word(&mut leaf, l2 + (n as u64 + 1) * 8, COPIED | host);
+    }
+    let mut rig = Rig::single(leaf);
+    for (n, host) in [before, l2, after, after + CLUSTER].into_iter().enumerate() {
+        let (status, bytes) = rig.call(Op::Read, (n as u64 + 1) * CLUSTER, CLUSTER, &[]);
+        match whose(host) {
+            Some(byte) => {
+                assert_eq!((status, bytes), (Status::Ok, vec![byte; CLUSTER as usize]));
+            }
+            None => assert_eq!(status, Status::Corrupt, "{host:#x}"),
+        }
+    }
+    assert_eq!(rig.read(7 * CLUSTER, CLUSTER), [8; CLUSTER as usize], "behind the run");
+}
+
 #[test]
 fn wrong_l1_entries_fail_what_they_map_alone() {
     let (leaf, l2) = image(8);

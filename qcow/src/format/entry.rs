@@ -49,6 +49,26 @@ pub enum EntryError {
     CompressedTooHigh(u64),
 }
 
+/// What `list` (of entries that are not extended, of an image without an external data file) begins with:
+/// clusters of plain data side by side, as host offset of the first, whether their refcounts are exactly
+/// one, and how many they are; or one entry that is something else, without an offset. `None` if it is empty.
+///
+/// What it finds is what [`L2Entry::decode`] would find for each of them.
+pub(crate) fn plain_run(list: &[u64], geometry: &Geometry) -> Option<(Option<u64>, bool, usize)> {
+    let (&first, step) = (list.first()?, geometry.cluster_size());
+    let plain = COPIED | (OFFSET & !(step - 1));
+    let host = first & OFFSET;
+    if first & !plain != 0 || host == 0 {
+        return Some((None, false, 1));
+    }
+    // Each of them is plain as long as the offset does not overflow.
+    let most = ((OFFSET - host) >> geometry.cluster_bits()) + 1;
+    let most = list.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+    let run = list[..most].iter().zip(0u64..);
+    let count = run.take_while(|&(&raw, i)| raw == first.wrapping_add(i * step)).count();
+    Some((Some(host), first & COPIED != 0, count))
+}
+
 /// An L1 table entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L1Entry {

@@ -18,6 +18,7 @@ pub use bitmap::{
     BITMAP_GRANULARITY_BITS, BitmapCluster, BitmapEntry, Bitmaps, MAX_BITMAP_BYTES,
     MAX_BITMAP_DIRECTORY, MAX_BITMAP_NAME, MAX_BITMAPS,
 };
+pub(crate) use entry::plain_run;
 pub use entry::{EntryError, L1Entry, L2Entry, RawL2, Unit, decode_refcount_table_entry};
 pub use error::FieldError;
 pub use extension::{Extension, FeatureName, ext};

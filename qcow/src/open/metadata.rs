@@ -20,6 +20,48 @@ pub struct MetadataSet {
     /// Of snapshots' tables and of bitmaps: sorted and apart.
     others: Vec<Range<u64>>,
     added: BTreeSet<u64>,
+    /// Of `initial` and `added`.
+    sieve: Sieve,
+}
+
+/// A bit for each of many places, over which clusters are scattered: where it is 0 there is none of the
+/// set. So most questions, which come for each entry of a table, need no search.
+#[derive(Clone, Debug, Default)]
+struct Sieve {
+    bits: Box<[u64]>,
+    /// How far a scattered number is shifted to be one of a bit.
+    shift: u32,
+}
+
+impl Sieve {
+    /// A sixteenth of the bits are set, or fewer: at least 4 KiB, at most 1 MiB of them.
+    fn of(clusters: &[u64]) -> Sieve {
+        let order = (clusters.len() * 16).next_power_of_two().clamp(1 << 15, 1 << 23).ilog2();
+        let mut sieve = Sieve { bits: vec![0; 1 << (order - 6)].into(), shift: 64 - order };
+        clusters.iter().for_each(|&c| sieve.insert(c));
+        sieve
+    }
+
+    #[inline]
+    fn place(&self, cluster: u64) -> (usize, u64) {
+        // Clusters that lie side by side, or at equal distances, come to places far apart.
+        let bit = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift;
+        ((bit >> 6) as usize, 1 << (bit & 63))
+    }
+
+    fn insert(&mut self, cluster: u64) {
+        let (at, bit) = self.place(cluster);
+        if let Some(bits) = self.bits.get_mut(at) {
+            *bits |= bit;
+        }
+    }
+
+    /// Whether the set may hold a cluster. One that holds none has no bits.
+    #[inline]
+    fn may_hold(&self, cluster: u64) -> bool {
+        let (at, bit) = self.place(cluster);
+        self.bits.get(at).is_some_and(|bits| bits & bit != 0)
+    }
 }
 
 impl MetadataSet {
@@ -71,7 +113,8 @@ impl MetadataSet {
         let mut initial: Vec<u64> = all.into_iter().map(|(cluster, _)| cluster).collect();
         initial.dedup();
         initial.shrink_to_fit();
-        Ok(MetadataSet { initial, ..MetadataSet::default() })
+        let sieve = Sieve::of(&initial);
+        Ok(MetadataSet { initial, sieve, ..MetadataSet::default() })
     }
 
     /// The same, with the snapshot table and the L1 tables of snapshots.
@@ -101,10 +144,20 @@ impl MetadataSet {
 
     /// Whether this host cluster (a number, not an offset) holds metadata.
     pub fn contains(&self, cluster: u64) -> bool {
-        let at = self.others.partition_point(|r| r.end <= cluster);
-        self.others.get(at).is_some_and(|r| r.contains(&cluster))
-            || self.initial.binary_search(&cluster).is_ok()
-            || self.added.contains(&cluster)
+        let found =
+            || self.initial.binary_search(&cluster).is_ok() || self.added.contains(&cluster);
+        self.in_others(&(cluster..cluster.saturating_add(1)))
+            || (self.sieve.may_hold(cluster) && found())
+    }
+
+    /// Whether any of these host clusters holds metadata.
+    pub fn meets_any(&self, clusters: &Range<u64>) -> bool {
+        self.in_others(clusters) || self.meets(clusters)
+    }
+
+    fn in_others(&self, clusters: &Range<u64>) -> bool {
+        let at = self.others.partition_point(|r| r.end <= clusters.start);
+        self.others.get(at).is_some_and(|r| r.start < clusters.end)
     }
 
     /// Adds places (offset and length) that nothing else may use. Whether nothing does; else the set
@@ -143,6 +196,10 @@ impl MetadataSet {
 
     /// Adds a cluster that became metadata.
     pub fn insert(&mut self, cluster: u64) {
+        if self.sieve.bits.is_empty() {
+            self.sieve = Sieve::of(&self.initial);
+        }
+        self.sieve.insert(cluster);
         self.added.insert(cluster);
     }
 }
@@ -185,5 +242,38 @@ impl Kind {
             Kind::RefcountBlock => "refcount block",
             Kind::L2 | Kind::SharedL2 => "L2 table",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sieve_lets_nothing_pass_that_is_metadata_and_keeps_back_most_of_the_rest() {
+        // As the L2 tables of an image that was made at once lie, and some that came later.
+        let initial: Vec<u64> = (0..2048).map(|n| n * 8193 + 5).collect();
+        let sieve = Sieve::of(&initial);
+        let others = vec![100..107, 9000..9001];
+        let mut set = MetadataSet { initial, others, sieve, ..MetadataSet::default() };
+        (0..500).for_each(|n| set.insert(3_000_000 + n * 3));
+        let slow = |set: &MetadataSet, c: u64| {
+            set.initial.contains(&c)
+                || set.added.contains(&c)
+                || set.others.iter().any(|r| r.contains(&c))
+        };
+        let mut searched = 0;
+        for c in (0..20_000).chain(2_999_000..3_003_000).chain([u64::MAX]) {
+            assert_eq!(set.contains(c), slow(&set, c), "{c}");
+            let end = c.saturating_add(3);
+            let any = (c..end).any(|c| slow(&set, c));
+            assert_eq!(set.meets_any(&(c..end)), any, "{c}");
+            searched += u32::from(set.sieve.may_hold(c) && !slow(&set, c));
+        }
+        assert!(searched < 2400, "{searched} of 24,000 searched in vain");
+        let mut empty = MetadataSet::default();
+        assert!(!empty.contains(7) && !empty.contains(u64::MAX));
+        empty.insert(7);
+        assert!(empty.contains(7) && !empty.contains(8));
     }
 }

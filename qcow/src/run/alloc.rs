@@ -256,6 +256,22 @@ impl Allocator {
         cluster < self.high && self.place_of(cluster).is_some() && self.get(cluster) != Some(0)
     }
 
+    /// The same of all clusters from `first` to `last`.
+    pub(super) fn seem_counted(&self, first: u64, last: u64) -> bool {
+        let block = |cluster| self.geometry.refcount_table_index(cluster) as usize;
+        let blocks = self.table.get(block(first)..=block(last));
+        let (key, end) = (first >> self.slice_bits, last >> self.slice_bits);
+        let order = self.geometry.refcount_order();
+        last < self.high
+            && blocks.is_some_and(|blocks| !blocks.contains(&0))
+            && self.slices.range(key..=end).all(|(&key, slice)| {
+                let start = key << self.slice_bits;
+                let end = last.min(start + ((1 << self.slice_bits) - 1));
+                (first.max(start)..=end)
+                    .all(|c| get_refcount(&slice.bytes, order, self.index(c)) != 0)
+            })
+    }
+
     /// Whether nothing is handed out any more, see [`Allocator::distrust`].
     pub(super) fn is_distrusted(&self) -> bool {
         self.miscounted

@@ -27,6 +27,7 @@ mod marks;
 mod meta;
 mod pause;
 mod place;
+mod plain;
 mod read;
 mod reclaim;
 mod refblocks;

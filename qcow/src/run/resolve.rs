@@ -74,6 +74,15 @@ impl Shared {
                 break;
             }
             let mut entries = LayerEntries { list: entries?, last: None };
+            if let (LayerFormat::Qcow { geometry, .. }, Some((_, list))) =
+                (&layer.format, &entries.list)
+                && geometry.cluster_size() == size
+            {
+                open -= self.take_plain(at, geometry, first << bits, list, &mut words);
+                if open == 0 {
+                    break;
+                }
+            }
             for (i, word) in words.iter_mut().enumerate() {
                 if *word != Word::ABSENT {
                     continue;
@@ -270,6 +279,7 @@ impl Shared {
             let last = (from | (g.l2_span() - 1)).min(end - 1);
             let count = g.l2_index(last) + 1 - g.l2_index(from);
             match self.table_entries(slot, at, g, from, count).await? {
+                Some(part) if words.is_empty() => (found, words) = (true, part),
                 Some(mut part) => {
                     found = true;
                     words.append(&mut part);
@@ -346,7 +356,13 @@ impl Shared {
         let mut at = from;
         while at < to {
             let len = (to - at).min(META as u64);
-            bytes.append(&mut self.read_meta(slot, port, table + at, len as usize).await?);
+            let mut part = self.read_meta(slot, port, table + at, len as usize).await?;
+            // Nearly always there is but one.
+            if bytes.is_empty() {
+                bytes = part
+            } else {
+                bytes.append(&mut part)
+            }
             at += len;
         }
         let skip = first * size as usize - from as usize;
