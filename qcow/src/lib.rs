@@ -39,6 +39,8 @@ mod atomics {
 
     pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+    pub(crate) use dma::prefetch;
+
     /// `n` words of zero, which take memory as they are used; `None` if there is none.
     pub(crate) fn zeroed(n: usize) -> Option<Box<[AtomicU64]>> {
         zerocopy::FromZeros::new_box_zeroed_with_elems(n).ok()

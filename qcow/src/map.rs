@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 
-use super::atomics::{AtomicU64, Ordering, zeroed};
+use super::atomics::{AtomicU64, Ordering, prefetch, zeroed};
 
 /// What a word says about its cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -203,6 +203,9 @@ impl Word {
     }
 }
 
+/// Words of a map that a processor keeps near by itself: 512 KiB of them.
+const NEAR: usize = 1 << 16;
+
 /// The shared part of the map. See the module's text. On lines of its own: every look-up reads it,
 /// and nothing that one reactor writes lies beside it.
 #[derive(Debug)]
@@ -250,6 +253,24 @@ impl Map {
 
     fn is_flat(&self) -> bool {
         !self.flat.is_empty()
+    }
+
+    /// Whether the map is so large that its words are likely to be far from the processor.
+    #[inline]
+    pub fn is_far(&self) -> bool {
+        self.all().len() > NEAR
+    }
+
+    /// Has the word of a cluster fetched, if it exists, for a look-up that follows soon. Changes nothing.
+    #[inline]
+    pub fn prefetch(&self, cluster: u64) {
+        let word = self.flat.get(cluster as usize).or_else(|| {
+            let entry = self.directory.get((cluster >> self.page_bits) as usize)?;
+            self.word(&self.words, entry.load(Ordering::Relaxed), cluster)
+        });
+        if let Some(word) = word {
+            prefetch(word);
+        }
     }
 
     /// How many clusters there are.
@@ -372,8 +393,12 @@ impl Pages {
         };
         let start = (place as usize) << map.page_bits;
         let page = &map.all()[start..start + (1 << map.page_bits)];
-        for (i, slot) in page.iter().enumerate() {
-            slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);
+        let (known, behind) = page.split_at(words.len().min(page.len()));
+        for (slot, word) in known.iter().zip(words) {
+            slot.store(word.0, Ordering::Release);
+        }
+        for slot in behind {
+            slot.store(0, Ordering::Release);
         }
         self.generation = self.generation.wrapping_add(1);
         let value = u64::from(self.generation) << 32 | (start as u64 + 1);

@@ -38,6 +38,23 @@ fn claims_exclude_each_other_and_show_the_old_mapping() {
     assert_eq!(map.lookup(u64::MAX), Word::ABSENT);
 }
 
+/// Fetching is a hint: of whatever cluster, it changes nothing.
+#[test]
+fn fetching_changes_nothing() {
+    for budget in [0, 1 << 30] {
+        let map = Map::new(100_000, 4, budget, 2).unwrap();
+        let mut pages = Pages::new(&map);
+        assert_eq!(map.is_far(), budget > 0);
+        let word = Word::mapped(0, 512, true);
+        assert!(pages.load(&map, 3, &[word; 16]));
+        for cluster in [0, 47, 48, 63, 64, 99_999, 100_000, u64::MAX] {
+            map.prefetch(cluster);
+            let expected = if (48..64).contains(&cluster) { word } else { Word::ABSENT };
+            assert_eq!(map.lookup(cluster), expected, "{cluster}");
+        }
+    }
+}
+
 #[test]
 fn where_all_pages_have_a_place_none_ever_goes() {
     // 160 clusters in pages of 16, the last of which is not full.

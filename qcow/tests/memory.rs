@@ -74,6 +74,8 @@ mod atomics {
         loom::sync::atomic::fence(o);
     }
 
+    pub(crate) fn prefetch(_: &AtomicU64) {}
+
     pub(crate) fn zeroed(n: usize) -> Option<Box<[AtomicU64]>> {
         Some((0..n).map(|_| AtomicU64::new(0)).collect())
     }
@@ -378,7 +380,7 @@ fn the_acquire_of_a_word_matters() {
 #[test]
 #[should_panic(expected = "a word of another page")]
 fn the_release_of_a_word_matters() {
-    let line = "slot.store(words.get(i).map_or(0, |w| w.0), Ordering::Release);";
+    let line = "slot.store(word.0, Ordering::Release);";
     weaken("pub fn load(", line, Weakening::Relaxed);
     eviction(TO_AND_FRO, own, 4);
 }

@@ -113,6 +113,19 @@ impl Abi {
         }
     }
 
+    /// Loads the first sector of a slot alone.
+    #[inline]
+    pub(crate) fn load_sector<M: RingMemory>(self, memory: &M, index: u32) -> u64 {
+        let at = self.slot_of(memory, index);
+        match self {
+            Abi::X86_64 => memory.load64s::<1>(at + 16)[0],
+            Abi::X86_32 => {
+                let [low, high] = memory.load32s::<2>(at + 12);
+                join(low, high)
+            }
+        }
+    }
+
     /// Loads the ten 64-bit words of a slot that follow the head: each byte once.
     #[inline]
     pub(crate) fn load_tail<M: RingMemory>(self, memory: &M, index: u32) -> [u64; 10] {

@@ -129,6 +129,13 @@ impl<M: RingMemory> BackRing<M> {
         self.abi.load_head(&self.memory, self.req_cons)
     }
 
+    /// The first sector of the request that is so many behind the next one, if it is a plain one. Only a
+    /// hint: when the request is taken, its slot may hold another.
+    #[inline(always)]
+    pub(crate) fn sector(&self, ahead: u32) -> u64 {
+        self.abi.load_sector(&self.memory, self.req_cons.wrapping_add(ahead))
+    }
+
     /// Copies the rest of the next request.
     #[inline]
     pub fn tail(&self) -> [u64; 10] {

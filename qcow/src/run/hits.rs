@@ -74,6 +74,20 @@ impl Hits {
         self.word_for(op, offset).map(|word| self.place(word, offset))
     }
 
+    /// Has the words fetched that requests at these offsets will look at, where they are far away.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        if self.map.is_far() {
+            self.fetch(offsets);
+        }
+    }
+
+    /// By itself, so that it takes no room where most maps are not that large.
+    #[inline(never)]
+    fn fetch(&self, offsets: impl Iterator<Item = u64>) {
+        offsets.for_each(|offset| self.map.prefetch(offset >> self.unit_bits));
+    }
+
     #[inline(always)]
     fn word_for(&self, op: Op, offset: u64) -> Option<Word> {
         let word = self.map.lookup(offset >> self.unit_bits);

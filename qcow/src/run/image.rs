@@ -510,6 +510,11 @@ impl<L: BlockQueue> Layer<L> for Image {
         self.take_slow(leaves, &{ *r })
     }
 
+    #[inline(always)]
+    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        self.hits.prefetch(offsets);
+    }
+
     fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool {
         if done.is_quarantined() {
             self.lose();

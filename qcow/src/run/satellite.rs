@@ -389,6 +389,11 @@ impl<L: BlockQueue> Layer<L> for Satellite {
         self.take_slow(&{ *r })
     }
 
+    #[inline(always)]
+    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        self.hits.prefetch(offsets);
+    }
+
     /// It sends nothing under its own name.
     fn complete(&mut self, _leaves: &mut [L], _done: &mut Completion) -> bool {
         self.stale += 1;

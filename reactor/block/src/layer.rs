@@ -41,6 +41,14 @@ pub trait Layer<L: BlockQueue> {
     /// [`Full`] if there is no place; never while [`Layer::room`] is not 0.
     fn submit(&mut self, leaves: &mut [L], request: &Request<'_>) -> Result<(), Full>;
 
+    /// As [`Submit::prefetch`].
+    #[inline(always)]
+    fn prefetch(&self, _offsets: impl Iterator<Item = u64>)
+    where
+        Self: Sized,
+    {
+    }
+
     /// One of the layer's own requests ended. If that ends one of a frontend, `done` becomes the frontend's
     /// completion. Returns whether it did.
     fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool;
@@ -114,5 +122,10 @@ impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         self.image.submit(self.leaves, request)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        self.image.prefetch(offsets);
     }
 }

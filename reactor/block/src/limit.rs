@@ -125,6 +125,10 @@ impl<D: Submit> Submit for Limited<'_, D> {
         self.limit.charge(request, self.now);
         Ok(())
     }
+
+    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        self.disk.prefetch(offsets);
+    }
 }
 
 #[cfg(test)]

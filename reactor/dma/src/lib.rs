@@ -11,16 +11,19 @@
 //! - [`Pool`] and [`Buf`]: equal buffers cut from a region, owned by one reactor.
 //! - [`Seg`]: what a request carries.
 //! - [`Table`]: the regions that a queue knows, and lets go of when they have no user any more.
+//! - [`prefetch`]: for memory of this process alone.
 //!
 //! Threads: a `Region` is shared by any number of threads; a `Pool` belongs to one.
 
 mod access;
+mod hint;
 mod id;
 mod pool;
 mod region;
 mod table;
 
 pub use access::{Entries, Entry, copy};
+pub use hint::prefetch;
 pub use id::RegionId;
 pub use pool::{Buf, Pool};
 pub use region::{Error, PageSize, Region};

@@ -48,7 +48,10 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
         let limits = self.limits(disk);
         let first = self.free;
-        for _ in 0..(waiting as usize).min(disk.room()) {
+        let count = (waiting as usize).min(disk.room());
+        let ring = &self.ring;
+        disk.prefetch((0..count as u32).map(|n| ring.sector(n).wrapping_mul(u64::from(SECTOR))));
+        for _ in 0..count {
             let head = self.ring.head();
             let taken = match shape(&head) {
                 READ_PAGE => self.take_one::<D, false, true>(disk, head, &limits),

@@ -66,6 +66,8 @@ pub(crate) struct Disk {
     pub(crate) max_in_flight: usize,
     /// Refuses some requests although there is room.
     pub(crate) full: Option<Rng>,
+    /// Offsets that it was told to expect.
+    pub(crate) expected: RefCell<Vec<u64>>,
     done: Completions,
 }
 
@@ -82,6 +84,7 @@ impl Disk {
             waiting: Vec::new(),
             max_in_flight: usize::MAX,
             full: None,
+            expected: RefCell::default(),
             done: Completions::new(),
         }
     }
@@ -125,6 +128,10 @@ impl Submit for Disk {
             None => self.inner.submit(r)?,
         }
         Ok(())
+    }
+
+    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+        self.expected.borrow_mut().extend(offsets);
     }
 }
 

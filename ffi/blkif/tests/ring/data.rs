@@ -93,6 +93,26 @@ fn indices_wrap_at_their_width() {
 }
 
 #[test]
+fn the_disk_is_told_where_requests_go_before_they_come() {
+    for abi in Abi::ALL {
+        let mut p = Pair::new(setup(abi, 0, true));
+        let sectors = [8u64, 0, 1600, 24, 9000];
+        for (n, &sector) in sectors.iter().enumerate() {
+            p.frontend.read(n as u64, sector, PAGE as u32).unwrap();
+        }
+        // So many fit now: no more are spoken of.
+        p.disk.max_in_flight = 3;
+        p.frontend.push();
+        p.turn();
+        let offsets = sectors.map(|s| s * 512);
+        assert_eq!(*p.disk.expected.borrow(), offsets[..3], "{abi:?}");
+        assert_eq!(p.disk.log.iter().map(|s| s.offset).collect::<Vec<_>>(), offsets[..3]);
+        assert_eq!(p.run().len(), 5);
+        assert_eq!(p.disk.expected.borrow()[3..], offsets[3..], "{abi:?}");
+    }
+}
+
+#[test]
 fn partial_pages_anywhere() {
     for persistent in [false, true] {
         for abi in Abi::ALL {
