@@ -69,6 +69,8 @@ pub(crate) struct Runner<'a> {
     stopped: bool,
     /// What is to be kept in mind when reading results.
     pub(crate) notes: Vec<String>,
+    /// What each server is sent before its jobs.
+    pub(crate) first: Option<Job>,
     /// Folded stacks of the last pass that sampled, by job.
     pub(crate) stacks: Vec<(String, Vec<String>)>,
 }
@@ -81,7 +83,8 @@ impl<'a> Runner<'a> {
         stop: &'a dyn Fn() -> bool,
     ) -> Runner<'a> {
         let (notes, stacks) = (Vec::new(), Vec::new());
-        Runner { options, scratch, images, stop, stopped: false, notes, stacks }
+        let first = None;
+        Runner { options, scratch, images, stop, stopped: false, notes, first, stacks }
     }
 
     fn note(&mut self, text: String) {
@@ -170,6 +173,7 @@ impl<'a> Runner<'a> {
         setup: &Setup,
     ) -> Result<Vec<Option<Outcome>>, Error> {
         let mut done = Vec::new();
+        self.send_first(target, setup)?;
         for job in jobs {
             if !self.possible(target, job, setup)? {
                 done.push(None);
@@ -198,6 +202,13 @@ impl<'a> Runner<'a> {
             done.push(Some(self.checked(job, outcome, setup)?));
         }
         Ok(done)
+    }
+
+    fn send_first<T: Target>(&mut self, target: &mut T, setup: &Setup) -> Result<(), Error> {
+        let Some(job) = self.first.clone() else { return Ok(()) };
+        self.go_on()?;
+        let outcome = run(&job, target, None, &mut |_| {})?;
+        self.checked(&job, outcome, setup).map(|_| ())
     }
 
     /// Whether a target takes a job; asks first whether to go on at all.
@@ -276,6 +287,7 @@ impl<'a> Runner<'a> {
         setup: &Setup,
     ) -> Result<Vec<Option<Outcome>>, Error> {
         let mut done = Vec::new();
+        self.send_first(rings, setup)?;
         for job in jobs {
             self.go_on()?;
             let mut meter = rings.first().below().meter(pass == Pass::Count);

@@ -199,6 +199,12 @@ fn cases(options: &Options, peers: &[PeerInfo], notes: &mut Vec<String>) -> Vec<
     cases
 }
 
+/// Seconds that what is sent first may take, about.
+fn first_takes(case: &Case) -> f64 {
+    const A_SECOND: f64 = 30_000.0;
+    case.first.as_ref().and_then(|job| job.requests).map_or(0.0, |n| n as f64 / A_SECOND)
+}
+
 /// How long each measurement takes.
 struct Times {
     rounds: usize,
@@ -216,27 +222,26 @@ impl Times {
         let passes = rounds as f64 + COUNT_SHARE;
         let count = |c: &Case| (c.setups.len() * c.jobs.len()) as f64;
         let cells: f64 = cases.iter().map(count).sum::<f64>().max(1.0);
-        let warm_up = |c: &Case| c.setups.len() as f64 * c.warm_up * (rounds as f64 + 1.0);
-        let left = options.budget.unwrap_or(QUICK) - cases.iter().map(warm_up).sum::<f64>();
+        let first = |c: &Case| c.setups.len() as f64 * first_takes(c) * (rounds as f64 + 1.0);
+        let left = options.budget.unwrap_or(QUICK) - cases.iter().map(first).sum::<f64>();
         let each = (left / cells / passes).clamp(LEAST, MOST);
         Times { rounds, seconds: each * (1.0 - RAMP_SHARE), ramp: each * RAMP_SHARE }
     }
 
-    /// The jobs of a case, with their times and seeds for a round. The first one after a start warms up.
+    /// The jobs of a case, with their times and seeds for a round.
     fn jobs(&self, case: &Case, round: usize, most: f64) -> Vec<Job> {
-        let timed = |(n, job): (usize, &Job)| Job {
+        let timed = |job: &Job| Job {
             seconds: self.seconds.min(most).max(0.01),
-            ramp: match (n, case.disk.content) {
+            ramp: match case.disk.content {
                 // Nothing is allocated twice: what the ramp did would be missing.
-                (_, Content::Empty) => 0.0,
-                (0, _) => self.ramp.max(case.warm_up),
+                Content::Empty => 0.0,
                 _ => self.ramp,
             },
             // Other places in each round, the same ones for all servers.
             seed: job.seed.wrapping_add(round as u64),
             ..job.clone()
         };
-        case.jobs.iter().enumerate().map(timed).collect()
+        case.jobs.iter().map(timed).collect()
     }
 }
 
@@ -248,6 +253,7 @@ fn run_case(
     comparison: &mut Comparison,
     tell: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
+    runner.first = case.first.take();
     let mut found: Vec<Vec<Vec<Outcome>>> = Vec::new();
     let what = |case: &Case| {
         let labels = case.labels.iter().map(|(k, v)| format!(" {k}={v}"));
@@ -378,6 +384,9 @@ mod tests {
                 let times = Times::of(&options(profile, quick), &cases);
                 let mut rows = BTreeSet::new();
                 for case in &cases {
+                    if let Some(first) = &case.first {
+                        first.check(&limits(case.disk.size)).unwrap();
+                    }
                     assert_eq!(case.setups[0].peer(), Peer::Polldisk, "{}", profile.name);
                     let size = case.disk.size * u64::from(case.disk.count);
                     for job in times.jobs(case, 0, f64::MAX) {
@@ -402,7 +411,8 @@ mod tests {
             let of = |c: &Case| {
                 let jobs = |round| t.jobs(c, round, f64::MAX);
                 let time = |jobs: Vec<Job>| jobs.iter().map(|j| j.ramp + j.seconds).sum::<f64>();
-                c.setups.len() as f64 * (0..t.rounds).map(|r| time(jobs(r))).sum::<f64>()
+                let round = |r| first_takes(c) + time(jobs(r));
+                c.setups.len() as f64 * (0..t.rounds).map(round).sum::<f64>()
             };
             let all: f64 = cases.iter().map(of).sum();
             assert!(all < QUICK + 1.0, "{}: {all} s", profile.name);

@@ -12,7 +12,8 @@ pub(super) struct Choice {
 }
 
 enum Place {
-    Sequential(u64),
+    /// Where the next one is, and how far the one after it is from there at least.
+    Sequential(u64, u64),
     Uniform,
     Zipf(Zipf),
 }
@@ -43,7 +44,8 @@ impl Chooser {
         let sizes: Vec<_> = cumulative.collect();
         let unit = u64::from(sizes.iter().map(|s| s.0).min().unwrap_or(512));
         let place = match job.distribution {
-            Distribution::Sequential => Place::Sequential(0),
+            Distribution::Sequential => Place::Sequential(0, 0),
+            Distribution::Stride(step) => Place::Sequential(0, step),
             Distribution::Uniform => Place::Uniform,
             Distribution::Zipf(theta) => Place::Zipf(Zipf::new(theta, len / unit, job.seed)),
         };
@@ -69,9 +71,9 @@ impl Chooser {
         };
         let bytes = u64::from(len);
         let block = match &mut self.place {
-            Place::Sequential(next) => {
-                let at = if *next + bytes > self.len { 0 } else { *next };
-                *next = at + bytes;
+            Place::Sequential(next, step) => {
+                let at = if next.saturating_add(bytes) > self.len { 0 } else { *next };
+                *next = at.saturating_add(bytes.max(*step));
                 return Choice { kind, offset: self.start + at, len };
             }
             Place::Uniform => self.random.below((self.len - bytes) / self.unit + 1),
@@ -98,6 +100,18 @@ mod tests {
         let mut c = Chooser::new(&job, 8192, 3 * 4096 + 100);
         let offsets: Vec<u64> = (0..7).map(|_| c.next().offset).collect();
         assert_eq!(offsets, [2, 3, 4, 2, 3, 4, 2].map(|n| n * 4096));
+    }
+
+    #[test]
+    fn strides_leave_out_what_lies_between() {
+        let job = Job { distribution: Distribution::Stride(3 * 4096), ..Job::default() };
+        let mut c = Chooser::new(&job, 4096, 7 * 4096);
+        let offsets: Vec<u64> = (0..5).map(|_| c.next().offset).collect();
+        assert_eq!(offsets, [1, 4, 7, 1, 4].map(|n| n * 4096));
+        // Larger than the range: always its first block.
+        let job = Job { distribution: Distribution::Stride(u64::MAX - 511), ..Job::default() };
+        let mut c = Chooser::new(&job, 4096, 8192);
+        assert_eq!([c.next().offset, c.next().offset], [4096, 4096]);
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Mix {
 pub enum Distribution {
     /// One after the other, from the range's start to its end, and again.
     Sequential,
+    /// The same with so many bytes from the beginning of one to that of the next.
+    Stride(u64),
     /// Every block as often as any other.
     Uniform,
     /// The block that is the `k`th in a random order is asked for in proportion to 1 / k^theta.
@@ -194,6 +196,12 @@ impl Job {
             && !(0.001..=1e8).contains(&per_second)
         {
             return fail(format!("{per_second} requests a second: 0.001 to 10^8 are possible"));
+        }
+        if let Distribution::Stride(step) = self.distribution
+            && (step == 0 || !step.is_multiple_of(u64::from(limits.block.max(1))))
+        {
+            let block = limits.block.max(1);
+            return fail(format!("steps of {step} bytes: multiples of {block} are possible"));
         }
         if let Distribution::Zipf(theta) = self.distribution
             && !(0.01..=20.0).contains(&theta)

@@ -25,6 +25,7 @@ pub(crate) fn command(job: &Job, target: &Path, core: Option<usize>) -> Result<C
     let random = match job.distribution {
         Distribution::Sequential => "",
         Distribution::Uniform | Distribution::Zipf(_) => "rand",
+        Distribution::Stride(_) => return fail("steps"),
     };
     let kind = match job.mix.reads {
         100 => "read",

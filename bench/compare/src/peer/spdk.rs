@@ -17,7 +17,7 @@ pub(crate) fn command(job: &Job, address: &str, core: Option<usize>) -> Result<C
     let pattern = match job.distribution {
         Distribution::Sequential => "read",
         Distribution::Uniform => "randread",
-        Distribution::Zipf(_) => return fail("that distribution"),
+        Distribution::Stride(_) | Distribution::Zipf(_) => return fail("that distribution"),
     };
     if job.changes() {
         return fail("anything that changes a drive");
