@@ -6,6 +6,7 @@ use reactor::Wake;
 
 use crate::Error;
 use crate::reference::Reference;
+use crate::rig::PAGE_BLOCKS;
 use crate::stamp::{self, BLOCK};
 
 /// Sectors of 512 bytes in a block.
@@ -37,6 +38,8 @@ pub(crate) enum Mix {
     Mixed,
     /// Reads one after the other, once over everything.
     Verify,
+    /// Reads, each in another page of the map than the last ones.
+    Pages,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -148,6 +151,11 @@ impl Guest {
             }
             self.next += 1;
             return Some((self.next - 1, mix == Mix::Fill));
+        }
+        if mix == Mix::Pages {
+            let (n, pages) = (self.next, (blocks / PAGE_BLOCKS).max(1));
+            self.next += 1;
+            return Some((n % pages * PAGE_BLOCKS + n / pages % PAGE_BLOCKS, false));
         }
         // Some tries: with few blocks most may be busy.
         for _ in 0..4 {

@@ -32,6 +32,10 @@ pub enum Scenario {
     RawRead,
     /// As `Write`, of the same.
     RawWrite,
+    /// As `Read`, over a disk whose map is so large that a processor does not keep it near.
+    ReadFar,
+    /// As `Read`, of what is mapped, but by a part of an L2 table that must be read first.
+    ReadMiss,
     /// The translation of such a read alone, in an image without backing files.
     Translate1,
     /// The same, mapped by the last of 20 layers.
@@ -66,13 +70,15 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 30] = [
+    pub const ALL: [(Scenario, usize); 32] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
         (Scenario::Write, 32),
         (Scenario::RawRead, 32),
         (Scenario::RawWrite, 32),
+        (Scenario::ReadFar, 32),
+        (Scenario::ReadMiss, 32),
         (Scenario::Translate1, 1),
         (Scenario::Translate20, 1),
         (Scenario::Idle32, 1),
@@ -106,6 +112,8 @@ impl Scenario {
             Scenario::Write => "write",
             Scenario::RawRead => "raw-read",
             Scenario::RawWrite => "raw-write",
+            Scenario::ReadFar => "read-far",
+            Scenario::ReadMiss => "read-miss",
             Scenario::Translate1 => "translate-1",
             Scenario::Translate20 => "translate-20",
             Scenario::Idle32 => "idle-32-rings",
@@ -148,6 +156,8 @@ impl Scenario {
                 | Scenario::Write
                 | Scenario::RawRead
                 | Scenario::RawWrite
+                | Scenario::ReadFar
+                | Scenario::ReadMiss
                 | Scenario::ReadStripe(_)
                 | Scenario::ReadSatellite
                 | Scenario::WriteSatellite
@@ -213,6 +223,11 @@ pub fn measure(
         Scenario::RawWrite => {
             requests(Load { raw: true, ..Load::hits(Mix::Write) }, depth, count, scratch, t)?
         }
+        Scenario::ReadFar => {
+            let all = qcow::run::Options::default().l2_cache;
+            requests(Load::large(Mix::Read, all), depth, count, scratch, t)?
+        }
+        Scenario::ReadMiss => requests(Load::large(Mix::Pages, 0), depth, count, scratch, t)?,
         Scenario::ReadStripe(devices) => {
             requests(Load { devices, ..Load::hits(Mix::Read) }, depth, count, scratch, t)?
         }
@@ -259,8 +274,10 @@ fn requests(
     if load.filled {
         rig.warm_up()?;
     } else {
+        // Each page of a large map comes more than once.
+        let first = if load.large.is_some() { Mix::Pages } else { mix };
         for _ in 0..300 {
-            rig.round(mix, 32);
+            rig.round(first, 32);
         }
         rig.settle()?;
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blkif::{Abi, Backend, Config, Signal};
 use node::{Frontend, Leaf, NodeSpec, OpenOptions, Parts, ReactorCore};
-use qcow::create::{CreateOptions, create};
+use qcow::create::{CreateOptions, Preallocation, create};
 use qcow::open::Format;
 use reactor::Clock;
 
@@ -21,6 +21,13 @@ pub(crate) const ORDER: u8 = 0;
 
 /// Blocks of 4 KiB of the disk: within one page of the map.
 pub(crate) const BLOCKS: u64 = 2048;
+
+/// Blocks of a large disk, with clusters of their size: its map has 1024 pages of [`PAGE_BLOCKS`] words, and
+/// the least that an image keeps are 528.
+pub(crate) const LARGE: u64 = 1 << 19;
+
+/// Clusters of a page of that map.
+pub(crate) const PAGE_BLOCKS: u64 = 512;
 
 /// Stripes of that many bytes.
 pub(crate) const STRIPE: u64 = 64 << 10;
@@ -39,13 +46,20 @@ pub(crate) struct Load {
     pub(crate) satellites: u8,
     /// The guest's ring is the first of those's.
     pub(crate) by_satellite: bool,
+    /// The disk is of [`LARGE`] blocks, all of them allocated, with so many bytes for its map.
+    pub(crate) large: Option<u64>,
 }
 
 impl Load {
     /// Hits, by the image's only reactor.
     pub(crate) fn hits(mix: Mix) -> Load {
         let (filled, raw) = (true, false);
-        Load { mix, devices: 1, filled, raw, satellites: 0, by_satellite: false }
+        Load { mix, devices: 1, filled, raw, satellites: 0, by_satellite: false, large: None }
+    }
+
+    /// Reads over a large disk.
+    pub(crate) fn large(mix: Mix, l2_cache: u64) -> Load {
+        Load { filled: false, large: Some(l2_cache), ..Load::hits(mix) }
     }
 
     /// The same by a satellite.
@@ -65,11 +79,19 @@ impl Load {
 pub(crate) fn rig(path: &Path, run: &Totals) -> Result<Rig, Error> {
     let spec = node::ModelSpec::new(path);
     image_file(&spec.path, BLOCKS, None)?;
-    Rig::open(NodeSpec::Model(spec), Format::Qcow2, BLOCKS, !run.trap, 0, 0)
+    let image = Default::default();
+    Rig::open(NodeSpec::Model(spec), Format::Qcow2, BLOCKS, !run.trap, 0, 0, image)
 }
 
 /// The same for a load.
 pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, Error> {
+    let image = qcow::run::Options::default();
+    if let Some(l2_cache) = load.large {
+        let spec = node::ModelSpec::new(scratch.join("large.qcow2"));
+        large_file(&spec.path)?;
+        let image = qcow::run::Options { l2_cache, ..image };
+        return Rig::open(NodeSpec::Model(spec), Format::Qcow2, LARGE, !run.trap, 0, 0, image);
+    }
     if load.devices == 1 {
         let spec = node::ModelSpec::new(scratch.join("path.qcow2"));
         let format = if load.raw { Format::Raw } else { Format::Qcow2 };
@@ -79,7 +101,7 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
         }
         let spec = NodeSpec::Model(spec);
         let satellites = usize::from(load.satellites);
-        return Rig::open(spec, format, BLOCKS, !run.trap, satellites, load.at());
+        return Rig::open(spec, format, BLOCKS, !run.trap, satellites, load.at(), image);
     }
     let count = load.devices;
     let spec = NodeSpec::Stripe(STRIPE, devices(count, scratch)?);
@@ -87,7 +109,7 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
     let options = CreateOptions::new(BLOCKS * BLOCK as u64);
     create(&mut storage, "bench", &options).map_err(node::Error::from)?;
     storage.close()?;
-    Rig::open(spec, Format::Qcow2, BLOCKS, !run.trap, 0, 0)
+    Rig::open(spec, Format::Qcow2, BLOCKS, !run.trap, 0, 0, image)
 }
 
 /// A file of so many blocks.
@@ -96,14 +118,25 @@ fn raw_file(path: &Path, blocks: u64) -> Result<(), Error> {
     file.set_len(blocks * BLOCK as u64).map_err(Error::other)
 }
 
+/// A sparse file of a large disk.
+fn large_file(path: &Path) -> Result<(), Error> {
+    let mut o = CreateOptions::new(LARGE * BLOCK as u64);
+    (o.cluster_size, o.preallocation) = (BLOCK as u64, Preallocation::Metadata);
+    create_file(path, &o)
+}
+
 pub(crate) fn image_file(path: &Path, blocks: u64, backing: Option<&str>) -> Result<(), Error> {
+    let mut o = CreateOptions::new(blocks * BLOCK as u64);
+    o.backing = backing.map(|name| (name.to_owned(), Format::Qcow2));
+    create_file(path, &o)
+}
+
+fn create_file(path: &Path, o: &CreateOptions) -> Result<(), Error> {
     let mut options = std::fs::File::options();
     let file = options.create(true).truncate(true).read(true).write(true).open(path);
     let file = file.map_err(Error::other)?;
     let mut storage = node::HostStorage::of(file, false).map_err(Error::other)?;
-    let mut o = CreateOptions::new(blocks * BLOCK as u64);
-    o.backing = backing.map(|name| (name.to_owned(), Format::Qcow2));
-    create(&mut storage, "bench", &o).map_err(node::Error::from)?;
+    create(&mut storage, "bench", o).map_err(node::Error::from)?;
     Ok(())
 }
 
@@ -126,7 +159,8 @@ impl Rig {
     /// A rig on an empty image of `blocks` blocks.
     pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
         image_file(&spec.path, blocks, None)?;
-        Rig::open(NodeSpec::Model(spec), Format::Qcow2, blocks, false, 0, 0)
+        let image = Default::default();
+        Rig::open(NodeSpec::Model(spec), Format::Qcow2, blocks, false, 0, 0, image)
     }
 
     /// A rig with so many satellites, and the guest's ring at reactor `at`.
@@ -137,6 +171,7 @@ impl Rig {
         made_up_time: bool,
         satellites: usize,
         at: usize,
+        options: qcow::run::Options,
     ) -> Result<Rig, Error> {
         let clock = Clock::real();
         let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(format) };
@@ -147,8 +182,7 @@ impl Rig {
             false => (clock.clone(), Arc::default()),
         };
         let mut core = ReactorCore::new(time_of_core.clone()).map_err(Error::other)?;
-        let (image, mut rest) =
-            parts.attach(&mut core, qcow::run::Options::default()).map_err(Error::other)?;
+        let (image, mut rest) = parts.attach(&mut core, options).map_err(Error::other)?;
         let mut cores = vec![(core, image)];
         while let Some(further) = rest.further() {
             let mut core = ReactorCore::new(time_of_core.clone()).map_err(Error::other)?;
