@@ -41,9 +41,17 @@ mod atomics {
 
     pub(crate) use dma::prefetch;
 
-    /// `n` words of zero, which take memory as they are used; `None` if there is none.
+    /// So many words are worth pages of 2 MiB: 4 MiB of them.
+    const LARGE: usize = 1 << 19;
+
+    /// `n` words of zero, which take memory as they are used (2 MiB at a time, if they are many and the
+    /// kernel has such pages); `None` if there is none.
     pub(crate) fn zeroed(n: usize) -> Option<Box<[AtomicU64]>> {
-        zerocopy::FromZeros::new_box_zeroed_with_elems(n).ok()
+        let words: Box<[AtomicU64]> = zerocopy::FromZeros::new_box_zeroed_with_elems(n).ok()?;
+        if n >= LARGE {
+            dma::prefer_huge_pages(&words);
+        }
+        Some(words)
     }
 }
 

@@ -11,7 +11,7 @@
 //! - [`Pool`] and [`Buf`]: equal buffers cut from a region, owned by one reactor.
 //! - [`Seg`]: what a request carries.
 //! - [`Table`]: the regions that a queue knows, and lets go of when they have no user any more.
-//! - [`prefetch`]: for memory of this process alone.
+//! - [`prefetch`], [`prefer_huge_pages`]: for memory of this process alone.
 //!
 //! Threads: a `Region` is shared by any number of threads; a `Pool` belongs to one.
 
@@ -23,7 +23,7 @@ mod region;
 mod table;
 
 pub use access::{Entries, Entry, copy};
-pub use hint::prefetch;
+pub use hint::{prefer_huge_pages, prefetch};
 pub use id::RegionId;
 pub use pool::{Buf, Pool};
 pub use region::{Error, PageSize, Region};
