@@ -13,15 +13,18 @@ mod slot;
 mod stripes;
 #[cfg(test)]
 mod tests;
+mod wakes;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use dma::Region;
 
 use self::slot::Slot;
 pub use self::stripes::{StripeQueue, Stripes};
+use self::wakes::Wakes;
 use crate::{
     BlockQueue, Completion, Completions, DeviceInfo, Full, HasWork, LeafAccess, Op, Request,
     SegList, Status, Submit, Tag,
@@ -158,6 +161,7 @@ pub struct SplitQueue<Q, L> {
     /// The member that is polled first, so that none is always last.
     first: usize,
     strays: u64,
+    wakes: Wakes,
 }
 
 impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
@@ -182,6 +186,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// If there are not 1 to [`MAX_MEMBERS`] of them, a unit does not exist, or block sizes differ.
     pub fn of(members: Vec<(Q, u16)>) -> Result<SplitQueue<Q, L>, String> {
         infos(&members)?;
+        let wakes = Wakes::of(&members)?;
         let mut queue = SplitQueue {
             members,
             zero: Unit::nothing(),
@@ -195,6 +200,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             lost: false,
             first: 0,
             strays: 0,
+            wakes,
         };
         queue.count_room();
         Ok(queue)
@@ -525,13 +531,20 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
         self.straight + SLOTS - self.free.len()
     }
 
-    /// There is no descriptor to sleep on, so it is polled while anything is in flight.
+    /// A member that has no descriptor is polled while anything of it is in flight, or while parts
+    /// wait, which may be for it. Places in others come by completions only.
     fn arm(&mut self) -> HasWork {
-        let mut work = self.in_flight() > 0;
+        let mut work = !self.finished.is_empty();
         for (queue, _) in &mut self.members {
             work |= queue.arm() == HasWork::Yes;
+            let polled = queue.in_flight() > 0 || !self.waiting.is_empty();
+            work |= polled && queue.wake_fd().is_none();
         }
         if work { HasWork::Yes } else { HasWork::No }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.wakes.fd()
     }
 
     fn set_now(&mut self, now: u64) {

@@ -4,6 +4,7 @@ mod behaviour;
 mod device;
 mod model;
 mod regions;
+mod stripe;
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;

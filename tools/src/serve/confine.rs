@@ -278,6 +278,8 @@ const CALLS: &[(Who, &[i64])] = &[
             libc::SYS_prctl,
             libc::SYS_clock_getres,
             libc::SYS_eventfd2,
+            libc::SYS_epoll_create1,
+            libc::SYS_epoll_ctl,
             libc::SYS_timerfd_create,
             libc::SYS_timerfd_settime,
             libc::SYS_rt_sigaction,
