@@ -150,16 +150,19 @@ pub struct SplitQueue<Q, L> {
     waiting: VecDeque<u16>,
     /// Slots whose answer waits for the next poll.
     finished: VecDeque<u16>,
+    /// Parts in flight.
+    parts: usize,
     /// Requests that every member certainly takes, as of the last poll, less those taken since: a
     /// request takes one place of a member, or is counted anew.
     room: usize,
-    /// Requests that went to a member as they were.
-    straight: usize,
     /// A member was lost that could not be stopped. Everything is refused: a buffer that it may still
     /// write to must not be read into from another member.
     lost: bool,
-    /// The member that is polled first, so that none is always last.
+    /// The member that is polled first: another one after a poll that filled the array, so that none
+    /// is always last.
     first: usize,
+    /// The reactor's time, for the members at the next poll.
+    now: u64,
     strays: u64,
     wakes: Wakes,
 }
@@ -195,10 +198,11 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             free: (0..SLOTS as u16).rev().collect(),
             waiting: VecDeque::with_capacity(SLOTS),
             finished: VecDeque::with_capacity(SLOTS),
+            parts: 0,
             room: 0,
-            straight: 0,
             lost: false,
             first: 0,
+            now: 0,
             strays: 0,
             wakes,
         };
@@ -300,6 +304,28 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Answers from members that belonged to no request.
     pub fn strays(&self) -> u64 {
         self.strays
+    }
+
+    /// Hot: the member that a request within one run goes to, and the request as it is there. `None`:
+    /// it is none, to be submitted as any other. Only what the member cannot see is looked at here.
+    #[inline(always)]
+    pub fn straight<'r>(&mut self, r: &Request<'r>) -> Option<(&mut Q, Request<'r>)> {
+        // Only what is shared has more units than one. Where there is none nothing is open.
+        let unit = match r.unit.checked_sub(1) {
+            Some(other) if L::SHARED => self.others.get(usize::from(other))?,
+            _ => &self.zero,
+        };
+        let Place { member, offset, len: left } = unit.layout.locate(r.offset);
+        // A flush, like everything without length, is no request within a run.
+        if r.offset < unit.open
+            && r.len.wrapping_sub(1) < left
+            && (!L::SHARED || !unit.info.read_only || r.op == Op::Read)
+            && let Some((queue, unit)) = self.members.get_mut(member)
+        {
+            self.room = self.room.saturating_sub(1);
+            return Some((queue, Request { unit: *unit, offset, ..*r }));
+        }
+        None
     }
 
     /// Takes a request into a slot and sends what can be sent.
@@ -408,6 +434,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             return false;
         }
         slot.outstanding |= bit;
+        self.parts += 1;
         slot.part = slot.part.wrapping_add(1);
         slot.sent += step;
         true
@@ -430,6 +457,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             return;
         };
         slot.outstanding &= !bit;
+        self.parts -= 1;
         if !c.status.is_ok() {
             slot.fail(c.status, c.detail);
         }
@@ -441,11 +469,8 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
 
     #[inline]
     fn count_room(&mut self) {
-        let mut least = self.free.len();
-        for (queue, _) in &self.members {
-            least = least.min(queue.room());
-        }
-        self.room = least;
+        let least = |least: usize, (queue, _): &(Q, u16)| least.min(queue.room());
+        self.room = self.members.iter().fold(self.free.len(), least);
     }
 
     /// Whether parts are in flight, wait, or are to be answered.
@@ -465,30 +490,12 @@ impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
         self.room
     }
 
-    /// Hot: a request within one run. Only what its member cannot see is looked at here.
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
-        let r = request;
-        // Only what is shared has more units than one. Where there is none nothing is open.
-        let unit = match r.unit.checked_sub(1) {
-            Some(other) if L::SHARED => self.others.get(usize::from(other)),
-            _ => Some(&self.zero),
-        };
-        if let Some(unit) = unit {
-            let Place { member, offset, len: left } = unit.layout.locate(r.offset);
-            // A flush, like everything without length, is no request within a run.
-            if r.offset < unit.open
-                && r.len.wrapping_sub(1) < left
-                && (!L::SHARED || !unit.info.read_only || r.op == Op::Read)
-                && let Some((queue, unit)) = self.members.get_mut(member)
-            {
-                queue.submit(&Request { unit: *unit, offset, ..*r })?;
-                self.straight += 1;
-                self.room = self.room.saturating_sub(1);
-                return Ok(());
-            }
+        if let Some((queue, request)) = self.straight(request) {
+            return queue.submit(&request);
         }
-        self.take(r)
+        self.take(request)
     }
 }
 
@@ -499,28 +506,28 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
 
     #[inline]
     fn poll(&mut self, out: &mut Completions) -> usize {
-        let before = out.len();
-        self.first = if self.first + 1 == self.members.len() { 0 } else { self.first + 1 };
+        let (before, now) = (out.len(), self.now);
         let (early, late) = self.members.split_at_mut(self.first);
         for (queue, _) in late {
+            queue.set_now(now);
             queue.poll(out);
         }
         for (queue, _) in early {
+            queue.set_now(now);
             queue.poll(out);
         }
         if out.any_failed() && out.iter_from(before).any(|c| c.is_quarantined()) {
             self.lost = true;
             std::iter::once(&mut self.zero).chain(&mut self.others).for_each(|u| u.open = 0);
         }
-        if self.has_slots() {
+        if self.has_slots() || out.room() == 0 {
             self.settle(before, out);
-        } else {
-            self.straight -= (out.len() - before).min(self.straight);
         }
         self.count_room();
         out.len() - before
     }
 
+    #[inline]
     fn start(&mut self) {
         for (queue, _) in &mut self.members {
             queue.start();
@@ -528,7 +535,8 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
     }
 
     fn in_flight(&self) -> usize {
-        self.straight + SLOTS - self.free.len()
+        let below: usize = self.members.iter().map(|(queue, _)| queue.in_flight()).sum();
+        below.saturating_sub(self.parts) + SLOTS - self.free.len()
     }
 
     /// A member that has no descriptor is polled while anything of it is in flight, or while parts
@@ -547,10 +555,10 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
         self.wakes.fd()
     }
 
+    /// The members are told when they are polled, which is next.
+    #[inline]
     fn set_now(&mut self, now: u64) {
-        for (queue, _) in &mut self.members {
-            queue.set_now(now);
-        }
+        self.now = now;
     }
 }
 
@@ -558,12 +566,13 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Takes the answers to parts out of what members handed out, and answers what is finished.
     #[inline(never)]
     fn settle(&mut self, before: usize, out: &mut Completions) {
+        if out.room() == 0 {
+            self.first = (self.first + 1) % self.members.len();
+        }
         out.retain_from(before, |c| {
             let own = c.tag.owner() == OWNER;
             if own {
                 self.answered(c);
-            } else {
-                self.straight = self.straight.saturating_sub(1);
             }
             !own
         });

@@ -180,13 +180,23 @@ impl Submit for Leaf {
         each!(self, q => q.room())
     }
 
+    /// A queue pair first, by itself or in a stripe: one place where its `submit` is inlined.
     #[inline(always)]
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
         // Copies, so that the request need not be in memory for the leaf whose `submit` is inlined.
-        if let Leaf::Nvme(q) = self {
-            return q.submit(&{ *request });
-        }
-        self.submit_elsewhere(&{ *request })
+        let mut request = *request;
+        let pair = match self {
+            Leaf::Nvme(q) => q,
+            Leaf::Stripe(stripe) => match stripe.straight(&{ request }) {
+                Some((Leaf::Nvme(q), there)) => {
+                    request = there;
+                    q
+                }
+                _ => return self.submit_elsewhere(&{ request }),
+            },
+            _ => return self.submit_elsewhere(&{ request }),
+        };
+        pair.submit(&{ request })
     }
 }
 
@@ -194,6 +204,16 @@ impl Leaf {
     #[inline(never)]
     fn submit_elsewhere(&mut self, request: &Request<'_>) -> Result<(), Full> {
         each!(self, q => q.submit(request))
+    }
+
+    #[inline(never)]
+    fn poll_elsewhere(&mut self, out: &mut Completions) -> usize {
+        each!(self, q => q.poll(out))
+    }
+
+    #[inline(never)]
+    fn start_elsewhere(&mut self) {
+        each!(self, q => q.start());
     }
 }
 
@@ -204,12 +224,18 @@ impl BlockQueue for Leaf {
 
     #[inline(always)]
     fn poll(&mut self, out: &mut Completions) -> usize {
-        each!(self, q => q.poll(out))
+        match self {
+            Leaf::Nvme(q) => q.poll(out),
+            _ => self.poll_elsewhere(out),
+        }
     }
 
     #[inline]
     fn start(&mut self) {
-        each!(self, q => q.start());
+        match self {
+            Leaf::Nvme(q) => q.start(),
+            _ => self.start_elsewhere(),
+        }
     }
 
     #[inline]

@@ -12,7 +12,9 @@ pub type StripeQueue<Q> = SplitQueue<Q, Stripes>;
 /// chunk `c` of `n` members lies on member `c % n`, as its chunk `c / n`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stripes {
+    /// A chunk's bytes as a power of two, and less one.
     shift: u32,
+    mask: u64,
     members: u64,
     /// ⌊2^64 / members⌋ + 1: a product with it, shifted by 64, is the quotient for all numbers below
     /// 2^64 / members, so for all chunks that there can be (chunks are 4 KiB at least). For one
@@ -25,7 +27,8 @@ pub struct Stripes {
 impl Stripes {
     /// One chunk on one member, of so many bytes.
     pub fn linear(size: u64) -> Stripes {
-        Stripes { shift: u64::BITS - 1, members: 1, inverse: 0, size: size.min(1 << 63) }
+        let (shift, mask) = (u64::BITS - 1, u64::MAX >> 1);
+        Stripes { shift, mask, members: 1, inverse: 0, size: size.min(1 << 63) }
     }
 
     /// Chunks of `chunk` bytes on `members` members, `size` bytes in all. `None` unless the chunk is
@@ -36,7 +39,7 @@ impl Stripes {
         }
         let members = members as u64;
         let inverse = u64::MAX / members + 1;
-        Some(Stripes { shift: chunk.ilog2(), members, inverse, size })
+        Some(Stripes { shift: chunk.ilog2(), mask: chunk - 1, members, inverse, size })
     }
 
     /// The same with so many bytes in all.
@@ -54,12 +57,11 @@ impl Stripes {
 
     /// How many of the bytes before `at` lie on the member.
     fn before(&self, member: usize, at: u64) -> u64 {
-        let mask = (1u64 << self.shift) - 1;
         let (row, column) = self.place(at >> self.shift);
         let here = match column.cmp(&(member as u64)) {
             std::cmp::Ordering::Less => 0,
-            std::cmp::Ordering::Equal => at & mask,
-            std::cmp::Ordering::Greater => mask + 1,
+            std::cmp::Ordering::Equal => at & self.mask,
+            std::cmp::Ordering::Greater => self.mask + 1,
         };
         (row << self.shift) + here
     }
@@ -86,10 +88,10 @@ impl Layout for Stripes {
 
     #[inline]
     fn locate(&self, at: u64) -> Place {
-        let mask = (1 << self.shift) - 1;
+        let within = at & self.mask;
         let (row, column) = self.place(at >> self.shift);
-        let offset = row << self.shift | at & mask;
-        Place { member: column as usize, offset, len: mask + 1 - (at & mask) }
+        let offset = row << self.shift | within;
+        Place { member: column as usize, offset, len: self.mask - within + 1 }
     }
 
     fn pieces(&self, _: u64, _: u64) -> Range<u64> {
