@@ -3,7 +3,9 @@
 //!
 //! An instruction counts for the function that it was written in, however that was inlined; if that is
 //! one of the standard library or of the vocabulary that all share (`dma`, `block`), for the layer that
-//! called it. What prepares a data copy counts as the copy.
+//! called it. What prepares a data copy counts as the copy. Where the compiler has put the same code of
+//! several callers together, nothing says where it was written: such an instruction counts as the one that
+//! runs before it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Write as _;
@@ -160,7 +162,7 @@ pub fn profile(
     let run = Command::new("valgrind")
         // Fair, so that a device's thread gets its turns on a busy machine too.
         .args(["-q", "--fair-sched=try", "--tool=callgrind", "--collect-atstart=no"])
-        .args(["--dump-instr=yes", "--compress-pos=no"])
+        .args(["--dump-instr=yes", "--collect-jumps=yes", "--compress-pos=no"])
         .arg(format!("--toggle-collect=*{}*", scenario.symbol()))
         .arg(format!("--callgrind-out-file={}", out.display()))
         .arg(program)
@@ -175,9 +177,9 @@ pub fn profile(
         return Err(Error::other(format!("{} under valgrind: {text}", scenario.name())));
     }
     let text = std::fs::read_to_string(&out).map_err(Error::other)?;
-    let costs = parse(&text, program);
-    let addresses: Vec<u64> = costs.keys().flatten().copied().collect();
-    let profile = attribute(&costs, &frames(program, &addresses)?, atomics);
+    let counts = parse(&text, program);
+    let addresses: Vec<u64> = counts.costs.keys().flatten().copied().collect();
+    let profile = attribute(&counts, &frames(program, &addresses)?, atomics);
     if profile.total() < 50 {
         return Err(Error::other(format!(
             "{}: only {} instructions were collected in {}: not measured",
@@ -189,11 +191,29 @@ pub fn profile(
     Ok(profile)
 }
 
-/// Costs by address in the program, and of what is outside of it (`None`), from a callgrind profile
-/// ("Callgrind Format Specification") with absolute positions of instruction and line.
-fn parse(text: &str, program: &Path) -> BTreeMap<Option<u64>, u64> {
-    let (mut objects, mut ours, mut skip) = (HashMap::new(), false, false);
-    let mut costs = BTreeMap::new();
+/// What callgrind counted.
+#[derive(Debug, Default)]
+struct Counts {
+    /// By address in the program, and of what is outside of it (`None`).
+    costs: BTreeMap<Option<u64>, u64>,
+    /// From where each place is jumped to most often, and how often.
+    jumps: HashMap<u64, (u64, u64)>,
+}
+
+impl Counts {
+    /// The address of the instruction that runs before another one.
+    fn before(&self, at: u64) -> Option<u64> {
+        let jump = self.jumps.get(&at).map(|&(from, _)| from);
+        jump.or_else(|| self.costs.range(..Some(at)).next_back().and_then(|(&before, _)| before))
+    }
+}
+
+/// Reads a callgrind profile ("Callgrind Format Specification") with absolute positions of instruction
+/// and line.
+fn parse(text: &str, program: &Path) -> Counts {
+    let (mut objects, mut ours, mut skip, mut jump) = (HashMap::new(), false, false, None);
+    let mut counts = Counts::default();
+    let address = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
     for line in text.lines() {
         if let Some((key, value)) = line.split_once('=')
             && key.chars().all(|c| c.is_ascii_lowercase())
@@ -203,33 +223,57 @@ fn parse(text: &str, program: &Path) -> BTreeMap<Option<u64>, u64> {
                 "cob" => drop(name(&mut objects, value)),
                 // The next line is what the callee cost, which is counted there.
                 "calls" => skip = true,
+                // How often, where to; the next line is where from, and costs nothing.
+                "jump" | "jcnd" => {
+                    let mut words = value.split_whitespace();
+                    let often = words.next().and_then(|n| n.split('/').next_back());
+                    let often = often.and_then(|n| n.parse::<u64>().ok());
+                    jump = Some(often.zip(words.next().and_then(address)));
+                }
                 _ => {}
             }
             continue;
         }
-        let Some(line) = line.strip_prefix("0x") else { continue };
-        if std::mem::take(&mut skip) {
+        if !line.starts_with("0x") || std::mem::take(&mut skip) {
             continue;
         }
         let mut words = line.split_whitespace();
-        let at = words.next().and_then(|n| u64::from_str_radix(n, 16).ok());
+        let at = words.next().and_then(address).filter(|_| ours);
+        if let Some(jump) = jump.take() {
+            if let Some(((often, to), from)) = jump.zip(at) {
+                let best = counts.jumps.entry(to).or_insert((from, often));
+                if often > best.1 {
+                    *best = (from, often);
+                }
+            }
+            continue;
+        }
         let cost = words.nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-        *costs.entry(at.filter(|_| ours)).or_default() += cost;
+        *counts.costs.entry(at).or_default() += cost;
     }
-    costs
+    counts
 }
 
+/// How many instructions without a line are followed back to one that has one.
+const MOST_MERGED: usize = 256;
+
 fn attribute(
-    costs: &BTreeMap<Option<u64>, u64>,
+    counts: &Counts,
     frames: &HashMap<u64, Vec<Frame>>,
     atomics: &Atomics,
 ) -> Profile {
+    let merged = |at: &u64| {
+        let inner = frames.get(at).and_then(|all| all.first());
+        inner.is_some_and(|f| f.file.ends_with(":?") || f.file.ends_with(":0"))
+    };
     let mut profile = Profile::default();
-    for (&at, &cost) in costs {
+    for (&at, &cost) in &counts.costs {
         if at.is_some_and(|at| atomics.0.contains(&at)) {
             profile.atomics += cost;
         }
-        let stands_in = at.and_then(|at| frames.get(&at)).map_or(&[][..], Vec::as_slice);
+        let mut back = std::iter::successors(at, |&at| counts.before(at)).take(MOST_MERGED);
+        let known = back.find(|at| !merged(at)).or(at);
+        let stands_in = known.and_then(|at| frames.get(&at)).map_or(&[][..], Vec::as_slice);
         match layer(stands_in) {
             Some(layer) => *profile.layers.entry(layer.to_owned()).or_default() += cost,
             None => profile.copy += cost,
@@ -309,5 +353,38 @@ blkif::backend::Backend<M,G,E>::complete
         assert_eq!((p.layers["dma"], p.layers["other"]), (2, 3));
         assert_eq!(p.total(), 17);
         assert_eq!(p.atomics, 7 + 999, "of the program only, each as often as it ran");
+    }
+
+    /// What stands nowhere counts for what ran before it, however often, and wherever that is.
+    #[test]
+    fn merged_code_counts_for_what_leads_to_it() {
+        let text = "\
+ob=(1) /x/polldisk
+fn=(1) bench::path::measured_turn
+0x4010 10 5
+jcnd=2/9 0x4030 20
+0x4010 10
+jump=3 0x4030 20
+0x4020 30
+0x4020 30 3
+0x4030 0 50
+0x4038 0 50
+0x4040 40 50
+";
+        let at = |at: u64, file: &str| {
+            let frame = Frame { function: "f".to_owned(), file: format!("/x/{file}") };
+            (at, vec![frame])
+        };
+        let frames = HashMap::from([
+            at(0x4010, "nvme/src/ring.rs:7"),
+            at(0x4020, "qcow/src/map.rs:3"),
+            at(0x4030, "ffi/blkif/src/ring.rs:?"),
+            at(0x4038, "ffi/blkif/src/ring.rs:0"),
+            at(0x4040, "ffi/blkif/src/ring.rs:40"),
+        ]);
+        let p = attribute(&parse(text, Path::new("/x/polldisk")), &frames, &Atomics::default());
+        assert_eq!(p.layers["nvme"], 5 + 50 + 50);
+        assert_eq!((p.layers["qcow"], p.layers["blkif"]), (3, 50));
+        assert_eq!(p.total(), 158, "a jump costs nothing more than itself");
     }
 }

@@ -83,12 +83,23 @@ impl<D: Doorbell> SubmissionRing<D> {
 /// The host's side of a completion queue.
 pub(crate) struct CompletionRing<D> {
     entries: Entries<CQE_SIZE>,
-    head: u32,
-    /// The phase bit of a fresh entry, where it stands in an entry's last dword.
-    phase: u32,
+    next: Next,
     /// Entries taken that the device was not told of.
     untold: u32,
     doorbell: Bell<D>,
+}
+
+/// Which entry of a completion queue is looked at next. A loop over entries has a copy of its own: what it
+/// writes cannot be that, so it need not be loaded and stored again for each.
+#[derive(Clone, Copy)]
+pub(crate) struct Next {
+    head: u32,
+    /// The phase bit of a fresh entry, where it stands in an entry's last dword.
+    phase: u32,
+}
+
+impl Next {
+    const FIRST: Next = Next { head: 0, phase: PHASE };
 }
 
 /// The last dword of a fresh completion entry: CID, 0 in the place of the phase, status. So one that
@@ -128,14 +139,32 @@ impl<D: Doorbell> CompletionRing<D> {
     /// A ring of `entries` (a power of two) at `base` in the region, whose memory is zero.
     pub(crate) fn new(region: Arc<Region>, base: usize, entries: u32, doorbell: Bell<D>) -> Self {
         let entries = Entries::new(region, base, entries);
-        CompletionRing { entries, head: 0, phase: PHASE, untold: 0, doorbell }
+        CompletionRing { entries, next: Next::FIRST, untold: 0, doorbell }
+    }
+
+    /// Where entries are taken next.
+    #[inline(always)]
+    pub(crate) fn next(&self) -> Next {
+        self.next
+    }
+
+    /// Entries were taken up to there.
+    #[inline(always)]
+    pub(crate) fn set_next(&mut self, next: Next) {
+        self.next = next;
     }
 
     /// The fresh entry at the head, if there is one: one 32-bit load.
     #[inline(always)]
     pub(crate) fn peek(&self) -> Option<LastDword> {
-        let dword = self.entries.at(self.head).load32::<LAST_DWORD>(Ordering::Relaxed);
-        let dword = dword ^ self.phase;
+        self.peek_at(self.next)
+    }
+
+    /// The same at another place.
+    #[inline(always)]
+    pub(crate) fn peek_at(&self, next: Next) -> Option<LastDword> {
+        let dword = self.entries.at(next.head).load32::<LAST_DWORD>(Ordering::Relaxed);
+        let dword = dword ^ next.phase;
         if dword & PHASE != 0 {
             return None;
         }
@@ -145,17 +174,24 @@ impl<D: Doorbell> CompletionRing<D> {
 
     /// Dword 0 of the entry at the head, after [`CompletionRing::peek`] found it fresh.
     pub(crate) fn result(&self) -> u32 {
-        self.entries.at(self.head).load32::<0>(Ordering::Relaxed)
+        self.entries.at(self.next.head).load32::<0>(Ordering::Relaxed)
     }
 
     /// Goes on to the next entry; the device learns of it at [`CompletionRing::ring`].
     #[inline(always)]
     pub(crate) fn advance(&mut self) {
-        self.head = (self.head + 1) & self.entries.mask();
-        if self.head == 0 {
+        self.next = self.after(self.next);
+    }
+
+    /// The place behind that.
+    #[inline(always)]
+    pub(crate) fn after(&self, mut next: Next) -> Next {
+        next.head = (next.head + 1) & self.entries.mask();
+        if next.head == 0 {
             cold_path();
-            self.phase ^= PHASE;
+            next.phase ^= PHASE;
         }
+        next
     }
 
     /// After `taken` entries were taken: tells the device, once they are a quarter of the ring. It
@@ -175,13 +211,12 @@ impl<D: Doorbell> CompletionRing<D> {
     #[inline]
     pub(crate) fn tell(&mut self) -> bool {
         self.untold = 0;
-        self.doorbell.ring(self.head)
+        self.doorbell.ring(self.next.head)
     }
 
     /// Back to the start, for a queue that was created anew over zeroed memory.
     pub(crate) fn reset(&mut self) {
-        self.head = 0;
-        self.phase = PHASE;
+        self.next = Next::FIRST;
         self.untold = 0;
         self.doorbell.reset();
     }

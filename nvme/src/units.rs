@@ -58,8 +58,9 @@ pub(crate) struct Unit {
     pub(crate) max_page: u32,
     /// Blocks of [`PAGE`] bytes, less one as a command says it (NLB).
     pub(crate) page_nlb: u32,
-    /// Where [`PAGE`] bytes may not begin any more; 0 if they cannot be transferred in one page at all.
-    pub(crate) pages_end: u64,
+    /// Where [`PAGE`] bytes may not begin any more, by operation: of those of `transfers`; 0 where they
+    /// may not go straight to the device, or cannot be transferred in one page at all.
+    pub(crate) pages_end: [u64; 2],
     /// The first words of Read and Write: see [`Command::head`].
     pub(crate) heads: [u64; 2],
     /// The namespace was taken away, or is another one now.
@@ -88,7 +89,7 @@ impl Unit {
             max_command: controller.max_command,
             max_page: controller.max_command.min(1 << page_shift),
             page_nlb: ((PAGE / block).max(1) - 1) as u32,
-            pages_end: 0,
+            pages_end: [0; 2],
             heads: [IoOpcode::Read, IoOpcode::Write].map(|op| Command::head(op.code(), ns.nsid)),
             gone: false,
             zeroes_deallocate: ns.zeroes_deallocate,
@@ -104,17 +105,20 @@ impl Unit {
         self.info.read_only = from.read_only.load(Ordering::Relaxed);
         self.gone = from.is_gone();
         let fits = u64::from(self.max_page) >= PAGE && self.block_mask < PAGE;
-        self.pages_end = if fits { (self.info.size + 1).saturating_sub(PAGE) } else { 0 };
+        let pages_end = if fits { (self.info.size + 1).saturating_sub(PAGE) } else { 0 };
         self.transfers = match (self.gone, self.info.read_only) {
             (true, _) => 0,
             (_, true) => block::Op::Read as u8 + 1,
             _ => block::Op::Write as u8 + 1,
         };
+        self.pages_end = [block::Op::Read, block::Op::Write]
+            .map(|op| if (op as u8) < self.transfers { pages_end } else { 0 });
     }
 
     /// The queue does not run any more.
     pub(crate) fn stop(&mut self) {
         self.transfers = 0;
+        self.pages_end = [0; 2];
     }
 }
 
@@ -158,19 +162,20 @@ mod tests {
         assert_eq!(u.transfers, 0, "the queue does not run yet");
         u.refresh(&state);
         assert_eq!((u.transfers, u.max_page, u.page_nlb), (2, 4096, 7));
-        assert_eq!(u.pages_end, (1 << 30) - 4095);
+        assert_eq!(u.pages_end, [(1 << 30) - 4095; 2]);
         assert!(state.set(1 << 20, true, false));
         assert!(!state.set(1 << 20, true, false), "nothing new");
         u.refresh(&state);
         assert_eq!((u.transfers, u.info.size, u.info.read_only), (1, 1 << 20, true));
+        assert_eq!(u.pages_end, [(1 << 20) - 4095, 0]);
         assert!(state.set(0, false, true));
         u.refresh(&state);
-        assert_eq!((u.transfers, u.gone), (0, true));
+        assert_eq!((u.transfers, u.pages_end, u.gone), (0, [0; 2], true));
         assert!(state.set(1 << 20, false, false));
         u.refresh(&state);
         assert_eq!((u.transfers, u.gone), (2, false));
         u.stop();
-        assert_eq!((u.transfers, u.gone), (0, false));
+        assert_eq!((u.transfers, u.pages_end, u.gone), (0, [0; 2], false));
     }
 
     #[test]
@@ -187,7 +192,7 @@ mod tests {
             let state = Changing::new(&u.info);
             state.set(size, false, false);
             u.refresh(&state);
-            assert_eq!(u.pages_end, end, "{block} {size}");
+            assert_eq!(u.pages_end, [end; 2], "{block} {size}");
             assert_eq!(u64::from(u.page_nlb), (4096 / u64::from(block)).max(1) - 1);
         }
     }

@@ -31,6 +31,8 @@ const AT_PUBLISHED: usize = 24;
 
 // In an entry: the four words of a request's head, which are those of the 64-bit layout, with its index
 // in the upper half of the first; its state; the index of its answer; and the rest of the request.
+const AT_INDEX: usize = 4;
+const AT_ID: usize = 8;
 const AT_STATE: usize = 32;
 const AT_ANSWER: usize = 36;
 const AT_TAIL: usize = 40;
@@ -151,8 +153,11 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     #[inline(always)]
     fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
         let Head { first, id, sector, word } = head;
-        let first = u64::from(first) | u64::from(index) << 32;
-        self.entries.at(slot.into()).write_words(&[first, id, sector, word]);
+        let entry = self.entries.at(slot.into());
+        // By halves: cheaper than to put them together.
+        entry.store32::<0>(first, Ordering::Relaxed);
+        entry.store32::<AT_INDEX>(index, Ordering::Relaxed);
+        entry.write_words_at::<AT_ID, 3>(&[id, sector, word]);
         if let Some(tail) = tail {
             self.record.write_words(KeptRing::<M>::tail_at(slot), &tail);
         }
@@ -166,11 +171,10 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     #[inline(always)]
     fn answered(&self, slot: u16, index: u32) {
-        // Both in one word. When it comes to stand there is of no importance before the answer is
-        // counted by `publishing`: until then it is taken for none.
-        const { assert!(AT_ANSWER == AT_STATE + 4 && cfg!(target_endian = "little")) };
-        let word = u64::from(ANSWERED) | u64::from(index) << 32;
-        self.entries.at(slot.into()).write_words_at::<AT_STATE, 1>(&[word]);
+        // The state last: without it this is not answered, whatever else there is. Before the answer is
+        // counted by `publishing` it is taken for none anyhow.
+        self.entries.at(slot.into()).store32::<AT_ANSWER>(index, Ordering::Relaxed);
+        self.set_state(slot, ANSWERED);
     }
 
     #[inline]
@@ -193,10 +197,7 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         let req_cons = self.record.load32(AT_REQ_CONS, Ordering::Acquire);
         let published = self.record.load32(AT_PUBLISHED, Ordering::Acquire);
         let entry = |slot: u16| self.entries.at(slot.into());
-        let index = |slot: u16| {
-            let [first] = entry(slot).read_words();
-            (first >> 32) as u32
-        };
+        let index = |slot: u16| entry(slot).load32::<AT_INDEX>(Ordering::Relaxed);
         let near = |ahead: u32| ahead <= self.entries.mask();
         let open = |&slot: &u16| match entry(slot).load32::<AT_STATE>(Ordering::Acquire) {
             // Others may have overtaken it, any number of them: only one that is not counted is near.

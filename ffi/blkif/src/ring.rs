@@ -122,6 +122,24 @@ impl<M: RingMemory> BackRing<M> {
         Runaway { producer, consumer: self.req_cons, room: self.slots() - self.unanswered() }
     }
 
+    /// Requests taken so far, modulo 2^32.
+    #[inline(always)]
+    pub(crate) fn taken(&self) -> u32 {
+        self.req_cons
+    }
+
+    /// The layout of the slots.
+    #[inline]
+    pub(crate) fn abi(&self) -> Abi {
+        self.abi
+    }
+
+    /// [`BackRing::head`] of a ring of the 64-bit layout.
+    #[inline(always)]
+    pub(crate) fn head64(&self) -> Head {
+        Abi::X86_64.load_head(&self.memory, self.req_cons)
+    }
+
     /// Copies the head of the next request. The same slot may be looked at again in a later turn
     /// if nothing is kept of this look.
     #[inline]
@@ -179,10 +197,22 @@ impl<M: RingMemory> BackRing<M> {
     /// [`BackRing::publish`].
     #[inline]
     pub fn respond(&mut self, slot: u16, response: Response) {
+        self.respond_in(self.abi, slot, response);
+    }
+
+    /// The same in a ring of the 64-bit layout.
+    #[inline(always)]
+    pub(crate) fn respond64(&mut self, slot: u16, response: Response) {
+        debug_assert!(self.abi == Abi::X86_64);
+        self.respond_in(Abi::X86_64, slot, response);
+    }
+
+    #[inline(always)]
+    fn respond_in(&mut self, abi: Abi, slot: u16, response: Response) {
         debug_assert!(self.unanswered() > 0);
         let index = self.rsp_prod;
         self.rsp_prod = index.wrapping_add(1);
-        self.abi.store_response(&self.memory, index, response);
+        abi.store_response(&self.memory, index, response);
         self.memory.answered(slot, index);
     }
 

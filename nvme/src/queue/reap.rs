@@ -1,7 +1,5 @@
 //! Completions become answers.
 
-use std::hint::cold_path;
-
 use block::{BlockQueue as _, Completions, Op, Status as Outcome};
 use nvme_spec::Status;
 
@@ -38,18 +36,21 @@ impl<B: Bar> QueuePair<B> {
         let (mut succeeded, mut others) = (0, 0);
         loop {
             // The usual ones in a loop of their own, which is short.
-            let (cq, trackers, mut other) = (&mut self.cq, &mut self.trackers, None);
+            let (cq, trackers) = (&self.cq, &mut self.trackers);
+            let (mut next, mut free) = (cq.next(), trackers.first_free());
             succeeded += out.fill_ok(|| {
-                let entry = cq.peek()?;
-                cq.advance();
-                let tag = trackers.free_plain(entry);
-                if tag.is_none() {
-                    cold_path();
-                    other = Some(entry);
-                }
-                tag
+                let tag = trackers.free_plain(cq.peek_at(next)?, &mut free)?;
+                next = cq.after(next);
+                Some(tag)
             });
-            let Some(entry) = other else { break };
+            trackers.set_first_free(free);
+            self.cq.set_next(next);
+            if out.room() == 0 {
+                break;
+            }
+            // None, or one of another kind; or a usual one that came just now, for which this is good, too.
+            let Some(entry) = self.cq.peek() else { break };
+            self.cq.advance();
             others += 1;
             self.reap_other(entry);
             if others == Completions::CAPACITY {

@@ -19,14 +19,17 @@ fn transfer(unit: &Unit, op: Op, flags: Flags, offset: u64, len: u32, prps: Prps
     blocks(unit, head, fua(flags), offset, u64::from(len), prps)
 }
 
-/// Whether a request lies inside and is as a straight one must be: of whole blocks, at least one, and
-/// no longer than a page. Short where the length is known when this is compiled.
+/// Whether a request reads or writes, may do so, lies inside and is as a straight one must be: of whole
+/// blocks, at least one, and no longer than a page. Short where operation and length are known when this is
+/// compiled.
 #[inline(always)]
-fn is_straight(unit: &Unit, offset: u64, len: u64) -> bool {
+fn is_straight(unit: &Unit, op: Op, offset: u64, len: u64) -> bool {
     if len == PAGE {
-        return offset < unit.pages_end && offset & unit.block_mask == 0;
+        let end = unit.pages_end.get(op as usize).copied().unwrap_or(0);
+        return offset < end && offset & unit.block_mask == 0;
     }
-    len.wrapping_sub(1) < u64::from(unit.max_page)
+    (op as u8) < unit.transfers
+        && len.wrapping_sub(1) < u64::from(unit.max_page)
         && (offset | len) & unit.block_mask == 0
         && offset.checked_add(len).is_some_and(|end| end <= unit.info.size)
 }
@@ -60,9 +63,8 @@ impl<B: Bar> QueuePair<B> {
     pub(super) fn take(&mut self, r: &Request<'_>) -> Result<(), Full> {
         if let [seg] = r.segs
             && let Some(unit) = self.units.get(usize::from(r.unit))
-            && (r.op as u8) < unit.transfers
             && r.len == u64::from(seg.len())
-            && is_straight(unit, r.offset, r.len)
+            && is_straight(unit, r.op, r.offset, r.len)
             && let Some(bus) = self.table.run(seg)
             && bus & self.page_mask == 0
             && let Some(slot) = self.trackers.next()

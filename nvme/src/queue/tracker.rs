@@ -229,9 +229,10 @@ impl Trackers {
 
     /// Ends the use of the slot that a completion names if it is in flight under exactly this CID, as a
     /// whole request with nothing special about it, and has succeeded. Returns who is to be told.
-    /// [`Trackers::count_free`] is told of it later.
+    /// The list of free slots begins at `free` meanwhile: [`Trackers::set_first_free`] and
+    /// [`Trackers::count_free`] are told of it later.
     #[inline(always)]
-    pub(super) fn free_plain(&mut self, done: LastDword) -> Option<Tag> {
+    pub(super) fn free_plain(&mut self, done: LastDword, free: &mut u16) -> Option<Tag> {
         let slot = slot_of(done.cid());
         let t = self.items.get_mut(slot)?;
         if t.live != done.bits() {
@@ -239,9 +240,21 @@ impl Trackers {
         }
         // The next CID. It may flow over into the bit that is set then.
         t.live = (done.bits() + (1 << SLOT_BITS)) | Tracker::SPECIAL | Tracker::FREE;
-        t.next = self.free;
-        self.free = slot as u16;
+        t.next = *free;
+        *free = slot as u16;
         Some(t.tag)
+    }
+
+    /// Where the list of free slots begins.
+    #[inline(always)]
+    pub(super) fn first_free(&self) -> u16 {
+        self.free
+    }
+
+    /// It begins there now.
+    #[inline(always)]
+    pub(super) fn set_first_free(&mut self, slot: u16) {
+        self.free = slot;
     }
 
     /// So many slots were freed by [`Trackers::free_plain`].
@@ -326,6 +339,13 @@ mod tests {
         assert_eq!((t.items[slot].retries(), t.items[slot].part()), (0, None));
     }
 
+    fn free_plain(t: &mut Trackers, done: LastDword) -> Option<Tag> {
+        let mut free = t.first_free();
+        let tag = t.free_plain(done, &mut free);
+        t.set_first_free(free);
+        tag
+    }
+
     #[test]
     fn only_a_success_under_the_very_cid_ends_a_command_the_short_way() {
         let mut t = Trackers::new(MAX_TRACKERS);
@@ -335,24 +355,27 @@ mod tests {
             let cid = t.take(slot, &command(), Tag::new(1, 2, n), 4);
             let word = |status: u32, cid: u16| LastDword::of(status << 17 | u32::from(cid));
             for status in 1..1 << 15 {
-                assert_eq!(t.free_plain(word(status, cid)), None);
+                assert_eq!(free_plain(&mut t, word(status, cid)), None);
             }
             for other in (0..=u16::MAX).filter(|&other| other != cid) {
-                assert_eq!(t.free_plain(word(0, other)), None);
+                assert_eq!(free_plain(&mut t, word(0, other)), None);
             }
             for flag in [Tracker::LATE, Tracker::WAITS, Tracker::PART] {
                 let live = t.items[slot].live;
                 t.items[slot].mark(flag);
                 for status in (0..1 << 15).chain([flag >> 17]) {
-                    assert_eq!(t.free_plain(word(status, cid)), None);
+                    assert_eq!(free_plain(&mut t, word(status, cid)), None);
                 }
                 t.items[slot].live = live;
             }
-            assert_eq!(t.free_plain(word(0, cid)), Some(Tag::new(1, 2, n)));
+            assert_eq!(free_plain(&mut t, word(0, cid)), Some(Tag::new(1, 2, n)));
             t.count_free(1);
             for status in 0..1 << 15 {
-                assert_eq!(t.free_plain(word(status, cid)), None, "it is free");
-                assert_eq!(t.free_plain(word(status, t.items[slot].cid())), None);
+                assert_eq!(free_plain(&mut t, word(status, cid)), None, "it is free");
+                assert_eq!({
+                    let done = word(status, t.items[slot].cid());
+                    free_plain(&mut t, done)
+                }, None);
             }
             assert_eq!(t.busy(), 0);
         }

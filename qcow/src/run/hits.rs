@@ -23,11 +23,18 @@ pub(super) struct Hits {
     ways: [Way; 5],
     /// Bytes of the disk, whole sectors.
     size: u64,
+    /// Where a page may not begin any more.
+    pages_end: u64,
     /// log2 of what has a word in the map: a cluster, or a subcluster.
     unit_bits: u32,
     /// Offsets within such a unit, as a mask.
     unit_mask: u64,
+    /// How far from its beginning a page leaves a unit; 0 if units are smaller.
+    page_leaves: u64,
 }
+
+/// Bytes that are most often asked for. What is known of them is known before.
+const PAGE: u64 = 4096;
 
 impl Hits {
     /// For these layers.
@@ -51,8 +58,10 @@ impl Hits {
             ports: table,
             ways,
             size: info.size,
+            pages_end: (info.size + 1).saturating_sub(PAGE),
             unit_bits: geometry.unit_bits(),
             unit_mask: geometry.unit_size() - 1,
+            page_leaves: (geometry.unit_size() + 1).saturating_sub(PAGE),
         }
     }
 
@@ -102,16 +111,20 @@ impl Hits {
     /// Where a request goes if it can go straight down as a whole: one mapped run.
     #[inline(always)]
     pub(super) fn straight(&self, r: &Request<'_>) -> Option<(Port, u64)> {
-        // A length of 0 wraps beyond any size; nothing else wraps.
-        let valid = r.flags == Flags::NONE
-            && (r.offset | r.len) & 511 == 0
-            && r.len.wrapping_sub(1) < self.size
-            && r.offset <= self.size - r.len;
-        if !valid {
+        let inside = match r.len {
+            PAGE => r.offset < self.pages_end,
+            // A length of 0 wraps beyond any size; nothing else wraps.
+            len => len.wrapping_sub(1) < self.size && r.offset <= self.size - len,
+        };
+        if !(inside && r.flags == Flags::NONE && (r.offset | r.len) & 511 == 0) {
             return None;
         }
         let word = self.word_for(r.op, r.offset)?;
-        let crosses = (r.offset & self.unit_mask) + (r.len - 1) > self.unit_mask;
+        let within = r.offset & self.unit_mask;
+        let crosses = match r.len {
+            PAGE => within >= self.page_leaves,
+            len => within + (len - 1) > self.unit_mask,
+        };
         if crosses && !self.runs_on(r.op, r.offset, r.len, word) {
             return None;
         }

@@ -500,11 +500,11 @@ impl<L: BlockQueue> Layer<L> for Image {
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
             let flights = &self.shared.flights;
-            let below = Request { tag: flights.tag(r.tag), unit: port.unit, offset, ..*r };
+            let below = Request { tag: flights.begin(r.tag), unit: port.unit, offset, ..*r };
             if leaf.submit(&below).is_ok() {
-                flights.begin();
                 return Ok(());
             }
+            flights.take_back();
         }
         // A copy, so that the caller's need not be in memory for the straight way.
         self.take_slow(leaves, &{ *r })

@@ -242,11 +242,11 @@ impl Satellite {
         if let Some((port, offset)) = self.hits.straight(r)
             && let Some(leaf) = leaves.get_mut(usize::from(port.leaf))
         {
-            let below = Request { tag: self.flights.tag(r.tag), unit: port.unit, offset, ..*r };
+            let below = Request { tag: self.flights.begin(r.tag), unit: port.unit, offset, ..*r };
             if leaf.submit(&below).is_ok() {
-                self.flights.begin();
                 return true;
             }
+            self.flights.take_back();
         }
         false
     }

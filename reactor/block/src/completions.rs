@@ -83,11 +83,15 @@ impl Completions {
     /// Returns how many.
     #[inline(always)]
     pub fn fill_ok(&mut self, mut next: impl FnMut() -> Option<Tag>) -> usize {
-        let mut count = 0;
-        for place in &mut self.items[self.len..] {
-            let Some(tag) = next() else { break };
+        // No counter but the places that are left.
+        let mut places = self.items[self.len..].iter_mut();
+        let mut count = places.len();
+        while let Some(place) = places.next() {
+            let Some(tag) = next() else {
+                count -= places.len() + 1;
+                break;
+            };
             *place = Completion { tag, status: Status::Ok, detail: 0 };
-            count += 1;
         }
         self.len += count;
         count

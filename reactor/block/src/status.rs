@@ -2,7 +2,8 @@
 
 /// How a request ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-#[repr(u8)]
+// Of the size of what stands beside it in a [`crate::Completion`]: both are stored at once.
+#[repr(u16)]
 pub enum Status {
     /// Done.
     Ok = 0,

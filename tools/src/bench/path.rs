@@ -18,7 +18,7 @@ use crate::output::STDOUT;
 #[derive(Args)]
 pub(crate) struct Path {
     /// Requests per run; two runs, of this many and of twice as many, give the figure.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 2048)]
     count: u64,
     /// Print JSON.
     #[arg(long)]

@@ -204,10 +204,9 @@ impl Ask {
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     sectors: u64,
-    /// At how many places a page may begin: at multiples of `1 << align_bits` sectors, from 0 on.
-    pages: u64,
+    /// Where a page may not begin any more, in sectors.
+    pages_end: u64,
     align: u64,
-    align_bits: u32,
     read_only: bool,
 }
 
@@ -215,12 +214,16 @@ impl Limits {
     /// Whether a whole page may be accessed at `sector`.
     #[inline(always)]
     fn page(&self, write: bool, sector: u64) -> bool {
-        // What is not aligned becomes a huge number.
-        if sector.rotate_right(self.align_bits) >= self.pages {
+        // One after the other: each is a branch that is never taken.
+        if sector >= self.pages_end {
             cold_path();
             return false;
         }
-        !write || !self.read_only
+        if sector & self.align != 0 {
+            cold_path();
+            return false;
+        }
+        !(write && self.read_only)
     }
 
     /// Sectors that a segment asks for, at `sector`; `None` if it may not.
@@ -348,7 +351,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline]
     fn limits<D: Submit>(&self, disk: &D) -> Limits {
-        let none = Limits { sectors: 0, pages: 0, align: 0, align_bits: 0, read_only: true };
+        let none = Limits { sectors: 0, pages_end: 0, align: 0, read_only: true };
         // A disk that has failed is one without sectors: everything is out of range.
         if self.failed {
             return none;
@@ -357,11 +360,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             let sectors = info.size / u64::from(SECTOR);
             Limits {
                 sectors,
-                pages: (sectors + 1)
-                    .saturating_sub(PAGE as u64 / u64::from(SECTOR))
-                    .div_ceil(self.align + 1),
+                pages_end: (sectors + 1).saturating_sub(PAGE as u64 / u64::from(SECTOR)),
                 align: self.align,
-                align_bits: self.align.count_ones(),
                 read_only: info.read_only || self.config.read_only,
             }
         })
@@ -434,7 +434,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             operation => (Op::Write, steps::payload_flags(operation, self.write_flags)),
         };
         slot.stage = Stage::AtData;
-        let tag = slot.next_tag();
+        let tag = slot.tag();
         let at = self.buffer_at(index);
         if !(Ask { tag, op, flags, offset, at, len }).send(disk, &self.bounce) {
             return self.again(index, Stage::PutData);

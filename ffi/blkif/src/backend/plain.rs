@@ -1,14 +1,15 @@
 //! The straight path of reads and writes of one segment, from ring slot to disk and back.
 //!
 //! Nearly all are of a whole page, for which most of what is to be known is known before: those have
-//! stages of their own. What is special about any of them is left to `steps`.
+//! stages of their own, if the ring is of the 64-bit layout. What is special about any of them is left to
+//! `steps`.
 
 use std::hint::cold_path;
 
 use block::{Completion, Flags, Op, Request, Submit, Tag};
 
-use super::{Backend, Limits, Slot, Stage};
-use crate::abi::{Head, OKAY, PAGE, READ, Response, SECTOR, Segment, WRITE};
+use super::{Backend, Limits, Stage};
+use crate::abi::{Abi, Head, OKAY, PAGE, READ, Response, SECTOR, Segment, WRITE};
 use crate::{EventChannel, Grants, RingMemory};
 
 // The first two bytes of a slot that asks for one segment.
@@ -26,23 +27,26 @@ fn shape(head: &Head) -> u32 {
     u32::from(head.first as u16) | ((head.word >> 32) as u32) << 16
 }
 
-impl Slot {
+impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// Makes the request in a slot one to which unusual things may happen.
-    pub(super) fn make_usual(&mut self) {
-        let operation = match self.stage {
+    #[cold]
+    pub(super) fn make_usual(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        let operation = match slot.stage {
             Stage::PageRead => READ,
             Stage::PageWrite => WRITE,
-            Stage::Plain => self.operation,
+            Stage::Plain => {
+                slot.stage = Stage::AtData;
+                return;
+            }
             _ => return,
         };
-        if self.stage != Stage::Plain {
-            (self.operation, self.len) = (operation, PAGE as u32);
+        if M::KEEPS {
+            slot.offset = self.ring.kept_request(index).0.sector * u64::from(SECTOR);
         }
-        self.stage = Stage::AtData;
+        (slot.operation, slot.len, slot.stage) = (operation, PAGE as u32, Stage::AtData);
     }
-}
 
-impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// Takes the `waiting` requests, as far as the disk has room.
     #[inline]
     pub(super) fn take<D: Submit>(&mut self, disk: &mut D, waiting: u32) {
@@ -51,16 +55,23 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let count = (waiting as usize).min(disk.room());
         let ring = &self.ring;
         disk.prefetch((0..count as u32).map(|n| ring.sector(n).wrapping_mul(u64::from(SECTOR))));
-        for _ in 0..count {
-            let head = self.ring.head();
-            let taken = match shape(&head) {
-                READ_PAGE => self.take_one::<D, false, true>(disk, head, &limits),
-                WRITE_PAGE => self.take_one::<D, true, true>(disk, head, &limits),
-                _ => false,
-            };
-            if !taken && !self.take_next_other(disk, &limits) {
-                break;
+        if self.ring.abi() == Abi::X86_64 {
+            // No counter but the ring's: each request that is taken brings it one nearer.
+            let end = self.ring.taken().wrapping_add(count as u32);
+            while self.ring.taken() != end {
+                let head = self.ring.head64();
+                let taken = match shape(&head) {
+                    WRITE_PAGE => self.take_one::<D, true, true>(disk, head, &limits),
+                    READ_PAGE => self.take_one::<D, false, true>(disk, head, &limits),
+                    _ => false,
+                };
+                if !taken && !self.take_next_other(disk, &limits) {
+                    break;
+                }
             }
+        } else {
+            cold_path();
+            let _all = (0..count).all(|_| self.take_next_other(disk, &limits));
         }
         let pages = std::mem::take(&mut self.pages_written);
         if pages > 0 {
@@ -107,13 +118,16 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 None => return false,
             }
         };
+        let offset = head.sector * u64::from(SECTOR);
         let index = self.free;
         self.ring.take(index, head, false);
         let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;
         slot.id = head.id;
-        slot.offset = head.sector * u64::from(SECTOR);
         slot.word = head.word;
+        if !(WHOLE && M::KEEPS) {
+            slot.offset = offset;
+        }
         slot.stage = match (WHOLE, WRITES) {
             (false, _) => Stage::Plain,
             (true, false) => Stage::PageRead,
@@ -123,11 +137,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             slot.len = len;
             slot.operation = if WRITES { WRITE } else { READ };
         }
-        let tag = slot.next_tag();
+        let tag = slot.tag();
         let (op, flags) = if WRITES {
             let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
                 cold_path();
-                slot.make_usual();
+                self.make_usual(index);
                 self.stats.other_writes.add(1);
                 self.gather(disk, index);
                 return true;
@@ -152,7 +166,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             part = slot.page.slice(0, len).expect("a part of a page");
             &part
         };
-        let (offset, len, segs) = (slot.offset, u64::from(len), std::slice::from_ref(seg));
+        let (len, segs) = (u64::from(len), std::slice::from_ref(seg));
         if disk.submit(&Request { tag, op, flags, unit: 0, offset, len, segs }).is_err() {
             cold_path();
             self.no_room(index);
@@ -166,17 +180,18 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let Some(first) = done.first() else { return (0, 0) };
         let owner = Tag::new(first.tag.owner(), 0, 0);
         self.work = true;
-        let (mut taken, mut wrong) = (0, 0);
-        for done in done {
+        let (mut rest, mut others, mut wrong) = (done.iter(), 0, 0);
+        while let Some(done) = rest.next() {
             if !self.end_page(done, owner) {
                 cold_path();
                 if done.tag.owner() != owner.owner() {
+                    others = rest.len() + 1;
                     break;
                 }
                 wrong += usize::from(!self.complete_slow(done.tag, done.status));
             }
-            taken += 1;
         }
+        let taken = done.len() - others;
         let pages = std::mem::take(&mut self.pages_read);
         if pages > 0 {
             self.stats.plain_reads.add(pages);
@@ -189,16 +204,19 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// another owner: then nothing has happened.
     #[inline(always)]
     fn end_page(&mut self, done: &Completion, owner: Tag) -> bool {
-        // Another owner is a slot that there is not.
-        let index = (done.tag.bits() ^ owner.bits()) >> 32;
-        let Some(slot) = self.slots.get_mut(index as usize) else { return false };
-        let index = index as u16;
         // One after the other: each is a branch that is never taken.
-        if slot.generation != done.tag.generation() {
+        if !done.status.is_ok() {
             cold_path();
             return false;
         }
-        if !done.status.is_ok() {
+        // Another owner is a slot that there is not.
+        let index = (done.tag.bits() ^ owner.bits()) >> 32;
+        let Some(slot) = self.slots.get_mut(index as usize) else {
+            cold_path();
+            return false;
+        };
+        let index = index as u16;
+        if slot.generation != done.tag.generation() {
             cold_path();
             return false;
         }
@@ -206,18 +224,21 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if slot.stage == Stage::PageRead {
             let page = self.pages.find_at_home(Segment(slot.word).gref(), self.stamp);
             let Some(page) = page else { return false };
+            slot.came_back();
             let at = usize::from(index) * PAGE;
             self.grants.write_page(page, 0, &self.bounce, at, PAGE as u32);
             self.pages_read += 1;
             answer.operation = READ;
-        } else if slot.stage != Stage::PageWrite {
+        } else if slot.stage == Stage::PageWrite {
+            slot.came_back();
+        } else {
             cold_path();
             return false;
         }
         slot.stage = Stage::Free;
         slot.next = self.free;
         self.free = index;
-        self.ring.respond(index, answer);
+        self.ring.respond64(index, answer);
         true
     }
 }

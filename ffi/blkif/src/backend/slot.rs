@@ -12,7 +12,8 @@ pub(super) enum Stage {
     /// No request here.
     Free,
     /// At the disk: a read of a whole page to which nothing unusual has happened. What the slot says of
-    /// operation and length is not set.
+    /// operation and length is not set, nor is the offset if the ring keeps that
+    /// ([`crate::RingMemory::KEEPS`]).
     PageRead,
     /// The same of a write.
     PageWrite,
@@ -59,12 +60,12 @@ pub(super) struct Slot {
     pub(super) offset: u64,
     /// The one segment of a request that has one.
     pub(super) word: u64,
-    /// Bytes of data; of a discard, of the part at the disk.
-    pub(super) len: u32,
-    /// Counts what was sent to the disk from this slot: the lower half of its tags.
+    /// Counts what came back from the disk to this slot: the lower half of its tags.
     pub(super) generation: u32,
     /// The upper half of its tags. Never changes.
     pub(super) upper: u32,
+    /// Bytes of data; of a discard, of the part at the disk.
+    pub(super) len: u32,
     /// How many segments, if it has a large buffer.
     pub(super) listed: u16,
     /// Its large buffer, if it has more than one segment or an indirect list.
@@ -96,9 +97,9 @@ impl Slot {
         id: 0,
         offset: 0,
         word: 0,
-        len: 0,
         generation: 0,
         upper: 0,
+        len: 0,
         listed: 0,
         large: NO_BUFFER,
         next: 0,
@@ -130,11 +131,16 @@ impl Slot {
         Slot { page, upper, generation, ..Slot::FREE }
     }
 
-    /// The tag of what is sent to the disk next from this slot.
+    /// The tag of what is at the disk from this slot, or is sent there next.
     #[inline]
-    pub(super) fn next_tag(&mut self) -> Tag {
-        self.generation = self.generation.wrapping_add(1);
+    pub(super) fn tag(&self) -> Tag {
         Tag::from_bits(u64::from(self.upper) << 32 | u64::from(self.generation))
+    }
+
+    /// That came back: an answer to this tag is a stray from now on.
+    #[inline]
+    pub(super) fn came_back(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
     }
 
     pub(super) fn at_disk(&self) -> bool {

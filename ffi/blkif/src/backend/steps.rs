@@ -38,9 +38,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// The disk did not take a request of one segment, which counts as sent.
     #[cold]
     pub(super) fn no_room(&mut self, index: u16) {
-        let slot = &mut self.slots[usize::from(index)];
-        let page = slot.stage == Stage::PageWrite;
-        slot.make_usual();
+        let page = self.slots[usize::from(index)].stage == Stage::PageWrite;
+        self.make_usual(index);
+        let slot = &self.slots[usize::from(index)];
         if slot.operation == READ {
             self.stats.other_reads.add(1);
         } else if page {
@@ -142,7 +142,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     }
 
     fn send<D: Submit>(&mut self, disk: &mut D, index: u16, op: Op, offset: u64, len: u64) -> bool {
-        let tag = self.slots[usize::from(index)].next_tag();
+        let tag = self.slots[usize::from(index)].tag();
         let request = Request { tag, op, flags: Flags::NONE, unit: 0, offset, len, segs: &[] };
         disk.submit(&request).is_ok()
     }
@@ -179,6 +179,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.stats.strays.add(1);
             return false;
         };
+        slot.came_back();
         let part = slot.stage == Stage::Plain && status.is_ok();
         if part && slot.operation != READ {
             self.respond(index, OKAY);
@@ -194,7 +195,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             return true;
         }
         let plain = matches!(slot.stage, Stage::PageRead | Stage::PageWrite | Stage::Plain);
-        slot.make_usual();
+        self.make_usual(index);
+        let slot = &mut self.slots[usize::from(index)];
         if plain && slot.operation == READ {
             self.stats.other_reads.add(1);
         }
