@@ -257,11 +257,7 @@ fn parse(text: &str, program: &Path) -> Counts {
 /// How many instructions without a line are followed back to one that has one.
 const MOST_MERGED: usize = 256;
 
-fn attribute(
-    counts: &Counts,
-    frames: &HashMap<u64, Vec<Frame>>,
-    atomics: &Atomics,
-) -> Profile {
+fn attribute(counts: &Counts, frames: &HashMap<u64, Vec<Frame>>, atomics: &Atomics) -> Profile {
     let merged = |at: &u64| {
         let inner = frames.get(at).and_then(|all| all.first());
         inner.is_some_and(|f| f.file.ends_with(":?") || f.file.ends_with(":0"))

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use dma::{Entries, Region};
 
 use crate::RingMemory;
-use crate::abi::{Abi, Head};
+use crate::abi::{Abi, Head, RSP_PROD};
 
 /// Bytes of the head, and of what stands behind it for each slot.
 const HEAD: usize = 64;
@@ -57,6 +57,8 @@ pub struct Kept {
 pub struct KeptRing<M> {
     ring: M,
     record: Arc<Region>,
+    /// What stands before the entries, as one entry.
+    head: Entries<HEAD>,
     entries: Entries<ENTRY>,
 }
 
@@ -80,11 +82,12 @@ impl<M: RingMemory> KeptRing<M> {
     pub fn new(ring: M, record: Arc<Region>, abi: Abi, order: u8, identity: u64) -> KeptRing<M> {
         let slots = abi.slots(order);
         let entries = Entries::new(record.clone(), HEAD, slots);
-        let kept = KeptRing { ring, record, entries };
+        let head = Entries::new(record.clone(), 0, 1);
+        let kept = KeptRing { ring, record, head, entries };
         let r = &kept.record;
         if !KeptRing::<M>::is_of(r, abi, order, identity) {
             r.store64(0, 0, Ordering::Release);
-            let start = kept.ring.load32(crate::abi::RSP_PROD, Ordering::Acquire);
+            let start = kept.ring.load_index::<RSP_PROD>(Ordering::Acquire);
             r.store64(AT_IDENTITY, identity, Ordering::Relaxed);
             r.store32(AT_SLOTS, slots, Ordering::Relaxed);
             r.store32(AT_REQ_CONS, start, Ordering::Relaxed);
@@ -140,6 +143,16 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         self.ring.store32(offset, value, order);
     }
 
+    #[inline(always)]
+    fn load_index<const AT: usize>(&self, order: Ordering) -> u32 {
+        self.ring.load_index::<AT>(order)
+    }
+
+    #[inline(always)]
+    fn store_index<const AT: usize>(&self, value: u32, order: Ordering) {
+        self.ring.store_index::<AT>(value, order);
+    }
+
     #[inline]
     fn load64s<const N: usize>(&self, offset: usize) -> [u64; N] {
         self.ring.load64s(offset)
@@ -166,7 +179,7 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     #[inline]
     fn counted(&self, index: u32) {
-        self.record.store32(AT_REQ_CONS, index, Ordering::Release);
+        self.head.at(0).store32::<AT_REQ_CONS>(index, Ordering::Release);
     }
 
     #[inline(always)]
@@ -179,7 +192,7 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     #[inline]
     fn publishing(&self, index: u32) {
-        self.record.store32(AT_PUBLISHED, index, Ordering::Release);
+        self.head.at(0).store32::<AT_PUBLISHED>(index, Ordering::Release);
     }
 
     fn forget(&self, published: u32) {

@@ -39,6 +39,18 @@ pub trait RingMemory {
     /// Stores a 32-bit word. `offset` is a multiple of 4.
     fn store32(&self, offset: usize, value: u32, order: Ordering);
 
+    /// Loads one of the indices, which stand before the slots, at byte `AT`.
+    #[inline]
+    fn load_index<const AT: usize>(&self, order: Ordering) -> u32 {
+        self.load32(AT, order)
+    }
+
+    /// Stores one of them.
+    #[inline]
+    fn store_index<const AT: usize>(&self, value: u32, order: Ordering) {
+        self.store32(AT, value, order);
+    }
+
     /// Loads 64-bit words, each once. `offset` is a multiple of 8.
     fn load64s<const N: usize>(&self, offset: usize) -> [u64; N];
 
@@ -106,6 +118,8 @@ pub struct RegionRing {
     page: usize,
     bytes: usize,
     slots: Entries<{ Abi::X86_64.slot_size() }>,
+    /// What stands before them, as one entry.
+    head: Entries<SLOTS>,
 }
 
 impl RegionRing {
@@ -116,7 +130,8 @@ impl RegionRing {
         let inside = offset.checked_add(bytes)? <= region.len();
         (inside && order <= MAX_ORDER && offset.is_multiple_of(PAGE)).then(|| {
             let slots = Entries::new(region.clone(), offset + SLOTS, Abi::X86_64.slots(order));
-            RegionRing { region, page: offset / PAGE, bytes, slots }
+            let head = Entries::new(region.clone(), offset, 1);
+            RegionRing { region, page: offset / PAGE, bytes, slots, head }
         })
     }
 
@@ -155,6 +170,16 @@ impl RingMemory for RegionRing {
     #[inline]
     fn store32(&self, offset: usize, value: u32, order: Ordering) {
         self.region.store32(self.page * PAGE + offset, value, order);
+    }
+
+    #[inline(always)]
+    fn load_index<const AT: usize>(&self, order: Ordering) -> u32 {
+        self.head.at(0).load32::<AT>(order)
+    }
+
+    #[inline(always)]
+    fn store_index<const AT: usize>(&self, value: u32, order: Ordering) {
+        self.head.at(0).store32::<AT>(value, order);
     }
 
     #[inline]

@@ -63,12 +63,12 @@ impl<M: RingMemory> BackRing<M> {
         let (cons, start) = match kept {
             Some(kept) => (kept.req_cons, kept.published),
             None => {
-                let start = memory.load32(RSP_PROD, Ordering::Acquire);
+                let start = memory.load_index::<RSP_PROD>(Ordering::Acquire);
                 (start, start)
             }
         };
         // Counted by who died before the guest could see it, perhaps.
-        memory.store32(RSP_PROD, start, Ordering::Release);
+        memory.store_index::<RSP_PROD>(start, Ordering::Release);
         let mut ring = BackRing {
             memory,
             abi,
@@ -97,7 +97,7 @@ impl<M: RingMemory> BackRing<M> {
     /// Whether no request waits: the cheapest look there is.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.memory.load32(REQ_PROD, Ordering::Relaxed) == self.req_cons
+        self.memory.load_index::<REQ_PROD>(Ordering::Relaxed) == self.req_cons
     }
 
     /// How many requests wait: one look at the producer index, with which the slots before it
@@ -107,7 +107,7 @@ impl<M: RingMemory> BackRing<M> {
     /// If the index cannot be right. The ring publishes nothing from then on.
     #[inline]
     pub fn waiting(&mut self) -> Result<u32, Runaway> {
-        let producer = self.memory.load32(REQ_PROD, Ordering::Acquire);
+        let producer = self.memory.load_index::<REQ_PROD>(Ordering::Acquire);
         let waiting = producer.wrapping_sub(self.req_cons);
         // An index that went backwards is a huge step forwards.
         if waiting > self.slots() - self.unanswered() {
@@ -231,11 +231,11 @@ impl<M: RingMemory> BackRing<M> {
             return false;
         }
         self.memory.publishing(self.rsp_prod);
-        self.memory.store32(RSP_PROD, self.rsp_prod, Ordering::Release);
+        self.memory.store_index::<RSP_PROD>(self.rsp_prod, Ordering::Release);
         // Either the frontend sees the answers in its last look, or its wish for an event is seen
         // here: a full fence on both sides.
         fence(Ordering::SeqCst);
-        let event = self.memory.load32(RSP_EVENT, Ordering::Relaxed);
+        let event = self.memory.load_index::<RSP_EVENT>(Ordering::Relaxed);
         notify(old, self.rsp_prod, event)
     }
 
@@ -244,14 +244,14 @@ impl<M: RingMemory> BackRing<M> {
     /// # Errors
     /// As [`BackRing::waiting`].
     pub fn arm(&mut self) -> Result<HasWork, Runaway> {
-        self.memory.store32(REQ_EVENT, self.req_cons.wrapping_add(1), Ordering::Relaxed);
+        self.memory.store_index::<REQ_EVENT>(self.req_cons.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::SeqCst);
         Ok(if self.waiting()? > 0 { HasWork::Yes } else { HasWork::No })
     }
 
     /// Asks for no event: an index that the producer has passed already.
     pub fn disarm(&mut self) {
-        self.memory.store32(REQ_EVENT, self.req_cons, Ordering::Relaxed);
+        self.memory.store_index::<REQ_EVENT>(self.req_cons, Ordering::Relaxed);
     }
 }
 

@@ -372,10 +372,8 @@ mod tests {
             t.count_free(1);
             for status in 0..1 << 15 {
                 assert_eq!(free_plain(&mut t, word(status, cid)), None, "it is free");
-                assert_eq!({
-                    let done = word(status, t.items[slot].cid());
-                    free_plain(&mut t, done)
-                }, None);
+                let next = word(status, t.items[slot].cid());
+                assert_eq!(free_plain(&mut t, next), None);
             }
             assert_eq!(t.busy(), 0);
         }

@@ -53,16 +53,18 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     #[inline]
     pub(super) fn watch(&mut self, slot: u16) {
         let Some(taken) = self.slots.get(usize::from(slot)) else { return };
-        // What was refused took nothing.
-        if matches!(taken.stage, Stage::Free | Stage::Refused) {
-            return;
-        }
-        let watched = match (taken.stage, taken.operation) {
-            (Stage::PageRead, _) => &mut self.watched.read,
-            (Stage::PageWrite, _) => &mut self.watched.write,
-            (_, READ) => &mut self.watched.read,
-            (_, WRITE) => &mut self.watched.write,
-            _ => return,
+        let watched = if taken.stage == Stage::PageRead {
+            &mut self.watched.read
+        } else if taken.stage == Stage::PageWrite {
+            &mut self.watched.write
+        } else {
+            match (taken.stage, taken.operation) {
+                // What was refused took nothing.
+                (Stage::Free | Stage::Refused, _) => return,
+                (_, READ) => &mut self.watched.read,
+                (_, WRITE) => &mut self.watched.write,
+                _ => return,
+            }
         };
         if watched.0 == NONE {
             *watched = (slot, self.now);
