@@ -16,6 +16,7 @@ mod tests;
 mod wakes;
 
 use std::collections::VecDeque;
+use std::hint::cold_path;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -307,7 +308,9 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     }
 
     /// Hot: the member that a request within one run goes to, and the request as it is there. `None`:
-    /// it is none, to be submitted as any other. Only what the member cannot see is looked at here.
+    /// it is none, to be submitted as any other. Only what the member cannot see is looked at here. One place
+    /// of [`Submit::room`] is gone, whether or not the request is given to the member, which must stay the
+    /// queue that it is.
     #[inline(always)]
     pub fn straight<'r>(&mut self, r: &Request<'r>) -> Option<(&mut Q, Request<'r>)> {
         // Only what is shared has more units than one. Where there is none nothing is open.
@@ -555,9 +558,14 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
         self.wakes.fd()
     }
 
-    /// The members are told when they are polled, which is next.
+    /// The members are told when they are polled, which is next; and at once where another owner has
+    /// another clock.
     #[inline]
     fn set_now(&mut self, now: u64) {
+        if now < self.now {
+            cold_path();
+            self.members.iter_mut().for_each(|(queue, _)| queue.set_now(now));
+        }
         self.now = now;
     }
 }

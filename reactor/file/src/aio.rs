@@ -125,6 +125,10 @@ pub(crate) struct Aio {
     /// Requests that the kernel has taken and not answered.
     running: usize,
     event: EventFd,
+    /// Completions that it has told of, as far as it was read, and those that were taken. All in it is old
+    /// while these differ.
+    told: u64,
+    ended: u64,
     /// The kernel knows FDSYNC.
     fdsync: bool,
     helper: Helper,
@@ -157,6 +161,8 @@ impl Aio {
             list: Vec::with_capacity(depth),
             results: VecDeque::with_capacity(depth),
             running: 0,
+            told: 0,
+            ended: 0,
             event,
             fdsync: true,
             helper,
@@ -263,8 +269,16 @@ impl Aio {
         if let Some((slot, result)) = self.results.pop_front() {
             return Some((u32::from(slot), result));
         }
-        let (slot, result) = self.reap().or_else(|| self.helper.next())?;
+        let (slot, result) = self.ended()?;
         Some((u32::from(slot), result))
+    }
+
+    /// The next one that the eventfd tells of.
+    #[inline]
+    fn ended(&mut self) -> Option<(u16, i64)> {
+        let ended = self.reap().or_else(|| self.helper.next())?;
+        self.ended = self.ended.wrapping_add(1);
+        Some(ended)
     }
 
     /// The next completion of the kernel's.
@@ -301,14 +315,17 @@ impl Aio {
         (n == 1).then_some((event.data, event.res))
     }
 
-    /// Empties the eventfd, so that only a completion from now on makes it readable, and then says
-    /// whether one is there already. It may be readable while nothing is in flight.
+    /// Empties the eventfd if it tells of what was taken already, so that only another completion makes it
+    /// readable, and then says whether one is there. It may be readable while nothing is in flight: the
+    /// kernel tells of a completion a moment after that is there. But not for long, if this is called again.
     pub(crate) fn arm(&mut self) -> bool {
-        if self.running > 0 || !self.helper.is_idle() {
-            let _ = self.event.read();
+        if self.told != self.ended
+            && let Ok(told) = self.event.read()
+        {
+            self.told = self.told.wrapping_add(told);
         }
         if self.results.is_empty()
-            && let Some(found) = self.reap().or_else(|| self.helper.next())
+            && let Some(found) = self.ended()
         {
             self.results.push_back(found);
         }

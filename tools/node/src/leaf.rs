@@ -192,7 +192,8 @@ impl Submit for Leaf {
                     request = there;
                     q
                 }
-                _ => return self.submit_elsewhere(&{ request }),
+                Some((other, there)) => return other.submit_elsewhere(&{ there }),
+                None => return self.submit_elsewhere(&{ request }),
             },
             _ => return self.submit_elsewhere(&{ request }),
         };
