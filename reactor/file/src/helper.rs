@@ -54,11 +54,6 @@ impl Helper {
         Ok(Helper { jobs: Some(jobs), results, thread: Some(thread), busy: 0 })
     }
 
-    /// Whether it has nothing to do, and nothing to tell.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.busy == 0
-    }
-
     /// Hands over a `Sync` or `Allocate`.
     pub(crate) fn push(&mut self, slot: u16, file: &Arc<File>, io: Io, offset: u64) {
         let job = Job { slot, file: file.clone(), io, offset };

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Layout, MAX_MEMBERS, Place, SplitQueue, infos, usable};
+use super::members::{infos, usable};
+use super::{Layout, MAX_MEMBERS, Place, SplitQueue};
 use crate::LeafAccess;
 
 /// Several devices as one, in stripes (RAID 0).
