@@ -260,7 +260,9 @@ const MOST_MERGED: usize = 256;
 fn attribute(counts: &Counts, frames: &HashMap<u64, Vec<Frame>>, atomics: &Atomics) -> Profile {
     let merged = |at: &u64| {
         let inner = frames.get(at).and_then(|all| all.first());
-        inner.is_some_and(|f| f.file.ends_with(":?") || f.file.ends_with(":0"))
+        // Of a known file: what has no debug information at all is nobody's.
+        let lineless = |file: &str| file.ends_with(":?") || file.ends_with(":0");
+        inner.is_some_and(|f| lineless(&f.file) && !f.file.starts_with("??"))
     };
     let mut profile = Profile::default();
     for (&at, &cost) in &counts.costs {
@@ -366,6 +368,7 @@ jump=3 0x4030 20
 0x4030 0 50
 0x4038 0 50
 0x4040 40 50
+0x4048 0 7
 ";
         let at = |at: u64, file: &str| {
             let frame = Frame { function: "f".to_owned(), file: format!("/x/{file}") };
@@ -377,10 +380,11 @@ jump=3 0x4030 20
             at(0x4030, "ffi/blkif/src/ring.rs:?"),
             at(0x4038, "ffi/blkif/src/ring.rs:0"),
             at(0x4040, "ffi/blkif/src/ring.rs:40"),
+            (0x4048, vec![Frame { function: "??".to_owned(), file: "??:0".to_owned() }]),
         ]);
         let p = attribute(&parse(text, Path::new("/x/polldisk")), &frames, &Atomics::default());
         assert_eq!(p.layers["nvme"], 5 + 50 + 50);
-        assert_eq!((p.layers["qcow"], p.layers["blkif"]), (3, 50));
-        assert_eq!(p.total(), 158, "a jump costs nothing more than itself");
+        assert_eq!((p.layers["qcow"], p.layers["blkif"], p.layers["other"]), (3, 50, 7));
+        assert_eq!(p.total(), 165, "a jump costs nothing more than itself");
     }
 }

@@ -218,8 +218,8 @@ pub struct Map {
     /// Per page of clusters: 0, or generation (high half) and one more than where in `words` or `flat`
     /// the page begins (low half).
     directory: Box<[AtomicU64]>,
-    /// All pages, one after the other, where not all have a place. Zeroed lazily by the kernel: what is
-    /// not used costs nothing.
+    /// All pages, one after the other, where not all have a place. Zeroed by the kernel where they are first
+    /// used, 2 MiB at a time in large maps where it has such pages: what is not used costs next to nothing.
     words: Box<[AtomicU64]>,
     /// The same where all do. Then each lies in its own place and is never evicted, and a look-up needs no
     /// directory: a word is that of its cluster, or 0 while its page is not loaded.

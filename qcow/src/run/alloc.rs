@@ -419,3 +419,52 @@ impl Shared {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Clusters together are judged as one by one, over the ends of slices, of blocks and of the image, also
+    /// where slices are not in memory.
+    #[test]
+    fn many_seem_counted_if_each_does() {
+        // Clusters of 512 bytes: 256 counts of 16 bits in a block, which is a slice.
+        let geometry = Geometry::new(3, 9, 4, 1 << 20).unwrap();
+        let mut alloc = Allocator {
+            geometry,
+            // One block is missing.
+            table: vec![512, 1024, 0, 1536, 2048],
+            table_offset: 0,
+            table_moving: false,
+            slice_bits: 8,
+            slices: BTreeMap::new(),
+            cursor: 0,
+            high: 1200,
+            space: Arc::default(),
+            len: 0,
+            grown: 0,
+            exhausted: false,
+            limit: 1280,
+            freed: BTreeSet::new(),
+            busy: false,
+            metadata: MetadataSet::default(),
+            miscounted: false,
+        };
+        for key in [0, 3, 4] {
+            let bytes = [0, 1].repeat(256);
+            alloc.slices.insert(key, RefSlice { bytes, dirty: false, changed: false });
+        }
+        for free in [7, 255, 768, 900, 1023] {
+            alloc.set(free, 0);
+        }
+        let (mut yes, mut no) = (0, 0);
+        for first in 0..1290 {
+            for last in (first..first + 12).chain([first + 255, first + 256, first + 600]) {
+                let each = (first..=last).all(|cluster| alloc.seems_counted(cluster));
+                assert_eq!(alloc.seem_counted(first, last), each, "{first} to {last}");
+                if each { yes += 1 } else { no += 1 }
+            }
+        }
+        assert!(yes > 5000 && no > 5000, "{yes} {no}");
+    }
+}

@@ -134,6 +134,8 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     slots: Box<[Slot]>,
     /// First of the free slots, which form a list.
     free: u16,
+    /// The disk was told to expect the requests before this index of the ring.
+    expected: u32,
     /// Slots whose requests a backend before this one took and did not answer: the next one last.
     left: Vec<u16>,
     /// The one of them that is taken up now, and the rest of its request.
@@ -282,6 +284,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             Slot::first(config.owner, index as u16, page(index).expect("a page for each slot"))
         };
         let mut backend = Backend {
+            expected: ring.taken(),
             ring,
             grants,
             events,

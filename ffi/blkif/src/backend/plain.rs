@@ -42,9 +42,23 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             _ => return,
         };
         if M::KEEPS {
-            slot.offset = self.ring.kept_request(index).0.sector * u64::from(SECTOR);
+            // It was looked at when it was taken; a record that was damaged since names no place on a disk.
+            slot.offset = self.ring.kept_request(index).0.sector.saturating_mul(u64::from(SECTOR));
         }
         (slot.operation, slot.len, slot.stage) = (operation, PAGE as u32, Stage::AtData);
+    }
+
+    /// Tells the disk of the next `count` requests, of each once: one that must wait for a buffer is here in
+    /// each turn until then, and all behind it.
+    #[inline(always)]
+    fn expect<D: Submit>(&mut self, disk: &D, count: u32) {
+        let (ring, taken) = (&self.ring, self.ring.taken());
+        // Never behind what is taken: that was told of before.
+        let from = self.expected.wrapping_sub(taken).min(count);
+        disk.prefetch((from..count).map(|n| ring.sector(n).wrapping_mul(u64::from(SECTOR))));
+        if from < count {
+            self.expected = taken.wrapping_add(count);
+        }
     }
 
     /// Takes the `waiting` requests, as far as the disk has room.
@@ -53,8 +67,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let limits = self.limits(disk);
         let first = self.free;
         let count = (waiting as usize).min(disk.room());
-        let ring = &self.ring;
-        disk.prefetch((0..count as u32).map(|n| ring.sector(n).wrapping_mul(u64::from(SECTOR))));
+        self.expect(disk, count as u32);
         if self.ring.abi() == Abi::X86_64 {
             // No counter but the ring's: each request that is taken brings it one nearer.
             let end = self.ring.taken().wrapping_add(count as u32);
@@ -68,6 +81,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 if !taken && !self.take_next_other(disk, &limits) {
                     break;
                 }
+                debug_assert!(end.wrapping_sub(self.ring.taken()) < count as u32, "one was taken");
             }
         } else {
             cold_path();

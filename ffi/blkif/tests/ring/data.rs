@@ -188,6 +188,11 @@ fn large_buffers_run_out_and_the_ring_waits() {
         p.disk.hold = false;
         let all = p.run();
         assert_eq!(all.len(), 32);
+        assert_eq!(
+            p.disk.expected.borrow().len(),
+            32,
+            "each is told of once, however long it waits"
+        );
         assert!(all.iter().all(|d| d.status == OKAY && d.operation == WRITE));
         for i in 0..32u64 {
             assert!(p.disk.bytes(i * 65536, 8192).iter().all(|&b| b == i as u8 + 1));
