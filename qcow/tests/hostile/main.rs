@@ -9,6 +9,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use block::{Status, Storage, StorageError};
@@ -124,11 +125,34 @@ impl Sparse {
     }
 }
 
-/// All tests of this program together get this much memory for data; asking for more aborts it.
-/// The images themselves take a part of it.
-fn limit_memory() {
-    use nix::sys::resource::{Resource, setrlimit};
-    setrlimit(Resource::RLIMIT_DATA, 320 << 20, 320 << 20).unwrap();
+/// The images of these tests that QEMU makes.
+struct Samples {
+    /// With something of everything, to be damaged, and how many rounds each gets.
+    whole: Vec<(Sparse, u64)>,
+    /// With one compressed cluster.
+    compressed: Vec<Sparse>,
+}
+
+/// Makes the images, then limits the memory: all tests of this program together get this much for
+/// data, and asking for more aborts it. The images themselves take a part of it. Every test begins
+/// here, for children inherit the limit and QEMU's threads may need more.
+fn samples_then_limited_memory() -> &'static Samples {
+    static SAMPLES: LazyLock<Samples> = LazyLock::new(|| {
+        use nix::sys::resource::{Resource, setrlimit};
+        let whole = [
+            ("cluster_size=512", 1500),
+            ("cluster_size=4096,compression_type=zstd,refcount_bits=8", 700),
+            ("cluster_size=65536", 300),
+            ("cluster_size=4096,compat=0.10", 500),
+        ];
+        let samples = Samples {
+            whole: whole.map(|(options, rounds)| (sample(options), rounds)).into(),
+            compressed: ["zlib", "zstd"].map(compressed).into(),
+        };
+        setrlimit(Resource::RLIMIT_DATA, 320 << 20, 320 << 20).unwrap();
+        samples
+    });
+    &SAMPLES
 }
 
 /// Does everything with an image that the control path can do. How each ends does not matter.
@@ -180,9 +204,17 @@ fn sample(options: &str) -> Sparse {
     Sparse::load(&path)
 }
 
+fn compressed(kind: &str) -> Sparse {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    qemu_create(&path, &format!("compression_type={kind}"), "1M");
+    qemu_io(&path, &["write -c -P 9 0 64k"]);
+    Sparse::load(&path)
+}
+
 #[test]
 fn random_damage_of_headers_and_tables() {
-    limit_memory();
+    let samples = samples_then_limited_memory();
     // The long run of CI asks for more rounds, each time with another seed.
     let more: Option<u64> =
         std::env::var("POLLDISK_FUZZ_ROUNDS").ok().map(|n| n.parse().expect("a number"));
@@ -190,13 +222,7 @@ fn random_damage_of_headers_and_tables() {
     println!("seed {seed}");
     let mut rng = Rng(seed);
     let started = now();
-    for (options, rounds) in [
-        ("cluster_size=512", 1500),
-        ("cluster_size=4096,compression_type=zstd,refcount_bits=8", 700),
-        ("cluster_size=65536", 300),
-        ("cluster_size=4096,compat=0.10", 500),
-    ] {
-        let good = sample(options);
+    for (good, rounds) in &samples.whole {
         let meta = ImageMeta::open(&mut good.clone(), "a", Mode::Read).unwrap();
         let h = &meta.header;
         let cluster = meta.geometry.cluster_size();
@@ -251,7 +277,7 @@ fn claims(cluster_bits: u32, len: u64, edit: impl FnOnce(&mut Sparse)) -> Sparse
 
 #[test]
 fn small_files_that_claim_hugeness() {
-    limit_memory();
+    samples_then_limited_memory();
     let l1 = |s: &mut Sparse, entries: u32, offset: u64| {
         s.poke(36, &entries.to_be_bytes());
         s.poke_u64(40, offset);
@@ -342,12 +368,7 @@ fn small_files_that_claim_hugeness() {
 
 #[test]
 fn compressed_clusters_that_lie_about_their_length() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.qcow2");
-    for kind in ["zlib", "zstd"] {
-        qemu_create(&path, &format!("compression_type={kind}"), "1M");
-        qemu_io(&path, &["write -c -P 9 0 64k"]);
-        let good = Sparse::load(&path);
+    for good in &samples_then_limited_memory().compressed {
         let meta = ImageMeta::open(&mut good.clone(), "a", Mode::Read).unwrap();
         let l2 = meta.l1[0] & 0x00ff_ffff_ffff_fe00;
         let entry = good.peek_u64(l2);
