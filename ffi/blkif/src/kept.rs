@@ -14,7 +14,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use dma::{Entries, Region};
+use dma::{Entries, Entry, Region};
 
 use crate::RingMemory;
 use crate::abi::{Abi, Head, RSP_PROD};
@@ -33,6 +33,7 @@ const AT_PUBLISHED: usize = 24;
 // in the upper half of the first; its state; the index of its answer; and the rest of the request.
 const AT_INDEX: usize = 4;
 const AT_ID: usize = 8;
+const AT_SEGMENT: usize = 24;
 const AT_STATE: usize = 32;
 const AT_ANSWER: usize = 36;
 const AT_TAIL: usize = 40;
@@ -92,26 +93,29 @@ impl<M: RingMemory> KeptRing<M> {
             r.store32(AT_SLOTS, slots, Ordering::Relaxed);
             r.store32(AT_REQ_CONS, start, Ordering::Relaxed);
             r.store32(AT_PUBLISHED, start, Ordering::Relaxed);
-            (0..slots).for_each(|slot| kept.set_state(slot as u16, FREE));
+            (0..slots).for_each(|slot| set_state(kept.entries.at(slot), FREE));
             r.store64(0, MAGIC, Ordering::Release);
         }
         kept
     }
+}
 
-    /// After all that was written before, also for whoever finds it half done.
-    #[inline(always)]
-    fn set_state(&self, slot: u16, state: u32) {
-        self.entries.at(slot.into()).store32::<AT_STATE>(state, Ordering::Release);
-    }
-
-    /// Where the rest of a request stands.
-    fn tail_at(slot: u16) -> usize {
-        HEAD + ENTRY * usize::from(slot) + AT_TAIL
-    }
+/// After all that was written before, also for whoever finds it half done.
+#[inline(always)]
+fn set_state(entry: Entry<'_, ENTRY>, state: u32) {
+    entry.store32::<AT_STATE>(state, Ordering::Release);
 }
 
 impl<M: RingMemory> RingMemory for KeptRing<M> {
     const KEEPS: bool = true;
+
+    type Entry = Entries<ENTRY>;
+
+    fn entry(&self, slot: u16) -> Entries<ENTRY> {
+        assert!(u32::from(slot) <= self.entries.mask(), "an entry for each slot");
+        // One alone, at its own place: an access to it needs no index.
+        Entries::new(self.record.clone(), HEAD + ENTRY * usize::from(slot), 1)
+    }
 
     #[inline]
     fn bytes(&self) -> usize {
@@ -164,17 +168,17 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     }
 
     #[inline(always)]
-    fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
+    fn keep(&self, entry: &Entries<ENTRY>, index: u32, head: Head, tail: Option<[u64; 10]>) {
         let Head { first, id, sector, word } = head;
-        let entry = self.entries.at(slot.into());
+        let entry = entry.at(0);
         // By halves: cheaper than to put them together.
         entry.store32::<0>(first, Ordering::Relaxed);
         entry.store32::<AT_INDEX>(index, Ordering::Relaxed);
         entry.write_words_at::<AT_ID, 3>(&[id, sector, word]);
         if let Some(tail) = tail {
-            self.record.write_words(KeptRing::<M>::tail_at(slot), &tail);
+            entry.write_words_at::<AT_TAIL, 10>(&tail);
         }
-        self.set_state(slot, TAKEN);
+        set_state(entry, TAKEN);
     }
 
     #[inline]
@@ -183,11 +187,11 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
     }
 
     #[inline(always)]
-    fn answered(&self, slot: u16, index: u32) {
+    fn answered(&self, entry: &Entries<ENTRY>, index: u32) {
         // The state last: without it this is not answered, whatever else there is. Before the answer is
         // counted by `publishing` it is taken for none anyhow.
-        self.entries.at(slot.into()).store32::<AT_ANSWER>(index, Ordering::Relaxed);
-        self.set_state(slot, ANSWERED);
+        entry.at(0).store32::<AT_ANSWER>(index, Ordering::Relaxed);
+        set_state(entry.at(0), ANSWERED);
     }
 
     #[inline]
@@ -201,7 +205,7 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
             let answer = entry.load32::<AT_ANSWER>(Ordering::Relaxed);
             let seen = answer.wrapping_sub(published) > self.entries.mask();
             if seen && entry.load32::<AT_STATE>(Ordering::Relaxed) == ANSWERED {
-                self.set_state(slot, FREE);
+                set_state(entry, FREE);
             }
         }
     }
@@ -230,14 +234,24 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
         for slot in all {
             // An answer that nobody saw is none: its index will be another's. So will that of a request
             // that was not counted, in whatever slot it is taken next.
-            self.set_state(slot, if slots.contains(&slot) { TAKEN } else { FREE });
+            set_state(entry(slot), if slots.contains(&slot) { TAKEN } else { FREE });
         }
         Ok(Some(Kept { req_cons, published, slots }))
     }
 
-    fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
-        let [first, id, sector, word] = self.entries.at(slot.into()).read_words();
+    fn kept_request(&self, entry: &Entries<ENTRY>) -> (Head, [u64; 10]) {
+        let [first, id, sector, word] = entry.at(0).read_words();
         let head = Head { first: first as u32, id, sector, word };
-        (head, self.record.read_words(KeptRing::<M>::tail_at(slot)))
+        (head, entry.at(0).read_words_at::<AT_TAIL, 10>())
+    }
+
+    #[inline(always)]
+    fn kept_id(entry: &Entries<ENTRY>) -> u64 {
+        entry.at(0).read_words_at::<AT_ID, 1>()[0]
+    }
+
+    #[inline(always)]
+    fn kept_segment(entry: &Entries<ENTRY>) -> u64 {
+        entry.at(0).read_words_at::<AT_SEGMENT, 1>()[0]
     }
 }

@@ -3,6 +3,7 @@
 //! The other side may write any byte at any instant, so there are loads and stores of single
 //! words only, and each happens exactly once.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -67,10 +68,17 @@ pub trait RingMemory {
     /// [`crate::KeptRing`], which this and what follows is for.
     const KEEPS: bool = false;
 
+    /// Where the request in a backend's slot is kept; the slot holds this, so that it need not be looked
+    /// for with each request. Nothing where none is kept.
+    type Entry: fmt::Debug;
+
+    /// That of a slot.
+    fn entry(&self, slot: u16) -> Self::Entry;
+
     /// The request of this index was taken into a backend's slot. Without a tail it has one segment
     /// at most.
     #[inline]
-    fn keep(&self, _slot: u16, _index: u32, _head: Head, _tail: Option<[u64; 10]>) {}
+    fn keep(&self, _entry: &Self::Entry, _index: u32, _head: Head, _tail: Option<[u64; 10]>) {}
 
     /// Requests before this index were taken. Before one of them is answered.
     #[inline]
@@ -78,7 +86,7 @@ pub trait RingMemory {
 
     /// It was answered, by the response of this index.
     #[inline]
-    fn answered(&self, _slot: u16, _index: u32) {}
+    fn answered(&self, _entry: &Self::Entry, _index: u32) {}
 
     /// Responses before this index are going to be seen by the guest.
     #[inline]
@@ -97,7 +105,17 @@ pub trait RingMemory {
     }
 
     /// A request that was kept.
-    fn kept_request(&self, _slot: u16) -> (Head, [u64; 10]) {
+    fn kept_request(&self, _entry: &Self::Entry) -> (Head, [u64; 10]) {
+        unreachable!("nothing is kept here")
+    }
+
+    /// The guest's name for it, [`Head::id`].
+    fn kept_id(_entry: &Self::Entry) -> u64 {
+        unreachable!("nothing is kept here")
+    }
+
+    /// Its segment, [`Head::word`], if it has one.
+    fn kept_segment(_entry: &Self::Entry) -> u64 {
         unreachable!("nothing is kept here")
     }
 
@@ -142,6 +160,10 @@ impl RegionRing {
 }
 
 impl RingMemory for RegionRing {
+    type Entry = ();
+
+    fn entry(&self, _slot: u16) {}
+
     #[inline]
     fn bytes(&self) -> usize {
         self.bytes

@@ -160,14 +160,19 @@ impl<M: RingMemory> BackRing<M> {
         self.abi.load_tail(&self.memory, self.req_cons)
     }
 
-    /// Takes the next request, whose head this is, into a slot of the backend's: from now on its place
+    /// Where the request in a slot of the backend's is kept, if at all.
+    pub fn entry(&self, slot: u16) -> M::Entry {
+        self.memory.entry(slot)
+    }
+
+    /// Takes the next request, whose head this is, into the slot of this entry: from now on its place
     /// in the ring may be overwritten by an answer. A slot takes another request only when the answer
     /// to the last one is published. `long`: there is more to it than its head.
     #[inline]
-    pub fn take(&mut self, slot: u16, head: Head, long: bool) {
+    pub fn take(&mut self, entry: &M::Entry, head: Head, long: bool) {
         if M::KEEPS {
             let tail = if long { Some(self.tail()) } else { None };
-            self.memory.keep(slot, self.req_cons, head, tail);
+            self.memory.keep(entry, self.req_cons, head, tail);
         }
         self.req_cons = self.req_cons.wrapping_add(1);
     }
@@ -179,8 +184,8 @@ impl<M: RingMemory> BackRing<M> {
     }
 
     /// A request that a backend before this one took.
-    pub(crate) fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
-        self.memory.kept_request(slot)
+    pub(crate) fn kept_request(&self, entry: &M::Entry) -> (Head, [u64; 10]) {
+        self.memory.kept_request(entry)
     }
 
     /// To be called now and then: see [`RingMemory::forget`]. Looks at all slots after very many
@@ -193,27 +198,27 @@ impl<M: RingMemory> BackRing<M> {
         }
     }
 
-    /// Writes the answer to the request in a slot; the frontend does not see it before
+    /// Writes the answer to the request of an entry; the frontend does not see it before
     /// [`BackRing::publish`].
     #[inline]
-    pub fn respond(&mut self, slot: u16, response: Response) {
-        self.respond_in(self.abi, slot, response);
+    pub fn respond(&mut self, entry: &M::Entry, response: Response) {
+        self.respond_in(self.abi, entry, response);
     }
 
     /// The same in a ring of the 64-bit layout.
     #[inline(always)]
-    pub(crate) fn respond64(&mut self, slot: u16, response: Response) {
+    pub(crate) fn respond64(&mut self, entry: &M::Entry, response: Response) {
         debug_assert!(self.abi == Abi::X86_64);
-        self.respond_in(Abi::X86_64, slot, response);
+        self.respond_in(Abi::X86_64, entry, response);
     }
 
     #[inline(always)]
-    fn respond_in(&mut self, abi: Abi, slot: u16, response: Response) {
+    fn respond_in(&mut self, abi: Abi, entry: &M::Entry, response: Response) {
         debug_assert!(self.unanswered() > 0);
         let index = self.rsp_prod;
         self.rsp_prod = index.wrapping_add(1);
         abi.store_response(&self.memory, index, response);
-        self.memory.answered(slot, index);
+        self.memory.answered(entry, index);
     }
 
     /// Answers written and not yet published.
@@ -313,11 +318,11 @@ mod tests {
             // Requests that are taken but not answered still take their slots.
             m.store32(REQ_PROD, start.wrapping_add(10), Ordering::Relaxed);
             for _ in 0..10 {
-                b.take(0, Head::direct(0, 1, 0, 0, 0), false);
+                b.take(&(), Head::direct(0, 1, 0, 0, 0), false);
             }
             m.store32(REQ_PROD, start.wrapping_add(33), Ordering::Relaxed);
             assert!(b.waiting().is_err());
-            b.respond(0, Response { id: 1, operation: 0, status: OKAY });
+            b.respond(&(), Response { id: 1, operation: 0, status: OKAY });
             assert_eq!(b.waiting(), Ok(23));
             // Below what was taken already.
             m.store32(REQ_PROD, start.wrapping_add(9), Ordering::Relaxed);
@@ -342,9 +347,9 @@ mod tests {
         let record = dma::Region::new(2 * PAGE, dma::PageSize::Small).unwrap();
         let kept = || KeptRing::new(m.clone(), record.clone(), Abi::NATIVE, 0, 1);
         let mut b = BackRing::attach(kept(), Abi::NATIVE, 0).unwrap();
-        b.take(7, Head::direct(0, 1, 0, 0, 0), false);
+        b.take(&b.entry(7), Head::direct(0, 1, 0, 0, 0), false);
         b.count_taken();
-        b.respond(7, Response { id: 0, operation: 0, status: OKAY });
+        b.respond(&b.entry(7), Response { id: 0, operation: 0, status: OKAY });
         b.publish();
         b.forget_published();
         // As if all other requests were in other slots.
@@ -355,9 +360,9 @@ mod tests {
             b.publish();
             b.forget_published();
         }
-        b.take(8, Head::direct(0, 1, 0, 0, 0), false);
+        b.take(&b.entry(8), Head::direct(0, 1, 0, 0, 0), false);
         b.count_taken();
-        b.respond(8, Response { id: 0, operation: 0, status: OKAY });
+        b.respond(&b.entry(8), Response { id: 0, operation: 0, status: OKAY });
         b.forget_published();
         let left = kept().kept().unwrap().unwrap();
         assert_eq!((left.req_cons, left.published, left.slots), (1, 0, vec![8]));
@@ -372,9 +377,9 @@ mod tests {
                 let at = start.wrapping_add(i);
                 m.store32(REQ_PROD, at.wrapping_add(1), Ordering::Relaxed);
                 assert_eq!(b.waiting(), Ok(1));
-                b.take(0, Head::direct(0, 1, 0, 0, 0), false);
+                b.take(&(), Head::direct(0, 1, 0, 0, 0), false);
                 let r = Response { id: u64::from(i) << 40 | 7, operation: 1, status: OKAY };
-                b.respond(0, r);
+                b.respond(&(), r);
                 assert_eq!(m.load32(RSP_PROD, Ordering::Relaxed), at);
                 m.store32(RSP_EVENT, at.wrapping_add(1), Ordering::Relaxed);
                 assert!(b.publish(), "the frontend asked for it");

@@ -314,10 +314,16 @@ impl<const SIZE: usize> Entry<'_, SIZE> {
     /// Loads the first `N` 64-bit words, each once.
     #[inline(always)]
     pub fn read_words<const N: usize>(self) -> [u64; N] {
-        const { assert!(N * 8 <= SIZE, "words of the entry") };
+        self.read_words_at::<0, N>()
+    }
+
+    /// Loads `N` 64-bit words from `AT` on, each once.
+    #[inline(always)]
+    pub fn read_words_at<const AT: usize, const N: usize>(self) -> [u64; N] {
+        const { assert!(AT.is_multiple_of(8) && AT + N * 8 <= SIZE, "words of the entry") };
         core::array::from_fn(|i| {
-            // SAFETY: `N` words lie in the entry, as was just asserted.
-            let word = unsafe { self.0.cast::<u64>().add(i) };
+            // SAFETY: `N` words from `AT` on lie in the entry, as was just asserted.
+            let word = unsafe { self.0.cast::<u64>().add(AT / 8 + i) };
             // SAFETY: as in `load32`.
             unsafe { AtomicU64::from_ptr(word.as_ptr()) }.load(Ordering::Relaxed)
         })
@@ -368,6 +374,7 @@ mod tests {
         assert_eq!(ring.at(5).read_words(), [0, 9 << 32]);
         ring.at(2).write_words_at::<8, 1>(&[5]);
         assert_eq!(ring.at(6).read_words(), [0, 5]);
+        assert_eq!(ring.at(2).read_words_at::<8, 1>(), [5]);
     }
 
     #[test]

@@ -343,6 +343,10 @@ struct RingPages {
 }
 
 impl RingMemory for RingPages {
+    type Entry = ();
+
+    fn entry(&self, _slot: u16) {}
+
     #[inline]
     fn bytes(&self) -> usize {
         self.mapping.bytes()

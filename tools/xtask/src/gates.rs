@@ -16,13 +16,13 @@ use crate::tools;
 /// ever goes down, but for what the path really does and was not counted: the rings' records were not.
 const INSTRUCTIONS: [(&str, u64, f64); 4] = [
     ("read", 32, 300.0),
-    ("write", 32, 312.0),
+    ("write", 32, 300.0),
     ("translate-1", 1, 26.0),
     ("translate-20", 1, 26.0),
 ];
 
 /// The same of the backend half alone, above the image layer.
-const BACKEND: f64 = 134.0;
+const BACKEND: f64 = 120.0;
 
 /// Cost of a request to the driver with several devices as a share of that with one.
 const DEVICES: f64 = 1.1;

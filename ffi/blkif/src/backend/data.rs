@@ -3,7 +3,7 @@
 
 use block::Submit;
 
-use super::{Backend, NO_BUFFER, Slot, Stage};
+use super::{Backend, NO_BUFFER, Stage};
 use crate::abi::{ERROR, OKAY, PAGE, READ, SEGMENTS_PER_PAGE, Segment};
 use crate::grants::{CopyOp, Direction, GNTST_EAGAIN, GNTST_GENERAL_ERROR, GNTST_OKAY};
 use crate::pages::Absent;
@@ -36,6 +36,11 @@ impl Batch {
     }
 
     #[inline]
+    /// How many requests have copies in it.
+    pub(super) fn len(&self) -> usize {
+        self.parts.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }
@@ -44,7 +49,8 @@ impl Batch {
 impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// The `i`th segment of a request.
     #[inline]
-    fn segment(&self, slot: &Slot, i: usize) -> Segment {
+    fn segment(&self, index: u16, i: usize) -> Segment {
+        let slot = &self.slots[usize::from(index)];
         if slot.large == NO_BUFFER {
             Segment(slot.word)
         } else {
@@ -123,11 +129,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     /// Copies a request's data. Returns whether some of it waits in the batch.
     fn copy_data(&mut self, index: u16, direction: Direction) -> bool {
-        let slot = self.slots[usize::from(index)];
+        let count = self.slots[usize::from(index)].segments();
         let first = self.batch.ops.len();
         let mut at = self.buffer_at(index) as u32;
-        for i in 0..slot.segments() {
-            let s = self.segment(&slot, i);
+        for i in 0..count {
+            let s = self.segment(index, i);
             self.copy_range(index, s.gref(), (s.offset(), s.bytes()), at, direction);
             at += s.bytes();
         }
@@ -160,19 +166,19 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     pub(super) fn fetch<D: Submit>(&mut self, disk: &mut D, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
         slot.stage = Stage::Fetch;
-        let slot = *slot;
-        let first = self.batch.ops.len();
+        let (count, operation) = (slot.pages, slot.operation);
         let pages = self.list_pages[usize::from(slot.large)];
         let mut left = slot.segments();
+        let first = self.batch.ops.len();
         let base = self.buffer_at(index) as u32;
-        for (i, &gref) in pages.iter().take(usize::from(slot.pages)).enumerate() {
+        for (i, &gref) in pages.iter().take(usize::from(count)).enumerate() {
             let here = left.min(SEGMENTS_PER_PAGE);
             left -= here;
             let at = base + (i * PAGE) as u32;
             self.copy_range(index, gref, (0, 8 * here as u32), at, Direction::FromGuest);
         }
         if !self.batched(index, first) && self.read_list(disk, index) {
-            if slot.operation == READ {
+            if operation == READ {
                 self.put_data(disk, index);
             } else {
                 self.gather(disk, index);
@@ -183,7 +189,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// Takes the list of segments out of the buffer and checks it. An answer is given if it is
     /// wrong.
     fn read_list<D: Submit>(&mut self, disk: &D, index: u16) -> bool {
-        let slot = self.slots[usize::from(index)];
+        let slot = &self.slots[usize::from(index)];
         let (list, at) = (self.list_at(slot.large), self.buffer_at(index));
         for i in 0..slot.segments() {
             let [word] = self.bounce.read_words(at + 8 * i);
@@ -289,6 +295,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             large => &self.list_pages[usize::from(large)][..usize::from(slot.pages)],
         };
         lists.iter().any(|&g| pending(g))
-            || (0..slot.segments()).any(|i| pending(self.segment(slot, i).gref()))
+            || (0..slot.segments()).any(|i| pending(self.segment(index, i).gref()))
     }
 }

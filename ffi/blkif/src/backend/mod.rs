@@ -131,7 +131,7 @@ pub struct Backend<M: RingMemory, G: Grants, E: EventChannel> {
     events: E,
     pages: PageTable,
     bounce: Arc<Region>,
-    slots: Box<[Slot]>,
+    slots: Box<[Slot<M::Entry>]>,
     /// First of the free slots, which form a list.
     free: u16,
     /// The disk was told to expect the requests before this index of the ring.
@@ -206,8 +206,9 @@ impl Ask {
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     sectors: u64,
-    /// Where a page may not begin any more, in sectors.
+    /// Where a page may not begin any more, in sectors: one to be read, and one to be written.
     pages_end: u64,
+    writes_end: u64,
     align: u64,
     read_only: bool,
 }
@@ -217,7 +218,7 @@ impl Limits {
     #[inline(always)]
     fn page(&self, write: bool, sector: u64) -> bool {
         // One after the other: each is a branch that is never taken.
-        if sector >= self.pages_end {
+        if sector >= if write { self.writes_end } else { self.pages_end } {
             cold_path();
             return false;
         }
@@ -225,7 +226,7 @@ impl Limits {
             cold_path();
             return false;
         }
-        !(write && self.read_only)
+        true
     }
 
     /// Sectors that a segment asks for, at `sector`; `None` if it may not.
@@ -281,15 +282,16 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let bounce = Region::new_best(bytes)?;
         let page = |index: usize| bounce.seg((index * PAGE) as u64, PAGE as u32);
         let slot = |index: usize| {
-            Slot::first(config.owner, index as u16, page(index).expect("a page for each slot"))
+            let page = page(index).expect("a page for each slot");
+            Slot::first(config.owner, index as u16, page, ring.entry(index as u16))
         };
         let mut backend = Backend {
             expected: ring.taken(),
+            slots: (0..slots).map(slot).collect(),
             ring,
             grants,
             events,
             pages: PageTable::new(config.persistent_pages),
-            slots: (0..slots).map(slot).collect(),
             bounce,
             free: 0,
             work: !left.is_empty(),
@@ -354,19 +356,17 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
 
     #[inline]
     fn limits<D: Submit>(&self, disk: &D) -> Limits {
-        let none = Limits { sectors: 0, pages_end: 0, align: 0, read_only: true };
+        let none = Limits { sectors: 0, pages_end: 0, writes_end: 0, align: 0, read_only: true };
         // A disk that has failed is one without sectors: everything is out of range.
         if self.failed {
             return none;
         }
         disk.info(0).map_or(none, |info| {
             let sectors = info.size / u64::from(SECTOR);
-            Limits {
-                sectors,
-                pages_end: (sectors + 1).saturating_sub(PAGE as u64 / u64::from(SECTOR)),
-                align: self.align,
-                read_only: info.read_only || self.config.read_only,
-            }
+            let pages_end = (sectors + 1).saturating_sub(PAGE as u64 / u64::from(SECTOR));
+            let read_only = info.read_only || self.config.read_only;
+            let writes_end = if read_only { 0 } else { pages_end };
+            Limits { sectors, pages_end, writes_end, align: self.align, read_only }
         })
     }
 
@@ -375,26 +375,20 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         if self.now >= self.next_sweep {
             self.sweep();
         }
-        let mut busy = false;
-        if !self.batch.is_empty() {
-            // First, as it may bring more to do.
-            self.end_batch(disk);
-            busy = true;
-        }
-        if self.armed || !self.todo.is_empty() || self.pages.pending() > 0 {
-            busy |= self.do_todo(disk);
-        }
+        let more = self.has_more();
+        let mut busy = (more || self.armed) && self.go_on(disk);
         if self.ring.unpublished() > 0 {
             // Before anything is taken: see [`BackRing::take`].
             self.publish();
             busy = true;
         }
         // It was taken, if by another: it comes to its end, whether or not more is taken.
-        if !self.left.is_empty() && self.gates & !(GATE_STOPPING | GATE_BROKEN) == 0 {
+        let left = more && !self.left.is_empty();
+        if left && self.gates & !(GATE_STOPPING | GATE_BROKEN) == 0 {
             self.replay(disk);
             busy = true;
         }
-        if self.gates == 0 && self.left.is_empty() {
+        if self.gates == 0 && (!left || self.left.is_empty()) {
             match self.ring.waiting() {
                 Ok(0) => {}
                 Ok(waiting) => {
@@ -404,7 +398,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
                 Err(why) => self.give_up(why),
             }
         }
-        if !self.batch.is_empty() {
+        self.work = self.has_more();
+        if self.work && !self.batch.is_empty() {
             self.start_batch();
             busy = true;
         }
@@ -412,12 +407,28 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.publish();
             busy = true;
         }
-        self.work = !self.todo.is_empty()
-            || !self.batch.is_empty()
-            || !self.left.is_empty()
-            || self.pages.pending() > 0;
         self.stats.in_flight.set(u64::from(self.ring.unanswered()));
         busy
+    }
+
+    /// Whether there is anything to do but for what waits in the ring or is at the disk. Asked twice in each
+    /// turn, and nearly never so: one question for all.
+    #[inline(always)]
+    fn has_more(&self) -> bool {
+        let pages = self.pages.pending() as usize;
+        self.todo.len() | self.batch.len() | self.left.len() | pages != 0
+    }
+
+    /// Does what there is, but for what another backend has left. Returns whether anything was.
+    #[inline(never)]
+    fn go_on<D: Submit>(&mut self, disk: &mut D) -> bool {
+        let copies = !self.batch.is_empty();
+        if copies {
+            // First, as it may bring more to do.
+            self.end_batch(disk);
+        }
+        let todo = self.armed || !self.todo.is_empty() || self.pages.pending() > 0;
+        (todo && self.do_todo(disk)) || copies
     }
 
     /// A slot for a request that was just taken: there are as many as the ring has.
@@ -459,7 +470,8 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
     /// Answers a request without a large buffer and frees its slot.
     fn respond(&mut self, index: u16, status: i16) {
         let slot = &mut self.slots[usize::from(index)];
-        self.ring.respond(index, Response { id: slot.id, operation: slot.operation, status });
+        let answer = Response { id: slot.id, operation: slot.operation, status };
+        self.ring.respond(&slot.entry, answer);
         slot.stage = Stage::Free;
         slot.next = self.free;
         self.free = index;

@@ -42,8 +42,10 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             _ => return,
         };
         if M::KEEPS {
+            let (head, _) = self.ring.kept_request(&slot.entry);
+            (slot.id, slot.word) = (head.id, head.word);
             // It was looked at when it was taken; a record that was damaged since names no place on a disk.
-            slot.offset = self.ring.kept_request(index).0.sector.saturating_mul(u64::from(SECTOR));
+            slot.offset = head.sector.saturating_mul(u64::from(SECTOR));
         }
         (slot.operation, slot.len, slot.stage) = (operation, PAGE as u32, Stage::AtData);
     }
@@ -134,13 +136,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         };
         let offset = head.sector * u64::from(SECTOR);
         let index = self.free;
-        self.ring.take(index, head, false);
         let slot = &mut self.slots[usize::from(index)];
+        self.ring.take(&slot.entry, head, false);
         self.free = slot.next;
-        slot.id = head.id;
-        slot.word = head.word;
         if !(WHOLE && M::KEEPS) {
-            slot.offset = offset;
+            (slot.id, slot.word, slot.offset) = (head.id, head.word, offset);
         }
         slot.stage = match (WHOLE, WRITES) {
             (false, _) => Stage::Plain,
@@ -151,7 +151,6 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             slot.len = len;
             slot.operation = if WRITES { WRITE } else { READ };
         }
-        let tag = slot.tag();
         let (op, flags) = if WRITES {
             let Some(page) = self.pages.find_at_home(segment.gref(), self.stamp) else {
                 cold_path();
@@ -172,12 +171,14 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         } else {
             (Op::Read, Flags::NONE)
         };
-        let (page, part);
-        let seg = if WHOLE {
-            page = &slot.page;
-            page
+        let tag = slot.tag();
+        let part;
+        let seg = if WHOLE && WRITES {
+            // Not to be kept while the copy runs.
+            &slot.page
         } else {
-            part = slot.page.slice(0, len).expect("a part of a page");
+            let page = slot.page;
+            part = if WHOLE { page } else { page.slice(0, len).expect("a part of a page") };
             &part
         };
         let (len, segs) = (u64::from(len), std::slice::from_ref(seg));
@@ -234,9 +235,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             cold_path();
             return false;
         }
-        let mut answer = Response { id: slot.id, operation: WRITE, status: OKAY };
+        let id = if M::KEEPS { M::kept_id(&slot.entry) } else { slot.id };
+        let mut answer = Response { id, operation: WRITE, status: OKAY };
         if slot.stage == Stage::PageRead {
-            let page = self.pages.find_at_home(Segment(slot.word).gref(), self.stamp);
+            let word = if M::KEEPS { M::kept_segment(&slot.entry) } else { slot.word };
+            let page = self.pages.find_at_home(Segment(word).gref(), self.stamp);
             let Some(page) = page else { return false };
             slot.came_back();
             let at = usize::from(index) * PAGE;
@@ -252,7 +255,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         slot.stage = Stage::Free;
         slot.next = self.free;
         self.free = index;
-        self.ring.respond64(index, answer);
+        self.ring.respond64(&slot.entry, answer);
         true
     }
 }

@@ -3,7 +3,7 @@
 
 use block::Submit;
 
-use super::{Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, SECTOR, Segment, Slot, Stage};
+use super::{Backend, GATE_BARRIER, Head, Limits, NO_BUFFER, SECTOR, Segment, Stage};
 use crate::abi::{
     DIRECT_SEGMENTS, DISCARD, EOPNOTSUPP, ERROR, FLUSH_DISKCACHE, INDIRECT, INDIRECT_PAGES, OKAY,
     READ, SEGMENTS_PER_PAGE, WRITE, WRITE_BARRIER,
@@ -57,8 +57,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.count_refusal();
         }
         let index = self.take_next(head);
-        let slot = &mut self.slots[usize::from(index)];
-        *slot = Slot { id: head.id, operation, ..slot.fresh() };
+        self.slots[usize::from(index)].renew(head.id, operation);
         self.refuse_slot(index, status);
     }
 
@@ -78,7 +77,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             }
             None => {
                 let index = self.free_slot();
-                self.ring.take(index, head, true);
+                self.ring.take(&self.slots[usize::from(index)].entry, head, true);
                 index
             }
         }
@@ -105,7 +104,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         while let Some(&slot) = self.left.last()
             && disk.room() > 0
         {
-            let (head, tail) = self.ring.kept_request(slot);
+            let (head, tail) = self.ring.kept_request(&self.slots[usize::from(slot)].entry);
             (self.replaying, self.tail) = (Some(slot), tail);
             let goes_on = self.take_other(disk, head, limits);
             // Taken, or left for want of a buffer.
@@ -154,16 +153,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             self.lists[list..list + segments.len()].copy_from_slice(segments);
         }
         let slot = &mut self.slots[usize::from(index)];
-        *slot = Slot {
-            id: head.id,
-            offset: head.sector.wrapping_mul(u64::from(SECTOR)),
-            word: segments.first().map_or(0, |s| s.0),
-            len,
-            listed: segments.len() as u16,
-            large,
-            operation: head.operation(),
-            ..slot.fresh()
-        };
+        slot.renew(head.id, head.operation());
+        slot.offset = head.sector.wrapping_mul(u64::from(SECTOR));
+        slot.word = segments.first().map_or(0, |s| s.0);
+        slot.len = len;
+        (slot.listed, slot.large) = (segments.len() as u16, large);
         Some(index)
     }
 
@@ -216,15 +210,9 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let index = self.take_next(head);
         self.list_pages[usize::from(large)] = grefs;
         let slot = &mut self.slots[usize::from(index)];
-        *slot = Slot {
-            id: head.id,
-            offset: head.sector * u64::from(SECTOR),
-            listed: count as u16,
-            large,
-            operation,
-            pages: pages as u8,
-            ..slot.fresh()
-        };
+        slot.renew(head.id, operation);
+        slot.offset = head.sector * u64::from(SECTOR);
+        (slot.listed, slot.large, slot.pages) = (count as u16, large, pages as u8);
         self.stats.indirect.add(1);
         if write {
             self.stats.other_writes.add(1)

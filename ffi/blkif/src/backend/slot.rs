@@ -12,7 +12,7 @@ pub(super) enum Stage {
     /// No request here.
     Free,
     /// At the disk: a read of a whole page to which nothing unusual has happened. What the slot says of
-    /// operation and length is not set, nor is the offset if the ring keeps that
+    /// operation and length is not set, nor are offset, name and segment if the ring keeps those
     /// ([`crate::RingMemory::KEEPS`]).
     PageRead,
     /// The same of a write.
@@ -48,33 +48,35 @@ pub(super) enum Stage {
     Held,
 }
 
-/// A request of the guest. What the straight path needs, and nearly all else, is one cache line.
-#[derive(Clone, Copy, Debug)]
+/// A request of the guest. What the straight path needs is one cache line.
+#[derive(Debug)]
 #[repr(C, align(64))]
-pub(super) struct Slot {
+pub(super) struct Slot<E> {
     /// Its page of the buffers: see [`super::Backend::buffer_at`]. Never changes.
     pub(super) page: Seg,
-    /// The guest's name for it.
-    pub(super) id: u64,
-    /// First byte on the disk.
-    pub(super) offset: u64,
-    /// The one segment of a request that has one.
-    pub(super) word: u64,
+    /// Where it is kept: see [`crate::RingMemory::Entry`]. Never changes.
+    pub(super) entry: E,
     /// Counts what came back from the disk to this slot: the lower half of its tags.
     pub(super) generation: u32,
     /// The upper half of its tags. Never changes.
     pub(super) upper: u32,
-    /// Bytes of data; of a discard, of the part at the disk.
-    pub(super) len: u32,
+    /// The next free slot, while this one is free.
+    pub(super) next: u16,
+    pub(super) stage: Stage,
+    /// What its answer names.
+    pub(super) operation: u8,
     /// How many segments, if it has a large buffer.
     pub(super) listed: u16,
     /// Its large buffer, if it has more than one segment or an indirect list.
     pub(super) large: u16,
-    /// The next free slot, while this one is free.
-    pub(super) next: u16,
-    /// What its answer names.
-    pub(super) operation: u8,
-    pub(super) stage: Stage,
+    /// The guest's name for it.
+    pub(super) id: u64,
+    /// The one segment of a request that has one.
+    pub(super) word: u64,
+    /// First byte on the disk.
+    pub(super) offset: u64,
+    /// Bytes of data; of a discard, of the part at the disk.
+    pub(super) len: u32,
     /// Some page of it is being mapped: its answer must wait for that.
     pub(super) mapping: bool,
     /// Counted in the backend's held writes.
@@ -91,44 +93,46 @@ pub(super) struct Slot {
     pub(super) mark: u64,
 }
 
-impl Slot {
-    const FREE: Slot = Slot {
-        page: Seg::NONE,
-        id: 0,
-        offset: 0,
-        word: 0,
-        generation: 0,
-        upper: 0,
-        len: 0,
-        listed: 0,
-        large: NO_BUFFER,
-        next: 0,
-        operation: 0,
-        stage: Stage::Free,
-        mapping: false,
-        held: false,
-        tries: 0,
-        pages: 0,
-        status: 0,
-        due: 0,
-        mark: 0,
-    };
+impl<E> Slot<E> {
+    /// Slot number `index` as it is at first.
+    pub(super) fn first(owner: u16, index: u16, page: Seg, entry: E) -> Slot<E> {
+        let upper = (Tag::new(owner, index, 0).bits() >> 32) as u32;
+        Slot {
+            page,
+            entry,
+            generation: 0,
+            upper,
+            next: index + 1,
+            stage: Stage::Free,
+            operation: 0,
+            listed: 0,
+            large: NO_BUFFER,
+            id: 0,
+            word: 0,
+            offset: 0,
+            len: 0,
+            mapping: false,
+            held: false,
+            tries: 0,
+            pages: 0,
+            status: 0,
+            due: 0,
+            mark: 0,
+        }
+    }
+
+    /// Makes it that of another request, of which nothing but this is known yet.
+    pub(super) fn renew(&mut self, id: u64, operation: u8) {
+        (self.id, self.operation, self.stage) = (id, operation, Stage::Free);
+        (self.word, self.offset, self.len) = (0, 0, 0);
+        (self.listed, self.large, self.pages) = (0, NO_BUFFER, 0);
+        (self.mapping, self.held, self.tries) = (false, false, 0);
+        (self.status, self.due, self.mark) = (0, 0, 0);
+    }
 
     /// How many segments of data it has. Not for discards.
     pub(super) fn segments(&self) -> usize {
         if self.large == NO_BUFFER { usize::from(self.len > 0) } else { usize::from(self.listed) }
-    }
-
-    /// Slot number `index` as it is at first.
-    pub(super) fn first(owner: u16, index: u16, page: Seg) -> Slot {
-        let upper = (Tag::new(owner, index, 0).bits() >> 32) as u32;
-        Slot { page, upper, next: index + 1, ..Slot::FREE }
-    }
-
-    /// The same, for another request.
-    pub(super) fn fresh(&self) -> Slot {
-        let Slot { page, upper, generation, .. } = *self;
-        Slot { page, upper, generation, ..Slot::FREE }
     }
 
     /// The tag of what is at the disk from this slot, or is sent there next.
@@ -149,4 +153,8 @@ impl Slot {
     }
 }
 
-const _: () = assert!(std::mem::offset_of!(Slot, status) == 64 && size_of::<Slot>() == 128);
+const _: () = {
+    // Of one whose request is kept: of others there is less.
+    type Kept = Slot<<crate::KeptRing<crate::RegionRing> as crate::RingMemory>::Entry>;
+    assert!(std::mem::offset_of!(Kept, id) <= 64 && size_of::<Kept>() == 128);
+};

@@ -216,8 +216,8 @@ fn one_of_two_always_notices() {
                 wait(&start, 2 * round + 2);
                 assert_eq!(ring.waiting(), Ok(1));
                 let head = ring.head();
-                ring.take(0, head, false);
-                ring.respond(0, Response { id: head.id, operation: READ, status: OKAY });
+                ring.take(&(), head, false);
+                ring.respond(&(), Response { id: head.id, operation: READ, status: OKAY });
                 told.store(ring.publish(), Ordering::Relaxed);
                 ended.store(2 * round + 2, Ordering::Release);
             }

@@ -350,6 +350,12 @@ impl Dying {
 impl RingMemory for Dying {
     const KEEPS: bool = true;
 
+    type Entry = <KeptRing<RegionRing> as RingMemory>::Entry;
+
+    fn entry(&self, slot: u16) -> Self::Entry {
+        self.inner.entry(slot)
+    }
+
     fn bytes(&self) -> usize {
         self.inner.bytes()
     }
@@ -374,16 +380,16 @@ impl RingMemory for Dying {
         self.step().store64s(offset, words);
     }
 
-    fn keep(&self, slot: u16, index: u32, head: Head, tail: Option<[u64; 10]>) {
-        self.step().keep(slot, index, head, tail);
+    fn keep(&self, entry: &Self::Entry, index: u32, head: Head, tail: Option<[u64; 10]>) {
+        self.step().keep(entry, index, head, tail);
     }
 
     fn counted(&self, index: u32) {
         self.step().counted(index);
     }
 
-    fn answered(&self, slot: u16, index: u32) {
-        self.step().answered(slot, index);
+    fn answered(&self, entry: &Self::Entry, index: u32) {
+        self.step().answered(entry, index);
     }
 
     fn publishing(&self, index: u32) {
@@ -394,8 +400,16 @@ impl RingMemory for Dying {
         self.inner.kept()
     }
 
-    fn kept_request(&self, slot: u16) -> (Head, [u64; 10]) {
-        self.inner.kept_request(slot)
+    fn kept_request(&self, entry: &Self::Entry) -> (Head, [u64; 10]) {
+        self.inner.kept_request(entry)
+    }
+
+    fn kept_id(entry: &Self::Entry) -> u64 {
+        KeptRing::<RegionRing>::kept_id(entry)
+    }
+
+    fn kept_segment(entry: &Self::Entry) -> u64 {
+        KeptRing::<RegionRing>::kept_segment(entry)
     }
 }
 
