@@ -156,8 +156,8 @@ pub struct SplitQueue<Q, L> {
     /// Parts in flight.
     parts: usize,
     /// Requests that every member certainly takes, as of the last poll, less those taken since: a
-    /// request takes one place of a member, or is counted anew.
-    room: usize,
+    /// request takes one place of a member, or is counted anew. Below 0 for a caller who did not ask.
+    room: isize,
     /// A member was lost that could not be stopped. Everything is refused: a buffer that it may still
     /// write to must not be read into from another member.
     lost: bool,
@@ -327,7 +327,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             && (!L::SHARED || !unit.info.read_only || r.op == Op::Read)
             && let Some((queue, unit)) = self.members.get_mut(member)
         {
-            self.room = self.room.saturating_sub(1);
+            self.room -= 1;
             return Some((queue, Request { unit: *unit, offset, ..*r }));
         }
         None
@@ -475,7 +475,7 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     #[inline]
     fn count_room(&mut self) {
         let least = |least: usize, (queue, _): &(Q, u16)| least.min(queue.room());
-        self.room = self.members.iter().fold(self.free.len(), least);
+        self.room = self.members.iter().fold(self.free.len(), least) as isize;
     }
 
     /// Whether parts are in flight, wait, or are to be answered.
@@ -492,7 +492,7 @@ impl<Q: LeafAccess, L: Layout> Submit for SplitQueue<Q, L> {
 
     #[inline]
     fn room(&self) -> usize {
-        self.room
+        self.room.max(0) as usize
     }
 
     #[inline(always)]

@@ -29,7 +29,7 @@ const DEVICES: f64 = 1.1;
 
 /// Instructions that a stripe of 2 or 4 devices may add to a request on the whole path, which must be
 /// routed there. The goal is a tenth of the request.
-const STRIPES: f64 = 84.0;
+const STRIPES: f64 = 79.0;
 
 /// What a request to a QCOW2 image may cost, as a share of one to bytes as they are.
 const QCOW2: f64 = 1.15;
