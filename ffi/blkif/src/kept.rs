@@ -111,6 +111,8 @@ impl<M: RingMemory> RingMemory for KeptRing<M> {
 
     type Entry = Entries<ENTRY>;
 
+    /// # Panics
+    /// If the record is of a shorter ring.
     fn entry(&self, slot: u16) -> Entries<ENTRY> {
         assert!(u32::from(slot) <= self.entries.mask(), "an entry for each slot");
         // One alone, at its own place: an access to it needs no index.

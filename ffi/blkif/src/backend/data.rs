@@ -35,12 +35,13 @@ impl Batch {
         Batch { ops: Vec::with_capacity(copies), parts: Vec::with_capacity(slots) }
     }
 
-    #[inline]
     /// How many requests have copies in it.
+    #[inline]
     pub(super) fn len(&self) -> usize {
         self.parts.len()
     }
 
+    #[inline]
     pub(super) fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }

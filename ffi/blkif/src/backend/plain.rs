@@ -42,9 +42,11 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
             _ => return,
         };
         if M::KEEPS {
+            // It was looked at when it was taken, and the record is believed as our own memory is; but for the
+            // segment, on which copies rely: that of a whole page is known.
             let (head, _) = self.ring.kept_request(&slot.entry);
-            (slot.id, slot.word) = (head.id, head.word);
-            // It was looked at when it was taken; a record that was damaged since names no place on a disk.
+            let gref = Segment(head.word).gref();
+            (slot.id, slot.word) = (head.id, u64::from(gref) | u64::from(Segment::PAGE) << 32);
             slot.offset = head.sector.saturating_mul(u64::from(SECTOR));
         }
         (slot.operation, slot.len, slot.stage) = (operation, PAGE as u32, Stage::AtData);

@@ -48,7 +48,7 @@ pub(super) enum Stage {
     Held,
 }
 
-/// A request of the guest. What the straight path needs is one cache line.
+/// A request of the guest. What the straight path needs for a whole page is one cache line.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(super) struct Slot<E> {

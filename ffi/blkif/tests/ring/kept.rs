@@ -26,6 +26,8 @@ const fn entry(slot: usize) -> usize {
     64 + 128 * slot
 }
 const AT_STATE: usize = 32;
+/// The first and last sector of its segment.
+const AT_SECTORS: usize = 28;
 
 type KeptBackend = Backend<KeptRing<RegionRing>, LocalGrants, Signal>;
 
@@ -330,6 +332,38 @@ fn what_a_dead_backend_took_is_answered_before_the_end() {
         answers += 1;
     }
     assert_eq!(answers, 5);
+}
+
+/// A request of a page whose pages are not mapped: its segment is in the record alone while it is at the
+/// disk. Whatever becomes of it there, it is one page that is copied.
+#[test]
+fn a_segment_that_was_damaged_in_flight_is_still_a_page() {
+    for sectors in [200 << 8, 9 | 3 << 8, 0xffff] {
+        let fits = |w: &World| w.config.abi == Abi::X86_64 && w.config.persistent_pages == 0;
+        let mut w = (1..).map(World::new).find(fits).unwrap();
+        let mut backend = w.backend();
+        let mut buffer = vec![0; 4096];
+        w.frontend.write(1, 0, &[7; 4096]).unwrap();
+        for cookie in 1..3 {
+            w.frontend.push();
+            w.disk.max_in_flight = 64;
+            for _ in 0..4 {
+                // Until it is at the disk, as the write is one turn later.
+                backend.poll(&mut w.disk, 1);
+            }
+            assert_eq!(w.disk.in_flight(), 1);
+            let taken = |&slot: &usize| w.record.load32(entry(slot) + AT_STATE, Relaxed) == 1;
+            let slot = (0..32).find(taken).unwrap();
+            w.record.store32(entry(slot) + AT_SECTORS, sectors, Relaxed);
+            for _ in 0..4 {
+                w.turn(&mut backend, false);
+            }
+            let done = w.frontend.reap(&mut buffer).unwrap().unwrap();
+            assert_eq!((done.cookie, done.status), (cookie, OKAY), "{sectors:#x}");
+            w.frontend.read(2, 0, 4096).unwrap();
+        }
+        assert_eq!(buffer, [7; 4096]);
+    }
 }
 
 /// A record whose backend dies at its so many'th step: between any two of them, that is.
