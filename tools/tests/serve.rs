@@ -47,6 +47,28 @@ fn images_come_and_go_and_change() {
     assert!(check.unwrap().status.success());
 }
 
+/// A stripe of files is made, loaded and given up by a daemon that may do little: its reactor sleeps by a
+/// descriptor of its own, which is made when the filter of system calls is there.
+#[test]
+fn an_image_on_a_stripe_of_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for file in ["p0", "p1"] {
+        std::fs::File::create(dir.join(file)).unwrap().set_len(64 << 20).unwrap();
+    }
+    create(dir, &["stripe:64k,p0,p1", "32M"]);
+    let daemon = Daemon::start(dir, "policy = 'adaptive'");
+    daemon.fine(&["attach", "s", "stripe:64k,p0,p1", "--nbd", "n"]);
+    let load = "bench run --nbd n --rw randwrite --iodepth 8 --number-ios 2000 --verify";
+    let out = Command::new(POLLDISK).args(load.split(' ')).current_dir(dir).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    daemon.fine(&["detach", "s"]);
+    daemon.stop();
+    let check = ["image", "check", "stripe:64k,p0,p1"];
+    let out = Command::new(POLLDISK).args(check).current_dir(dir).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+}
+
 /// No new privileges, few capabilities, a filter of system calls on every thread.
 #[test]
 fn it_gives_up_what_it_does_not_need() {
