@@ -1,9 +1,11 @@
 //! A guest of a lab: what is packed into it, how it is booted, and what its console says.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -86,12 +88,18 @@ pub(super) fn run(
                 writeln!(file, "{line}")?;
                 if let Some(command) = judge.line(&line) {
                     // What the guest has just let go of, the emulator may still hold for a moment.
-                    let mut tries = (0..240).map(|_| {
+                    let mut done = qmp(&socket, command);
+                    for _ in 0..240 {
+                        if done.is_ok() || emulator.0.try_wait()?.is_some() {
+                            break;
+                        }
                         thread::sleep(Duration::from_millis(250));
-                        qmp(&socket, command)
-                    });
-                    let first = qmp(&socket, command);
-                    first.or_else(|e| tries.find(Result::is_ok).unwrap_or(Err(e)))?;
+                        done = qmp(&socket, command);
+                    }
+                    // One that has ended is judged below, after what it said last.
+                    if emulator.0.try_wait()?.is_none() {
+                        done?;
+                    }
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
@@ -108,17 +116,41 @@ pub(super) fn run(
         say(&format!("the guest did not end within {} s", limit.as_secs()));
     } else if !status.is_some_and(|s| s.success()) {
         let why = fs::read_to_string(&errors).unwrap_or_default();
-        bail!(
-            "the emulator failed ({status:?})\n{}\n{}",
-            cmd::tail(&text, 1500),
-            cmd::tail(&why, 1500)
-        );
+        let (text, why) = (cmd::tail(&text, 1500), cmd::tail(&why, 1500));
+        if let Some(signal) = status.and_then(|s| s.signal()) {
+            return Err(Crashed(signal, format!("{text}\n{why}")).into());
+        }
+        bail!("the emulator failed ({status:?})\n{text}\n{why}");
     }
     let tally = judge.end();
     if tally.failed > 0 {
         println!("{}", cmd::tail(&text, 3000));
     }
     Ok(tally)
+}
+
+/// The emulator was ended by a signal, which none of ours sends: a fault of its own, whatever its guest did.
+#[derive(Debug)]
+struct Crashed(i32, String);
+
+impl std::error::Error for Crashed {}
+
+impl fmt::Display for Crashed {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "the emulator crashed, by signal {}\n{}", self.0, self.1)
+    }
+}
+
+/// Runs a boot, and once more if the emulator crashed: not if a case failed.
+pub(super) fn despite_crash(mut boot: impl FnMut() -> Result<Tally>) -> Result<Tally> {
+    match boot() {
+        Err(error) if error.is::<Crashed>() => {
+            say(&format!("lab: {error:#}"));
+            say("lab: that is no fault of what is tested: the boot is tried once more");
+            boot()
+        }
+        done => done,
+    }
 }
 
 /// Ends with the harness, whatever happens to that.
@@ -217,6 +249,23 @@ mod tests {
         let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibc.so.6 => /lib/x/libc.so.6 (0x00007f)\n\
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n\tlibz.so => not found\n";
         assert_eq!(libraries(text), ["/lib/x/libc.so.6", "/lib64/ld-linux-x86-64.so.2"]);
+    }
+
+    #[test]
+    fn a_crash_of_the_emulator_is_forgiven_once() {
+        let crashes = |most: u32, kind: fn() -> anyhow::Error| {
+            let mut boots = 0;
+            let done = despite_crash(|| {
+                boots += 1;
+                if boots <= most { Err(kind()) } else { Ok(Tally::default()) }
+            });
+            (done.is_ok(), boots)
+        };
+        let crash = || anyhow::Error::from(Crashed(11, String::new()));
+        assert_eq!(crashes(0, crash), (true, 1));
+        assert_eq!(crashes(1, crash), (true, 2));
+        assert_eq!(crashes(2, crash), (false, 2));
+        assert_eq!(crashes(1, || anyhow::anyhow!("anything else")), (false, 1));
     }
 
     #[test]

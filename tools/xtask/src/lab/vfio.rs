@@ -103,7 +103,8 @@ fn run(args: &Args) -> Result<Tally> {
             continue;
         }
         let start = now();
-        let tally = match run_boot(boot, &machine, &folder, &programs, &cases) {
+        let once = || run_boot(boot, &machine, &folder, &programs, &cases);
+        let tally = match guest::despite_crash(once) {
             Err(error) if error.chain().any(|e| e.is::<Missing>()) => {
                 println!("skipped: lab: all cases with {}: {error:#}", boot.name);
                 Tally { skipped: cases.len() as u64, ..Tally::default() }
