@@ -117,7 +117,10 @@ pub(super) fn run(
     } else if !status.is_some_and(|s| s.success()) {
         let why = fs::read_to_string(&errors).unwrap_or_default();
         let (text, why) = (cmd::tail(&text, 1500), cmd::tail(&why, 1500));
-        if let Some(signal) = status.and_then(|s| s.signal()) {
+        // After a case that failed, that is what counts.
+        if judge.tally.failed == 0
+            && let Some(signal) = status.and_then(|s| s.signal())
+        {
             return Err(Crashed(signal, format!("{text}\n{why}")).into());
         }
         bail!("the emulator failed ({status:?})\n{text}\n{why}");
