@@ -59,6 +59,7 @@ struct Flight {
 /// The guest.
 pub(crate) struct Guest {
     ring: Frontend<Kick>,
+    order: u8,
     flights: Vec<Flight>,
     free: Vec<u16>,
     /// How often each block was written; what a read must find.
@@ -90,6 +91,7 @@ impl Guest {
         let blocks = usize::try_from(blocks).map_err(Error::other)?;
         Ok(Guest {
             ring,
+            order,
             flights: vec![none; slots],
             free: (0..slots as u16).rev().collect(),
             generations: vec![0; blocks],
@@ -109,6 +111,11 @@ impl Guest {
 
     pub(crate) fn ring(&self) -> &Frontend<Kick> {
         &self.ring
+    }
+
+    /// log2 of the ring's pages.
+    pub(crate) fn order(&self) -> u8 {
+        self.order
     }
 
     /// The disk's blocks as they should be, for a guest that goes on with the same disk.

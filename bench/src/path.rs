@@ -70,7 +70,7 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, with the depths at which each is measured.
-    pub const ALL: [(Scenario, usize); 32] = [
+    pub const ALL: [(Scenario, usize); 35] = [
         (Scenario::Read, 1),
         (Scenario::Read, 32),
         (Scenario::Write, 1),
@@ -84,7 +84,10 @@ impl Scenario {
         (Scenario::Idle32, 1),
         (Scenario::EmptyPoll, 1),
         (Scenario::ReadStripe(2), 32),
+        (Scenario::ReadStripe(2), 64),
         (Scenario::ReadStripe(4), 32),
+        (Scenario::ReadStripe(4), 128),
+        (Scenario::Read, 128),
         (Scenario::Devices(1), 32),
         (Scenario::Devices(2), 32),
         (Scenario::Devices(4), 32),
@@ -269,7 +272,7 @@ fn requests(
     scratch: &Path,
     run: &mut Totals,
 ) -> Result<u64, Error> {
-    let mut rig = rig_for(load, scratch, run)?;
+    let mut rig = rig_for(Load { long_ring: depth > 32, ..load }, scratch, run)?;
     let mix = load.mix;
     if load.filled {
         rig.warm_up()?;

@@ -19,6 +19,9 @@ use crate::stamp::BLOCK;
 /// A ring of one page: 32 requests.
 pub(crate) const ORDER: u8 = 0;
 
+/// A ring of four pages: 128 requests.
+const LONG_ORDER: u8 = 2;
+
 /// Blocks of 4 KiB of the disk: within one page of the map.
 pub(crate) const BLOCKS: u64 = 2048;
 
@@ -48,13 +51,23 @@ pub(crate) struct Load {
     pub(crate) by_satellite: bool,
     /// The disk is of [`LARGE`] blocks, all of them allocated, with so many bytes for its map.
     pub(crate) large: Option<u64>,
+    /// The guest's ring has room for more than 32 requests.
+    pub(crate) long_ring: bool,
 }
 
 impl Load {
     /// Hits, by the image's only reactor.
     pub(crate) fn hits(mix: Mix) -> Load {
-        let (filled, raw) = (true, false);
-        Load { mix, devices: 1, filled, raw, satellites: 0, by_satellite: false, large: None }
+        Load {
+            mix,
+            devices: 1,
+            filled: true,
+            raw: false,
+            satellites: 0,
+            by_satellite: false,
+            large: None,
+            long_ring: false,
+        }
     }
 
     /// Reads over a large disk.
@@ -80,7 +93,7 @@ pub(crate) fn rig(path: &Path, run: &Totals) -> Result<Rig, Error> {
     let spec = node::ModelSpec::new(path);
     image_file(&spec.path, BLOCKS, None)?;
     let image = Default::default();
-    Rig::open(NodeSpec::Model(spec), Format::Qcow2, BLOCKS, !run.trap, 0, 0, image)
+    Rig::open(NodeSpec::Model(spec), Format::Qcow2, BLOCKS, !run.trap, Load::hits(Mix::Read), image)
 }
 
 /// The same for a load.
@@ -90,7 +103,7 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
         let spec = node::ModelSpec::new(scratch.join("large.qcow2"));
         large_file(&spec.path)?;
         let image = qcow::run::Options { l2_cache, ..image };
-        return Rig::open(NodeSpec::Model(spec), Format::Qcow2, LARGE, !run.trap, 0, 0, image);
+        return Rig::open(NodeSpec::Model(spec), Format::Qcow2, LARGE, !run.trap, load, image);
     }
     if load.devices == 1 {
         let spec = node::ModelSpec::new(scratch.join("path.qcow2"));
@@ -100,8 +113,7 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
             false => image_file(&spec.path, BLOCKS, None)?,
         }
         let spec = NodeSpec::Model(spec);
-        let satellites = usize::from(load.satellites);
-        return Rig::open(spec, format, BLOCKS, !run.trap, satellites, load.at(), image);
+        return Rig::open(spec, format, BLOCKS, !run.trap, load, image);
     }
     let count = load.devices;
     let spec = NodeSpec::Stripe(STRIPE, devices(count, scratch)?);
@@ -109,7 +121,7 @@ pub(crate) fn rig_for(load: Load, scratch: &Path, run: &Totals) -> Result<Rig, E
     let options = CreateOptions::new(BLOCKS * BLOCK as u64);
     create(&mut storage, "bench", &options).map_err(node::Error::from)?;
     storage.close()?;
-    Rig::open(spec, Format::Qcow2, BLOCKS, !run.trap, 0, 0, image)
+    Rig::open(spec, Format::Qcow2, BLOCKS, !run.trap, load, image)
 }
 
 /// A file of so many blocks.
@@ -160,23 +172,22 @@ impl Rig {
     pub(crate) fn create(spec: node::ModelSpec, blocks: u64) -> Result<Rig, Error> {
         image_file(&spec.path, blocks, None)?;
         let image = Default::default();
-        Rig::open(NodeSpec::Model(spec), Format::Qcow2, blocks, false, 0, 0, image)
+        Rig::open(NodeSpec::Model(spec), Format::Qcow2, blocks, false, Load::hits(Mix::Read), image)
     }
 
-    /// A rig with so many satellites, and the guest's ring at reactor `at`.
+    /// A rig with what a load says of satellites and of the guest's ring.
     pub(crate) fn open(
         spec: NodeSpec,
         format: Format,
         blocks: u64,
         made_up_time: bool,
-        satellites: usize,
-        at: usize,
+        load: Load,
         options: qcow::run::Options,
     ) -> Result<Rig, Error> {
         let clock = Clock::real();
         let open = OpenOptions { clock: clock.clone(), ..OpenOptions::write(format) };
         let mut parts = Parts::new(node::open_chain(&spec, &open)?)?;
-        parts.reserve(satellites)?;
+        parts.reserve(load.satellites.into())?;
         let (time_of_core, time) = match made_up_time {
             true => Clock::virtual_clock(),
             false => (clock.clone(), Arc::default()),
@@ -192,9 +203,11 @@ impl Rig {
             cores.push((core, index));
         }
         let devices = rest.models().filter_map(node::Model::take_device).collect();
+        let at = load.at();
         let (core, image) = &mut cores[at];
         let kick = Kick { signal: Signal::default(), wake: core.wake() };
-        let guest = Guest::new(ORDER, blocks, kick)?;
+        let order = if load.long_ring { LONG_ORDER } else { ORDER };
+        let guest = Guest::new(order, blocks, kick)?;
         let frontend = add_ring(core, *image, &guest)?;
         Ok(Rig { cores, at, guest, frontend, devices, rest, clock, time })
     }
@@ -305,7 +318,7 @@ pub(crate) fn add_ring(
     let ring = guest.ring().kept_ring().map_err(Error::other)?;
     let grants = guest.ring().grants();
     let added = core.add_frontend(image, |owner, _| {
-        let mut config = Config::new(owner, Abi::X86_64, ORDER);
+        let mut config = Config::new(owner, Abi::X86_64, guest.order());
         config.persistent_pages = config.usual_persistent_pages();
         let backend = Backend::new(config, ring, grants, Signal::default());
         Ok(Frontend::Ring(Box::new(backend.map_err(|e| e.to_string())?)))

@@ -321,9 +321,9 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
             _ => &self.zero,
         };
         let Place { member, offset, len: left } = unit.layout.locate(r.offset);
-        // A flush, like everything without length, is no request within a run.
+        // A flush, like everything without length, is no request within a run. What is open has a run.
         if r.offset < unit.open
-            && r.len.wrapping_sub(1) < left
+            && r.len.wrapping_sub(1) <= left.wrapping_sub(1)
             && (!L::SHARED || !unit.info.read_only || r.op == Op::Read)
             && let Some((queue, unit)) = self.members.get_mut(member)
         {
@@ -525,7 +525,11 @@ impl<Q: LeafAccess, L: Layout> BlockQueue for SplitQueue<Q, L> {
             self.lost = true;
             std::iter::once(&mut self.zero).chain(&mut self.others).for_each(|u| u.open = 0);
         }
-        if self.has_slots() || out.room() == 0 {
+        if out.room() == 0 {
+            cold_path();
+            self.first = (self.first + 1) % self.members.len();
+        }
+        if self.has_slots() {
             self.settle(before, out);
         }
         self.count_room();
@@ -576,9 +580,6 @@ impl<Q: LeafAccess, L: Layout> SplitQueue<Q, L> {
     /// Takes the answers to parts out of what members handed out, and answers what is finished.
     #[inline(never)]
     fn settle(&mut self, before: usize, out: &mut Completions) {
-        if out.room() == 0 {
-            self.first = (self.first + 1) % self.members.len();
-        }
         out.retain_from(before, |c| {
             let own = c.tag.owner() == OWNER;
             if own {
