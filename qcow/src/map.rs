@@ -261,15 +261,29 @@ impl Map {
         self.all().len() > NEAR
     }
 
-    /// Has the word of a cluster fetched, if it exists, for a look-up that follows soon. Changes nothing.
+    /// Has the words of those clusters fetched that exist, for look-ups that follow soon. Changes nothing.
     #[inline]
-    pub fn prefetch(&self, cluster: u64) {
-        let word = self.flat.get(cluster as usize).or_else(|| {
-            let entry = self.directory.get((cluster >> self.page_bits) as usize)?;
-            self.word(&self.words, entry.load(Ordering::Relaxed), cluster)
+    pub fn prefetch(&self, clusters: impl Iterator<Item = u64>) {
+        // By itself: what it is lies in registers then, as nothing shows that a prefetch does not change it.
+        let flat = &*self.flat;
+        if flat.is_empty() {
+            return self.prefetch_paged(clusters);
+        }
+        clusters.for_each(|cluster| {
+            if let Some(word) = flat.get(cluster as usize) {
+                prefetch(word);
+            }
         });
-        if let Some(word) = word {
-            prefetch(word);
+    }
+
+    /// The same where not all pages have a place.
+    fn prefetch_paged(&self, clusters: impl Iterator<Item = u64>) {
+        for cluster in clusters {
+            let entry = self.directory.get((cluster >> self.page_bits) as usize);
+            let entry = entry.map(|entry| entry.load(Ordering::Relaxed));
+            if let Some(word) = entry.and_then(|entry| self.word(&self.words, entry, cluster)) {
+                prefetch(word);
+            }
         }
     }
 

@@ -48,7 +48,7 @@ fn fetching_changes_nothing() {
         let word = Word::mapped(0, 512, true);
         assert!(pages.load(&map, 3, &[word; 16]));
         for cluster in [0, 47, 48, 63, 64, 99_999, 100_000, u64::MAX] {
-            map.prefetch(cluster);
+            map.prefetch(std::iter::once(cluster));
             let expected = if (48..64).contains(&cluster) { word } else { Word::ABSENT };
             assert_eq!(map.lookup(cluster), expected, "{cluster}");
         }

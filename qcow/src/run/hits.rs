@@ -33,6 +33,9 @@ pub(super) struct Hits {
     page_leaves: u64,
 }
 
+/// Bytes of a sector, in which requests are counted.
+const SECTOR: u64 = 512;
+
 /// Bytes that are most often asked for. What is known of them is known before.
 const PAGE: u64 = 4096;
 
@@ -83,18 +86,20 @@ impl Hits {
         self.word_for(op, offset).map(|word| self.place(word, offset))
     }
 
-    /// Has the words fetched that requests at these offsets will look at, where they are far away.
+    /// Has the words fetched that requests at these sectors will look at, where they are far away.
     #[inline(always)]
-    pub(super) fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
+    pub(super) fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
         if self.map.is_far() {
-            self.fetch(offsets);
+            self.fetch(sectors);
         }
     }
 
     /// By itself, so that it takes no room where most maps are not that large.
     #[inline(never)]
-    fn fetch(&self, offsets: impl Iterator<Item = u64>) {
-        offsets.for_each(|offset| self.map.prefetch(offset >> self.unit_bits));
+    fn fetch(&self, sectors: impl Iterator<Item = u64>) {
+        // No unit is smaller than a sector.
+        let bits = self.unit_bits - SECTOR.ilog2();
+        self.map.prefetch(sectors.map(|sector| sector >> bits));
     }
 
     #[inline(always)]

@@ -511,8 +511,8 @@ impl<L: BlockQueue> Layer<L> for Image {
     }
 
     #[inline(always)]
-    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
-        self.hits.prefetch(offsets);
+    fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
+        self.hits.prefetch(sectors);
     }
 
     fn complete(&mut self, leaves: &mut [L], done: &mut Completion) -> bool {

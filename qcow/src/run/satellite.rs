@@ -390,8 +390,8 @@ impl<L: BlockQueue> Layer<L> for Satellite {
     }
 
     #[inline(always)]
-    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
-        self.hits.prefetch(offsets);
+    fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
+        self.hits.prefetch(sectors);
     }
 
     /// It sends nothing under its own name.

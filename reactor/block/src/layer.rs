@@ -43,7 +43,7 @@ pub trait Layer<L: BlockQueue> {
 
     /// As [`Submit::prefetch`].
     #[inline(always)]
-    fn prefetch(&self, _offsets: impl Iterator<Item = u64>)
+    fn prefetch(&self, _sectors: impl Iterator<Item = u64>)
     where
         Self: Sized,
     {
@@ -125,7 +125,7 @@ impl<L: BlockQueue, I: Layer<L>> Submit for Bound<'_, L, I> {
     }
 
     #[inline(always)]
-    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
-        self.image.prefetch(offsets);
+    fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
+        self.image.prefetch(sectors);
     }
 }

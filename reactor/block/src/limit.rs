@@ -126,8 +126,8 @@ impl<D: Submit> Submit for Limited<'_, D> {
         Ok(())
     }
 
-    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
-        self.disk.prefetch(offsets);
+    fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
+        self.disk.prefetch(sectors);
     }
 }
 

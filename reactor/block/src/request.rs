@@ -191,10 +191,10 @@ pub trait Submit {
     /// [`Full`] if there is no place; never while [`Submit::room`] is not 0.
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full>;
 
-    /// Requests for these offsets are about to come: what will be looked up for them may be fetched
-    /// meanwhile, all at once instead of one after the other. Offsets may be any; nothing changes.
+    /// Requests that begin at these sectors of 512 bytes are about to come: what will be looked up for them may
+    /// be fetched meanwhile, all at once instead of one after the other. Sectors may be any; nothing changes.
     #[inline(always)]
-    fn prefetch(&self, _offsets: impl Iterator<Item = u64>)
+    fn prefetch(&self, _sectors: impl Iterator<Item = u64>)
     where
         Self: Sized,
     {

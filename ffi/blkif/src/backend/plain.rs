@@ -59,7 +59,7 @@ impl<M: RingMemory, G: Grants, E: EventChannel> Backend<M, G, E> {
         let (ring, taken) = (&self.ring, self.ring.taken());
         // Never behind what is taken: that was told of before.
         let from = self.expected.wrapping_sub(taken).min(count);
-        disk.prefetch((from..count).map(|n| ring.sector(n).wrapping_mul(u64::from(SECTOR))));
+        disk.prefetch((from..count).map(|n| ring.sector(n)));
         if from < count {
             self.expected = taken.wrapping_add(count);
         }

@@ -66,7 +66,7 @@ pub(crate) struct Disk {
     pub(crate) max_in_flight: usize,
     /// Refuses some requests although there is room.
     pub(crate) full: Option<Rng>,
-    /// Offsets that it was told to expect.
+    /// Sectors that it was told to expect.
     pub(crate) expected: RefCell<Vec<u64>>,
     done: Completions,
 }
@@ -130,8 +130,8 @@ impl Submit for Disk {
         Ok(())
     }
 
-    fn prefetch(&self, offsets: impl Iterator<Item = u64>) {
-        self.expected.borrow_mut().extend(offsets);
+    fn prefetch(&self, sectors: impl Iterator<Item = u64>) {
+        self.expected.borrow_mut().extend(sectors);
     }
 }
 

@@ -105,10 +105,10 @@ fn the_disk_is_told_where_requests_go_before_they_come() {
         p.frontend.push();
         p.turn();
         let offsets = sectors.map(|s| s * 512);
-        assert_eq!(*p.disk.expected.borrow(), offsets[..3], "{abi:?}");
+        assert_eq!(*p.disk.expected.borrow(), sectors[..3], "{abi:?}");
         assert_eq!(p.disk.log.iter().map(|s| s.offset).collect::<Vec<_>>(), offsets[..3]);
         assert_eq!(p.run().len(), 5);
-        assert_eq!(p.disk.expected.borrow()[3..], offsets[3..], "{abi:?}");
+        assert_eq!(p.disk.expected.borrow()[3..], sectors[3..], "{abi:?}");
     }
 }
 
