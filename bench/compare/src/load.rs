@@ -1,6 +1,7 @@
 //! [`Runner`]: starts what a setup asks for, sends it a case's jobs, and ends it.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use bench::Error;
@@ -16,6 +17,7 @@ use reactor::{Clock, Policy, Start};
 use crate::flame::Sampler;
 use crate::images::{Format, Images};
 use crate::many::Many;
+use crate::peer::drive::KernelDrive;
 use crate::peer::{self, Place, Process, Setup, done_within, fio, spdk};
 use crate::profiles::{Content, Disk};
 use crate::results::Frontend;
@@ -305,7 +307,7 @@ impl<'a> Runner<'a> {
         Ok(done)
     }
 
-    /// fio on the raw image, or on the block device that was named, which is only read.
+    /// fio on the raw image.
     fn kernel(
         &mut self,
         disk: &Disk,
@@ -321,14 +323,13 @@ impl<'a> Runner<'a> {
         for job in jobs {
             self.go_on()?;
             let command = fio::command(job, image, self.core())?;
-            let text = done_within(command, within(job));
-            // As a server that does not start: one that has no io_uring.
-            let text = text.map_err(|error| Failure { began: !done.is_empty(), error })?;
+            let text = self.tool(command, job, &done)?;
             done.push(Some(self.checked(job, fio::outcome(&text)?, &Setup::Fio)?));
         }
         Ok(done)
     }
 
+    /// A drive, which is only read: what is on it is not ours.
     fn device(
         &mut self,
         setup: &Setup,
@@ -336,28 +337,63 @@ impl<'a> Runner<'a> {
         pass: Pass,
     ) -> Result<Vec<Option<Outcome>>, Failure> {
         let Some(address) = self.options.device.clone() else {
-            return Err(not_begun(Error::other("no device was named by --device")));
+            return Err(not_begun(Error::other("no drive was named by --device")));
+        };
+        if pass != Pass::Measure {
+            // It has no server that could be looked at by itself.
+            return Ok(vec![None; jobs.len()]);
+        }
+        let program = self.options.program.clone();
+        let kernel = match setup {
+            Setup::FioDrive => Some(KernelDrive::take(&program, &address).map_err(not_begun)?),
+            _ => None,
         };
         let mut done = Vec::new();
         for job in jobs {
             self.go_on()?;
-            if job.changes() || pass == Pass::Sample {
-                // What is on a drive is not ours.
+            if job.changes() {
                 done.push(None);
                 continue;
             }
-            let outcome = match setup {
-                Setup::Polldisk(_) => self.direct(job, &address)?,
-                _ => {
+            let outcome = match (setup, &kernel) {
+                (Setup::Polldisk(_), _) => self.direct(job, &address)?,
+                (_, Some(drive)) if !whole_blocks(job, drive.block_size) => {
+                    let blocks = drive.block_size;
+                    self.note(format!(
+                        "The kernel reads no less than a block of the drive, {blocks} bytes: {} is \
+                         missing for it.",
+                        job.name
+                    ));
+                    done.push(None);
+                    continue;
+                }
+                (_, Some(drive)) => {
+                    let command = fio::command(job, &drive.disk, self.core())?;
+                    fio::outcome(&self.tool(command, job, &done)?)?
+                }
+                (_, None) => {
                     let command = spdk::command(job, &address, self.core())?;
-                    let text = done_within(command, within(job));
-                    let text = text.map_err(|error| Failure { began: !done.is_empty(), error })?;
-                    spdk::outcome(&text, job)?
+                    spdk::outcome(&self.tool(command, job, &done)?, job)?
                 }
             };
             done.push(Some(self.checked(job, outcome, setup)?));
         }
+        if let Some(drive) = kernel {
+            drive.give_back()?;
+        }
         Ok(done)
+    }
+
+    /// What a tool prints that does a job by itself. One that fails at its first job has not begun, as where
+    /// the kernel has no io_uring.
+    fn tool(
+        &self,
+        command: Command,
+        job: &Job,
+        done: &[Option<Outcome>],
+    ) -> Result<String, Failure> {
+        let began = done.iter().any(Option::is_some);
+        done_within(command, within(job)).map_err(|error| Failure { began, error })
     }
 
     /// The drive by polldisk's driver, which is on the calling thread, as SPDK's is in its tool.
@@ -383,6 +419,11 @@ impl<'a> Runner<'a> {
 
 fn longest(job: &Job) -> u32 {
     job.sizes.0.iter().map(|s| s.0).max().unwrap_or(0)
+}
+
+/// Whether all requests of a job have whole blocks.
+fn whole_blocks(job: &Job, block_size: u64) -> bool {
+    job.sizes.0.iter().all(|s| u64::from(s.0).is_multiple_of(block_size.max(1)))
 }
 
 fn within(job: &Job) -> Duration {

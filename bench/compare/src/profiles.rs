@@ -194,13 +194,15 @@ fn everybody(quick: bool) -> Vec<Setup> {
         Setup::tapdisk(),
         Setup::qemu_dp(),
         Setup::fio(),
+        // A drive, if one is named.
+        Setup::polldisk(Frontend::Device, Leaf::Device),
+        Setup::fio_drive(),
         Setup::spdk(),
     ];
     if !quick {
         setups.insert(1, Setup::polldisk(Frontend::Ring, Leaf::File));
         setups.push(Setup::qsd(Aio::Native));
         setups.push(Setup::qsd(Aio::Threads));
-        setups.push(Setup::polldisk(Frontend::Device, Leaf::Device));
     }
     setups
 }

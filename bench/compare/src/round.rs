@@ -13,7 +13,7 @@ use crate::images::Images;
 use crate::load::{Pass, Runner};
 use crate::peer::{Peer, Setup};
 use crate::profiles::{Case, Content, Profile};
-use crate::results::{Comparison, Flame, Host, PeerInfo};
+use crate::results::{Comparison, Flame, Frontend, Host, PeerInfo};
 use crate::rows::{Cell, rows};
 
 /// Rounds, and what a quick comparison may take for its measurements, in seconds.
@@ -53,7 +53,7 @@ pub struct Options {
     pub cores: Option<[usize; 2]>,
     /// This program.
     pub program: PathBuf,
-    /// Address of a PCI drive, or a block device, that is read too.
+    /// PCI address of a drive that is read too.
     pub device: Option<String>,
     /// What was done to the drive before, for the report.
     pub preconditioning: Option<String>,
@@ -189,7 +189,10 @@ fn cases(options: &Options, peers: &[PeerInfo], notes: &mut Vec<String>) -> Vec<
             }
             let Some(why) = setup.unable(&disk, options.device.as_deref()) else { return true };
             let (name, variant) = (setup.peer().name(), setup.variant());
-            let note = format!("{name} ({variant}) took no part: {why}.");
+            let note = match setup.frontend() {
+                Frontend::Device => format!("Drives took no part: {why}."),
+                _ => format!("{name} ({variant}) took no part: {why}."),
+            };
             if !notes.contains(&note) {
                 notes.push(note);
             }

@@ -357,6 +357,25 @@ case_bench() {
     grep -q '"iops"' /tmp/out
 }
 
+# A comparison that reads a drive by polldisk and by the kernel's driver in turns. The drive is as it was, and
+# polldisk's again.
+case_compare() {
+    to_kernel $A
+    want=$(sum < $(disk $A 1))
+    to_vfio $A
+    polldisk bench compare --profile latency --quick --rounds 2 --device $A --peer fio --json --out /tmp/page > /tmp/out
+    grep -c '<svg' /tmp/page/report.html
+    tr '{' '\n' < /tmp/out | grep '"frontend":"device"' > /tmp/rows
+    cut -c 1-200 /tmp/rows
+    grep '"peer":"polldisk"' /tmp/rows | grep -q '"workload":"randread"'
+    grep '"peer":"fio"' /tmp/rows | grep -q '"workload":"randread"'
+    ! grep '"workload":"randwrite"' /tmp/rows
+    ! grep 'does not start' /tmp/out
+    same vfio-pci "$(driver $A)" "the driver afterwards"
+    to_kernel $A
+    same "$want" "$(sum < $(disk $A 1))" "what is on the drive"
+}
+
 # Under load the device falls silent: its registers and its access to memory are switched off. After
 # the deadline of 30 s its function is reset, requests get errors, and it is served again.
 case_silent() {

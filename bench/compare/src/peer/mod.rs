@@ -1,5 +1,6 @@
 //! Peers: how each is found, set up, started and ended.
 
+pub(crate) mod drive;
 pub(crate) mod fio;
 mod nbdkit;
 mod polldisk;
@@ -168,8 +169,10 @@ pub enum Setup {
     NbdkitFile,
     /// tapdisk.
     Tapdisk,
-    /// The kernel.
+    /// The kernel, on an image.
     Fio,
+    /// The kernel's own NVMe driver, on a drive.
+    FioDrive,
     /// SPDK.
     Spdk,
 }
@@ -205,6 +208,10 @@ impl Setup {
 
     pub(crate) fn fio() -> Setup {
         Setup::Fio
+    }
+
+    pub(crate) fn fio_drive() -> Setup {
+        Setup::FioDrive
     }
 
     pub(crate) fn spdk() -> Setup {
@@ -261,7 +268,7 @@ impl Setup {
             Setup::QemuDp(_) => Peer::QemuDp,
             Setup::NbdkitMemory | Setup::NbdkitFile => Peer::Nbdkit,
             Setup::Tapdisk => Peer::Tapdisk,
-            Setup::Fio => Peer::Fio,
+            Setup::Fio | Setup::FioDrive => Peer::Fio,
             Setup::Spdk => Peer::Spdk,
         }
     }
@@ -271,7 +278,7 @@ impl Setup {
         match self {
             Setup::Polldisk(o) => o.frontend,
             Setup::Fio => Frontend::Kernel,
-            Setup::Spdk => Frontend::Device,
+            Setup::FioDrive | Setup::Spdk => Frontend::Device,
             _ => Frontend::Nbd,
         }
     }
@@ -285,6 +292,7 @@ impl Setup {
             Setup::NbdkitFile => "file".into(),
             Setup::Tapdisk => "vhd".into(),
             Setup::Fio => "io_uring".into(),
+            Setup::FioDrive => "device, kernel driver, io_uring".into(),
             Setup::Spdk => String::new(),
         }
     }
@@ -295,8 +303,8 @@ impl Setup {
             Setup::Tapdisk if !matches!(disk.content, Content::Data | Content::Empty) => {
                 Some("no VHD images are made with such content")
             }
-            Setup::Polldisk(o) if o.leaf == Leaf::Device && device.is_none() => {
-                Some("no device was named by --device")
+            _ if self.frontend() == Frontend::Device && device.is_none() => {
+                Some("no drive was named by --device")
             }
             _ => None,
         }
@@ -311,7 +319,7 @@ impl Setup {
             }
             Setup::NbdkitFile | Setup::Fio => Some(Format::Raw),
             Setup::Tapdisk => Some(Format::Vhd),
-            Setup::NbdkitMemory | Setup::Spdk => None,
+            Setup::NbdkitMemory | Setup::FioDrive | Setup::Spdk => None,
         }
     }
 }
@@ -370,7 +378,7 @@ pub(crate) fn start(
         Setup::NbdkitMemory => nbdkit::start_memory(disk.size, place),
         Setup::NbdkitFile => nbdkit::start_file(first()?, place),
         Setup::Tapdisk => tapdisk::start(first()?, place),
-        Setup::Fio | Setup::Spdk => {
+        Setup::Fio | Setup::FioDrive | Setup::Spdk => {
             Err(Error::Other(format!("{} is no server", setup.peer().name())))
         }
     }

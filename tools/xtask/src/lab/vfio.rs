@@ -43,6 +43,7 @@ const BOOTS: [Boot; 3] = [
             "stripe",
             "volumes",
             "bench",
+            "compare",
             "memlock",
         ],
     },
@@ -83,7 +84,7 @@ pub(crate) fn command(args: &Args) -> Result<bool> {
 }
 
 fn run(args: &Args) -> Result<Tally> {
-    const PROGRAMS: [&str; 5] = ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs", "lvm"];
+    const PROGRAMS: [&str; 6] = ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs", "lvm", "fio"];
     tools::need(&PROGRAMS)?;
     let machine = Machine::prepare()?;
     let folder = crate::cache().join("lab-vfio");
@@ -142,7 +143,7 @@ fn run_boot(
     fs::write(&initramfs, machine.initramfs(INIT, &DRIVERS, &files)?)?;
     let words = format!("intel_iommu=on cases={}", cases.join(","));
     let mut qemu = machine.emulator(&initramfs, &words);
-    qemu.args(["-machine", "q35", "-smp", "2", "-m", "1536"]);
+    qemu.args(["-machine", "q35", "-smp", "2", "-m", "4096"]);
     if boot.iommu {
         qemu.args(["-device", "intel-iommu,intremap=on"]);
     }
