@@ -110,6 +110,11 @@ impl Ring {
     }
 }
 
+/// Whether the eventfd tells of a slot's request. Of the helper's it always does.
+fn is_told(iocbs: &[Iocb], slot: u16) -> bool {
+    iocbs[usize::from(slot)].flags & RESFD != 0
+}
+
 /// One AIO context.
 pub(crate) struct Aio {
     context: u64,
@@ -124,6 +129,11 @@ pub(crate) struct Aio {
     results: VecDeque<(u16, i64)>,
     /// Requests that the kernel has taken and not answered.
     running: usize,
+    /// Those of them that the eventfd will not tell of.
+    untold: usize,
+    /// All files are in memory: whatever moves data is done when `io_submit` returns, and nobody who sleeps
+    /// has to be told.
+    at_once: bool,
     event: EventFd,
     /// Completions that it has told of, as far as it was read, and those that were taken. All in it is old
     /// while these differ.
@@ -138,8 +148,8 @@ pub(crate) struct Aio {
 }
 
 impl Aio {
-    /// A context for `depth` requests at a time.
-    pub(crate) fn new(depth: u16) -> Result<Aio, Error> {
+    /// A context for `depth` requests at a time. `at_once`: to files in memory.
+    pub(crate) fn new(depth: u16, at_once: bool) -> Result<Aio, Error> {
         let event = event_fd()?;
         let helper = Helper::new(&event)?;
         let mut context = 0u64;
@@ -161,6 +171,8 @@ impl Aio {
             list: Vec::with_capacity(depth),
             results: VecDeque::with_capacity(depth),
             running: 0,
+            untold: 0,
+            at_once,
             told: 0,
             ended: 0,
             event,
@@ -189,6 +201,7 @@ impl Aio {
                 (FDSYNC, 0)
             }
             (Io::Sync | Io::Allocate { .. }, _) => {
+                self.iocbs[usize::from(slot)].flags = RESFD;
                 self.helper.push(slot, start.file, start.io, start.offset);
                 return;
             }
@@ -198,6 +211,7 @@ impl Aio {
             [v] => (v.base(), v.len()),
             list => (list.as_ptr().expose_provenance(), list.len()),
         };
+        let told = !self.at_once || opcode == FDSYNC;
         self.iocbs[usize::from(slot)] = Iocb {
             data: u64::from(slot),
             rw_flags,
@@ -206,7 +220,7 @@ impl Aio {
             buf: buf as u64,
             nbytes: nbytes as u64,
             offset: start.offset as i64,
-            flags: RESFD,
+            flags: if told { RESFD } else { 0 },
             resfd: self.event.as_fd().as_raw_fd() as u32,
             ..Iocb::default()
         };
@@ -239,7 +253,8 @@ impl Aio {
                 )
             };
             if let Ok(n) = usize::try_from(n) {
-                self.queued.drain(..n.min(self.list.len()));
+                let (iocbs, sent) = (&self.iocbs, self.queued.drain(..n.min(self.list.len())));
+                self.untold += sent.filter(|&slot| !is_told(iocbs, slot)).count();
                 self.running += n;
                 // What is left is sent in the next turn.
                 return;
@@ -273,11 +288,15 @@ impl Aio {
         Some((u32::from(slot), result))
     }
 
-    /// The next one that the eventfd tells of.
+    /// The next one of the kernel's or the helper's.
     #[inline]
     fn ended(&mut self) -> Option<(u16, i64)> {
         let ended = self.reap().or_else(|| self.helper.next())?;
-        self.ended = self.ended.wrapping_add(1);
+        if is_told(&self.iocbs, ended.0) {
+            self.ended = self.ended.wrapping_add(1);
+        } else {
+            self.untold -= 1;
+        }
         Some(ended)
     }
 
@@ -318,6 +337,7 @@ impl Aio {
     /// Empties the eventfd if it tells of what was taken already, so that only another completion makes it
     /// readable, and then says whether one is there. It may be readable while nothing is in flight: the
     /// kernel tells of a completion a moment after that is there. But not for long, if this is called again.
+    /// What it will not be told of must be looked for, and counts as there.
     pub(crate) fn arm(&mut self) -> bool {
         if self.told != self.ended
             && let Ok(told) = self.event.read()
@@ -329,12 +349,17 @@ impl Aio {
         {
             self.results.push_back(found);
         }
-        !self.results.is_empty()
+        !self.results.is_empty() || self.untold > 0
     }
 
     /// Readable after a completion, until [`Aio::arm`].
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
+    }
+
+    /// Whether it is for files in memory.
+    pub(crate) fn at_once(&self) -> bool {
+        self.at_once
     }
 
     /// System calls made for I/O so far.

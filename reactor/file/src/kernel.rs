@@ -49,7 +49,7 @@ impl Via {
             Ok(ring) => Ok(Via::Uring(ring)),
             Err(e) => {
                 log::info!("no io_uring on this host ({e}): using Linux AIO");
-                Ok(Via::Aio(Aio::new(depth)?))
+                Ok(Via::Aio(Aio::new(depth, false)?))
             }
         }
     }
@@ -72,8 +72,8 @@ impl Kernel {
             Engine::IoUring => {
                 Via::Uring(Uring::new(u32::from(depth)).map_err(Error::os("io_uring"))?)
             }
-            Engine::Aio => Via::Aio(Aio::new(depth)?),
-            Engine::InMemory => match Aio::new(depth) {
+            Engine::Aio => Via::Aio(Aio::new(depth, false)?),
+            Engine::InMemory => match Aio::new(depth, true) {
                 Ok(aio) => Via::Aio(aio),
                 Err(e) => {
                     log::info!("no Linux AIO for files in memory ({e}): using io_uring");
@@ -91,8 +91,9 @@ impl Kernel {
     }
 
     pub(crate) fn engine(&self) -> Engine {
-        match self.via {
+        match &self.via {
             Via::Uring(_) => Engine::IoUring,
+            Via::Aio(aio) if aio.at_once() => Engine::InMemory,
             Via::Aio(_) => Engine::Aio,
         }
     }

@@ -41,8 +41,8 @@ pub enum Engine {
     /// io_uring if the kernel has it and lets us, else Linux AIO.
     Auto,
     /// Linux AIO if there is a context left, else as [`Engine::Auto`]: for files in memory (tmpfs), where
-    /// it is done at once. io_uring has a thread of the kernel do it there, which costs more than what
-    /// is done.
+    /// it is done at once, so that nobody who sleeps need be told of it. io_uring has a thread of the kernel
+    /// do it there, which costs more than what is done.
     InMemory,
     /// io_uring (Linux 5.6 or later).
     IoUring,

@@ -137,11 +137,7 @@ impl FileQueue {
     /// # Errors
     /// If the kernel or memory has no more.
     pub fn another(&self) -> Result<FileQueue, Error> {
-        let engine = match self.engine() {
-            Engine::Aio => Engine::InMemory,
-            other => other,
-        };
-        let mut queue = FileQueue::new(engine)?;
+        let mut queue = FileQueue::new(self.engine())?;
         for unit in &self.units {
             queue.add_unit(unit.another())?;
         }
@@ -171,7 +167,7 @@ impl FileQueue {
         Ok(())
     }
 
-    /// The engine in use: [`Engine::IoUring`] or [`Engine::Aio`].
+    /// The engine in use: any but [`Engine::Auto`].
     pub fn engine(&self) -> Engine {
         self.kernel.engine()
     }

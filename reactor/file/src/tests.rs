@@ -21,9 +21,11 @@ pub(super) enum Kind {
     Uring,
     Aio,
     OldAio,
+    /// Also of files that are not, for which it must do as well.
+    InMemory,
 }
 
-pub(super) const KINDS: [Kind; 3] = [Kind::Uring, Kind::Aio, Kind::OldAio];
+pub(super) const KINDS: [Kind; 4] = [Kind::Uring, Kind::Aio, Kind::OldAio, Kind::InMemory];
 
 /// Directories on file systems of different habits: a disk's, and memory's where there is one.
 pub(super) fn dirs() -> Vec<tempfile::TempDir> {
@@ -46,7 +48,11 @@ pub(super) struct Rig {
 
 impl Rig {
     pub(super) fn new(kind: Kind) -> Rig {
-        let engine = if kind == Kind::Uring { Engine::IoUring } else { Engine::Aio };
+        let engine = match kind {
+            Kind::Uring => Engine::IoUring,
+            Kind::Aio | Kind::OldAio => Engine::Aio,
+            Kind::InMemory => Engine::InMemory,
+        };
         let mut q = FileQueue::new(engine).unwrap();
         assert_eq!(q.engine(), engine);
         if kind == Kind::OldAio {
