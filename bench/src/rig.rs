@@ -274,8 +274,10 @@ impl Rig {
     /// Maps every cluster and grants every page.
     pub(crate) fn warm_up(&mut self) -> Result<(), Error> {
         self.fill()?;
+        // Every slot of the ring has a page of its own.
+        let depth = self.guest.ring().room();
         for _ in 0..300 {
-            self.round(Mix::Mixed, 32);
+            self.round(Mix::Mixed, depth);
         }
         self.settle()
     }

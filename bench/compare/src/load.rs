@@ -339,8 +339,8 @@ impl<'a> Runner<'a> {
         let Some(address) = self.options.device.clone() else {
             return Err(not_begun(Error::other("no drive was named by --device")));
         };
-        if pass != Pass::Measure {
-            // It has no server that could be looked at by itself.
+        // It has no server that could be looked at by itself.
+        if pass != Pass::Measure || jobs.iter().all(Job::changes) {
             return Ok(vec![None; jobs.len()]);
         }
         let program = self.options.program.clone();
@@ -368,7 +368,8 @@ impl<'a> Runner<'a> {
                     continue;
                 }
                 (_, Some(drive)) => {
-                    let command = fio::command(job, &drive.disk, self.core())?;
+                    let mut command = fio::command(job, &drive.disk, self.core())?;
+                    command.arg("--readonly");
                     fio::outcome(&self.tool(command, job, &done)?)?
                 }
                 (_, None) => {

@@ -325,7 +325,7 @@ fn run_case(
                 job,
                 rounds: rounds[n].clone(),
                 counted: counted[n].clone(),
-                command: command(options, setup.peer()),
+                command: command(options, setup),
             })
             .collect();
         comparison.results.extend(rows(&cells));
@@ -334,10 +334,14 @@ fn run_case(
 }
 
 /// What measures a peer's rows again.
-fn command(options: &Options, peer: Peer) -> String {
+fn command(options: &Options, setup: &Setup) -> String {
     let quick = if options.quick { " --quick" } else { "" };
-    let name = options.profile.name;
-    format!("polldisk bench compare --profile {name}{quick} --peer {}", peer.name())
+    let (name, peer) = (options.profile.name, setup.peer().name());
+    let device = match (&options.device, setup.frontend()) {
+        (Some(address), Frontend::Device) => format!(" --device {address}"),
+        _ => String::new(),
+    };
+    format!("polldisk bench compare --profile {name}{quick} --peer {peer}{device}")
 }
 
 #[cfg(test)]

@@ -247,7 +247,7 @@ case_errors() {
         refused 'Input/output error' qemu-io -f raw -c 'read 960k 128k' $(uri e)
     done
     io -f raw -c 'read -P 1 0 1M' -c 'read -P 2 3M 1M' -c 'write -P 3 4M 1M' -c 'read -P 3 4M 1M' $(uri e)
-    ! grep -i 'reset' /tmp/e.err
+    absent -i 'reset' /tmp/e.err
     stop e
 }
 
@@ -360,6 +360,7 @@ case_bench() {
 # A comparison that reads a drive by polldisk and by the kernel's driver in turns. The drive is as it was, and
 # polldisk's again.
 case_compare() {
+    [ -x /bin/fio ] || { echo "fio is not there: apt-get install fio"; return 77; }
     to_kernel $A
     want=$(sum < $(disk $A 1))
     to_vfio $A
@@ -369,8 +370,8 @@ case_compare() {
     cut -c 1-200 /tmp/rows
     grep '"peer":"polldisk"' /tmp/rows | grep -q '"workload":"randread"'
     grep '"peer":"fio"' /tmp/rows | grep -q '"workload":"randread"'
-    ! grep '"workload":"randwrite"' /tmp/rows
-    ! grep 'does not start' /tmp/out
+    absent '"workload":"randwrite"' /tmp/rows
+    absent 'does not start' /tmp/out
     same vfio-pci "$(driver $A)" "the driver afterwards"
     to_kernel $A
     same "$want" "$(sum < $(disk $A 1))" "what is on the drive"

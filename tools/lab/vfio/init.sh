@@ -49,6 +49,8 @@ sum() { sha256sum | cut -d' ' -f1; }
 random() { dd if=/dev/urandom of=$1 bs=64k count=$2 2>/dev/null; }
 fill() { dd if=/dev/urandom of=$1 bs=1M oflag=direct 2>/dev/null || true; }
 same() { [ "$1" = "$2" ] || { echo "differs: $3: $1, $2"; return 1; }; }
+# Fails if the arguments of grep find something: a line with ! in front cannot end a case.
+absent() { if grep "$@"; then return 1; fi; }
 # Runs a command that must fail and say something: PATTERN COMMAND...
 refused() {
     pattern=$1; shift

@@ -10,6 +10,7 @@ use ::compare::results::{Comparison, Frontend, PeerInfo, Row};
 use ::compare::round::{Options, compare, free, space, usual_cores};
 use anyhow::{Context, bail};
 use clap::Args;
+use vfio::Address;
 
 use super::folder;
 use crate::output::{STDOUT, usage};
@@ -44,10 +45,10 @@ pub(crate) struct Compare {
     /// temporary is for the profile that is about disks.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
-    /// A drive of this host that is read too, by its PCI address: by polldisk and by spdk_nvme_perf, in
-    /// turns; both take it from the kernel.
+    /// A drive of this host that is read too, by its PCI address: by polldisk, by the kernel's driver and by
+    /// spdk_nvme_perf, in turns. It is given to the kernel, and taken back, each time.
     #[arg(long, value_name = "ADDRESS")]
-    device: Option<String>,
+    device: Option<Address>,
     /// Sample stacks of servers under load, for flame graphs (needs perf).
     #[arg(long)]
     flame: bool,
@@ -103,7 +104,7 @@ pub(super) fn run(c: &Compare) -> anyhow::Result<u8> {
         budget: c.budget,
         cores,
         program: std::env::current_exe().context("cannot find this program")?,
-        device: c.device.clone(),
+        device: c.device.map(|address| address.to_string()),
         preconditioning: c.preconditioning.clone(),
         flame: c.flame,
         command: command(),
@@ -154,7 +155,8 @@ fn scratch(c: &Compare, profile: &Profile) -> anyhow::Result<PathBuf> {
 }
 
 fn list(c: &Compare) -> anyhow::Result<u8> {
-    let peers: Vec<PeerInfo> = Peer::ALL.iter().map(|p| p.look(c.device.as_deref())).collect();
+    let device = c.device.map(|address| address.to_string());
+    let peers: Vec<PeerInfo> = Peer::ALL.iter().map(|p| p.look(device.as_deref())).collect();
     let mut out = std::io::stdout();
     if c.json {
         let profiles: Vec<_> = PROFILES

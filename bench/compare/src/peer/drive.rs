@@ -1,6 +1,7 @@
 //! A drive of this host by the kernel's own driver: the kernel has it for as long as it is asked by fio,
 //! and is given it and rid of it by this program's `device` commands, with all that these refuse.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,15 +12,16 @@ use serde_json::Value;
 
 use super::process::{done, done_within};
 
-/// How often the kernel's block device is looked for, and how long in between. Its driver looks for
-/// namespaces in a thread of its own.
-const LOOKS: u32 = 100;
+/// How often the kernel's block device is looked for, and how often the drive is asked back, and how long in
+/// between. The kernel's driver looks for namespaces in a thread of its own; then udev looks at what it finds,
+/// and a drive that is looked at is in use.
+const TRIES: u32 = 100;
 const STEP: Duration = Duration::from_millis(100);
 
 /// How long the kernel's driver may take for a drive to come up, or to go.
 const DRIVER: Duration = Duration::from_secs(120);
 
-/// A drive that the kernel has. It goes to vfio-pci again in any case.
+/// A drive that the kernel has for a while. It goes to vfio-pci again in any case.
 pub(crate) struct KernelDrive<'a> {
     program: &'a Path,
     address: &'a str,
@@ -34,13 +36,17 @@ impl<'a> KernelDrive<'a> {
     /// Gives the drive at a PCI address to the kernel.
     ///
     /// # Errors
-    /// If it cannot be given, or the kernel finds no namespace 1. Then it is as it was.
+    /// If it cannot be given, the kernel had it already, or it finds no namespace 1. Then it is as it was.
     pub(crate) fn take(program: &'a Path, address: &'a str) -> Result<KernelDrive<'a>, Error> {
         let (disk, block_size) = (PathBuf::new(), 0);
         let mut drive = KernelDrive { program, address, given_back: true, disk, block_size };
-        drive.tell("unbind")?;
+        let said = done_within(drive.device(&["unbind", "--json", address]), DRIVER)?;
+        if !said.contains("\"changed\": true") {
+            let why = format!("the kernel has {address}: polldisk device bind {address}");
+            return Err(Error::Other(why));
+        }
         drive.given_back = false;
-        for _ in 0..LOOKS {
+        for _ in 0..TRIES {
             let list = done(drive.device(&["list", "--json"]))?;
             if let Some((name, block_size)) = namespace(&list, address)? {
                 let disk = Path::new("/dev").join(name);
@@ -57,12 +63,9 @@ impl<'a> KernelDrive<'a> {
 
     fn device(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.program);
-        command.arg("device").args(words);
+        // Not ended half-way by a key that is meant for us.
+        command.arg("device").args(words).process_group(0);
         command
-    }
-
-    fn tell(&self, what: &str) -> Result<(), Error> {
-        done_within(self.device(&[what, self.address]), DRIVER).map(|_| ())
     }
 
     /// Takes it from the kernel again.
@@ -70,17 +73,33 @@ impl<'a> KernelDrive<'a> {
     /// # Errors
     /// If it cannot be had.
     pub(crate) fn give_back(mut self) -> Result<(), Error> {
+        self.bind()
+    }
+
+    fn bind(&mut self) -> Result<(), Error> {
+        let once = || done_within(self.device(&["bind", self.address]), DRIVER);
+        let mut bound = once();
+        for _ in 1..TRIES {
+            if bound.is_ok() {
+                break;
+            }
+            std::thread::sleep(STEP);
+            bound = once();
+        }
+        // Or it was in vain.
         self.given_back = true;
-        self.tell("bind")
+        let address = self.address;
+        let failed = |e| Error::Other(format!("{address} is still the kernel's: {e}"));
+        bound.map(|_| ()).map_err(failed)
     }
 }
 
 impl Drop for KernelDrive<'_> {
     fn drop(&mut self) {
         if !self.given_back
-            && let Err(e) = self.tell("bind")
+            && let Err(e) = self.bind()
         {
-            log::error!("{} stays with the kernel's driver: {e}", self.address);
+            log::error!("{e}");
         }
     }
 }
@@ -127,7 +146,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_given_is_left_alone() {
-        let e = KernelDrive::take(Path::new("/bin/false"), "0000:01:00.0").map(drop).unwrap_err();
-        assert!(e.to_string().contains("false"), "{e}");
+        let take = |program| KernelDrive::take(Path::new(program), "0000:01:00.0").map(drop);
+        let e = take("/bin/false").unwrap_err().to_string();
+        assert!(e.contains("false"), "{e}");
+        // It succeeds, and nothing has changed: the drive was the kernel's before.
+        let e = take("/bin/echo").unwrap_err().to_string();
+        assert!(e.contains("the kernel has 0000:01:00.0"), "{e}");
     }
 }
