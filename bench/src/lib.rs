@@ -3,6 +3,7 @@
 //! - [`demo`] drives a guest ring over an image on the NVMe model and verifies every byte.
 //! - [`path`] steps frontend, reactor and device by hand on one thread; run under callgrind it
 //!   counts instructions layer by layer.
+//! - [`crossing`]: what a page costs that another processor has just written.
 //! - [`device`] loads one device through its leaf queue, without an image.
 //! - [`chain`]: what changing a running chain costs.
 //! - [`fresh`]: random writes into an empty image, beside QEMU.
@@ -19,6 +20,7 @@ mod alloc;
 pub mod callgrind;
 pub mod chain;
 pub mod counters;
+pub mod crossing;
 pub mod demo;
 pub mod device;
 mod drive;

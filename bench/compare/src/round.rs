@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bench::Error;
+use bench::crossing::{Crossing, crossing};
 use bench::run::{Job, Outcome};
 use nix::sys::statvfs::statvfs;
 use node::HostFiles;
@@ -121,7 +122,14 @@ pub fn compare(
     let mut notes = Vec::new();
     // Before this thread has but one processor left.
     let host = host(options, scratch)?;
-    if let Some([generator, _]) = options.cores {
+    if let Some([generator, server]) = options.cores {
+        let Crossing { own, from_other } = crossing(generator, server)?;
+        notes.push(format!(
+            "A page of 4 KiB that the generator's processor has just written takes the server's {:.2} µs to \
+             copy, one of its own {:.2} µs: so much of each request through a ring is this host's memory.",
+            from_other / 1000.0,
+            own / 1000.0
+        ));
         reactor::pin_current_thread(generator).map_err(Error::Other)?;
     } else {
         notes.push("Nothing was pinned: generator and servers shared processors.".to_owned());
