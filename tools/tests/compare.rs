@@ -173,6 +173,61 @@ fn qemu_dp_is_driven_by_qmp() {
     assert!(all.iter().all(|r| r["variant"] == "aio=native"));
 }
 
+/// tap-ctl as of a stand-in: tapdisk is a process that waits for its image and becomes qemu-nbd, which has VHD
+/// images, too, and listens where tapdisk would.
+const TAP_CTL: &str = r#"echo "$1" >> "$STATE/verbs"
+case $1 in
+allocate) echo /dev/xen/blktap-2/tapdisk-7 ;;
+spawn)
+    sh -c 'while [ ! -e "$STATE/open" ]; do sleep 0.05; done
+        exec qemu-nbd --persistent --shared=4 -x "" -f vpc --cache=none --aio=native \
+            -k /run/blktap-control/nbd$$.7 "$(cat "$STATE/open")"' > /dev/null 2>&1 < /dev/null &
+    echo $! ;;
+attach) [ "$2 $4 $5" = "-p -m 7" ] && kill -0 "$3" ;;
+open)
+    image=${7#vhd:}
+    [ "$6" = -a ] && [ -f "$image" ] && echo "$image" > "$STATE/new" && mv "$STATE/new" "$STATE/open" ;;
+close) kill "$3" && rm "$STATE/open" ;;
+detach) ;;
+free) [ "$2 $3" = "-m 7" ] ;;
+*) exit 1 ;;
+esac"#;
+
+/// In namespaces of its own: tapdisk's sockets have their place below /run, and it is nobody's child.
+#[test]
+fn tapdisk_is_driven_by_tap_ctl() {
+    if !here(&["qemu-nbd", "unshare"]) {
+        return;
+    }
+    let (dir, bin) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let state = tempfile::tempdir().unwrap();
+    program(bin.path(), "tap-ctl", TAP_CTL);
+    program(bin.path(), "tapdisk", "exit 1");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-c"]);
+    let script = "mount -t tmpfs run /run && mkdir /run/blktap-control || exit 77; \"$@\"";
+    command.args([script, "sh", POLLDISK, "bench", "compare", "--profile", "latency", "--quick"]);
+    command.args(["--json", "--rounds", "2", "--budget", "2", "--peer", "tapdisk", "--scratch"]);
+    command.arg(dir.path()).env("STATE", state.path());
+    let out = command.env("PATH", format!("{}:{path}", bin.path().display())).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    if out.status.code() == Some(77) || said.contains("unshare failed") {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "{said}");
+        println!("skipped: namespaces cannot be made: {said}");
+        return;
+    }
+    let c = json(&out);
+    let all = rows(&c, "tapdisk", "nbd");
+    assert_eq!(all.len(), 2, "{}", c["notes"]);
+    assert!(all.iter().all(|r| r["variant"] == "vhd" && r["iops"].as_f64().unwrap() > 0.0));
+    let verbs = std::fs::read_to_string(state.path().join("verbs")).unwrap();
+    let verbs: Vec<&str> = verbs.lines().collect();
+    let once = ["allocate", "spawn", "attach", "open", "close", "detach", "free"];
+    assert!(verbs.chunks(once.len()).all(|all| all == once), "{verbs:?}");
+    assert_eq!(verbs.len(), 3 * once.len(), "two rounds, and one in which calls are counted");
+}
+
 /// Each kind of disk, content and load, however shortly; of a peer that is always here.
 #[test]
 fn every_profile_runs() {

@@ -12,7 +12,7 @@ use node::HostFiles;
 use crate::host::{About, describe};
 use crate::images::Images;
 use crate::load::{Pass, Runner};
-use crate::peer::{Peer, Setup};
+use crate::peer::{Peer, Setup, drive};
 use crate::profiles::{Case, Content, Profile};
 use crate::results::{Comparison, Flame, Frontend, Host, PeerInfo};
 use crate::rows::{Cell, rows};
@@ -62,6 +62,8 @@ pub struct Options {
     pub flame: bool,
     /// The command that does it again.
     pub command: String,
+    /// The same with whoever takes part left out, and what is left behind.
+    pub again: String,
 }
 
 /// Bytes that images of a profile take in its scratch folder, at most.
@@ -121,7 +123,11 @@ pub fn compare(
     let began = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut notes = Vec::new();
     // Before this thread has but one processor left.
-    let host = host(options, scratch)?;
+    let mut host = host(options, scratch)?;
+    if let Some(address) = &options.device {
+        let found = drive::describe(&options.program, address);
+        host.facts.push((format!("Drive {address}"), found.unwrap_or_else(|| "unknown".into())));
+    }
     if let Some([generator, server]) = options.cores {
         let Crossing { own, from_other } = crossing(generator, server)?;
         notes.push(format!(
@@ -343,13 +349,12 @@ fn run_case(
 
 /// What measures a peer's rows again.
 fn command(options: &Options, setup: &Setup) -> String {
-    let quick = if options.quick { " --quick" } else { "" };
-    let (name, peer) = (options.profile.name, setup.peer().name());
+    let (again, peer) = (&options.again, setup.peer().name());
     let device = match (&options.device, setup.frontend()) {
         (Some(address), Frontend::Device) => format!(" --device {address}"),
         _ => String::new(),
     };
-    format!("polldisk bench compare --profile {name}{quick} --peer {peer}{device}")
+    format!("{again} --peer {peer}{device}")
 }
 
 #[cfg(test)]
@@ -372,7 +377,20 @@ mod tests {
             preconditioning: None,
             flame: false,
             command: String::new(),
+            again: "polldisk bench compare --profile random --cores 2,3".to_owned(),
         }
+    }
+
+    #[test]
+    fn each_row_has_the_command_that_measures_it_again() {
+        let mut options = options(&PROFILES[1], false);
+        let of = |options: &Options, setup| command(options, &setup);
+        let again = options.again.clone();
+        assert_eq!(of(&options, Setup::fio()), format!("{again} --peer fio"));
+        options.device = Some("0000:01:00.0".to_owned());
+        assert_eq!(of(&options, Setup::fio()), format!("{again} --peer fio"));
+        let drive = format!("{again} --peer fio --device 0000:01:00.0");
+        assert_eq!(of(&options, Setup::fio_drive()), drive);
     }
 
     /// What any server takes.

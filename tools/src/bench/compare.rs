@@ -108,6 +108,7 @@ pub(super) fn run(c: &Compare) -> anyhow::Result<u8> {
         preconditioning: c.preconditioning.clone(),
         flame: c.flame,
         command: command(),
+        again: again(c, profile),
     };
     let mut tell = |text: &str| tell!("{text}");
     let comparison = compare(&options, dir.path(), &stop, &mut tell)?;
@@ -125,7 +126,27 @@ pub(super) fn run(c: &Compare) -> anyhow::Result<u8> {
 
 /// The command line, as it can be given again.
 fn command() -> String {
-    let words = std::env::args().skip(1).map(|word| match word.contains([' ', '\'', '"', '$']) {
+    line(std::env::args().skip(1))
+}
+
+/// What of it says how, but not who takes part nor what is left behind.
+fn again(c: &Compare, profile: &Profile) -> String {
+    let mut words = ["bench", "compare", "--profile", profile.name].map(str::to_owned).to_vec();
+    words.extend(c.quick.then(|| "--quick".to_owned()));
+    let mut add = |name: &str, value: Option<String>| {
+        words.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
+    };
+    add("--rounds", c.rounds.map(|n| n.to_string()));
+    let cores = c.cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    add("--cores", (!cores.is_empty()).then_some(cores));
+    add("--scratch", c.scratch.as_ref().map(|dir| dir.display().to_string()));
+    add("--preconditioning", c.preconditioning.clone());
+    line(words.into_iter())
+}
+
+/// A command line of these words.
+fn line(words: impl Iterator<Item = String>) -> String {
+    let words = words.map(|word| match word.contains([' ', '\'', '"', '$']) {
         true => format!("'{}'", word.replace('\'', r"'\''")),
         false => word,
     });
@@ -139,7 +160,13 @@ fn scratch(c: &Compare, profile: &Profile) -> anyhow::Result<PathBuf> {
     let chosen = match &c.scratch {
         Some(dir) => dir.clone(),
         None if !profile.on_disk && room(Path::new(MEMORY)) => PathBuf::from(MEMORY),
-        None => std::env::temp_dir(),
+        None => {
+            let dir = std::env::temp_dir();
+            if !profile.on_disk {
+                tell!("{MEMORY} has no room for images: they lie in {}, on a disk", dir.display());
+            }
+            dir
+        }
     };
     let have = free(&chosen)?;
     if have < need {

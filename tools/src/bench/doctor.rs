@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use ::compare::doctor::{Options, Report, State, look};
+use ::compare::peer::folders;
 use anyhow::Context;
 use clap::Args;
 use node::HostFiles;
@@ -22,17 +23,11 @@ pub(crate) struct Doctor {
     json: bool,
 }
 
-/// Where programs are that PATH does not name: system folders, and where XCP-ng has qemu-dp and tapdisk.
-const FOLDERS: [&str; 5] =
-    ["/usr/sbin", "/sbin", "/usr/lib64/qemu-dp/bin", "/usr/libexec", "/opt/spdk/build/bin"];
-
 /// Looks; exit code 1 if there is a warning.
 pub(super) fn doctor(d: &Doctor) -> anyhow::Result<u8> {
     let scratch = d.scratch.clone().unwrap_or_else(std::env::temp_dir);
     let scratch = scratch.canonicalize().with_context(|| format!("{}", scratch.display()))?;
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let programs = std::env::split_paths(&path).chain(FOLDERS.map(PathBuf::from)).collect();
-    let report = look(&HostFiles::below("/"), &Options { scratch, programs });
+    let report = look(&HostFiles::below("/"), &Options { scratch, programs: folders() });
     let mut out = std::io::stdout();
     if d.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?).context(STDOUT)?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bench::Error;
 use nix::sys::stat::{SFlag, stat};
+use node::printable;
 use serde_json::Value;
 
 use super::process::{done, done_within};
@@ -104,6 +105,28 @@ impl Drop for KernelDrive<'_> {
     }
 }
 
+/// What a drive is that the kernel does not have, in words.
+pub(crate) fn describe(program: &Path, address: &str) -> Option<String> {
+    let mut command = Command::new(program);
+    command.args(["device", "identify", "--json", address]);
+    let text = done_within(command, DRIVER).ok()?;
+    in_words(text.get(text.find('{')?..)?)
+}
+
+fn in_words(json: &str) -> Option<String> {
+    let drive: Value = serde_json::from_str(json).ok()?;
+    let says = |name: &str| Some(printable(drive[name].as_str()?));
+    let (model, firmware) = (says("model")?, says("firmware")?);
+    let namespaces = drive["namespaces"].as_array()?;
+    let one = namespaces.iter().find(|n| n["nsid"] == 1)?;
+    let (size, blocks) = (one["size"].as_u64()?, one["lba-size"].as_u64()?);
+    let cache = if drive["cache-enabled"].as_bool()? { "a" } else { "no" };
+    let gb = size as f64 / 1e9;
+    Some(format!(
+        "{model}, firmware {firmware}, {gb:.1} GB in blocks of {blocks} bytes, {cache} volatile cache"
+    ))
+}
+
 /// Name and block size of a drive's namespace 1, in what `device list --json` says, if it has one by now.
 fn namespace(list: &str, address: &str) -> Result<Option<(String, u64)>, Error> {
     let bad = |what: &str| Error::Other(format!("device list: {what}: {}", list.trim()));
@@ -142,6 +165,16 @@ mod tests {
         let e = namespace(&list("[]"), "0000:03:00.0").unwrap_err().to_string();
         assert!(e.contains("0000:03:00.0 is gone"), "{e}");
         assert!(namespace("nothing", "").is_err());
+    }
+
+    #[test]
+    fn a_drive_in_words() {
+        let json = r#"{"model":"Fast 1","firmware":"7\u001b","cache-enabled":false,
+            "namespaces":[{"nsid":1,"size":375083606016,"lba-size":512}]}"#;
+        let words = in_words(json).unwrap();
+        assert!(words.starts_with("Fast 1, firmware 7") && !words.contains('\x1b'), "{words}");
+        assert!(words.ends_with("375.1 GB in blocks of 512 bytes, no volatile cache"), "{words}");
+        assert_eq!(in_words("{}"), None);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::profiles::{Content, Disk};
 use crate::results::{Frontend, PeerInfo};
 
 pub use polldisk::Leaf;
+pub use process::folders;
 use process::output;
 pub(crate) use process::{Process, connect, done_within, find};
 use qemu::{Aio, Cache};

@@ -100,12 +100,19 @@ pub(crate) fn connect<T>(to: impl Fn() -> Result<T, Error>) -> Result<T, Error> 
     to()
 }
 
-/// The program of that name on PATH, or where packages of hosts put such programs.
-pub(crate) fn find(name: &str) -> Option<PathBuf> {
+/// Where programs are that PATH does not name: system folders, and where XCP-ng has qemu-dp and tapdisk.
+const FOLDERS: [&str; 5] =
+    ["/usr/sbin", "/sbin", "/usr/lib64/qemu-dp/bin", "/usr/libexec", "/opt/spdk/build/bin"];
+
+/// Folders in which programs of peers are looked for: those of PATH, and where hosts have them else.
+pub fn folders() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let system = ["/usr/sbin", "/sbin", "/usr/lib64/qemu-dp/bin"].map(PathBuf::from);
-    let mut all = std::env::split_paths(&path).chain(system).map(|folder| folder.join(name));
-    all.find(|file| file.is_file())
+    std::env::split_paths(&path).chain(FOLDERS.map(PathBuf::from)).collect()
+}
+
+/// The program of that name.
+pub(crate) fn find(name: &str) -> Option<PathBuf> {
+    folders().into_iter().map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
 /// What a program prints, on both ways out; `None` if it does not end soon, or cannot be run.

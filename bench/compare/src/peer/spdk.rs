@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use super::find;
 use bench::Error;
 use bench::run::{Distribution, Job, Outcome, Percentiles, Server, Shape};
 
@@ -22,13 +23,14 @@ pub(crate) fn command(job: &Job, address: &str, core: Option<usize>) -> Result<C
     if job.changes() {
         return fail("anything that changes a drive");
     }
-    let mut command = Command::new("spdk_nvme_perf");
+    let name = "spdk_nvme_perf";
+    let mut command = Command::new(find(name).unwrap_or_else(|| name.into()));
     command.args(["-q", &depth.to_string(), "-o", &size.to_string(), "-w", pattern, "-L"]);
     // It takes whole seconds.
     command.args(["-t", &(job.seconds.ceil().max(1.0) as u64).to_string()]);
     command.args(["-a", &(job.ramp.ceil() as u64).to_string()]);
-    if let Some(core) = core.filter(|&c| c < 64) {
-        command.args(["-c", &format!("{:#x}", 1u64 << core)]);
+    if let Some(core) = core {
+        command.args(["-c", &format!("[{core}]")]);
     }
     command.args(["-r", &format!("trtype:PCIe traddr:{address}")]);
     Ok(command)
@@ -110,7 +112,7 @@ Summary latency data for PCIE (0000:5e:00.0) NSID 1                  from core 1
         let args: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
         assert_eq!(
             args.join(" "),
-            "-q 8 -o 4096 -w randread -L -t 1 -a 1 -c 0x2 -r trtype:PCIe traddr:0000:5e:00.0"
+            "-q 8 -o 4096 -w randread -L -t 1 -a 1 -c [1] -r trtype:PCIe traddr:0000:5e:00.0"
         );
         let writes = Job { mix: Mix { reads: 99, trims: 0 }, ..job };
         let e = super::command(&writes, "0000:5e:00.0", None).unwrap_err();
